@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Trains on this node:  NGPU=n ./run_train.sh --config FILE [--section.key value ...]
+# With no --config it runs the bundled quick start. NGPU defaults to the GPUs present, else 2 CPU workers over gloo.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$root/tools/environment.sh"
+setup_environment "$root"
+
+case " $* " in
+*" --config "* | *" --config="* | *" --help "* | *" -h "*) ;;
+*)
+  cd "$root"
+  set -- --config train_configs/quickstart.toml "$@"
+  ;;
+esac
+if [ -z "${NGPU:-}" ]; then
+  NGPU=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')
+fi
+# torchrun gives every worker one thread; share the cores of the node instead.
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPU ? cores / NGPU : 1))}
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+exec "$PYTHON" -m titan_hd.launch --nproc_per_node "$NGPU" --rdzv_backend c10d --rdzv_endpoint localhost:0 -- "$@"

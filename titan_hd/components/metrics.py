@@ -1,0 +1,165 @@
+"""Numbers of a run: metrics.jsonl, the console, a progress bar, TensorBoard and wandb. Rank 0 alone writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from titan_hd.config.job_config import JobConfig
+
+logger = logging.getLogger("titan_hd")
+
+
+class TqdmHandler(logging.StreamHandler):
+    """Writes log lines above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def init_logging(rank: int) -> None:
+    """Rank 0 logs from INFO on, the others warnings and errors only."""
+    handler = TqdmHandler()
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.propagate = False
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory in GiB: what CUDA's allocator reserved, or the resident set of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class _Wandb:
+    """wandb that never stops the training: its first failure is a warning, then it is left alone."""
+
+    def __init__(self, config: JobConfig, run_id: str | None):
+        self.run = None
+        try:
+            import wandb
+
+            m = config.metrics
+            self.run = wandb.init(
+                project=m.wandb_project,
+                entity=m.wandb_entity or None,
+                name=m.wandb_name or None,
+                group=m.wandb_group or None,
+                id=run_id,
+                resume="allow",
+                notes=config.job.description or None,
+                dir=config.job.dump_folder,
+                config=dataclasses.asdict(config),
+            )
+        except Exception as error:
+            self._give_up(error)
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        if self.run is None:
+            return
+        try:
+            self.run.log(values, step=step)
+        except Exception as error:
+            self._give_up(error)
+
+    def finish(self) -> None:
+        if self.run is None:
+            return
+        try:
+            self.run.finish()
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self.run = None
+        logger.warning("wandb failed and is left alone from here on: %s", " ".join(str(error).split()))
+
+
+class MetricsLogger:
+    """Takes one record per logged step. On ranks other than 0 every method does nothing."""
+
+    def __init__(self, config: JobConfig, rank: int, total_steps: int, first_step: int, wandb_id: str | None = None):
+        self.enabled = rank == 0
+        self._started = time.perf_counter()
+        if not self.enabled:
+            return
+        folder = Path(config.job.dump_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        keep_records_until(path, first_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._bar = None
+        if config.metrics.progress_bar and sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self._wandb = _Wandb(config, wandb_id) if config.metrics.enable_wandb else None
+        self._tensorboard = None
+        if config.metrics.enable_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step)
+
+    @property
+    def wandb_id(self) -> str | None:
+        run = self._wandb.run if self.enabled and self._wandb else None
+        return run.id if run else None
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record values of one step (1-based) everywhere."""
+        if not self.enabled:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._wandb:
+            self._wandb.log(values, step)
+        if self._tensorboard:
+            for key, value in values.items():
+                self._tensorboard.add_scalar(key, value, step)
+        logger.info("step %d  %s", step, "  ".join(f"{k} {_short(v)}" for k, v in values.items()))
+
+    def advance(self, loss: float | None = None) -> None:
+        """Move the progress bar by one step."""
+        if self.enabled and self._bar:
+            if loss is not None:
+                self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            self._bar.update()
+
+    def close(self) -> None:
+        if not self.enabled:
+            return
+        self._file.close()
+        if self._bar:
+            self._bar.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def keep_records_until(path: Path, step: int) -> None:
+    """Drop records after `step` from a metrics file (and a torn last line): a resumed run writes them again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _short(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4g}"

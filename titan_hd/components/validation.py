@@ -1,0 +1,101 @@
+"""Validation: loss over held-out records, and exact match of greedily generated answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from titan_hd.components.loss import token_loss_sum
+from titan_hd.data.loader import Records, validation_batches
+from titan_hd.data.records import InstructionRecords
+from titan_hd.data.tokenizer import Tokenizer
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module,
+    records: Records,
+    worker: int,
+    workers: int,
+    batch_size: int,
+    pad_to: int | None,
+    limit: int,
+    device: torch.device,
+) -> float:
+    """Mean loss per trained token over the records; every worker takes part in the same number of batches."""
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in validation_batches(records, worker, workers, batch_size, pad_to, limit):
+        loss = token_loss_sum(model(batch.input_ids.to(device)), batch.targets.to(device))
+        totals += torch.stack((loss.double(), totals.new_tensor(batch.trained_tokens)))
+    dist.all_reduce(totals)
+    return (totals[0] / totals[1].clamp(min=1)).item()
+
+
+@torch.no_grad()
+def greedy(
+    model: nn.Module,
+    prompts: list[list[int]],
+    eos_id: int,
+    max_new_tokens: int,
+    pad_to: int | None,
+    device: torch.device,
+) -> list[list[int]]:
+    """Greedy continuations of one worker's prompts, cut before the end-of-sequence token.
+
+    Runs without a cache (causal attention makes right padding harmless). Every forward pass gathers shards, so workers
+    go on until the last one of them is done.
+    """
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    width = max(pad_to or 0, int(lengths.max()) + max_new_tokens)
+    ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
+    rows, start = torch.arange(len(prompts), device=device), lengths.clone()
+    running = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    for _ in range(max_new_tokens):
+        alive = running.any().int()
+        dist.all_reduce(alive, op=dist.ReduceOp.MAX)
+        if not alive:
+            break
+        logits = model(ids if pad_to else ids[:, : int(lengths.max())])
+        token = logits[rows, lengths - 1].argmax(-1)
+        running &= token != eos_id
+        ids[rows[running], lengths[running]] = token[running]
+        lengths += running
+    return [ids[i, start[i] : lengths[i]].tolist() for i in range(len(prompts))]
+
+
+def final_answer(text: str, marker: str) -> str | None:
+    """What follows the last marker, up to the end of the line; None where the marker is missing."""
+    head, found, answer = text.rpartition(marker)
+    return answer.split("\n")[0].strip() if found else None
+
+
+@torch.no_grad()
+def exact_match(
+    model: nn.Module,
+    records: InstructionRecords,
+    tokenizer: Tokenizer,
+    samples: int,
+    marker: str,
+    worker: int,
+    workers: int,
+    generate: Callable[[list[list[int]]], list[list[int]]],
+    device: torch.device,
+) -> float:
+    """Share of the first `samples` records whose generated final answer equals the reference's."""
+    samples = min(samples, len(records))
+    mine = list(range(worker, samples, workers))
+    per_worker = -(-samples // workers)
+    padded = (mine + [0] * per_worker)[:per_worker]  # equal numbers everywhere; the surplus is not scored
+    answers = generate([records.prompt_ids(i) for i in padded])
+    right = 0
+    for index, ids in zip(mine, answers):
+        reference = final_answer(records.response(index), marker)
+        right += reference is not None and final_answer(tokenizer.decode(ids), marker) == reference
+    total = torch.tensor(right, device=device)
+    dist.all_reduce(total)
+    return total.item() / samples

@@ -1,0 +1,266 @@
+"""The configuration as dataclasses. The string under each field is its documentation and its `--help` text.
+
+Sections and keys follow torchtitan where it has them. Nothing here is checked against another key: single values are
+checked by `manager`, combinations by `manager.check_combinations`, and whatever needs the model's shapes or the number
+of workers by `titan_hd.preflight`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass
+class Job:
+    dump_folder: str = "./outputs"
+    """Where the run writes: metrics.jsonl, checkpoints, the exported model."""
+    description: str = ""
+    """Free text, kept in the logs and the experiment tracker."""
+    print_config: bool = False
+    """Print the resolved configuration at the start."""
+
+
+@dataclass
+class Model:
+    hf_assets_path: str = ""
+    """Directory in the Hugging Face layout: config.json, *.safetensors, tokenizer files."""
+    name: str = ""
+    """Model family (llama2, llama3, mistral). Empty: read from config.json; if both are given they must agree."""
+    flavor: str = ""
+    """Size within the family (for example debugmodel, 8B). With a flavor the weights are random."""
+
+
+@dataclass
+class Data:
+    train: str = ""
+    """Training records: a JSONL file."""
+    validation: str = ""
+    """Validation records, in the same format as the training records."""
+    format: Literal["auto", "instruction", "tokens"] = "auto"
+    """instruction: a prompt and a response field. tokens: {"input_ids": [...], "labels": [...]}, taken as they are.
+    auto: tokens if the first record has input_ids, else instruction."""
+    prompt_field: str = ""
+    """Field with the prompt. Empty: the first of instruction, query, question, prompt that the first record has."""
+    response_field: str = ""
+    """Field with the response. Empty: the first of output, response, answer, completion that the first record has."""
+    template: str = "pissa"
+    """How a prompt is written: alpaca, pissa, none, or the path of a text file that holds {prompt} (and may hold
+    {input}); the response follows it."""
+    shuffle: bool = True
+    """Permute the records anew in every epoch, as a function of (training.seed, epoch) alone."""
+
+
+@dataclass
+class Training:
+    steps: int | None = None
+    """Number of optimizer steps. Give this or training.epochs."""
+    epochs: float | None = None
+    """Number of passes over the training records; the last incomplete global batch of the run is left out."""
+    seq_len: int = 2048
+    """Longest sequence in tokens; longer records are cut at the right."""
+    local_batch_size: int = 1
+    """Records per micro-batch of one worker."""
+    global_batch_size: int = -1
+    """Records per optimizer step over all workers. -1: one micro-batch per logical adapter and worker."""
+    max_norm: float = 0.0
+    """Clip gradients to this global norm (over all logical adapters). 0: off."""
+    seed: int = 42
+    """Seeds the data order, random weights, random slices and dropout."""
+    mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
+    """dtype in which the weights are all-gathered and computed with."""
+    master_dtype: Literal["float32"] = "float32"
+    """dtype of the sharded master weights."""
+    gc_freq: int = 50
+    """Python garbage is collected every this many steps, by all workers at once."""
+
+
+@dataclass
+class Optimizer:
+    name: str = "AdamW"
+    """A class of torch.optim (AdamW, Adam, SGD, ...)."""
+    lr: float = 2e-5
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Adam's beta1."""
+    beta2: float = 0.999
+    """Adam's beta2."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay on the trained weights; for hdpissa it is applied to W at the fold."""
+
+
+@dataclass
+class LRScheduler:
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; the first step already has a learning rate above zero."""
+    warmup_ratio: float | None = None
+    """Warm-up as a share of all steps. Give this or lr_scheduler.warmup_steps."""
+    decay_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    min_lr_factor: float = 0.0
+    """The learning rate ends at this share of optimizer.lr."""
+
+
+@dataclass
+class Adapter:
+    method: Literal["hdpissa", "full"] = "hdpissa"
+    """How the model is trained."""
+    rank: int = 16
+    """Rank r of one adapter."""
+    alpha: float | None = None
+    """Adapter gradients are scaled by alpha / rank (a real number). Not set: alpha = rank."""
+    dropout: float = 0.0
+    """Dropout on the adapters' input."""
+    target_modules: list[str] | None = None
+    """Linear layers to train, matched on the last part of their HF name. Not set: all linear layers of the blocks;
+    for method full: every weight of the model."""
+
+
+@dataclass
+class HDPissa:
+    num_adapters: int = 0
+    """K, the number of logical adapters (each trains another slice). 0: the number of data-parallel workers."""
+    aggregate: Literal["mean", "sum"] = "mean"
+    """How the K updates are combined: mean is the paper's equation, sum its published script."""
+    slices: Literal["orthogonal", "top", "random"] = "orthogonal"
+    """orthogonal: adapter i takes singular directions i*r to (i+1)*r. top: every adapter the first r. random: LoRA's
+    initialisation with direct weight updates. The last two are the paper's ablations."""
+    mute_scalar: float = 0.0
+    """0: exact mute (the limit, no extra forward work). Otherwise the paper's scalar g in Y = X(W + g A B)."""
+    exchange: Literal["factors"] = "factors"
+    """How the updates travel to the shards of W: factors sends dA, dB and the static factors."""
+    svd: Literal["exact"] = "exact"
+    """Algorithm for the principal slices: exact is torch.linalg.svd in fp32."""
+
+
+@dataclass
+class Parallelism:
+    data_parallel_replicate_degree: int = 1
+    """Replicas of the sharded model (HSDP)."""
+    data_parallel_shard_degree: int = -1
+    """Shards of the model (FSDP). -1: all workers that are left."""
+    tensor_parallel_degree: Literal[1] = 1
+    """Tensor parallelism; only 1 is supported."""
+
+
+@dataclass
+class ActivationCheckpoint:
+    mode: Literal["none", "selective", "full"] = "none"
+    """none: keep all activations. full: recompute each block. selective: keep attention and every second matrix
+    product of a block, recompute the rest."""
+
+
+@dataclass
+class Compile:
+    enable: bool = False
+    """torch.compile each block (fullgraph); records are then padded to seq_len, so that shapes stay the same."""
+
+
+@dataclass
+class Profiling:
+    enable_profiling: bool = False
+    """Write traces of torch.profiler."""
+    profile_freq: int = 10
+    """Steps between two traces."""
+    save_traces_folder: str = "profile_traces"
+    """Folder of the traces inside job.dump_folder."""
+
+
+@dataclass
+class Comm:
+    init_timeout_seconds: int = 1800
+    """Time-out of collectives until the first step is done (loading, SVD, compilation)."""
+    train_timeout_seconds: int = 300
+    """Time-out of collectives after the first step."""
+
+
+@dataclass
+class Checkpoint:
+    enable: bool = False
+    """Save checkpoints, and resume from the latest one at the start."""
+    folder: str = "checkpoint"
+    """Folder of the checkpoints inside job.dump_folder."""
+    interval: int = 500
+    """Steps between two checkpoints; the last step is always saved."""
+    keep_latest_k: int = 2
+    """Checkpoints to keep. 0: all."""
+    load_step: int = -1
+    """Step to resume from. -1: the latest; 0: do not resume."""
+
+
+@dataclass
+class Export:
+    enable: bool = False
+    """Write the final model as a Hugging Face directory."""
+    folder: str = "hf"
+    """Folder of the exported model inside job.dump_folder."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """dtype of the exported weights."""
+
+
+@dataclass
+class Metrics:
+    log_freq: int = 1
+    """Steps between two log lines and records in metrics.jsonl."""
+    progress_bar: bool = True
+    """Show a progress bar when the standard error is a terminal."""
+    enable_tensorboard: bool = False
+    """Write TensorBoard events to job.dump_folder/tb (needs the tensorboard package)."""
+    enable_wandb: bool = False
+    """Log to Weights & Biases; WANDB_MODE=offline works, and an outage never stops the training."""
+    wandb_project: str = "titan_hd"
+    """wandb project."""
+    wandb_entity: str = ""
+    """wandb entity; empty: the account's default."""
+    wandb_name: str = ""
+    """wandb run name; empty: chosen by wandb."""
+    wandb_group: str = ""
+    """wandb group."""
+
+
+@dataclass
+class Validation:
+    enable: bool = False
+    """Validate on data.validation before the first step, every freq steps and at the end."""
+    freq: int = 100
+    """Steps between two validations."""
+    steps: int = -1
+    """Micro-batches per worker and validation. -1: every record."""
+    exact_match_samples: int = 0
+    """Records to answer by greedy generation, scored by exact match of the final answer. 0: off."""
+    answer_marker: str = "The answer is: "
+    """The final answer is the text after the last of these markers, up to the end of its line."""
+    max_new_tokens: int = 64
+    """Longest generated answer in tokens."""
+
+
+@dataclass
+class Debug:
+    deterministic: bool = False
+    """Deterministic kernels only (torch.use_deterministic_algorithms)."""
+
+
+@dataclass
+class JobConfig:
+    job: Job = field(default_factory=Job)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    adapter: Adapter = field(default_factory=Adapter)
+    hdpissa: HDPissa = field(default_factory=HDPissa)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
+    profiling: Profiling = field(default_factory=Profiling)
+    comm: Comm = field(default_factory=Comm)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    export: Export = field(default_factory=Export)
+    metrics: Metrics = field(default_factory=Metrics)
+    validation: Validation = field(default_factory=Validation)
+    debug: Debug = field(default_factory=Debug)

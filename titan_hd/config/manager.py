@@ -1,0 +1,363 @@
+"""Reads the configuration: command line over TOML (with `base` inheritance) over defaults. Strict; reports all faults.
+
+    python -m titan_hd.config.manager FILE [--section.key value ...]     prints the resolved configuration as TOML
+
+Needs neither torch nor a process group, so that a fault costs a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import json
+import math
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from titan_hd.config import job_config
+from titan_hd.config.job_config import JobConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class ConfigError(ValueError):
+    """One or more faults of the configuration; `errors` has one line for each."""
+
+    def __init__(self, errors: list[str]):
+        self.errors = errors
+        super().__init__("\n".join(errors))
+
+
+def load(argv: list[str]) -> JobConfig:
+    """Resolve `[--config FILE] [--section.key value ...]` to a JobConfig.
+
+    Raises:
+        ConfigError: with one line per fault, each naming the key (and the file it stands in).
+    """
+    errors: list[str] = []
+    path, overrides = _parse_argv(argv, errors)
+    values: dict[str, tuple[Any, str]] = {}  # "section.key" -> (value, where it came from)
+    if path:
+        for name, section in _read_toml(Path(path), errors).items():
+            where, table = section
+            _flatten(name, table, where, values, errors)
+    for key, text in overrides:
+        values[key] = (text, "command line")
+    config = _build(values, errors)
+    if not errors:
+        errors += check_combinations(config)
+    if errors:
+        raise ConfigError(errors)
+    return config
+
+
+def load_or_exit(argv: list[str]) -> JobConfig:
+    """`load`; on `--help` prints it and exits 0, on faults prints one line each and exits 2."""
+    if "--help" in argv or "-h" in argv:
+        print(help_text())
+        raise SystemExit(0)
+    try:
+        return load(argv)
+    except ConfigError as error:
+        exit_with(error.errors)
+
+
+def exit_with(errors: list[str]) -> typing.NoReturn:
+    """Print one line per user error and leave with status 2."""
+    for line in errors:
+        print(f"titan_hd: error: {line}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources: command line and TOML
+
+
+def _parse_argv(argv: list[str], errors: list[str]) -> tuple[str | None, list[tuple[str, str]]]:
+    path, overrides, i = None, [], 0
+    while i < len(argv):
+        word = argv[i]
+        i += 1
+        if not word.startswith("--"):
+            errors.append(f"{word}: unexpected argument; options are written --section.key value")
+            continue
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if i < len(argv) and not argv[i].startswith("--"):
+                value, i = argv[i], i + 1
+            elif key == "config" or not _is_bool(key):
+                errors.append(f"--{key}: needs a value")
+                continue
+            else:
+                value = "true"  # a switch: --compile.enable
+        if key == "config":
+            path = value
+        else:
+            overrides.append((key, value))
+    return path, overrides
+
+
+def _read_toml(path: Path, errors: list[str], seen: tuple[Path, ...] = ()) -> dict[str, tuple[str, dict]]:
+    """Sections of a TOML file over those of its `base`, each key with the file that set it."""
+    if path.resolve() in seen:
+        errors.append(f"{path}: base: inherits from itself")
+        return {}
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        where = f"{seen[-1]}: base" if seen else "--config"
+        errors.append(f"{where}: cannot read {path}: {error.strerror}")
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        errors.append(f"{path}: not valid TOML: {error}")
+        return {}
+    merged: dict[str, tuple[str, dict]] = {}
+    base = table.pop("base", None)
+    if isinstance(base, str):
+        merged = _read_toml(path.parent / base, errors, (*seen, path.resolve()))
+    elif base is not None:
+        errors.append(f"{path}: base: must be the path of a TOML file")
+    for name, section in table.items():
+        if isinstance(section, dict):
+            inherited = merged.get(name, (str(path), {}))[1]
+            merged[name] = (str(path), {**inherited, **{k: (v, str(path)) for k, v in section.items()}})
+        else:
+            errors.append(f"{path}: {name}: must be a section, [{name}]")
+    return merged
+
+
+def _flatten(name: str, table: dict, where: str, values: dict, errors: list[str]) -> None:
+    if name not in _fields(JobConfig):
+        errors.append(f"{where}: [{name}]: unknown section{_hint(name, _fields(JobConfig))}")
+        return
+    for key, (value, source) in table.items():
+        values[f"{name}.{key}"] = (value, source)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Typed values
+
+
+@functools.cache
+def _fields(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _is_bool(key: str) -> bool:
+    section, _, name = key.partition(".")
+    cls = _fields(JobConfig).get(section)
+    return cls is not None and _fields(cls).get(name) is bool
+
+
+def _hint(word: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _build(values: dict[str, tuple[Any, str]], errors: list[str]) -> JobConfig:
+    config = JobConfig()
+    sections = _fields(JobConfig)
+    every_key = [f"{section}.{name}" for section, cls in sections.items() for name in _fields(cls)]
+    for key, (value, where) in values.items():
+        section, _, name = key.partition(".")
+        if section not in sections or name not in _fields(sections[section]):
+            errors.append(f"{key}: unknown key ({where}){_hint(key, every_key)}")
+            continue
+        annotation = _fields(sections[section])[name]
+        try:
+            from_text = where == "command line"
+            setattr(getattr(config, section), name, _coerce(value, annotation, from_text))
+        except ValueError as error:
+            errors.append(f"{key}: {error}, not {value!r} ({where})")
+    return config
+
+
+def _coerce(value: Any, annotation: Any, from_text: bool) -> Any:
+    """Check `value` against a field's type; text from the command line is parsed to it. ValueError says what fits."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        if from_text and value.lower() in ("none", ""):
+            return None
+        (inner,) = [a for a in args if a is not type(None)]
+        return _coerce(value, inner, from_text)
+    if origin is typing.Literal:
+        if from_text and isinstance(args[0], int):
+            value = _coerce(value, int, True)
+        if value not in args:
+            raise ValueError("must be " + " or ".join(json.dumps(a) for a in args))
+        return value
+    if origin is list:
+        if from_text:
+            value = json.loads(value) if value.startswith("[") else [part for part in value.split(",") if part]
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ValueError("must be a list of strings")
+        return value
+    if annotation is bool:
+        if from_text and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if not isinstance(value, bool):
+            raise ValueError("must be true or false")
+        return value
+    if annotation is str:
+        if not isinstance(value, str):
+            raise ValueError("must be a string")
+        return value
+    return _number(value, annotation, from_text)
+
+
+def _number(value: Any, annotation: type, from_text: bool) -> int | float:
+    kind = "a whole number" if annotation is int else "a number"
+    if from_text:
+        try:
+            value = annotation(value)
+        except ValueError:
+            raise ValueError(f"must be {kind}") from None
+    if isinstance(value, bool) or not isinstance(value, (int,) if annotation is int else (int, float)):
+        raise ValueError(f"must be {kind}")
+    if not math.isfinite(value):
+        raise ValueError("must be finite")
+    return annotation(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranges and combinations that need nothing but the configuration
+
+_AT_LEAST = {
+    "training.steps": 1,
+    "training.seq_len": 2,
+    "training.local_batch_size": 1,
+    "training.max_norm": 0,
+    "training.gc_freq": 1,
+    "training.seed": 0,
+    "optimizer.lr": 0,
+    "optimizer.eps": 0,
+    "optimizer.weight_decay": 0,
+    "lr_scheduler.warmup_steps": 0,
+    "adapter.rank": 1,
+    "hdpissa.num_adapters": 0,
+    "hdpissa.mute_scalar": 0,
+    "parallelism.data_parallel_replicate_degree": 1,
+    "profiling.profile_freq": 1,
+    "comm.init_timeout_seconds": 1,
+    "comm.train_timeout_seconds": 1,
+    "checkpoint.interval": 1,
+    "checkpoint.keep_latest_k": 0,
+    "checkpoint.load_step": -1,
+    "metrics.log_freq": 1,
+    "validation.freq": 1,
+    "validation.exact_match_samples": 0,
+    "validation.max_new_tokens": 1,
+}
+
+
+def check_combinations(config: JobConfig) -> list[str]:
+    """Faults of single values and of combinations of keys, one line each."""
+    errors = []
+
+    def require(condition: bool, line: str) -> None:
+        if not condition:
+            errors.append(line)
+
+    for key, least in _AT_LEAST.items():
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        require(value is None or value >= least, f"{key}: must be at least {least}, not {value}")
+    c = config
+    require(
+        (c.training.steps is None) != (c.training.epochs is None),
+        "training.steps: give either training.steps or training.epochs",
+    )
+    require(c.training.epochs is None or c.training.epochs > 0, "training.epochs: must be above 0")
+    gbs = c.training.global_batch_size
+    require(gbs == -1 or gbs >= 1, f"training.global_batch_size: must be -1 or at least 1, not {gbs}")
+    shard = c.parallelism.data_parallel_shard_degree
+    require(
+        shard == -1 or shard >= 1, f"parallelism.data_parallel_shard_degree: must be -1 or at least 1, not {shard}"
+    )
+    steps = c.validation.steps
+    require(steps == -1 or steps >= 1, f"validation.steps: must be -1 or at least 1, not {steps}")
+    require(
+        c.lr_scheduler.warmup_steps is None or c.lr_scheduler.warmup_ratio is None,
+        "lr_scheduler.warmup_ratio: give either warmup_steps or warmup_ratio",
+    )
+    for key in ("lr_scheduler.warmup_ratio", "lr_scheduler.min_lr_factor", "adapter.dropout"):
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        require(value is None or 0 <= value <= 1, f"{key}: must be between 0 and 1, not {value}")
+    for key in ("beta1", "beta2"):
+        value = getattr(c.optimizer, key)
+        require(0 <= value < 1, f"optimizer.{key}: must be at least 0 and below 1, not {value}")
+    require(c.adapter.alpha is None or c.adapter.alpha > 0, f"adapter.alpha: must be above 0, not {c.adapter.alpha}")
+    require(c.adapter.dropout < 1, "adapter.dropout: must be below 1")
+    require(c.adapter.target_modules != [], "adapter.target_modules: names no layer; leave it out for all")
+    require(c.data.train != "", "data.train: is missing; give the training records")
+    require(
+        bool(c.model.hf_assets_path) or bool(c.model.name and c.model.flavor),
+        "model.hf_assets_path: is missing; give a HF model directory, or model.name and model.flavor (random weights)",
+    )
+    require(
+        not c.validation.enable or c.data.validation != "", "data.validation: is missing; validation.enable needs it"
+    )
+    return errors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documentation and printing
+
+
+@functools.cache
+def _field_docs() -> dict[str, dict[str, str]]:
+    """Class name -> field -> the string literal under the field."""
+    docs: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(job_config)).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        fields = docs.setdefault(node.name, {})
+        for statement, following in zip(node.body, node.body[1:]):
+            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+                fields[statement.target.id] = " ".join(following.value.value.split())
+    return docs
+
+
+def help_text() -> str:
+    """Every key with its type, default and documentation."""
+    lines = ["usage: ./run_train.sh --config FILE [--section.key value ...]", ""]
+    for section, cls in _fields(JobConfig).items():
+        lines.append(f"[{section}]")
+        for f in dataclasses.fields(cls):
+            default = json.dumps(getattr(cls(), f.name))
+            lines.append(f"  --{section}.{f.name}  ({f.type}; default {default})")
+            lines.append(f"      {_field_docs()[cls.__name__][f.name]}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def to_toml(config: JobConfig) -> str:
+    """The resolved configuration as TOML; keys that are not set are left out."""
+    lines = []
+    for section, table in dataclasses.asdict(config).items():
+        lines.append(f"[{section}]")
+        # JSON's strings, numbers, booleans and lists of strings are valid TOML.
+        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items() if value is not None]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if argv and not argv[0].startswith("-"):
+        argv = ["--config", *argv]
+    print(to_toml(load_or_exit(argv)))
+
+
+if __name__ == "__main__":
+    main()

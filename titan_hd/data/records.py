@@ -1,0 +1,143 @@
+"""JSONL records: read, checked, and turned into token ids with labels."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from titan_hd.data.templates import Template
+from titan_hd.data.tokenizer import Tokenizer
+
+IGNORE = -100
+_PROMPT_FIELDS = ("instruction", "query", "question", "prompt")
+_RESPONSE_FIELDS = ("output", "response", "answer", "completion")
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids and labels of one record; label -100 is not trained on, position t predicts labels[t + 1]."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def read_jsonl(path: str, key: str) -> list[dict[str, Any]]:
+    """All records of a JSONL file; empty lines are passed over.
+
+    Raises:
+        ValueError: the file cannot be read (names the config key), or a line is not a JSON object (names file, line).
+    """
+    records = []
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    records.append(_parse(line, f"{path}:{number}"))
+    except OSError as error:
+        raise ValueError(f"{key}: cannot read {path}: {error.strerror}") from None
+    if not records:
+        raise ValueError(f"{key}: {path} holds no record")
+    return records
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError:
+        raise ValueError(f"{where}: not valid UTF-8") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: must be a JSON object, not {type(record).__name__}")
+    record["__where__"] = where
+    return record
+
+
+class TokenRecords:
+    """format = "tokens": ids and labels as they are, cut at seq_len."""
+
+    def __init__(self, records: list[dict[str, Any]], vocab_size: int, seq_len: int):
+        self.seq_len = seq_len
+        self._records = records
+        for record in records:
+            _check_tokens(record, vocab_size)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        return Example(record["input_ids"][: self.seq_len], record["labels"][: self.seq_len])
+
+
+def _check_tokens(record: dict[str, Any], vocab_size: int) -> None:
+    where, ids, labels = record["__where__"], record.get("input_ids"), record.get("labels")
+    for name, values in (("input_ids", ids), ("labels", labels)):
+        if not isinstance(values, list) or not all(type(v) is int for v in values):
+            raise ValueError(f"{where}: {name}: must be a list of whole numbers")
+    if len(ids) != len(labels):
+        raise ValueError(f"{where}: labels: has {len(labels)} entries, input_ids has {len(ids)}; they must agree")
+    if not ids:
+        raise ValueError(f"{where}: input_ids: is empty")
+    if not all(0 <= v < vocab_size for v in ids):
+        raise ValueError(f"{where}: input_ids: must be from 0 to {vocab_size - 1}, the model's vocabulary")
+    if not all(v == IGNORE or 0 <= v < vocab_size for v in labels):
+        raise ValueError(f"{where}: labels: must be {IGNORE} or from 0 to {vocab_size - 1}")
+
+
+class InstructionRecords:
+    """format = "instruction": prompt by template, response, end-of-sequence token; loss on the response alone."""
+
+    def __init__(
+        self,
+        records: list[dict[str, Any]],
+        tokenizer: Tokenizer,
+        template: Template,
+        seq_len: int,
+        prompt_field: str,
+        response_field: str,
+    ):
+        self._records, self._tokenizer, self._template, self.seq_len = records, tokenizer, template, seq_len
+        self._prompt_field = prompt_field or _detect(records[0], _PROMPT_FIELDS, "data.prompt_field")
+        self._response_field = response_field or _detect(records[0], _RESPONSE_FIELDS, "data.response_field")
+        for record in records:
+            for name in (self._prompt_field, self._response_field):
+                if not isinstance(record.get(name), str):
+                    raise ValueError(f"{record['__where__']}: {name}: must be a string")
+            if not record[self._response_field].strip():
+                raise ValueError(f"{record['__where__']}: {self._response_field}: is empty")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def prompt(self, index: int) -> str:
+        """The text in front of the response."""
+        record = self._records[index]
+        extra = record.get("input")
+        return self._template.write(record[self._prompt_field], extra if isinstance(extra, str) else "")
+
+    def prompt_ids(self, index: int) -> list[int]:
+        """BOS (if the family has one) and the prompt: what generation starts from."""
+        bos = [] if self._tokenizer.bos_id is None else [self._tokenizer.bos_id]
+        return bos + self._tokenizer.encode(self.prompt(index))
+
+    def response(self, index: int) -> str:
+        return self._records[index][self._response_field]
+
+    def __getitem__(self, index: int) -> Example:
+        """Prompt and response are encoded as one text; the first len(prompt) ids carry no label (Alpaca, PiSSA)."""
+        prompt = self.prompt_ids(index)
+        text = self.prompt(index) + self.response(index) + self._template.ending
+        ids = prompt[: self._tokenizer.bos_id is not None] + self._tokenizer.encode(text) + [self._tokenizer.eos_id]
+        labels = [IGNORE] * len(prompt) + ids[len(prompt) :]
+        return Example(ids[: self.seq_len], labels[: self.seq_len])
+
+
+def _detect(record: dict[str, Any], candidates: tuple[str, ...], key: str) -> str:
+    for name in candidates:
+        if name in record:
+            return name
+    fields = ", ".join(name for name in record if name != "__where__")
+    raise ValueError(f"{record['__where__']}: none of {', '.join(candidates)} is there (found {fields}); set {key}")

@@ -1,0 +1,47 @@
+"""How an instruction becomes a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+_HEAD = (
+    "Below is an instruction that describes a task{extra}. Write a response that appropriately completes the request."
+)
+_ALPACA = _HEAD.format(extra="") + "\n\n### Instruction:\n{prompt}\n\n### Response:"
+_ALPACA_INPUT = (
+    _HEAD.format(extra=", paired with an input that provides further context")
+    + "\n\n### Instruction:\n{prompt}\n\n### Input:\n{input}\n\n### Response:"
+)
+
+
+class Template:
+    """Writes prompts; `ending` is what stands between a response and the end-of-sequence token."""
+
+    def __init__(self, write: Callable[[str, str], str], ending: str):
+        self.write, self.ending = write, ending
+
+
+def load_template(name: str) -> Template:
+    """A template by its name in the configuration, or from a text file with {prompt} and perhaps {input}.
+
+    pissa is the form of PiSSA's and HD-PiSSA's experiments: Alpaca's heading, the response followed by a newline.
+
+    Raises:
+        ValueError: neither a known name nor a readable file with {prompt}.
+    """
+    if name == "none":
+        return Template(lambda prompt, extra: f"{prompt}\n{extra}" if extra else prompt, "")
+    if name in ("alpaca", "pissa"):
+
+        def write(prompt: str, extra: str) -> str:
+            return (_ALPACA_INPUT if extra else _ALPACA).replace("{prompt}", prompt).replace("{input}", extra)
+
+        return Template(write, "\n" if name == "pissa" else "")
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except OSError:
+        raise ValueError(f"data.template: {name!r} is neither alpaca, pissa or none nor a file that can be read") from None
+    if "{prompt}" not in text:
+        raise ValueError(f"data.template: {name} holds no {{prompt}}")
+    return Template(lambda prompt, extra: text.replace("{input}", extra).replace("{prompt}", prompt), "")

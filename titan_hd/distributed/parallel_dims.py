@@ -1,0 +1,128 @@
+"""The device meshes of a run, and how K logical adapters map onto its data-parallel workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+def resolve_shard_degree(replicate: int, shard: int, world_size: int) -> int:
+    """dp_shard with -1 replaced. ValueError if the degrees do not multiply to the number of workers."""
+    if shard == -1:
+        shard = world_size // replicate
+    if replicate * shard != world_size:
+        raise ValueError(
+            f"parallelism.data_parallel_shard_degree: replicate {replicate} x shard {shard} is not the number of "
+            f"workers, {world_size}"
+        )
+    return shard
+
+
+@dataclass(frozen=True)
+class AdapterPlacement:
+    """Which adapters a data-parallel worker hosts, and which samples of a global batch it computes.
+
+    Both maps deal out contiguous ranges, so worker w simply owns samples w*B/W to (w+1)*B/W - 1 of every global batch
+    of B, in micro-batches of `local_batch_size`; sample j belongs to adapter floor(j*K/B) whoever computes it.
+    """
+
+    num_adapters: int  # K
+    workers: int  # W
+    rank: int  # this worker's place in the data-parallel order
+    global_batch_size: int
+    local_batch_size: int
+
+    def __post_init__(self) -> None:
+        error = placement_error(self.num_adapters, self.workers, self.global_batch_size, self.local_batch_size)
+        if error:
+            raise ValueError(error)
+
+    @property
+    def hosted(self) -> int:
+        """Number of adapters on this worker."""
+        return max(1, self.num_adapters // self.workers)
+
+    @property
+    def first_adapter(self) -> int:
+        return self.rank * self.num_adapters // self.workers
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one worker in an optimizer step."""
+        return self.global_batch_size // (self.workers * self.local_batch_size)
+
+    def samples(self, micro_batch: int) -> range:
+        """Positions in the global batch that micro-batch m of this worker takes."""
+        start = self.rank * self.global_batch_size // self.workers + micro_batch * self.local_batch_size
+        return range(start, start + self.local_batch_size)
+
+    def slot(self, micro_batch: int) -> int:
+        """Which of the hosted adapters micro-batch m belongs to."""
+        adapter = self.samples(micro_batch).start * self.num_adapters // self.global_batch_size
+        return adapter - self.first_adapter
+
+
+def placement_error(num_adapters: int, workers: int, global_batch: int, local_batch: int) -> str | None:
+    """One line on why K adapters and a global batch cannot be dealt to W workers, or None."""
+    if max(num_adapters, workers) % min(num_adapters, workers):
+        return (
+            f"hdpissa.num_adapters: {num_adapters} adapters cannot be dealt to {workers} data-parallel workers; "
+            "one number must divide the other"
+        )
+    unit = local_batch * max(num_adapters, workers)
+    if global_batch % unit:
+        shares = f"{num_adapters} adapters" if num_adapters >= workers else f"{workers} workers"
+        return (
+            f"training.global_batch_size: {global_batch} must be a multiple of {unit} "
+            f"(local_batch_size {local_batch} x {shares})"
+        )
+    return None
+
+
+@dataclass
+class ParallelDims:
+    """Meshes over the world, made in the order (dp_replicate, dp_shard).
+
+    Attributes:
+        fsdp_mesh: what `fully_shard` gets: [dp_shard], or [dp_replicate, dp_shard] for HSDP.
+        dp_mesh: the data-parallel workers in one dimension.
+    """
+
+    dp_replicate: int
+    dp_shard: int
+    device_type: str
+    world: DeviceMesh = field(init=False)
+    fsdp_mesh: DeviceMesh = field(init=False)
+    dp_mesh: DeviceMesh = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = ("dp_replicate", "dp_shard")
+        self.world = init_device_mesh(self.device_type, (self.dp_replicate, self.dp_shard), mesh_dim_names=names)
+        self.fsdp_mesh = self.world if self.dp_replicate > 1 else self.world["dp_shard"]
+        self.dp_mesh = self.world[names]._flatten("dp") if self.dp_replicate > 1 else self.world["dp_shard"]
+
+    @property
+    def dp_size(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def dp_rank(self) -> int:
+        return self.dp_mesh.get_local_rank()
+
+    @property
+    def shard_rank(self) -> int:
+        return self.world["dp_shard"].get_local_rank()
+
+    def adapter_mesh(self, num_adapters: int) -> DeviceMesh:
+        """The data-parallel workers as [adapter, group]: min(K, W) holders of adapters x workers that share one."""
+        holders = min(num_adapters, self.dp_size)
+        ranks = torch.arange(self.dp_size).view(holders, -1)
+        return DeviceMesh(self.device_type, ranks, mesh_dim_names=("adapter", "adapter_group"))
+
+
+def shard_rows(rows: int, shards: int) -> list[tuple[int, int]]:
+    """Row range [start, stop) of each shard under DTensor's Shard(0): equal chunks, the last ones short or empty."""
+    chunk = -(-rows // shards)
+    return [(min(rows, s * chunk), min(rows, (s + 1) * chunk)) for s in range(shards)]

@@ -1,0 +1,49 @@
+"""Starts the workers of this node: torchrun with a check of the configuration before, and one honest line after.
+
+    python -m titan_hd.launch [torchrun options] -- [titan_hd options]
+
+Same options and rendezvous as torchrun. What differs: faults of the configuration are reported once, with status 2,
+before any process starts; and the exit status is that of the worker that failed first.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from titan_hd.config import manager
+from titan_hd.preflight import plan_run
+
+
+def main() -> None:
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    launcher_args, train_args = sys.argv[1:split], sys.argv[split + 1 :]
+    args = run.parse_args([*launcher_args, "-m", "titan_hd.train", *train_args])
+    config = manager.load_or_exit(train_args)
+    try:
+        plan_run(config, run.determine_local_world_size(args.nproc_per_node) * run.parse_min_max_nnodes(args.nnodes)[1])
+    except manager.ConfigError as error:
+        manager.exit_with(error.errors)
+    # The agent repeats a worker's failure as a banner and a traceback of its own; the worker has said it already.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        run.run(args)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        reason = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"status {failure.exitcode}"
+        said = "" if rank == 0 or failure.message.startswith("Signal") else f": {_first_line(failure.message)}"
+        print(f"titan_hd: worker {rank} ended with {reason}{said}", file=sys.stderr)
+        raise SystemExit(status) from None
+
+
+def _first_line(message: object) -> str:
+    text = message.get("message", "") if isinstance(message, dict) else str(message)
+    return text.strip().split("\n")[0]
+
+
+if __name__ == "__main__":
+    main()

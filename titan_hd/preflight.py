@@ -1,0 +1,91 @@
+"""Everything about a run that can be known, or be wrong, before any process group starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from titan_hd.adapters.hdpissa import check_rank
+from titan_hd.components.optimizer import optimizer_class
+from titan_hd.config.job_config import LINEAR_LAYERS, JobConfig
+from titan_hd.config.manager import ConfigError
+from titan_hd.data.templates import load_template
+from titan_hd.distributed.parallel_dims import placement_error, resolve_shard_degree
+from titan_hd.models.registry import DecoderConfig, flavor_config, read_hf_config
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What the configuration comes to for a number of workers: every default resolved."""
+
+    decoder: DecoderConfig
+    dp_replicate: int
+    dp_shard: int
+    num_adapters: int  # K; 1 for methods without logical adapters
+    global_batch_size: int
+
+
+def plan_run(config: JobConfig, world_size: int) -> RunPlan:
+    """Resolve a configuration for `world_size` workers.
+
+    Raises:
+        ConfigError: one line for every fault that needs the model's shapes, the files or the number of workers.
+    """
+    errors: list[str] = []
+
+    def attempt(function, *args):
+        try:
+            return function(*args)
+        except ValueError as error:
+            errors.append(str(error))
+            return None
+
+    parallelism, training = config.parallelism, config.training
+    replicate = parallelism.data_parallel_replicate_degree
+    shard = attempt(resolve_shard_degree, replicate, parallelism.data_parallel_shard_degree, world_size)
+    decoder = attempt(decoder_config, config)
+    attempt(optimizer_class, config.optimizer.name)
+    if config.data.format != "tokens":
+        attempt(load_template, config.data.template)
+    for key in ("train", "validation"):
+        path = getattr(config.data, key)
+        if path and not Path(path).is_file():
+            errors.append(f"data.{key}: no such file: {path}")
+    hdpissa = config.adapter.method == "hdpissa"
+    num_adapters = (config.hdpissa.num_adapters or world_size) if hdpissa else 1
+    global_batch = training.global_batch_size
+    if global_batch == -1:
+        global_batch = training.local_batch_size * max(num_adapters, world_size)
+    error = placement_error(num_adapters, world_size, global_batch, training.local_batch_size)
+    if error:
+        errors.append(error)
+    if decoder is not None:
+        errors += _shape_errors(config, decoder, num_adapters if hdpissa else 0)
+    if errors:
+        raise ConfigError(errors)
+    return RunPlan(decoder, replicate, shard, num_adapters, global_batch)
+
+
+def decoder_config(config: JobConfig) -> DecoderConfig:
+    """The model's sizes: of the flavor if one is named, else from config.json. ValueError names the key or the file."""
+    if config.model.flavor:
+        return flavor_config(config.model.name, config.model.flavor)
+    return read_hf_config(config.model.hf_assets_path, config.model.name)
+
+
+def _shape_errors(config: JobConfig, decoder: DecoderConfig, num_adapters: int) -> list[str]:
+    errors, shapes = [], decoder.linear_shapes()
+    for target in config.adapter.target_modules or []:
+        if target not in shapes:
+            errors.append(f"adapter.target_modules: {target!r} is no linear layer; there are {', '.join(shapes)}")
+    if num_adapters:
+        rank = config.adapter.rank
+        directions = num_adapters * rank if config.hdpissa.slices == "orthogonal" else rank
+        for target in config.adapter.target_modules or LINEAR_LAYERS:
+            if target in shapes:
+                try:
+                    check_rank(target, shapes[target], directions, rank)
+                except ValueError as error:
+                    errors.append(str(error))
+                    break  # the other layers' lines would say the same
+    return errors

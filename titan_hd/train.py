@@ -1,0 +1,437 @@
+"""The story of a run: set-up in named phases, `train_step`, `train`.
+
+    torchrun --nproc_per_node N -m titan_hd.train --config FILE [--section.key value ...]
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import gc
+import logging
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from titan_hd import __version__
+from titan_hd.adapters.full import FullFineTuning
+from titan_hd.adapters.hdpissa import HDPissa
+from titan_hd.components import checkpoint as ckpt
+from titan_hd.components.export import export_hf
+from titan_hd.components.flops import flops_per_token
+from titan_hd.components.loss import token_loss_sum
+from titan_hd.components.lr_scheduler import lr_factor
+from titan_hd.components.metrics import MetricsLogger, init_logging, peak_memory_gib
+from titan_hd.components.optimizer import build_optimizer, clip_gradients
+from titan_hd.components.profiling import build_profiler
+from titan_hd.components.validation import exact_match, greedy, validation_loss
+from titan_hd.config import manager
+from titan_hd.config.job_config import JobConfig
+from titan_hd.data.dataset import build_records
+from titan_hd.data.loader import Batch, SampleOrder, TrainLoader
+from titan_hd.data.records import InstructionRecords
+from titan_hd.data.tokenizer import load_tokenizer
+from titan_hd.distributed.adapter_registry import AdapterRegistry
+from titan_hd.distributed.collectives import together
+from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims
+from titan_hd.distributed.parallelize import init_weights, load_weights, materialize, parallelize
+from titan_hd.distributed.slices import compute_factors
+from titan_hd.distributed.update.fold import Fold
+from titan_hd.models.decoder import Decoder
+from titan_hd.preflight import RunPlan, plan_run
+
+logger = logging.getLogger("titan_hd")
+
+
+class Trainer:
+    """One run on one worker. Construct after the process group is there; then `train`, then `close`."""
+
+    def __init__(self, config: JobConfig, plan: RunPlan, device: torch.device):
+        self.config, self.plan, self.device = config, plan, device
+        self.dims = ParallelDims(plan.dp_replicate, plan.dp_shard, device.type)
+        self.placement = AdapterPlacement(
+            plan.num_adapters,
+            self.dims.dp_size,
+            self.dims.dp_rank,
+            plan.global_batch_size,
+            config.training.local_batch_size,
+        )
+        self._log_start()
+        self._build_model()
+        self._build_data()
+        self._build_optimizer()
+        self._load_or_resume()
+        self._build_metrics()
+
+    # ------------------------------------------------------------------------------------------------------ set-up
+
+    def _log_start(self) -> None:
+        config, plan, w = self.config, self.plan, dist.get_world_size()
+        logger.info("titan_hd %s, torch %s, %d x %s", __version__, torch.__version__, w, _device_name(self.device))
+        if config.job.print_config:
+            logger.info("configuration:\n%s", manager.to_toml(config))
+        hosted = f", {self.placement.hosted} on each worker" if plan.num_adapters > 1 else ""
+        logger.info(
+            "method %s: %d logical adapter(s)%s; global batch %d in %d micro-batch(es) per worker; mesh %d x %d",
+            config.adapter.method,
+            plan.num_adapters,
+            hosted,
+            plan.global_batch_size,
+            self.placement.micro_batches,
+            plan.dp_replicate,
+            plan.dp_shard,
+        )
+
+    def _build_model(self) -> None:
+        """meta init -> method -> registry -> parallelise -> memory. Values come in `_load_or_resume`."""
+        c = self.config
+        with torch.device("meta"):
+            self.model = Decoder(self.plan.decoder)
+        self.registry: AdapterRegistry | None = None
+        if c.adapter.method == "hdpissa":
+            h = c.hdpissa
+            method = HDPissa(
+                self.plan.num_adapters, c.adapter.rank, c.adapter.alpha, c.adapter.dropout, h.mute_scalar, h.slices
+            )
+        else:
+            method = FullFineTuning()
+        trained = method.apply(self.model, c.adapter.target_modules)
+        if isinstance(method, HDPissa):
+            self.registry = AdapterRegistry(self.model, method, self.dims.adapter_mesh(method.num_adapters))
+        parallelize(
+            self.model,
+            self.dims,
+            ignored_params=self.registry.parameters() if self.registry else set(),
+            param_dtype=getattr(torch, c.training.mixed_precision_param),
+            checkpoint_mode=c.activation_checkpoint.mode,
+            compile_blocks=c.compile.enable,
+        )
+        materialize(self.model, self.device)
+        self.trainable = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+        total = sum(p.numel() for _, p in self.model.named_parameters())
+        count = sum(p.numel() for p in self.trainable)
+        logger.info("%d parameters, %d trainable, in %d layers", total, count, len(trained))
+
+    def _build_data(self) -> None:
+        c = self.config
+        self.tokenizer = functools.cache(lambda: load_tokenizer(c.model.hf_assets_path))
+        shape = self.plan.decoder.vocab_size, c.training.seq_len
+        with together("reading the data"):
+            records = build_records(c.data, "train", *shape, self.tokenizer)
+            self.validation_records = None
+            if c.validation.enable:
+                self.validation_records = build_records(c.data, "validation", *shape, self.tokenizer)
+                if c.validation.exact_match_samples and not isinstance(self.validation_records, InstructionRecords):
+                    raise ValueError("validation.exact_match_samples: needs records with a prompt and a response")
+        # Compiled blocks want one shape; otherwise padding to the longest record of a micro-batch is enough.
+        self.pad_to = c.training.seq_len if c.compile.enable else None
+        batch = self.plan.global_batch_size
+        order = SampleOrder(len(records), c.data.shuffle, c.training.seed)
+        self.loader = TrainLoader(records, order, batch, self.pad_to)
+        self.total_steps = c.training.steps or max(1, int(c.training.epochs * len(records)) // batch)
+        logger.info("%d training records; %d steps of %d", len(records), self.total_steps, batch)
+
+    def _build_optimizer(self) -> None:
+        # An adapter's parameters are zero when a step begins, so decay belongs to the fold, on W.
+        decay = 0.0 if self.registry else self.config.optimizer.weight_decay
+        self.optimizer = build_optimizer(self.config.optimizer, self.trainable, decay)
+
+    def _load_or_resume(self) -> None:
+        """Weights and factors from the chosen checkpoint, or from the model directory and the SVD."""
+        c = self.config
+        folder = Path(c.job.dump_folder) / c.checkpoint.folder
+        self.checkpointer = ckpt.Checkpointer(folder, c.checkpoint.keep_latest_k)
+        with together("looking for checkpoints"):
+            self.step = (self.checkpointer.choose(c.checkpoint.load_step) if c.checkpoint.enable else None) or 0
+            self._saved_state = self.checkpointer.train_state(self.step) if self.step else {}
+            ckpt.check_resumable(self._saved_state.get("identity"), self._identity())
+        if self.step:
+            if self.registry:
+                self.registry.empty_factors()
+            ckpt.allocate_optimizer_state(self.optimizer, self.trainable, self.checkpointer.metadata(self.step))
+            self.checkpointer.load(self.step, self._tensors())
+        elif c.model.flavor:
+            init_weights(self.model, self.dims, c.training.seed)
+        else:
+            with together("loading the weights"):
+                load_weights(self.model, self.dims, c.model.hf_assets_path)
+        if self.registry:
+            if not self.step:
+                self._compute_factors()
+            self.registry.materialize()
+            self.fold = Fold(self.registry, self.dims, c.hdpissa.aggregate, c.optimizer.weight_decay)
+            self.fold.gather_static_factors()
+
+    def _compute_factors(self) -> None:
+        start = said = time.perf_counter()
+        for done, total in compute_factors(
+            self.registry, self.dims, self.config.hdpissa.slices, self.config.training.seed
+        ):
+            if time.perf_counter() - said > 10:
+                said = time.perf_counter()
+                logger.info("factors of %d of %d layers computed", done, total)
+        logger.info(
+            "%s slices of %d layers in %.1f s", self.config.hdpissa.slices, total, time.perf_counter() - start
+        )
+
+    def _build_metrics(self) -> None:
+        c = self.config
+        rank = dist.get_rank()
+        self.metrics = MetricsLogger(c, rank, self.total_steps, self.step, self._saved_state.get("wandb_id"))
+        self.profiler = build_profiler(c, rank)
+        self._window: list[tuple[int, float]] = []  # (tokens of all workers, seconds) of the steps since the last log
+        # (every how many steps, what); the last step always runs all of them
+        self.hooks: list[tuple[int, Callable[[], None]]] = [(c.training.gc_freq, lambda: gc.collect(1))]
+        if c.validation.enable:
+            self.hooks.append((c.validation.freq, self.validate))
+        if c.checkpoint.enable:
+            self.hooks.append((c.checkpoint.interval, self.save))
+
+    # ---------------------------------------------------------------------------------------------------- training
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step over the global batch. Returns this step's numbers, the same on every worker."""
+        batches = [self.loader.batch(self.step, self.placement.samples(m)) for m in range(self.placement.micro_batches)]
+        adapters = [self.placement.first_adapter + self.placement.slot(m) for m in range(len(batches))]
+        counts, tokens = self._count_tokens(batches, adapters)
+        lr = self.config.optimizer.lr * lr_factor(self.config.lr_scheduler, self.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.registry:
+            self.registry.zero_grad()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for m, (batch, adapter) in enumerate(zip(batches, adapters)):
+            loss_sum += self._forward_backward(m, batch, counts[adapter])
+        if self.registry:
+            self.registry.finish_gradients()
+        grad_norm = clip_gradients(list(self.trainable), self.config.training.max_norm)
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"step {self.step + 1}: the gradient norm is {grad_norm}; W is as before the step")
+        self.optimizer.step()
+        if self.registry:
+            self.fold(lr)
+        self.step += 1
+        dist.all_reduce(loss_sum)
+        return {"loss": loss_sum.item() / max(1, sum(counts)), "grad_norm": grad_norm, "lr": lr, "tokens": tokens}
+
+    def _count_tokens(self, batches: list[Batch], adapters: list[int]) -> tuple[list[int], int]:
+        """Trained tokens of each logical adapter over the whole step, and all tokens of the step but padding."""
+        counts = torch.zeros(self.plan.num_adapters + 1, dtype=torch.long)
+        for batch, adapter in zip(batches, adapters):
+            counts[adapter] += batch.trained_tokens
+            counts[-1] += batch.tokens
+        counts = counts.to(self.device)
+        dist.all_reduce(counts)
+        *per_adapter, tokens = counts.tolist()
+        return per_adapter, tokens
+
+    def _forward_backward(self, micro_batch: int, batch: Batch, trained_tokens: int) -> torch.Tensor:
+        """Accumulate gradients of (sum of token losses / trained_tokens); returns the sum, detached."""
+        if self.registry:
+            self.registry.activate(self.placement.slot(micro_batch))
+            if self.config.adapter.dropout:
+                # Masks are a function of the samples, not of the worker that happens to compute them.
+                first = self.step * self.plan.global_batch_size + self.placement.samples(micro_batch).start
+                torch.manual_seed((self.config.training.seed << 40) + first)
+        logits = self.model(batch.input_ids.to(self.device))
+        loss = token_loss_sum(logits, batch.targets.to(self.device))
+        (loss / max(1, trained_tokens)).backward()
+        return loss.detach()
+
+    def train(self) -> None:
+        """All remaining steps, with validation before and after, checkpoints, logs and the export."""
+        if self.config.validation.enable and self.step == 0:
+            self.validate()
+        gc.disable()  # collected by a hook instead: workers that pause at different times wait for each other
+        first_step = self.step
+        while self.step < self.total_steps:
+            start = time.perf_counter()
+            numbers = self.train_step()
+            self._window.append((int(numbers.pop("tokens")), time.perf_counter() - start))
+            if self.profiler:
+                self.profiler.step()
+            self.metrics.advance(numbers["loss"])
+            if self.step % self.config.metrics.log_freq == 0 or self.step == self.total_steps:
+                self._log(numbers)
+            for every, hook in self.hooks:
+                if self.step % every == 0 or self.step == self.total_steps:
+                    hook()
+            if self.step == first_step + 1:
+                _set_timeout(self.config.comm.train_timeout_seconds)
+        gc.enable()
+        if self.config.export.enable:
+            folder = Path(self.config.job.dump_folder) / self.config.export.folder
+            dtype = getattr(torch, self.config.export.dtype)
+            export_hf(self.model, self.dims, folder, dtype, self.config.model.hf_assets_path)
+
+    # --------------------------------------------------------------------------------------------------- periodic
+
+    def _log(self, numbers: dict[str, float]) -> None:
+        tokens, seconds = map(sum, zip(*self._window))
+        steps = len(self._window)
+        self._window.clear()
+        length = tokens / (steps * self.plan.global_batch_size)
+        rank = self.config.adapter.rank if self.registry else 0
+        flops = flops_per_token(self.plan.decoder, length, self.registry is None, rank)
+        rate = tokens / seconds
+        self.metrics.log(
+            self.step,
+            {
+                **numbers,
+                "tokens_per_second": rate,
+                "tflops_per_worker": rate * flops / 1e12 / self.dims.dp_size,
+                "step_seconds": seconds / steps,
+                "peak_memory_gib": peak_memory_gib(self.device),
+            },
+        )
+
+    def validate(self) -> None:
+        """Validation loss and, if asked for, exact match of generated answers; logged under this step."""
+        c, v = self.config, self.config.validation
+        worker, workers = self.dims.dp_rank, self.dims.dp_size
+        self.model.eval()
+        values = {
+            "validation_loss": validation_loss(
+                self.model,
+                self.validation_records,
+                worker,
+                workers,
+                c.training.local_batch_size,
+                self.pad_to,
+                v.steps,
+                self.device,
+            )
+        }
+        if v.exact_match_samples:
+            tokenizer = self.tokenizer()
+            values["validation_exact_match"] = exact_match(
+                self.model,
+                self.validation_records,
+                tokenizer,
+                v.exact_match_samples,
+                v.answer_marker,
+                worker,
+                workers,
+                lambda ids: greedy(
+                    self.model, ids, tokenizer.eos_id, v.max_new_tokens, self.pad_to, self.device
+                ),
+                self.device,
+            )
+        self.model.train()
+        self.metrics.log(self.step, values)
+
+    def save(self) -> None:
+        """Save a checkpoint of this step."""
+        state = {"step": self.step, "wandb_id": self.metrics.wandb_id, "identity": self._identity()}
+        self.checkpointer.save(self.step, self._tensors(), {**state, "config": manager.to_toml(self.config)})
+
+    def _tensors(self) -> dict[str, object]:
+        state = ckpt.model_state(self.model, self.registry)
+        return {**state, **ckpt.optimizer_state(self.optimizer, self.trainable)}
+
+    def _identity(self) -> dict[str, object]:
+        """What a checkpoint and the run that resumes from it must have in common."""
+        c = self.config
+        return {
+            "adapter.method": c.adapter.method,
+            "adapter.rank": c.adapter.rank if self.registry else None,
+            "adapter.target_modules": c.adapter.target_modules,
+            "hdpissa.num_adapters": self.plan.num_adapters,
+            "hdpissa.slices": c.hdpissa.slices if self.registry else None,
+            "training.global_batch_size": self.plan.global_batch_size,
+            "training.seed": c.training.seed,
+            "optimizer.name": c.optimizer.name,
+            "model": repr(self.plan.decoder),
+        }
+
+    def close(self) -> None:
+        self.metrics.close()
+        if self.profiler:
+            self.profiler.stop()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The process
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _set_timeout(seconds: int) -> None:
+    """From now on collectives give up after so many seconds: loading and compiling are over."""
+    dist.barrier()
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+
+
+def init_process(config: JobConfig) -> torch.device:
+    """Start the process group (nccl on GPUs, gloo on CPUs) and return this worker's device."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    timeout = datetime.timedelta(seconds=config.comm.init_timeout_seconds)
+    dist.init_process_group(backend, timeout=timeout)
+    if config.debug.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return device
+
+
+def run(config: JobConfig, plan: RunPlan) -> None:
+    """A whole run of this worker."""
+    device = init_process(config)
+    try:
+        trainer = Trainer(config, plan, device)
+        try:
+            trainer.train()
+        finally:
+            trainer.close()
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _is_user_error(error: BaseException) -> bool:
+    """A ValueError that this package raised says what the user can mend; one from a library is a bug of ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = str(Path(__file__).parent)
+    return isinstance(error, ValueError) and bool(frames) and frames[-1].filename.startswith(ours)
+
+
+def main() -> None:
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for key, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}.items():
+        os.environ.setdefault(key, str(value))
+    os.environ.setdefault("MASTER_PORT", "29500")
+    init_logging(rank)
+    handler = get_error_handler()
+    handler.initialize()
+    try:
+        config = manager.load_or_exit(sys.argv[1:])
+        run(config, plan_run(config, world_size))
+    except Exception as error:
+        handler.record_exception(error)
+        if not _is_user_error(error):
+            raise
+        # User errors are the same on every rank (see `together`): one says them, all leave with status 2.
+        if rank == 0:
+            print(*(f"titan_hd: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

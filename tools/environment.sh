@@ -1,0 +1,21 @@
+# Sourced by run_train.sh and run_tests.sh: finds a Python that has titan_hd's dependencies, or makes .venv.
+#   setup_environment ROOT [EXTRA]    sets PYTHON and PYTHONPATH; EXTRA is an extra of pyproject.toml, such as dev
+
+setup_environment() {
+  local root=$1 extra=${2:-}
+  local need="import torch, numpy, safetensors, sentencepiece, tokenizers, tiktoken, tqdm, torchdata, wandb"
+  [ "$extra" != dev ] || need="$need, pytest, pytest_timeout, hypothesis, transformers, peft"
+  export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+  local candidate
+  for candidate in "$root/.venv/bin/python" "${PYTHON:-python3}"; do
+    if command -v "$candidate" >/dev/null && "$candidate" -c "$need" 2>/dev/null; then
+      PYTHON=$candidate
+      return
+    fi
+  done
+  echo "titan_hd: installing its dependencies into $root/.venv" >&2
+  [ -x "$root/.venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$root/.venv"
+  "$root/.venv/bin/python" -m pip install --quiet "$root${extra:+[$extra]}" >&2
+  "$root/.venv/bin/python" -m pip uninstall --quiet --yes titan_hd >&2 # the checkout itself is what runs
+  PYTHON="$root/.venv/bin/python"
+}
