@@ -38,7 +38,7 @@ def exchange_b(local: torch.Tensor, rows: list[tuple[int, int]], group: dist.Pro
     start, stop = rows[dist.get_rank(group)]
     send = [local[:, lo:hi].contiguous() for lo, hi in rows]
     parts = exchange_lists(send, [(k, stop - start, r)] * len(rows), group)
-    return torch.cat(parts).transpose(0, 1).reshape(stop - start, -1)
+    return torch.cat(parts).transpose(0, 1).reshape(stop - start, len(rows) * k * r)
 
 
 def apply_factors(

@@ -1,0 +1,23 @@
+from pathlib import Path
+
+import pytest
+
+from tests.workers import WorkerPool
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def workers():
+    pool = WorkerPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data and tokenizers beside the repository; tests that need them skip where they are absent."""
+    path = REPOSITORY.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"no {path}")
+    return path

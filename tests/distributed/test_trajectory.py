@@ -1,0 +1,146 @@
+"""The trajectory depends on K, the seed and the global batch: not on workers, meshes, kernels or interruptions."""
+
+import json
+
+import pytest
+import torch
+
+from tests import runs
+
+# Runs on other numbers of workers add the same fp32 numbers in another order.
+LOSS_TOLERANCE = 1e-5
+
+
+@pytest.fixture
+def setup(tmp_path):
+    runs.write_model(tmp_path / "model")
+    runs.write_records(tmp_path / "records.jsonl", count=20)
+
+    def argv(dump: str, **overrides):
+        values = {
+            "training__global_batch_size": 8,
+            "hdpissa__num_adapters": 4,
+            "data__shuffle": "true",
+            "training__steps": 6,
+            "lr_scheduler__decay_type": "cosine",
+            "lr_scheduler__warmup_steps": 2,
+        } | overrides
+        return runs.options(tmp_path / "model", tmp_path / "records.jsonl", tmp_path / dump, **values)
+
+    return argv
+
+
+@pytest.mark.parametrize("method", ["hdpissa", "full", "dropout", "random", "mute"])
+def test_same_losses_on_any_number_of_workers(method, workers, setup):
+    changes = {
+        "hdpissa": {},
+        "full": {"adapter__method": "full", "hdpissa__num_adapters": 0},
+        "dropout": {"adapter__dropout": 0.3},
+        "random": {"hdpissa__slices": "random"},
+        "mute": {"hdpissa__mute_scalar": 1e-16},
+    }[method]
+    losses = {n: workers.run(n, runs.train, setup(f"{method}-{n}", **changes))[0] for n in (1, 2, 4)}
+    assert losses[2] == pytest.approx(losses[1], rel=LOSS_TOLERANCE)
+    assert losses[4] == pytest.approx(losses[1], rel=LOSS_TOLERANCE)
+    assert len(set(losses[1])) == 6
+
+
+def test_dropout_changes_the_run(workers, setup):
+    plain, dropped = (workers.run(1, runs.train, setup(f"d{p}", adapter__dropout=p))[0] for p in (0.0, 0.3))
+    assert plain[0] == dropped[0], "the forward pass is the frozen layer's, with or without dropout"
+    assert plain[-1] != dropped[-1]
+
+
+def test_mute_scalar_of_the_paper_equals_the_exact_mute(workers, setup, tmp_path):
+    for dump, scalar in (("exact", 0.0), ("scalar", 1e-16)):
+        workers.run(2, runs.train, setup(dump, hdpissa__mute_scalar=scalar))
+    exact, scalar = runs.exported(tmp_path / "exact"), runs.exported(tmp_path / "scalar")
+    start = runs.load_file(tmp_path / "model" / "model.safetensors")
+    assert max(runs.delta_error(scalar, exact, start).values()) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["hdpissa", "full"])
+def test_resumed_run_equals_the_undisturbed_one(method, workers, setup, tmp_path):
+    """3 steps, stop, 3 steps against 6 steps: bitwise on the same workers, to rounding on others; two stops in a row."""
+    changes = {"checkpoint__enable": "true", "adapter__dropout": 0.1}
+    if method == "full":
+        changes |= {"adapter__method": "full", "hdpissa__num_adapters": 0}
+    (whole, _) = workers.run(2, runs.train, setup("whole", **changes))
+    want = runs.exported(tmp_path / "whole")
+
+    first = workers.run(2, runs.train, setup("same", **changes), stop_after=3)[0]
+    rest = workers.run(2, runs.train, setup("same", **changes))[0]
+    assert first + rest == whole
+    got = runs.exported(tmp_path / "same")
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+    first = workers.run(4, runs.train, setup("other", **changes), stop_after=2)[0]
+    second = workers.run(1, runs.train, setup("other", **changes), stop_after=2)[0]
+    third = workers.run(2, runs.train, setup("other", **changes))[0]
+    assert first + second + third == pytest.approx(whole, rel=LOSS_TOLERANCE)
+
+
+def test_resume_refuses_another_number_of_adapters(workers, setup):
+    workers.run(2, runs.train, setup("k", checkpoint__enable="true"), stop_after=1)
+    with pytest.raises(RuntimeError, match="hdpissa.num_adapters: the checkpoint has 4, this run 2"):
+        workers.run(2, runs.train, setup("k", checkpoint__enable="true", hdpissa__num_adapters=2))
+
+
+def test_checkpoints_are_complete_and_few(workers, setup, tmp_path):
+    workers.run(2, runs.train, setup("c", checkpoint__enable="true", checkpoint__interval=1))
+    folders = sorted(p.name for p in (tmp_path / "c" / "checkpoint").iterdir())
+    assert folders == ["step-5", "step-6"]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "c" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_torn_checkpoint_is_not_loaded(workers, setup, tmp_path):
+    argv = setup("t", checkpoint__enable="true")
+    workers.run(2, runs.train, argv, stop_after=2)
+    (tmp_path / "t" / "checkpoint" / "step-4.partial").mkdir()
+    assert len(workers.run(2, runs.train, argv)[0]) == 4
+
+
+def test_compile_and_checkpointing_with_virtual_adapters(workers, setup):
+    """Four adapters on one worker take turns inside one compiled block: no recompilation, same losses."""
+    plain = workers.run(1, runs.train, setup("plain", training__steps=3))[0]
+    both = workers.run(
+        1,
+        runs.train,
+        setup("both", training__steps=3, compile__enable="true", activation_checkpoint__mode="full"),
+    )[0]
+    assert both == pytest.approx(plain, rel=LOSS_TOLERANCE)
+
+
+def effective_rank(delta: torch.Tensor) -> float:
+    """exp of the entropy of the normalised singular values (Roy and Vetterli, 2007)."""
+    p = torch.linalg.svdvals(delta.double())
+    p = p / p.sum()
+    return torch.exp(-(p * p.clamp(min=1e-30).log()).sum()).item()
+
+
+def test_effective_rank_grows_with_the_number_of_adapters(workers, tmp_path):
+    """Section 6 of the paper: eight slices of rank 4 change W in many more directions than one."""
+    runs.write_model(
+        tmp_path / "model", hidden_size=64, intermediate_size=96, head_dim=16, num_key_value_heads=4, num_hidden_layers=1
+    )
+    runs.write_records(tmp_path / "records.jsonl", count=64)
+    start = runs.load_file(tmp_path / "model" / "model.safetensors")
+    ranks = {}
+    for k in (1, 8):
+        argv = runs.options(
+            tmp_path / "model",
+            tmp_path / "records.jsonl",
+            tmp_path / f"k{k}",
+            hdpissa__num_adapters=k,
+            hdpissa__aggregate="sum",
+            adapter__rank=4,
+            training__global_batch_size=16,
+            training__steps=8,
+            optimizer__lr=1e-3,
+        )
+        workers.run(2, runs.train, argv)
+        got = runs.exported(tmp_path / f"k{k}")
+        ranks[k] = {n: effective_rank(got[n] - start[n]) for n in got if "proj" in n}
+    for name, rank in ranks[1].items():
+        assert ranks[8][name] > 3 * rank, (name, rank, ranks[8][name])

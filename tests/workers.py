@@ -1,0 +1,83 @@
+"""A pool of worker processes that lives as long as the test session; every call makes a fresh process group.
+
+Starting Python and torch costs seconds, a gloo group costs milliseconds: so the processes stay and the groups change.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+_TIMEOUT = 240  # seconds for one call; a deadlock must fail its test, not the whole suite
+
+
+def _serve(rank: int, connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    import torch.distributed as dist
+
+    while (job := connection.recv()) is not None:
+        world_size, store, function, args, kwargs = job
+        try:
+            os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)})
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(store, world_size),
+                rank=rank,
+                world_size=world_size,
+                timeout=datetime.timedelta(seconds=60),
+            )
+            result = (True, function(*args, **kwargs))
+        except BaseException:
+            result = (False, traceback.format_exc())
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            torch._dynamo.reset()
+        connection.send(result)
+
+
+class WorkerPool:
+    """`run(n, function, ...)` calls an importable function on n ranks and returns their results in rank order."""
+
+    def __init__(self, size: int = 4):
+        self._size = size
+        self._workers: list[tuple[mp.Process, Any]] = []
+
+    def run(self, world_size: int, function: Callable, *args, **kwargs) -> list[Any]:
+        self._start()
+        with tempfile.TemporaryDirectory() as folder:
+            job = (world_size, os.path.join(folder, "store"), function, args, kwargs)
+            for _, connection in self._workers[:world_size]:
+                connection.send(job)
+            results = []
+            for rank, (_, connection) in enumerate(self._workers[:world_size]):
+                if not connection.poll(_TIMEOUT):
+                    self.close()
+                    raise TimeoutError(f"rank {rank} of {world_size} gave no answer in {_TIMEOUT} s")
+                results.append(connection.recv())
+        failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(results) if not ok]
+        if failures:
+            raise RuntimeError("\n".join(failures))
+        return [value for _, value in results]
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        while len(self._workers) < self._size:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(len(self._workers), theirs), daemon=True)
+            process.start()
+            self._workers.append((process, ours))
+
+    def close(self) -> None:
+        for process, _ in self._workers:
+            process.kill()
+            process.join()
+        self._workers.clear()
