@@ -9,10 +9,11 @@ before any process starts; and the exit status is that of the worker that failed
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 
 from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from titan_hd.config import manager
 from titan_hd.preflight import plan_run
@@ -32,12 +33,23 @@ def main() -> None:
     try:
         run.run(args)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = _root_cause(error.failures)
         status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         reason = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"status {failure.exitcode}"
         said = "" if rank == 0 or failure.message.startswith("Signal") else f": {_first_line(failure.message)}"
         print(f"titan_hd: worker {rank} ended with {reason}{said}", file=sys.stderr)
         raise SystemExit(status) from None
+
+
+def _root_cause(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The worker that failed by itself. One that a signal killed (out of memory, say) leaves the others with broken
+    connections, and the agent ends those with SIGTERM: so signals come first, SIGTERM last, then time decides."""
+
+    def order(item: tuple[int, ProcessFailure]) -> tuple[int, int]:
+        code = item[1].exitcode
+        return (0 if code < 0 and code != -signal.SIGTERM else 2 if code < 0 else 1, item[1].timestamp)
+
+    return min(failures.items(), key=order)
 
 
 def _first_line(message: object) -> str:

@@ -18,6 +18,8 @@ from titan_hd.config.job_config import JobConfig
 
 logger = logging.getLogger("titan_hd")
 
+_WANDB_START_SECONDS = 30
+
 
 class TqdmHandler(logging.StreamHandler):
     """Writes log lines above a progress bar instead of through it."""
@@ -44,27 +46,36 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class _Wandb:
-    """wandb that never stops the training: its first failure is a warning, then it is left alone."""
+    """wandb that never stops the training: without its server it goes offline, and a failure ends it with a warning."""
 
     def __init__(self, config: JobConfig, run_id: str | None):
         self.run = None
-        try:
-            import wandb
+        for mode in (None, "offline"):  # None: what WANDB_MODE says, online by default
+            try:
+                self.run = self._start(config, run_id, mode)
+                return
+            except Exception as error:
+                reason = " ".join(str(error).split())
+                outcome = "logging offline, `wandb sync` uploads later" if mode is None else "going on without it"
+                logger.warning("wandb cannot start (%s); %s", reason, outcome)
 
-            m = config.metrics
-            self.run = wandb.init(
-                project=m.wandb_project,
-                entity=m.wandb_entity or None,
-                name=m.wandb_name or None,
-                group=m.wandb_group or None,
-                id=run_id,
-                resume="allow",
-                notes=config.job.description or None,
-                dir=config.job.dump_folder,
-                config=dataclasses.asdict(config),
-            )
-        except Exception as error:
-            self._give_up(error)
+    def _start(self, config: JobConfig, run_id: str | None, mode: str | None):
+        import wandb
+
+        m = config.metrics
+        return wandb.init(
+            project=m.wandb_project,
+            entity=m.wandb_entity or None,
+            name=m.wandb_name or None,
+            group=m.wandb_group or None,
+            id=run_id,
+            resume="allow" if run_id else None,
+            notes=config.job.description or None,
+            dir=config.job.dump_folder,
+            config=dataclasses.asdict(config),
+            mode=mode,
+            settings=wandb.Settings(init_timeout=_WANDB_START_SECONDS),
+        )
 
     def log(self, values: dict[str, Any], step: int) -> None:
         if self.run is None:
@@ -84,7 +95,7 @@ class _Wandb:
 
     def _give_up(self, error: Exception) -> None:
         self.run = None
-        logger.warning("wandb failed and is left alone from here on: %s", " ".join(str(error).split()))
+        logger.warning("wandb failed (%s); going on without it", " ".join(str(error).split()))
 
 
 class MetricsLogger:

@@ -53,8 +53,8 @@ def load(argv: list[str]) -> JobConfig:
     for key, text in overrides:
         values[key] = (text, "command line")
     config = _build(values, errors)
-    if not errors:
-        errors += check_combinations(config)
+    faulty = {line.partition(":")[0] for line in errors}  # these keys hold their defaults now
+    errors += [line for line in check_combinations(config) if line.partition(":")[0] not in faulty]
     if errors:
         raise ConfigError(errors)
     return config
@@ -289,15 +289,15 @@ def check_combinations(config: JobConfig) -> list[str]:
         c.lr_scheduler.warmup_steps is None or c.lr_scheduler.warmup_ratio is None,
         "lr_scheduler.warmup_ratio: give either warmup_steps or warmup_ratio",
     )
-    for key in ("lr_scheduler.warmup_ratio", "lr_scheduler.min_lr_factor", "adapter.dropout"):
+    for key in ("lr_scheduler.warmup_ratio", "lr_scheduler.min_lr_factor"):
         section, _, name = key.partition(".")
         value = getattr(getattr(config, section), name)
         require(value is None or 0 <= value <= 1, f"{key}: must be between 0 and 1, not {value}")
-    for key in ("beta1", "beta2"):
-        value = getattr(c.optimizer, key)
-        require(0 <= value < 1, f"optimizer.{key}: must be at least 0 and below 1, not {value}")
+    for key in ("optimizer.beta1", "optimizer.beta2", "adapter.dropout"):
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        require(0 <= value < 1, f"{key}: must be at least 0 and below 1, not {value}")
     require(c.adapter.alpha is None or c.adapter.alpha > 0, f"adapter.alpha: must be above 0, not {c.adapter.alpha}")
-    require(c.adapter.dropout < 1, "adapter.dropout: must be below 1")
     require(c.adapter.target_modules != [], "adapter.target_modules: names no layer; leave it out for all")
     require(c.data.train != "", "data.train: is missing; give the training records")
     require(

@@ -1,0 +1,126 @@
+"""The fold's exchange alone, against the dense loops of `update/reference.py`.
+
+    workers  K     mesh            what it reaches
+    1        1, 4  1               no exchange, virtual adapters
+    2        2, 4  1 x 2           K = workers, K > workers
+    4        4, 8  1 x 4           uneven rows (37, 22), an empty shard (5 rows on 4: 2, 2, 1, 0)
+    4        2, 1  1 x 4           K < workers: shared adapters
+    4        4, 2  2 x 2           HSDP
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from titan_hd.adapters.hdpissa import HDPissa
+from titan_hd.distributed.adapter_registry import AdapterRegistry
+from titan_hd.distributed.parallel_dims import ParallelDims
+from titan_hd.distributed.slices import compute_factors
+from titan_hd.distributed.update.fold import Fold
+from titan_hd.distributed.update.reference import reference_update
+
+# One fp32 product of inner size 2 K r <= 16 against float64.
+TOLERANCE = 1e-5
+SHAPES = {"a": (37, 22), "b": (8, 30), "c": (22, 9), "d": (64, 8)}
+
+
+def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(map(ord, name)) * 1000 + sum(shape)))
+
+
+class Layers(nn.Module):
+    """A container that FSDP2 accepts: it wants a forward method."""
+
+    def forward(self):
+        raise NotImplementedError
+
+
+def build(num_adapters: int, replicate: int, shard: int, rank: int = 1):
+    """Plain linears under FSDP2, with a registry whose dA, dB are drawn, not trained."""
+    from torch.distributed.fsdp import fully_shard
+
+    dims = ParallelDims(replicate, shard, "cpu")
+    model = Layers()
+    for name, (out, width) in SHAPES.items():
+        linear = nn.Linear(width, out, bias=False)
+        linear.weight.data = draw(name, SHAPES[name])
+        model.add_module(name, linear)
+    method = HDPissa(num_adapters, rank)
+    method.apply(model, list(SHAPES))
+    registry = AdapterRegistry(model, method, dims.adapter_mesh(num_adapters))
+    fully_shard(model, mesh=dims.fsdp_mesh, ignored_params=registry.parameters())
+    for entry in registry.entries.values():  # off the meta device; the weights are there already
+        for key in ("delta_A", "delta_B"):
+            meta = getattr(entry.layer, key)
+            setattr(entry.layer, key, nn.Parameter(torch.empty_like(meta, device="cpu")))
+    for _ in compute_factors(registry, dims, "orthogonal", seed=0):
+        pass
+    registry.materialize()
+    return registry, dims
+
+
+def fold_once(num_adapters: int, replicate: int, shard: int, aggregate: str, decay: float) -> dict:
+    registry, dims = build(num_adapters, replicate, shard)
+    fold = Fold(registry, dims, aggregate, decay)
+    fold.gather_static_factors()
+    first = registry.mesh.get_local_rank("adapter") * registry.hosted
+    for name, entry in registry.entries.items():
+        for key in ("delta_A", "delta_B"):
+            local = getattr(entry.layer, key).detach().to_local()
+            full = draw(name + key, (num_adapters, *local.shape[1:]))
+            local.copy_(full[first : first + registry.hosted])
+    fold(lr=0.5)
+    result = {}
+    for name, entry in registry.entries.items():
+        assert not entry.layer.delta_A.to_local().any()
+        assert not entry.layer.delta_B.to_local().any()
+        result[name] = (entry.layer.weight.full_tensor(), entry.a.full_tensor(), entry.b.full_tensor())
+    return result
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "sum"])
+@pytest.mark.parametrize(
+    ("world_size", "num_adapters", "replicate"),
+    [(1, 1, 1), (1, 4, 1), (2, 2, 1), (2, 4, 1), (4, 4, 1), (4, 8, 1), (4, 2, 1), (4, 1, 1), (4, 4, 2), (4, 2, 2)],
+)
+def test_fold_equals_the_reference(world_size, num_adapters, replicate, aggregate, workers):
+    decay = 0.1
+    results = workers.run(world_size, fold_once, num_adapters, replicate, world_size // replicate, aggregate, decay)
+    for name, (out, width) in SHAPES.items():
+        start = draw(name, (out, width)).double()
+        got, a, b = results[0][name]
+        assert all(torch.equal(r[name][0], got) for r in results), "replicas and ranks see one W"
+        da, db = draw(name + "delta_A", (num_adapters, 1, width)), draw(name + "delta_B", (num_adapters, out, 1))
+        update = reference_update(a.double(), b.double(), da.double(), db.double(), aggregate)
+        want = (1 - 0.5 * decay) * start + update
+        assert ((got.double() - want).norm() / (want - start).norm()).item() < TOLERANCE
+        # The factors are the SVD's of the start weight, whoever computed them.
+        u, s, vh = torch.linalg.svd(start, full_matrices=False)
+        best = (u[:, :num_adapters] * s[:num_adapters]) @ vh[:num_adapters]
+        mine = torch.einsum("kor,kri->oi", b.double(), a.double())
+        assert ((mine - best).norm() / best.norm()).item() < TOLERANCE
+        gram = a.flatten(0, 1).double() @ a.flatten(0, 1).double().T
+        assert (gram - torch.diag(gram.diag())).abs().max() < TOLERANCE * gram.max(), "slices are orthogonal"
+
+
+def owners_of_svd(num_adapters: int) -> int:
+    """How many SVDs this rank computes."""
+    from titan_hd.distributed import slices
+
+    calls, original = 0, slices.slice_factors
+
+    def counted(*args):
+        nonlocal calls
+        calls += 1
+        return original(*args)
+
+    slices.slice_factors = counted
+    try:
+        build(num_adapters, 1, 2)
+    finally:
+        slices.slice_factors = original
+    return calls
+
+
+def test_every_svd_is_computed_once(workers):
+    assert workers.run(2, owners_of_svd, 2) == [2, 2]  # four weights, two workers

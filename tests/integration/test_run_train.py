@@ -1,0 +1,181 @@
+"""`run_train.sh` as a user runs it: whole runs, the export in transformers, and bad input."""
+
+import json
+import os
+import subprocess
+import time
+
+import pytest
+import torch
+
+from tests import runs
+from tests.conftest import REPOSITORY
+
+# Logits of the same fp32 weights by two implementations.
+LOGITS_TOLERANCE = 1e-5
+
+
+def run_train(*arguments: str, workers: int = 2, timeout: int = 180, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "NGPU": str(workers), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [str(REPOSITORY / "run_train.sh"), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture
+def setup(tmp_path):
+    runs.write_model(tmp_path / "model")
+    runs.write_records(tmp_path / "records.jsonl")
+    (tmp_path / "run.toml").write_text("[training]\nsteps = 3\nmixed_precision_param = 'float32'\n")
+
+    def arguments(**overrides) -> list[str]:
+        values = runs.options(tmp_path / "model", tmp_path / "records.jsonl", tmp_path / "dump", **overrides)
+        return ["--config", str(tmp_path / "run.toml"), *values]
+
+    return arguments
+
+
+def error_lines(result: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in result.stderr.splitlines() if line.startswith("titan_hd: error: ")]
+
+
+def test_a_run_leaves_metrics_and_a_model_that_transformers_opens(setup, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    runs.write_model(tmp_path / "model", hidden_size=24)  # transformers wants a multiple of the heads
+    result = run_train(*setup(hdpissa__num_adapters=4, metrics__enable_wandb="true"), WANDB_MODE="offline")
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in (tmp_path / "dump" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert {"loss", "grad_norm", "lr", "tokens_per_second", "peak_memory_gib"} <= records[0].keys()
+    assert list((tmp_path / "dump" / "wandb").glob("offline-run-*"))
+
+    from titan_hd.models.decoder import Decoder
+    from titan_hd.models.registry import read_hf_config
+
+    folder = tmp_path / "dump" / "hf"
+    ours = Decoder(read_hf_config(folder))
+    ours.load_state_dict(runs.exported(tmp_path / "dump"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        assert (ours(ids) - theirs(ids).logits).abs().max() < LOGITS_TOLERANCE
+
+
+def test_an_outage_of_wandb_does_not_stop_the_run(setup, tmp_path, monkeypatch):
+    """The worst of outages: wandb itself raises whenever it is called."""
+    (tmp_path / "broken" / "wandb").mkdir(parents=True)
+    (tmp_path / "broken" / "wandb" / "__init__.py").write_text(
+        "Settings = dict\ndef init(**kwargs):\n    raise OSError('no route to host')\n"
+    )
+    result = run_train(
+        *setup(metrics__enable_wandb="true", export__enable="false"), workers=1, PYTHONPATH=str(tmp_path / "broken")
+    )
+    assert result.returncode == 0, result.stderr
+    assert "no route to host" in result.stderr
+
+
+def test_faults_of_the_configuration_come_all_at_once_before_any_process(setup, tmp_path):
+    result = run_train(*setup(optimzer__lr=1, training__steps="three", adapter__dropout=2))
+    assert result.returncode == 2
+    keys = [line.split(": ")[2] for line in error_lines(result)]
+    assert sorted(keys) == ["adapter.dropout", "optimzer.lr", "training.steps"]
+    assert not (tmp_path / "dump").exists()
+
+
+def test_faults_that_need_the_model_and_the_workers(setup, tmp_path):
+    result = run_train(
+        *setup(
+            adapter__rank=4,
+            hdpissa__num_adapters=4,
+            training__global_batch_size=6,
+            data__validation="/nowhere/validation.jsonl",
+            optimizer__name="Adamant",
+        )
+    )
+    assert result.returncode == 2
+    keys = [line.split(": ")[2] for line in error_lines(result)]
+    assert sorted(keys) == ["adapter.rank", "data.validation", "optimizer.name", "training.global_batch_size"]
+    assert not (tmp_path / "dump").exists()
+
+
+def test_a_bad_record_is_named_with_file_and_line(setup, tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text(path.read_text() + '{"input_ids": [1, 2], "labels": [1]}\n')
+    start = time.monotonic()
+    result = run_train(*setup())
+    assert result.returncode == 2
+    (line,) = error_lines(result)
+    assert f"{path}:25: labels" in line
+    assert "Traceback" not in result.stderr
+    assert time.monotonic() - start < 60, "no rank may wait for another's collective"
+
+
+def fails_with(argv: list[str]) -> str:
+    try:
+        runs.train(argv)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("fault", ["record", "weights", "one rank"])
+def test_every_rank_gets_the_same_line(fault, workers, setup, tmp_path):
+    """Including a fault that only one rank meets: it must not leave the others waiting."""
+    argv = setup()[2:]
+    if fault == "record":
+        (tmp_path / "records.jsonl").write_text("nonsense\n")
+        expected = f"{tmp_path / 'records.jsonl'}:1: not valid JSON"
+    elif fault == "weights":
+        weights = runs.load_file(tmp_path / "model" / "model.safetensors")
+        del weights["lm_head.weight"]
+        runs.save_file(weights, tmp_path / "model" / "model.safetensors")
+        expected = "lm_head.weight: is missing"
+    else:
+        expected = "cannot read the disk of this rank (on rank 1, a test)"
+        messages = workers.run(2, fails_on_rank_one)
+        assert messages == [expected] * 2
+        return
+    messages = workers.run(2, fails_with, argv)
+    assert expected in messages[0]
+    assert len(set(messages)) == 1
+
+
+def fails_on_rank_one() -> str:
+    import torch.distributed as dist
+
+    from titan_hd.distributed.collectives import together
+
+    try:
+        with together("a test"):
+            if dist.get_rank() == 1:
+                raise ValueError("cannot read the disk of this rank")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_killed_worker_ends_the_run_with_its_signal(setup, tmp_path):
+    """The exit status tells the truth: 128 + 9, within seconds, and no worker is left."""
+    process = subprocess.Popen(
+        [str(REPOSITORY / "run_train.sh"), *setup(training__steps=100000)],
+        env={**os.environ, "NGPU": "2", "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "dump" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        time.sleep(0.2)
+    pattern = f"titan_hd.train .*{tmp_path}"
+    pids = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False).stdout.split()
+    children = [int(pid) for pid in pids if int(pid) != process.pid]
+    os.kill(children[-1], 9)
+    _, stderr = process.communicate(timeout=90)
+    assert process.returncode == 137, stderr
+    assert "ended with signal 9" in stderr
+    assert not subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False).stdout
