@@ -16,7 +16,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from titan_hd.config import manager
-from titan_hd.preflight import plan_run
+from titan_hd.preflight import plan_run, update_plan
 
 
 def main() -> None:
@@ -24,10 +24,14 @@ def main() -> None:
     launcher_args, train_args = sys.argv[1:split], sys.argv[split + 1 :]
     args = run.parse_args([*launcher_args, "-m", "titan_hd.train", *train_args])
     config = manager.load_or_exit(train_args)
+    workers = run.determine_local_world_size(args.nproc_per_node) * run.parse_min_max_nnodes(args.nnodes)[1]
     try:
-        plan_run(config, run.determine_local_world_size(args.nproc_per_node) * run.parse_min_max_nnodes(args.nnodes)[1])
+        plan = plan_run(config, workers)
     except manager.ConfigError as error:
         manager.exit_with(error.errors)
+    if config.job.print_plan:
+        print(update_plan(config, plan).table() if config.adapter.method == "hdpissa" else "nothing is folded")
+        return
     # The agent repeats a worker's failure as a banner and a traceback of its own; the worker has said it already.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:

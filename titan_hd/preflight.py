@@ -11,6 +11,7 @@ from titan_hd.config.job_config import LINEAR_LAYERS, JobConfig
 from titan_hd.config.manager import ConfigError
 from titan_hd.data.templates import load_template
 from titan_hd.distributed.parallel_dims import placement_error, resolve_shard_degree
+from titan_hd.distributed.update.plan import Topology, UpdatePlan, plan_update
 from titan_hd.models.registry import DecoderConfig, flavor_config, read_hf_config
 
 
@@ -64,6 +65,21 @@ def plan_run(config: JobConfig, world_size: int) -> RunPlan:
     if errors:
         raise ConfigError(errors)
     return RunPlan(decoder, replicate, shard, num_adapters, global_batch)
+
+
+def update_plan(config: JobConfig, plan: RunPlan, shapes: dict[str, tuple[int, int]] | None = None) -> UpdatePlan:
+    """How the update of every adapted weight will travel; shapes default to those of the whole model."""
+    if shapes is None:
+        targets, linears = config.adapter.target_modules or LINEAR_LAYERS, plan.decoder.linear_shapes()
+        shapes = {
+            f"model.layers.{i}.{name}": shape
+            for i in range(plan.decoder.num_hidden_layers)
+            for name, shape in linears.items()
+            if name in targets
+        }
+    h, wire_bytes = config.hdpissa, {"float32": 4, "bfloat16": 2}[config.hdpissa.exchange_dtype]
+    topology = Topology(plan.num_adapters, config.adapter.rank, plan.dp_replicate, plan.dp_shard, wire_bytes)
+    return plan_update(shapes, topology, h.exchange, h.factor_cache_gb)
 
 
 def decoder_config(config: JobConfig) -> DecoderConfig:

@@ -44,9 +44,9 @@ from titan_hd.distributed.collectives import together
 from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims
 from titan_hd.distributed.parallelize import init_weights, load_weights, materialize, parallelize
 from titan_hd.distributed.slices import compute_factors
-from titan_hd.distributed.update.fold import Fold
+from titan_hd.distributed.update.fold import Fold, check_finite
 from titan_hd.models.decoder import Decoder
-from titan_hd.preflight import RunPlan, plan_run
+from titan_hd.preflight import RunPlan, plan_run, update_plan
 
 logger = logging.getLogger("titan_hd")
 
@@ -94,7 +94,7 @@ class Trainer:
         """meta init -> method -> registry -> parallelise -> memory. Values come in `_load_or_resume`."""
         c = self.config
         with torch.device("meta"):
-            self.model = Decoder(self.plan.decoder)
+            self.model = Decoder(self.plan.decoder).to(getattr(torch, c.training.master_dtype))
         self.registry: AdapterRegistry | None = None
         if c.adapter.method == "hdpissa":
             h = c.hdpissa
@@ -167,8 +167,24 @@ class Trainer:
             if not self.step:
                 self._compute_factors()
             self.registry.materialize()
-            self.fold = Fold(self.registry, self.dims, c.hdpissa.aggregate, c.optimizer.weight_decay)
-            self.fold.gather_static_factors()
+            self._build_fold()
+
+    def _build_fold(self) -> None:
+        c, h = self.config, self.config.hdpissa
+        plan = update_plan(c, self.plan, {name: e.shape for name, e in self.registry.entries.items()})
+        logger.info("%s", plan.table())
+        wire = getattr(torch, h.exchange_dtype)
+        self.fold = Fold(
+            self.registry,
+            self.dims,
+            plan,
+            h.aggregate,
+            c.optimizer.weight_decay,
+            c.training.seed,
+            wire,
+            h.exchange_in_flight,
+        )
+        self.fold.prepare()
 
     def _compute_factors(self) -> None:
         start = said = time.perf_counter()
@@ -216,10 +232,12 @@ class Trainer:
             self.registry.finish_gradients()
         grad_norm = clip_gradients(list(self.trainable), self.config.training.max_norm)
         if not math.isfinite(grad_norm):
+            if self.registry:
+                check_finite(self.registry, "gradient")
             raise FloatingPointError(f"step {self.step + 1}: the gradient norm is {grad_norm}; W is as before the step")
         self.optimizer.step()
         if self.registry:
-            self.fold(lr)
+            self.fold(lr, self.step)
         self.step += 1
         dist.all_reduce(loss_sum)
         return {"loss": loss_sum.item() / max(1, sum(counts)), "grad_norm": grad_norm, "lr": lr, "tokens": tokens}

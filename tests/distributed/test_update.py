@@ -17,11 +17,13 @@ from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.slices import compute_factors
 from titan_hd.distributed.update.fold import Fold
+from titan_hd.distributed.update.plan import Topology, plan_update
 from titan_hd.distributed.update.reference import reference_update
 
 # One fp32 product of inner size 2 K r <= 16 against float64.
 TOLERANCE = 1e-5
-SHAPES = {"a": (37, 22), "b": (8, 30), "c": (22, 9), "d": (64, 8)}
+# Two blocks: the first is one bucket of two weights of odd shapes.
+SHAPES = {"layers.0.a": (37, 22), "layers.0.b": (8, 30), "layers.1.c": (22, 9), "layers.1.d": (64, 8)}
 
 
 def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -30,6 +32,10 @@ def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 class Layers(nn.Module):
     """A container that FSDP2 accepts: it wants a forward method."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict(), nn.ModuleDict()])
 
     def forward(self):
         raise NotImplementedError
@@ -44,9 +50,9 @@ def build(num_adapters: int, replicate: int, shard: int, rank: int = 1):
     for name, (out, width) in SHAPES.items():
         linear = nn.Linear(width, out, bias=False)
         linear.weight.data = draw(name, SHAPES[name])
-        model.add_module(name, linear)
+        model.layers[int(name[7])][name[9:]] = linear
     method = HDPissa(num_adapters, rank)
-    method.apply(model, list(SHAPES))
+    method.apply(model, [name[9:] for name in SHAPES])
     registry = AdapterRegistry(model, method, dims.adapter_mesh(num_adapters))
     fully_shard(model, mesh=dims.fsdp_mesh, ignored_params=registry.parameters())
     for entry in registry.entries.values():  # off the meta device; the weights are there already
@@ -59,17 +65,19 @@ def build(num_adapters: int, replicate: int, shard: int, rank: int = 1):
     return registry, dims
 
 
-def fold_once(num_adapters: int, replicate: int, shard: int, aggregate: str, decay: float) -> dict:
+def fold_once(num_adapters: int, replicate: int, shard: int, aggregate: str, decay: float, exchange: str) -> dict:
     registry, dims = build(num_adapters, replicate, shard)
-    fold = Fold(registry, dims, aggregate, decay)
-    fold.gather_static_factors()
+    topology = Topology(num_adapters, 1, replicate, shard)
+    plan = plan_update({n: e.shape for n, e in registry.entries.items()}, topology, exchange)
+    fold = Fold(registry, dims, plan, aggregate, decay)
+    fold.prepare()
     first = registry.mesh.get_local_rank("adapter") * registry.hosted
     for name, entry in registry.entries.items():
         for key in ("delta_A", "delta_B"):
             local = getattr(entry.layer, key).detach().to_local()
             full = draw(name + key, (num_adapters, *local.shape[1:]))
             local.copy_(full[first : first + registry.hosted])
-    fold(lr=0.5)
+    fold(lr=0.5, step=0)
     result = {}
     for name, entry in registry.entries.items():
         assert not entry.layer.delta_A.to_local().any()
@@ -78,14 +86,14 @@ def fold_once(num_adapters: int, replicate: int, shard: int, aggregate: str, dec
     return result
 
 
-@pytest.mark.parametrize("aggregate", ["mean", "sum"])
+@pytest.mark.parametrize(("exchange", "aggregate"), [("factors", "mean"), ("dense", "sum"), ("auto", "mean")])
 @pytest.mark.parametrize(
     ("world_size", "num_adapters", "replicate"),
     [(1, 1, 1), (1, 4, 1), (2, 2, 1), (2, 4, 1), (4, 4, 1), (4, 8, 1), (4, 2, 1), (4, 1, 1), (4, 4, 2), (4, 2, 2)],
 )
-def test_fold_equals_the_reference(world_size, num_adapters, replicate, aggregate, workers):
+def test_fold_equals_the_reference(world_size, num_adapters, replicate, exchange, aggregate, workers):
     decay = 0.1
-    results = workers.run(world_size, fold_once, num_adapters, replicate, world_size // replicate, aggregate, decay)
+    results = workers.run(world_size, fold_once, num_adapters, replicate, world_size // replicate, aggregate, decay, exchange)
     for name, (out, width) in SHAPES.items():
         start = draw(name, (out, width)).double()
         got, a, b = results[0][name]

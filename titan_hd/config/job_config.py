@@ -21,6 +21,9 @@ class Job:
     """Free text, kept in the logs and the experiment tracker."""
     print_config: bool = False
     """Print the resolved configuration at the start."""
+    print_plan: bool = False
+    """Print how every weight's update would travel with this configuration and number of workers, and stop. Needs
+    neither GPUs nor weights."""
 
 
 @dataclass
@@ -71,8 +74,9 @@ class Training:
     """Seeds the data order, random weights, random slices and dropout."""
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype in which the weights are all-gathered and computed with."""
-    master_dtype: Literal["float32"] = "float32"
-    """dtype of the sharded master weights."""
+    master_dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype of the sharded master weights. bfloat16 (hdpissa only) halves their memory; the fold then rounds
+    stochastically, because an update of relative size 1e-5 would vanish."""
     gc_freq: int = 50
     """Python garbage is collected every this many steps, by all workers at once."""
 
@@ -131,10 +135,24 @@ class HDPissa:
     initialisation with direct weight updates. The last two are the paper's ablations."""
     mute_scalar: float = 0.0
     """0: exact mute (the limit, no extra forward work). Otherwise the paper's scalar g in Y = X(W + g A B)."""
-    exchange: Literal["factors"] = "factors"
-    """How the updates travel to the shards of W: factors sends dA, dB and the static factors."""
-    svd: Literal["exact"] = "exact"
-    """Algorithm for the principal slices: exact is torch.linalg.svd in fp32."""
+    exchange: Literal["auto", "factors", "dense"] = "auto"
+    """How the updates travel to the shards of W: factors sends dA and dB, dense reduce-scatters whole updates, auto
+    takes for each weight the one that moves fewer bytes (job.print_plan shows the choice)."""
+    exchange_dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype in which updates travel."""
+    factor_cache_gb: float | None = None
+    """Memory per worker, in GiB, for the static factors of all adapters; what does not fit travels in every step.
+    Not set: 2 GiB, or as much as the worker's shards of the adapted weights if that is more."""
+    exchange_in_flight: int = 2
+    """Buckets of the exchange that are under way at the same time. 1: no overlap."""
+    svd: Literal["auto", "exact", "randomized"] = "auto"
+    """Algorithm for the principal slices. exact: a full decomposition. randomized: subspace iteration for the K*r
+    leading directions. auto: randomized where it is much cheaper (see docs/svd.md), else exact."""
+    svd_niter: int = 8
+    """Power iterations of the randomized algorithm."""
+    svd_cache: str = ""
+    """Folder in which principal factors are kept between runs, keyed by the weights' content and these settings.
+    Empty: none."""
 
 
 @dataclass

@@ -245,6 +245,9 @@ _AT_LEAST = {
     "adapter.rank": 1,
     "hdpissa.num_adapters": 0,
     "hdpissa.mute_scalar": 0,
+    "hdpissa.factor_cache_gb": 0,
+    "hdpissa.exchange_in_flight": 1,
+    "hdpissa.svd_niter": 0,
     "parallelism.data_parallel_replicate_degree": 1,
     "profiling.profile_freq": 1,
     "comm.init_timeout_seconds": 1,
@@ -299,6 +302,11 @@ def check_combinations(config: JobConfig) -> list[str]:
         require(0 <= value < 1, f"{key}: must be at least 0 and below 1, not {value}")
     require(c.adapter.alpha is None or c.adapter.alpha > 0, f"adapter.alpha: must be above 0, not {c.adapter.alpha}")
     require(c.adapter.target_modules != [], "adapter.target_modules: names no layer; leave it out for all")
+    require(
+        c.training.master_dtype == "float32" or c.adapter.method == "hdpissa",
+        f"training.master_dtype: bfloat16 needs adapter.method hdpissa (stochastic rounding at the fold), "
+        f"not {c.adapter.method}",
+    )
     require(c.data.train != "", "data.train: is missing; give the training records")
     require(
         bool(c.model.hf_assets_path) or bool(c.model.name and c.model.flavor),

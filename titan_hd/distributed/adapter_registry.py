@@ -30,6 +30,10 @@ class AdapterEntry:
     b: DTensor | None = None
     leaves: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # per hosted adapter: da [r, in], db [out, r]
 
+    def weight_rows(self) -> torch.Tensor:
+        """This worker's rows of W, [rows, in]; writing to them changes W."""
+        return self.layer.weight.to_local()
+
 
 class AdapterRegistry:
     """Owns the adapters of a model whose layers were replaced by `HDPissa.apply`.

@@ -32,8 +32,50 @@ def together(what: str) -> Iterator[None]:
     raise ValueError(text if everywhere else f"{text} (on rank {rank}, {what})")
 
 
-# torch 2.13 deprecates the older name, 2.11 knows no other.
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# torch 2.13 deprecates the older names, 2.11 knows no others.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Traffic:
+    """Bytes that this process received through the functions below, as the algorithms' minimum: own parts excluded."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+
+TRAFFIC = Traffic()
+
+
+def all_gather(local: torch.Tensor, size: int, group: dist.ProcessGroup) -> tuple[torch.Tensor, dist.Work]:
+    """Start gathering a flat tensor from `size` members; returns [size, numel] and what to wait for."""
+    out = local.new_empty(size, local.numel())
+    work = _all_gather_single(out.view(-1), local, group=group, async_op=True)
+    TRAFFIC.received += (size - 1) * local.nbytes
+    return out, work
+
+
+def all_to_all(lines: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, dist.Work]:
+    """Start sending line m of [size, n] to member m; returns [size, n], line m from member m, and what to wait for."""
+    out = torch.empty_like(lines)
+    work = dist.all_to_all_single(out, lines, group=group, async_op=True)
+    TRAFFIC.received += lines.nbytes // len(lines) * (len(lines) - 1)
+    return out, work
+
+
+def reduce_scatter(full: torch.Tensor, size: int, group: dist.ProcessGroup) -> tuple[torch.Tensor, dist.Work]:
+    """Start summing [size * n, ...] over the members; returns this member's [n, ...] and what to wait for."""
+    out = full.new_empty(full.shape[0] // size, *full.shape[1:])
+    work = _reduce_scatter_single(out, full, group=group, async_op=True)
+    TRAFFIC.received += (size - 1) * out.nbytes
+    return out, work
+
+
+def all_reduce(tensor: torch.Tensor, size: int, group: dist.ProcessGroup) -> dist.Work:
+    """Start summing a tensor in place over `size` members."""
+    work = dist.all_reduce(tensor, group=group, async_op=True)
+    TRAFFIC.received += 2 * (size - 1) * tensor.nbytes // size
+    return work
 
 
 def exchange_lists(
@@ -48,4 +90,5 @@ def exchange_lists(
     sizes = [math.prod(shape) for shape in shapes]
     received = flat.new_empty(sum(sizes))
     dist.all_to_all_single(received, flat, sizes, [t.numel() for t in send], group=group)
+    TRAFFIC.received += sum(size for i, size in enumerate(sizes) if i != dist.get_rank(group)) * flat.element_size()
     return [part.view(shape) for part, shape in zip(received.split(sizes), shapes)]

@@ -115,6 +115,10 @@ class ParallelDims:
     def shard_rank(self) -> int:
         return self.world["dp_shard"].get_local_rank()
 
+    def shard_of_rank(self, rank: int) -> int:
+        """Which shard of W a worker, given by its global rank, owns."""
+        return rank % self.dp_shard
+
     def adapter_mesh(self, num_adapters: int) -> DeviceMesh:
         """The data-parallel workers as [adapter, group]: min(K, W) holders of adapters x workers that share one."""
         holders = min(num_adapters, self.dp_size)

@@ -2,50 +2,191 @@
 
 from __future__ import annotations
 
-import torch
+import logging
+from collections.abc import Generator
 
-from titan_hd.distributed.adapter_registry import AdapterRegistry
-from titan_hd.distributed.parallel_dims import ParallelDims, shard_rows
-from titan_hd.distributed.update.factors import apply_factors, exchange_b, gather_a
+import torch
+import torch.distributed as dist
+
+from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
+from titan_hd.distributed.parallel_dims import ParallelDims
+from titan_hd.distributed.update.apply import Rounding, add_product, add_rows, factored_update
+from titan_hd.distributed.update.dense import DenseGroups, exchange_dense
+from titan_hd.distributed.update.factors import ExchangeGroup, exchange_factors
+from titan_hd.distributed.update.plan import UpdatePlan
+from titan_hd.distributed.update.rounding import rounding_key
+from titan_hd.distributed.update.runtime import Task, run_tasks
+
+logger = logging.getLogger("titan_hd")
+
+IN_FLIGHT = 2
 
 
 class Fold:
     """W <- (1 - lr * weight_decay) W + c * sum_i [dB_i A_i + (B_i + dB_i) dA_i], then dA_i = dB_i = 0.
 
-    Keeps, per weight and worker, the static factors A [K*r, in] and its own rows of B [rows, K*r] in fp32.
+    Buckets of the plan are tasks: while the collectives of one are under way, the products of the one before run. Extra
+    memory is that of `in_flight` buckets, `bucket_bytes` each at most, and the cached static factors.
     """
 
-    def __init__(self, registry: AdapterRegistry, dims: ParallelDims, aggregate: str, weight_decay: float):
-        self.registry = registry
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        dims: ParallelDims,
+        plan: UpdatePlan,
+        aggregate: str = "mean",
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        wire: torch.dtype = torch.float32,
+        in_flight: int = IN_FLIGHT,
+    ):
+        self.registry, self.plan, self.seed, self.wire = registry, plan, seed, wire
         self.coefficient = 1.0 / registry.num_adapters if aggregate == "mean" else 1.0
-        self.weight_decay = weight_decay
-        self.group = registry.mesh.get_group("adapter")
+        self.weight_decay, self.in_flight = weight_decay, in_flight
+        self._routes = {w.name: w for w in plan.weights}
         holders = registry.mesh["adapter"].mesh.tolist()  # global ranks that exchange with this one
-        self._shard_of_holder = [rank % dims.dp_shard for rank in holders]
-        self._shards = dims.dp_shard
+        self._holders = ExchangeGroup(
+            registry.mesh.get_group("adapter"),
+            tuple(dims.shard_of_rank(rank) for rank in holders),
+            dims.dp_shard,
+            registry.mesh.get_local_rank("adapter"),
+        )
+        self._dense = DenseGroups(
+            dims.world.get_group("dp_shard"),
+            dims.dp_shard,
+            dims.world.get_group("dp_replicate") if dims.dp_replicate > 1 else None,
+            dims.dp_replicate,
+        )
         self._static: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @torch.no_grad()
-    def gather_static_factors(self) -> None:
-        """Send the factors that never change; once, when they are known."""
-        for name, entry in self.registry.entries.items():
-            a, b = entry.a.to_local(), entry.b.to_local()
-            self._static[name] = gather_a(a, self.group), exchange_b(b, self._rows(entry.shape[0]), self.group)
+    def prepare(self) -> None:
+        """Compare plans over all ranks, then send the static factors that are to be cached.
+
+        Raises:
+            ValueError: on every rank, if ranks disagree on the plan.
+        """
+        check_same_plan(self.plan)
+
+        def gather(bucket: tuple[str, ...]) -> Task:
+            static = [self._local(self.registry.entries[name])[:2] for name in bucket]
+            arrived = yield from exchange_factors(static, self._holders, torch.float32)
+            self._static.update(zip(bucket, arrived))
+
+        run_tasks((gather(b) for b in self.plan.buckets if self._routes[b[0]].cached), self.in_flight)
 
     @torch.no_grad()
-    def __call__(self, lr: float) -> None:
-        """Update every adapted weight in place; `lr` is the step's learning rate, for the weight decay."""
-        for name, entry in self.registry.entries.items():
-            delta_a, delta_b = entry.layer.delta_A.to_local(), entry.layer.delta_B.to_local()
-            a, b_rows = self._static[name]
-            da = gather_a(delta_a, self.group)
-            db_rows = exchange_b(delta_b, self._rows(entry.shape[0]), self.group)
-            w_rows = entry.layer.weight.to_local()
-            if w_rows.numel():
-                apply_factors(w_rows, a, b_rows, da, db_rows, self.coefficient, lr * self.weight_decay)
-            delta_a.zero_()
-            delta_b.zero_()
+    def __call__(self, lr: float, step: int) -> None:
+        """Update every adapted weight in place. lr scales the weight decay; step keys the stochastic rounding.
 
-    def _rows(self, out_features: int) -> list[tuple[int, int]]:
-        ranges = shard_rows(out_features, self._shards)
-        return [ranges[shard] for shard in self._shard_of_holder]
+        Raises:
+            FloatingPointError: on every rank and before W is touched, if an adapter's update is not finite.
+        """
+        check_finite(self.registry, "update")
+        run_tasks((self._task(bucket, lr, step) for bucket in self.plan.buckets), self.in_flight)
+
+    def _task(self, bucket: tuple[str, ...], lr: float, step: int) -> Task:
+        decay = lr * self.weight_decay
+        if self._routes[bucket[0]].route == "dense":
+            yield from self._dense_task(bucket[0], decay, step)
+        else:
+            yield from self._factors_task(bucket, decay, step)
+
+    def _factors_task(self, bucket: tuple[str, ...], decay: float, step: int) -> Generator:
+        entries = [self.registry.entries[name] for name in bucket]
+        local = [self._local(entry) for entry in entries]
+        send = [(da, db) for _, _, da, db in local]
+        cached = bucket[0] in self._static
+        if not cached:
+            send += [(a, b) for a, b, _, _ in local]
+        arrived = yield from exchange_factors(send, self._holders, self.wire)
+        deltas = arrived[: len(bucket)]
+        static = [self._static[name] for name in bucket] if cached else arrived[len(bucket) :]
+        for name, entry, (a, b), (da, db) in zip(bucket, entries, static, deltas):
+            rows = entry.weight_rows()
+            if rows.numel():
+                left, right = factored_update(a, b, da, db)
+                add_product(rows, left, right, self.coefficient, decay, self._rounding(name, entry, step))
+            self._zero(entry)
+
+    def _dense_task(self, name: str, decay: float, step: int) -> Generator:
+        entry = self.registry.entries[name]
+        share = self.coefficient / self.registry.mesh.size(1)  # workers that share an adapter send a part each
+        update = yield from exchange_dense(*self._local(entry), share, self._dense, self.wire)
+        rows = entry.weight_rows()
+        if rows.numel():
+            add_rows(rows, update[: len(rows)], decay, self._rounding(name, entry, step))
+        self._zero(entry)
+
+    def _rounding(self, name: str, entry: AdapterEntry, step: int) -> Rounding:
+        first_row, _ = self._holders.rows(entry.shape[0])
+        return Rounding(rounding_key(self.seed, step, name), first_row)
+
+    @staticmethod
+    def _local(entry: AdapterEntry) -> tuple[torch.Tensor, ...]:
+        tensors = (entry.a, entry.b, entry.layer.delta_A, entry.layer.delta_B)
+        return tuple(t.to_local() for t in tensors)
+
+    @staticmethod
+    def _zero(entry: AdapterEntry) -> None:
+        entry.layer.delta_A.to_local().zero_()
+        entry.layer.delta_B.to_local().zero_()
+
+
+def check_same_plan(plan: UpdatePlan) -> None:
+    """ValueError on every rank if the ranks' plans differ: they would wait for different collectives."""
+    digests: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, plan.digest())
+    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if different:
+        raise ValueError(
+            f"hdpissa.exchange: rank {different[0]} plans another update than rank 0; "
+            "all ranks need the same configuration, model and version"
+        )
+
+
+@torch.no_grad()
+def check_finite(registry: AdapterRegistry, what: str) -> None:
+    """FloatingPointError on every rank, naming the first weight whose adapters' `what` is not finite on any rank.
+
+    what: "gradient" or "update" (the value after the optimizer's step). One small all-reduce.
+    """
+    tensors, owners = [], []
+    for index, entry in enumerate(registry.entries.values()):
+        for parameter in (entry.layer.delta_A, entry.layer.delta_B):
+            tensors.append((parameter.grad if what == "gradient" else parameter).to_local())
+            owners.append(index)
+    # A maximum norm is infinite or NaN exactly where an element is.
+    norms = torch.stack(torch._foreach_norm(tensors, torch.inf))
+    bad = torch.where(norms.isfinite(), len(registry.entries), torch.tensor(owners, device=norms.device))
+    first = bad.min()
+    dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    if first.item() < len(registry.entries):
+        name = list(registry.entries)[first.item()]
+        raise FloatingPointError(f"the {what} of {name} is not finite; W is as it was before the step")
+
+
+def bucket_bytes(plan: UpdatePlan, names: tuple[str, ...], wire_bytes: int) -> int:
+    """Most memory in bytes that one bucket's task holds at a time on a worker.
+
+    Factors: sent and received on the wire, their fp32 copies, the unpacked factors and, for one weight at a time, the
+    stacked left and right of the product. Dense: left, right, and [out, in] in fp32 and on the wire.
+    """
+    t = plan.topology
+    weights = {w.name: w for w in plan.weights}
+    m, local = t.num_adapters * t.rank, t.hosted * t.rank
+    if weights[names[0]].route == "dense":
+        out, width = weights[names[0]].shape
+        padded = t.chunk(out) * t.dp_shard
+        product = 4 * (4 * local * out + 2 * local * width + out * width)
+        return product + (padded + 2 * t.chunk(out)) * width * max(4, wire_bytes)
+    total = largest = 0
+    for name in names:
+        out, width = weights[name].shape
+        chunk = t.chunk(out)
+        copies = 1 if weights[name].cached else 2
+        sent = local * width + 2 * local * chunk * t.dp_shard + m * chunk  # as it is, padded, and per holder
+        received = m * width + m * chunk
+        total += copies * ((sent + received) * wire_bytes + 2 * received * 4)
+        largest = max(largest, 4 * m * (2 * width + 3 * chunk))
+    return total + largest
