@@ -24,12 +24,13 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from titan_hd import __version__
 from titan_hd.adapters.full import FullFineTuning
 from titan_hd.adapters.hdpissa import HDPissa
+from titan_hd.adapters.svd import SvdSettings
 from titan_hd.components import checkpoint as ckpt
 from titan_hd.components.export import export_hf
 from titan_hd.components.flops import flops_per_token
 from titan_hd.components.loss import token_loss_sum
 from titan_hd.components.lr_scheduler import lr_factor
-from titan_hd.components.metrics import MetricsLogger, init_logging, peak_memory_gib
+from titan_hd.components.metrics import MetricsLogger, init_logging, peak_memory_gib, write_svd_report
 from titan_hd.components.optimizer import build_optimizer, clip_gradients
 from titan_hd.components.profiling import build_profiler
 from titan_hd.components.validation import exact_match, greedy, validation_loss
@@ -43,7 +44,7 @@ from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.collectives import together
 from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims
 from titan_hd.distributed.parallelize import init_weights, load_weights, materialize, parallelize
-from titan_hd.distributed.slices import compute_factors
+from titan_hd.distributed.slices import SliceSettings, compute_factors
 from titan_hd.distributed.update.fold import Fold, check_finite
 from titan_hd.models.decoder import Decoder
 from titan_hd.preflight import RunPlan, plan_run, update_plan
@@ -187,16 +188,21 @@ class Trainer:
         self.fold.prepare()
 
     def _compute_factors(self) -> None:
+        """The adapters' slices, with a report of every SVD in svd.jsonl."""
+        h = self.config.hdpissa
+        settings = SliceSettings(
+            h.slices, self.config.training.seed, SvdSettings(h.svd, h.svd_niter), h.svd_cache
+        )
         start = said = time.perf_counter()
-        for done, total in compute_factors(
-            self.registry, self.dims, self.config.hdpissa.slices, self.config.training.seed
-        ):
+        reports: list[dict] = []
+        for wave in compute_factors(self.registry, self.dims, settings):
+            reports += wave
             if time.perf_counter() - said > 10:
                 said = time.perf_counter()
-                logger.info("factors of %d of %d layers computed", done, total)
-        logger.info(
-            "%s slices of %d layers in %.1f s", self.config.hdpissa.slices, total, time.perf_counter() - start
-        )
+                logger.info("factors of %d of %d layers", len(reports), len(self.registry.entries))
+        logger.info("%s slices in %.1f s", h.slices, time.perf_counter() - start)
+        if reports and dist.get_rank() == 0:
+            write_svd_report(Path(self.config.job.dump_folder) / "svd.jsonl", reports)
 
     def _build_metrics(self) -> None:
         c = self.config

@@ -15,7 +15,7 @@ from torch import nn
 from titan_hd.adapters.hdpissa import HDPissa
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.parallel_dims import ParallelDims
-from titan_hd.distributed.slices import compute_factors
+from titan_hd.distributed.slices import SliceSettings, compute_factors
 from titan_hd.distributed.update.fold import Fold
 from titan_hd.distributed.update.plan import Topology, plan_update
 from titan_hd.distributed.update.reference import reference_update
@@ -59,7 +59,7 @@ def build(num_adapters: int, replicate: int, shard: int, rank: int = 1):
         for key in ("delta_A", "delta_B"):
             meta = getattr(entry.layer, key)
             setattr(entry.layer, key, nn.Parameter(torch.empty_like(meta, device="cpu")))
-    for _ in compute_factors(registry, dims, "orthogonal", seed=0):
+    for _ in compute_factors(registry, dims, SliceSettings()):
         pass
     registry.materialize()
     return registry, dims
@@ -115,18 +115,18 @@ def owners_of_svd(num_adapters: int) -> int:
     """How many SVDs this rank computes."""
     from titan_hd.distributed import slices
 
-    calls, original = 0, slices.slice_factors
+    calls, original = 0, slices.cached_factors
 
     def counted(*args):
         nonlocal calls
         calls += 1
         return original(*args)
 
-    slices.slice_factors = counted
+    slices.cached_factors = counted
     try:
         build(num_adapters, 1, 2)
     finally:
-        slices.slice_factors = original
+        slices.cached_factors = original
     return calls
 
 

@@ -1,30 +1,121 @@
 """Principal slices of a weight: the fixed factors A_i, B_i of HD-PiSSA's logical adapters.
 
 Pure functions of one whole weight on one device; who computes them and who receives them is decided in
-`distributed.slices`.
+`distributed.slices`, whether they are read from an earlier run in `svd_cache`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
 
 import torch
 
+# The Gram matrix squares the condition number: below this share of the largest singular value its float64 eigenvectors
+# lose digits that matter in fp32, and a float64 SVD is taken instead.
+_GRAM_LIMIT = 1e-5
+# "auto" takes the randomized algorithm where it needs this many times fewer operations; see docs/svd.md.
+_RANDOMIZED_GAIN = 4.0
 
-def principal_factors(weight: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+
+@dataclass(frozen=True)
+class SvdSettings:
+    """algorithm: "exact", "randomized" or "auto"; niter: power iterations of the randomized one."""
+
+    algorithm: str = "exact"
+    niter: int = 8
+
+    def resolve(self, shape: tuple[int, int], count: int) -> str:
+        """The algorithm for the first `count` directions of a weight [out, in]: a function of the sizes alone."""
+        if self.algorithm != "auto":
+            return self.algorithm
+        gain = exact_cost(shape) / randomized_cost(shape, count, self.niter)
+        return "randomized" if gain > _RANDOMIZED_GAIN else "exact"
+
+
+def exact_cost(shape: tuple[int, int]) -> float:
+    """Operations of the exact algorithm: a Gram matrix and all eigenvectors of it."""
+    large, small = max(shape), min(shape)
+    return 2.0 * large * small**2 + 22.0 * small**3
+
+
+def randomized_cost(shape: tuple[int, int], count: int, niter: int) -> float:
+    """Operations of the randomized algorithm: two products with W per iteration."""
+    return 4.0 * (niter + 1) * shape[0] * shape[1] * _sketch_width(shape, count)
+
+
+def principal_factors(
+    weight: torch.Tensor, count: int, settings: SvdSettings = SvdSettings(), seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The first `count` singular directions of W [out, in], each side scaled by the root of its singular value.
 
     Returns A = S^1/2 V^T [count, in] and B = U S^1/2 [out, count] in fp32, so that B A is the best approximation of
-    rank `count`. LAPACK leaves the sign of each pair open; it is fixed here: the largest element of each row of A is
-    positive.
+    rank `count` (nearly so for the randomized algorithm). The sign of each pair, which the decomposition leaves open, is
+    fixed: the largest element of each row of A is positive.
     """
-    u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
-    u, s, vh = u[:, :count], s[:count], vh[:count]
+    if settings.resolve(tuple(weight.shape), count) == "randomized":
+        u, s, vh = _randomized_svd(weight.float(), count, settings.niter, seed)
+    else:
+        u, s, vh = _gram_svd(weight.double(), count)
     largest = vh.gather(1, vh.abs().argmax(dim=1, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0)
     root = s.sqrt()[:, None]
-    return vh * sign * root, u * (sign * root).T
+    return (vh * sign * root).float(), (u * (sign * root).T).float()
+
+
+def _gram_svd(w: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Leading singular triplets of a float64 W from the eigenvectors of W^T W or W W^T, whichever is smaller.
+
+    Measured against torch.linalg.svd in fp32 (`benchmarks/bench_svd.py`): no slower, and closer to the float64 SVD.
+    """
+    tall = w.shape[0] >= w.shape[1]
+    gram = w.T @ w if tall else w @ w.T
+    values, vectors = torch.linalg.eigh(gram)
+    s = values[-count:].flip(0).clamp(min=0).sqrt()
+    if s[-1] <= _GRAM_LIMIT * s[0]:
+        u, s, vh = torch.linalg.svd(w, full_matrices=False)
+        return u[:, :count], s[:count], vh[:count]
+    near = vectors[:, -count:].flip(1)
+    far = (w @ near if tall else w.T @ near) / s
+    return (far, s, near.T) if tall else (near, s, far.T)
+
+
+def _sketch_width(shape: tuple[int, int], count: int) -> int:
+    """Oversampling by as many directions again, at least 16: flat spectra need it."""
+    return min(count + max(count, 16), *shape)
+
+
+def _randomized_svd(
+    w: torch.Tensor, count: int, niter: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Subspace iteration with oversampling (Halko, Martinsson and Tropp, 2011, algorithm 4.4), fp32.
+
+    The start is drawn on the host from `seed`, so every device and every run takes the same.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(w.shape[1], _sketch_width(tuple(w.shape), count), generator=generator)
+    q = torch.linalg.qr(w @ start.to(w.device))[0]
+    for _ in range(niter):
+        q = torch.linalg.qr(w.T @ q)[0]
+        q = torch.linalg.qr(w @ q)[0]
+    u, s, vh = torch.linalg.svd(q.T @ w, full_matrices=False)
+    return q @ u[:, :count], s[:count], vh[:count]
+
+
+def captured_energy(weight: torch.Tensor, a: torch.Tensor) -> float:
+    """Share of ||W||^2 in the directions of A [count, in]: sum of their squared singular values over the whole."""
+    return (a.double().square().sum(1).square().sum() / weight.double().square().sum()).item()
+
+
+def orthogonality_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest cosine between two different directions, over the rows of A [count, in] and the columns of B."""
+    worst = 0.0
+    for rows in (a.double(), b.double().T):
+        unit = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        gram = unit @ unit.T
+        worst = max(worst, (gram - torch.diag(gram.diag())).abs().max().item())
+    return worst
 
 
 def random_factors(
@@ -38,20 +129,24 @@ def random_factors(
     bound = 1.0 / math.sqrt(in_features)
     a = torch.empty(len(adapters), rank, in_features)
     for row, i in enumerate(adapters):
-        digest = hashlib.sha256(f"{seed}/{name}/{i}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+        generator = torch.Generator().manual_seed(layer_seed(f"{seed}/{name}/{i}"))
         a[row].uniform_(-bound, bound, generator=generator)
     return a, torch.zeros(len(adapters), out_features, rank)
 
 
-def slice_factors(weight: torch.Tensor, num_adapters: int, rank: int, slices: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors of all K adapters from the SVD of W [out, in]: A [K, r, in], B [K, out, r], fp32.
+def layer_seed(text: str) -> int:
+    """A 64-bit seed from any text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
-    slices = "orthogonal": adapter i has directions i*r to (i+1)*r - 1 (HD-PiSSA, DESIGN section 1);
-    slices = "top": every adapter has the first r (the ablation without orthogonal slices).
+
+def cut_slices(
+    a: torch.Tensor, b: torch.Tensor, num_adapters: int, rank: int, slices: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of all K adapters, A [K, r, in] and B [K, out, r], from principal ones, a [count, in] and b [out, count].
+
+    slices = "orthogonal": adapter i has directions i*r to (i+1)*r - 1 (HD-PiSSA, DESIGN section 1; count = K*r);
+    slices = "top": every adapter has the first r (the ablation without orthogonal slices; count = r).
     """
     if slices == "top":
-        a, b = principal_factors(weight, rank)
         return a.expand(num_adapters, -1, -1), b.expand(num_adapters, -1, -1)
-    a, b = principal_factors(weight, num_adapters * rank)
     return a.unflatten(0, (num_adapters, rank)), b.unflatten(1, (num_adapters, rank)).transpose(0, 1)

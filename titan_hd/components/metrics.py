@@ -158,6 +158,22 @@ class MetricsLogger:
             self._wandb.finish()
 
 
+def write_svd_report(path: Path, reports: list[dict[str, Any]]) -> None:
+    """One JSON line per decomposed weight, and a summary in the log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(report) + "\n" for report in reports), encoding="utf-8")
+    energy = [r["captured_energy"] for r in reports]
+    logger.info(
+        "SVD of %d weights (%d from the cache), %.1f s of work; captured energy %.3f to %.3f, orthogonal to %.1e",
+        len(reports),
+        sum(r["cached"] for r in reports),
+        sum(r["seconds"] for r in reports),
+        min(energy),
+        max(energy),
+        max(r["orthogonality_error"] for r in reports),
+    )
+
+
 def keep_records_until(path: Path, step: int) -> None:
     """Drop records after `step` from a metrics file (and a torn last line): a resumed run writes them again."""
     if not path.exists():

@@ -9,40 +9,55 @@ compute at once, and nobody holds more than one whole weight and its factors.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
-from titan_hd.adapters.svd import random_factors, slice_factors
+from titan_hd.adapters.svd import SvdSettings, cut_slices, exact_cost, random_factors
+from titan_hd.adapters.svd_cache import cached_factors
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.collectives import exchange_lists
 from titan_hd.distributed.parallel_dims import ParallelDims, shard_rows
 
 
-@torch.no_grad()
-def compute_factors(registry: AdapterRegistry, dims: ParallelDims, slices: str, seed: int) -> Iterator[tuple[int, int]]:
-    """Fill the registry with the fixed factors of every layer; yields (layers done, layers in all) after each wave.
+@dataclass(frozen=True)
+class SliceSettings:
+    """slices: "orthogonal", "top" (both from the SVD of the current W) or "random" (no SVD); see `adapters.svd`."""
 
-    slices: "orthogonal", "top" (both from the exact SVD of the current W) or "random" (no SVD: every holder draws its
-    own adapters from (seed, layer, adapter)).
+    slices: str = "orthogonal"
+    seed: int = 0
+    svd: SvdSettings = field(default_factory=SvdSettings)
+    cache: str = ""
+
+
+@torch.no_grad()
+def compute_factors(
+    registry: AdapterRegistry, dims: ParallelDims, settings: SliceSettings
+) -> Iterator[list[dict[str, object]]]:
+    """Fill the registry with the fixed factors of every layer; yields the reports of each wave, on every rank.
+
+    Deterministic on any number of workers: whoever owns a weight computes the same from the same bits.
     """
-    names = sorted(registry.entries, key=lambda n: (-_svd_cost(registry.entries[n].shape), n))
-    if slices == "random":
+    names = sorted(registry.entries, key=lambda n: (-exact_cost(registry.entries[n].shape), n))
+    if settings.slices == "random":
         for name in names:
-            _draw_factors(registry, name, seed)
-        yield len(names), len(names)
+            _draw_factors(registry, name, settings.seed)
         return
     for start in range(0, len(names), dims.dp_size):
         wave = names[start : start + dims.dp_size]
         weight = _collect_rows(registry, dims, wave)
-        factors = (
-            None if weight is None else slice_factors(weight, registry.num_adapters, registry.rank, slices)
-        )
+        factors, report = None, None
+        if weight is not None:
+            a, b, report = cached_factors(
+                weight, registry.method.directions, settings.svd, wave[dims.dp_rank], settings.cache
+            )
+            factors = cut_slices(a, b, registry.num_adapters, registry.rank, settings.slices)
+            del weight, a, b
         _deal_factors(registry, dims, wave, factors)
-        yield start + len(wave), len(names)
-
-
-def _svd_cost(shape: tuple[int, int]) -> int:
-    return max(shape) * min(shape) ** 2
+        reports: list[dict | None] = [None] * dims.dp_size
+        dist.all_gather_object(reports, report, group=dims.dp_mesh.get_group())
+        yield [r for r in reports if r is not None]
 
 
 def _draw_factors(registry: AdapterRegistry, name: str, seed: int) -> None:
@@ -56,11 +71,11 @@ def _draw_factors(registry: AdapterRegistry, name: str, seed: int) -> None:
 
 def _collect_rows(registry: AdapterRegistry, dims: ParallelDims, wave: list[str]) -> torch.Tensor | None:
     """The whole weight that this worker owns in the wave, or None where the wave has no weight left for it."""
-    layers = [registry.entries[name].layer for name in wave]
+    local = [registry.entries[name].weight_rows() for name in wave]
     # Replicas hold the same rows: the first one sends.
     sends = dims.dp_rank < dims.dp_shard
-    nothing = layers[0].weight.to_local().new_empty(0)
-    send = [layer.weight.to_local() if sends else nothing for layer in layers]
+    nothing = local[0].new_empty(0)
+    send = [rows if sends else nothing for rows in local]
     send += [nothing] * (dims.dp_size - len(wave))
     shapes: list[tuple[int, ...]] = [(0,)] * dims.dp_size
     mine = dims.dp_rank if dims.dp_rank < len(wave) else None
