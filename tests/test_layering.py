@@ -53,9 +53,8 @@ def imports(module: str, source: str, is_package: bool) -> list[tuple[int, str]]
                 parents = parents[: len(parents) - node.level + is_package]
                 base = ".".join([*parents, base] if base else parents)
             found += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if (node.value.id, node.attr) == ("torch", "distributed"):  # `import torch` was enough to reach it
-                found.append((node.lineno, "torch.distributed"))
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            found.append((node.lineno, "torch.distributed"))  # `import torch` was enough to reach it
     return found
 
 

@@ -1,6 +1,6 @@
 """The story of a run: set-up in named phases, `train_step`, `train`.
 
-    torchrun --nproc_per_node N -m titan_hd.train --config FILE [--section.key value ...]
+torchrun --nproc_per_node N -m titan_hd.train --config FILE [--section.key value ...]
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from titan_hd.components.profiling import build_profiler
 from titan_hd.components.validation import exact_match, greedy, validation_loss
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
+from titan_hd.config.seeding import stable_seed
 from titan_hd.data.dataset import build_records
 from titan_hd.data.loader import Batch, SampleOrder, TrainLoader
 from titan_hd.data.records import InstructionRecords
@@ -190,9 +191,7 @@ class Trainer:
     def _compute_factors(self) -> None:
         """The adapters' slices, with a report of every SVD in svd.jsonl."""
         h = self.config.hdpissa
-        settings = SliceSettings(
-            h.slices, self.config.training.seed, SvdSettings(h.svd, h.svd_niter), h.svd_cache
-        )
+        settings = SliceSettings(h.slices, self.config.training.seed, SvdSettings(h.svd, h.svd_niter), h.svd_cache)
         start = said = time.perf_counter()
         reports: list[dict] = []
         for wave in compute_factors(self.registry, self.dims, settings):
@@ -266,7 +265,7 @@ class Trainer:
             if self.config.adapter.dropout:
                 # Masks are a function of the samples, not of the worker that happens to compute them.
                 first = self.step * self.plan.global_batch_size + self.placement.samples(micro_batch).start
-                torch.manual_seed((self.config.training.seed << 40) + first)
+                torch.manual_seed(stable_seed("dropout", self.config.training.seed, first))
         logits = self.model(batch.input_ids.to(self.device))
         loss = token_loss_sum(logits, batch.targets.to(self.device))
         (loss / max(1, trained_tokens)).backward()
@@ -346,9 +345,7 @@ class Trainer:
                 v.answer_marker,
                 worker,
                 workers,
-                lambda ids: greedy(
-                    self.model, ids, tokenizer.eos_id, v.max_new_tokens, self.pad_to, self.device
-                ),
+                lambda ids: greedy(self.model, ids, tokenizer.eos_id, v.max_new_tokens, self.pad_to, self.device),
                 self.device,
             )
         self.model.train()

@@ -1,18 +1,18 @@
 """Whole runs against the float64 oracle, on 1, 2 and 4 workers.
 
-    case                     workers  K  r  what it reaches
-    one                      1        1  2  world size 1: every collective is trivial
-    two, four                2, 4     =  1  K = workers, rows that do not divide, empty shards (k, v on four)
-    virtual-1, virtual-2     1, 2     4  1  K > workers: adapters dealt to micro-batches
-    groups                   4        2  1  K < workers: an adapter shared by two workers
-    sum, top, alpha, decay                  the other settings of the update
-    hsdp, hsdp-groups        4        4, 2  replicas of the shards, flattened for the adapters
-    tied                     2        2  1  the embedding is the head
-    gqa                      2        2  2  two key/value heads for four query heads
-    accumulate               2        2  1  several micro-batches per adapter with unequal label counts
-    recompute, selective     2        2  1  activation checkpointing
-    compiled                 2        2  1  torch.compile, one graph per block
-    mute                     2        2  1  the paper's mute scalar instead of the exact mute
+case                     workers  K  r  what it reaches
+one                      1        1  2  world size 1: every collective is trivial
+two, four                2, 4     =  1  K = workers, rows that do not divide, empty shards (k, v on four)
+virtual-1, virtual-2     1, 2     4  1  K > workers: adapters dealt to micro-batches
+groups                   4        2  1  K < workers: an adapter shared by two workers
+sum, top, alpha, decay                  the other settings of the update
+hsdp, hsdp-groups        4        4, 2  replicas of the shards, flattened for the adapters
+tied                     2        2  1  the embedding is the head
+gqa                      2        2  2  two key/value heads for four query heads
+accumulate               2        2  1  several micro-batches per adapter with unequal label counts
+recompute, selective     2        2  1  activation checkpointing
+compiled                 2        2  1  torch.compile, one graph per block
+mute                     2        2  1  the paper's mute scalar instead of the exact mute
 """
 
 import pytest

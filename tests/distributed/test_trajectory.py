@@ -122,7 +122,12 @@ def effective_rank(delta: torch.Tensor) -> float:
 def test_effective_rank_grows_with_the_number_of_adapters(workers, tmp_path):
     """Section 6 of the paper: eight slices of rank 4 change W in many more directions than one."""
     runs.write_model(
-        tmp_path / "model", hidden_size=64, intermediate_size=96, head_dim=16, num_key_value_heads=4, num_hidden_layers=1
+        tmp_path / "model",
+        hidden_size=64,
+        intermediate_size=96,
+        head_dim=16,
+        num_key_value_heads=4,
+        num_hidden_layers=1,
     )
     runs.write_records(tmp_path / "records.jsonl", count=64)
     start = runs.load_file(tmp_path / "model" / "model.safetensors")

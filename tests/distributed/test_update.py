@@ -1,11 +1,11 @@
 """The fold's exchange alone, against the dense loops of `update/reference.py`.
 
-    workers  K     mesh            what it reaches
-    1        1, 4  1               no exchange, virtual adapters
-    2        2, 4  1 x 2           K = workers, K > workers
-    4        4, 8  1 x 4           uneven rows (37, 22), an empty shard (5 rows on 4: 2, 2, 1, 0)
-    4        2, 1  1 x 4           K < workers: shared adapters
-    4        4, 2  2 x 2           HSDP
+workers  K     mesh            what it reaches
+1        1, 4  1               no exchange, virtual adapters
+2        2, 4  1 x 2           K = workers, K > workers
+4        4, 8  1 x 4           uneven rows (37, 22), an empty shard (5 rows on 4: 2, 2, 1, 0)
+4        2, 1  1 x 4           K < workers: shared adapters
+4        4, 2  2 x 2           HSDP
 """
 
 import pytest
@@ -93,7 +93,9 @@ def fold_once(num_adapters: int, replicate: int, shard: int, aggregate: str, dec
 )
 def test_fold_equals_the_reference(world_size, num_adapters, replicate, exchange, aggregate, workers):
     decay = 0.1
-    results = workers.run(world_size, fold_once, num_adapters, replicate, world_size // replicate, aggregate, decay, exchange)
+    results = workers.run(
+        world_size, fold_once, num_adapters, replicate, world_size // replicate, aggregate, decay, exchange
+    )
     for name, (out, width) in SHAPES.items():
         start = draw(name, (out, width)).double()
         got, a, b = results[0][name]

@@ -6,11 +6,12 @@ Pure functions of one whole weight on one device; who computes them and who rece
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 
 import torch
+
+from titan_hd.config.seeding import stable_seed
 
 # The Gram matrix squares the condition number: below this share of the largest singular value its float64 eigenvectors
 # lose digits that matter in fp32, and a float64 SVD is taken instead.
@@ -129,14 +130,9 @@ def random_factors(
     bound = 1.0 / math.sqrt(in_features)
     a = torch.empty(len(adapters), rank, in_features)
     for row, i in enumerate(adapters):
-        generator = torch.Generator().manual_seed(layer_seed(f"{seed}/{name}/{i}"))
+        generator = torch.Generator().manual_seed(stable_seed("adapter", seed, name, i))
         a[row].uniform_(-bound, bound, generator=generator)
     return a, torch.zeros(len(adapters), out_features, rank)
-
-
-def layer_seed(text: str) -> int:
-    """A 64-bit seed from any text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def cut_slices(

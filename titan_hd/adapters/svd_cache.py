@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from titan_hd.adapters.svd import (
     SvdSettings,
     captured_energy,
-    layer_seed,
     orthogonality_error,
     principal_factors,
 )
+from titan_hd.config.seeding import stable_seed
 
 logger = logging.getLogger("titan_hd")
 _VERSION = 1  # raised when the same settings would give other factors
@@ -53,7 +53,7 @@ def cached_factors(
     cached = factors is not None
     if factors is None:
         # The start of the subspace iteration belongs to the layer, not to the run.
-        factors = principal_factors(weight, count, settings, layer_seed(name))
+        factors = principal_factors(weight, count, settings, stable_seed("svd", name))
         if path:
             _write(path, *factors)
     if weight.is_cuda:

@@ -116,6 +116,7 @@ class Checkpointer:
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             logger.info("saved checkpoint %s", final)
+            self._set_aside(step)
             self._purge()
         dist.barrier()
 
@@ -129,6 +130,14 @@ class Checkpointer:
         """Fill `tensors` in place from `step-N`, whatever mesh wrote it."""
         dcp.load(tensors, checkpoint_id=str(self.folder / f"step-{step}"))
         logger.info("resumed from %s", self.folder / f"step-{step}")
+
+    def _set_aside(self, step: int) -> None:
+        """Rename later checkpoints: this run went back behind them, so they are another run's and not the latest."""
+        for later in [s for s in self.steps() if s > step]:
+            aside = self.folder / f"abandoned-{later}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / f"step-{later}").rename(aside)
+            logger.warning("%s is of a run that was left behind; kept as %s", f"step-{later}", aside)
 
     def _purge(self) -> None:
         if self.keep_latest_k:

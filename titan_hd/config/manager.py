@@ -54,6 +54,8 @@ def load(argv: list[str]) -> JobConfig:
         values[key] = (text, "command line")
     config = _build(values, errors)
     faulty = {line.partition(":")[0] for line in errors}  # these keys hold their defaults now
+    if not errors:  # what a faulty source would have given is not missing
+        errors += check_presence(config)
     errors += [line for line in check_combinations(config) if line.partition(":")[0] not in faulty]
     if errors:
         raise ConfigError(errors)
@@ -99,7 +101,9 @@ def _parse_argv(argv: list[str], errors: list[str]) -> tuple[str | None, list[tu
                 continue
             else:
                 value = "true"  # a switch: --compile.enable
-        if key == "config":
+        if key == "config" and not value:
+            errors.append("--config: needs a value")
+        elif key == "config":
             path = value
         else:
             overrides.append((key, value))
@@ -192,12 +196,12 @@ def _coerce(value: Any, annotation: Any, from_text: bool) -> Any:
     if origin is typing.Literal:
         if from_text and isinstance(args[0], int):
             value = _coerce(value, int, True)
-        if value not in args:
+        if not any(type(value) is type(a) and value == a for a in args):
             raise ValueError("must be " + " or ".join(json.dumps(a) for a in args))
         return value
     if origin is list:
         if from_text:
-            value = json.loads(value) if value.startswith("[") else [part for part in value.split(",") if part]
+            value = _parse_list(value)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ValueError("must be a list of strings")
         return value
@@ -214,6 +218,15 @@ def _coerce(value: Any, annotation: Any, from_text: bool) -> Any:
     return _number(value, annotation, from_text)
 
 
+def _parse_list(text: str) -> Any:
+    if not text.startswith("["):
+        return [part for part in text.split(",") if part]
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ValueError("must be a list of strings, as a,b or as JSON") from None
+
+
 def _number(value: Any, annotation: type, from_text: bool) -> int | float:
     kind = "a whole number" if annotation is int else "a number"
     if from_text:
@@ -223,6 +236,8 @@ def _number(value: Any, annotation: type, from_text: bool) -> int | float:
             raise ValueError(f"must be {kind}") from None
     if isinstance(value, bool) or not isinstance(value, (int,) if annotation is int else (int, float)):
         raise ValueError(f"must be {kind}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("must fit into 64 bits")
     if not math.isfinite(value):
         raise ValueError("must be finite")
     return annotation(value)
@@ -262,6 +277,22 @@ _AT_LEAST = {
 }
 
 
+def check_presence(config: JobConfig) -> list[str]:
+    """Keys that must be given and are not, one line each."""
+    lines = {
+        "training.steps: give either training.steps or training.epochs": (config.training.steps is None)
+        == (config.training.epochs is None),
+        "data.train: is missing; give the training records": not config.data.train,
+        "model.hf_assets_path: is missing; give a HF model directory, or model.name and model.flavor (random weights)": (
+            not config.model.hf_assets_path and not (config.model.name and config.model.flavor)
+        ),
+        "data.validation: is missing; validation.enable needs it": (
+            config.validation.enable and not config.data.validation
+        ),
+    }
+    return [line for line, fault in lines.items() if fault]
+
+
 def check_combinations(config: JobConfig) -> list[str]:
     """Faults of single values and of combinations of keys, one line each."""
     errors = []
@@ -275,17 +306,11 @@ def check_combinations(config: JobConfig) -> list[str]:
         value = getattr(getattr(config, section), name)
         require(value is None or value >= least, f"{key}: must be at least {least}, not {value}")
     c = config
-    require(
-        (c.training.steps is None) != (c.training.epochs is None),
-        "training.steps: give either training.steps or training.epochs",
-    )
     require(c.training.epochs is None or c.training.epochs > 0, "training.epochs: must be above 0")
     gbs = c.training.global_batch_size
     require(gbs == -1 or gbs >= 1, f"training.global_batch_size: must be -1 or at least 1, not {gbs}")
     shard = c.parallelism.data_parallel_shard_degree
-    require(
-        shard == -1 or shard >= 1, f"parallelism.data_parallel_shard_degree: must be -1 or at least 1, not {shard}"
-    )
+    require(shard == -1 or shard >= 1, f"parallelism.data_parallel_shard_degree: must be -1 or at least 1, not {shard}")
     steps = c.validation.steps
     require(steps == -1 or steps >= 1, f"validation.steps: must be -1 or at least 1, not {steps}")
     require(
@@ -306,14 +331,6 @@ def check_combinations(config: JobConfig) -> list[str]:
         c.training.master_dtype == "float32" or c.adapter.method == "hdpissa",
         f"training.master_dtype: bfloat16 needs adapter.method hdpissa (stochastic rounding at the fold), "
         f"not {c.adapter.method}",
-    )
-    require(c.data.train != "", "data.train: is missing; give the training records")
-    require(
-        bool(c.model.hf_assets_path) or bool(c.model.name and c.model.flavor),
-        "model.hf_assets_path: is missing; give a HF model directory, or model.name and model.flavor (random weights)",
-    )
-    require(
-        not c.validation.enable or c.data.validation != "", "data.validation: is missing; validation.enable needs it"
     )
     return errors
 
@@ -354,10 +371,14 @@ def to_toml(config: JobConfig) -> str:
     lines = []
     for section, table in dataclasses.asdict(config).items():
         lines.append(f"[{section}]")
-        # JSON's strings, numbers, booleans and lists of strings are valid TOML.
-        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items() if value is not None]
+        lines += [f"{key} = {_toml_value(value)}" for key, value in table.items() if value is not None]
         lines.append("")
     return "\n".join(lines)
+
+
+def _toml_value(value: Any) -> str:
+    """JSON's strings, numbers, booleans and lists of strings are TOML, but for escapes beyond 16 bits and DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from titan_hd.config.seeding import stable_seed
 from titan_hd.data.records import IGNORE, Example
 
 
@@ -51,7 +52,7 @@ class SampleOrder:
         return self._permutation(epoch)[place] if self.shuffle else place
 
     def _permute(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+        generator = torch.Generator().manual_seed(stable_seed("order", self.seed, epoch))
         return torch.randperm(self.size, generator=generator).tolist()
 
 

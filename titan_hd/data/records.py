@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from titan_hd.data.templates import Template
 from titan_hd.data.tokenizer import Tokenizer
 
 IGNORE = -100
+_SURROGATES = re.compile("[\ud800-\udfff]")
 _PROMPT_FIELDS = ("instruction", "query", "question", "prompt")
 _RESPONSE_FIELDS = ("output", "response", "answer", "completion")
 
@@ -49,6 +51,8 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: not valid UTF-8") from None
     except ValueError as error:
         raise ValueError(f"{where}: not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: not valid JSON: nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: must be a JSON object, not {type(record).__name__}")
     record["__where__"] = where
@@ -106,6 +110,8 @@ class InstructionRecords:
             for name in (self._prompt_field, self._response_field):
                 if not isinstance(record.get(name), str):
                     raise ValueError(f"{record['__where__']}: {name}: must be a string")
+                if _SURROGATES.search(record[name]):
+                    raise ValueError(f"{record['__where__']}: {name}: holds half of a surrogate pair, which is no text")
             if not record[self._response_field].strip():
                 raise ValueError(f"{record['__where__']}: {self._response_field}: is empty")
 
@@ -131,7 +137,7 @@ class InstructionRecords:
         prompt = self.prompt_ids(index)
         text = self.prompt(index) + self.response(index) + self._template.ending
         ids = prompt[: self._tokenizer.bos_id is not None] + self._tokenizer.encode(text) + [self._tokenizer.eos_id]
-        labels = [IGNORE] * len(prompt) + ids[len(prompt) :]
+        labels = [IGNORE] * min(len(prompt), len(ids)) + ids[len(prompt) :]
         return Example(ids[: self.seq_len], labels[: self.seq_len])
 
 

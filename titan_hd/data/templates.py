@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,13 +36,18 @@ def load_template(name: str) -> Template:
     if name in ("alpaca", "pissa"):
 
         def write(prompt: str, extra: str) -> str:
-            return (_ALPACA_INPUT if extra else _ALPACA).replace("{prompt}", prompt).replace("{input}", extra)
+            return _fill(_ALPACA_INPUT if extra else _ALPACA, prompt, extra)
 
         return Template(write, "\n" if name == "pissa" else "")
     try:
         text = Path(name).read_text(encoding="utf-8")
-    except OSError:
-        raise ValueError(f"data.template: {name!r} is neither alpaca, pissa or none nor a file that can be read") from None
+    except (OSError, UnicodeDecodeError):
+        raise ValueError(f"data.template: {name!r} is neither alpaca, pissa or none nor a text file") from None
     if "{prompt}" not in text:
         raise ValueError(f"data.template: {name} holds no {{prompt}}")
-    return Template(lambda prompt, extra: text.replace("{input}", extra).replace("{prompt}", prompt), "")
+    return Template(lambda prompt, extra: _fill(text, prompt, extra), "")
+
+
+def _fill(text: str, prompt: str, extra: str) -> str:
+    """Replace {prompt} and {input} in one pass: the same words inside a record are left alone."""
+    return re.sub(r"\{(prompt|input)\}", lambda m: prompt if m[1] == "prompt" else extra, text)

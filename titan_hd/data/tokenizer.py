@@ -46,7 +46,8 @@ class _HFTokenizer(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"{path}: cannot be read as a tokenizer: {error}") from None
-        self.vocab_size = self._tokenizer.get_vocab_size()
+        # Vocabularies may have gaps: what must fit into the embedding is the largest id.
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         # What the post-processor puts in front of an empty text is what the family was trained with.
         prefix = self._tokenizer.encode("", add_special_tokens=True).ids
         eos = _special(settings, "eos_token")

@@ -6,7 +6,6 @@ Wrapping replaces `block.forward`, never a module, so parameter names stay those
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from titan_hd.config.seeding import stable_seed
 from titan_hd.distributed.parallel_dims import ParallelDims, shard_rows
 from titan_hd.models.decoder import Decoder, RMSNorm
 from titan_hd.models.hf_weights import WeightFiles, plan_files, write_headers, write_rows
@@ -165,8 +165,7 @@ def init_weights(model: Decoder, dims: ParallelDims, seed: int, std: float = 0.0
         start, stop = _local_rows(parameter, dims)
         for block in range(start // _INIT_ROWS, -(-stop // _INIT_ROWS)):
             lo, hi = block * _INIT_ROWS, min(parameter.shape[0], (block + 1) * _INIT_ROWS)
-            digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+            generator = torch.Generator().manual_seed(stable_seed("init", seed, name, block))
             rows = torch.empty(hi - lo, *parameter.shape[1:]).normal_(0.0, std, generator=generator)
             first, last = max(lo, start), min(hi, stop)
             if first < last:

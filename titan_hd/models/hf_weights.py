@@ -56,6 +56,8 @@ class WeightFiles:
                 file_of = json.loads(index.read_text())["weight_map"]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{index}: must be a JSON object with a weight_map") from None
+            if not isinstance(file_of, dict) or not all(isinstance(f, str) for f in file_of.values()):
+                raise ValueError(f"{index}: weight_map: must be an object of file names")
             outside = [f for f in set(file_of.values()) if Path(f).name != f]
             if outside:
                 raise ValueError(f"{index}: weight_map: {outside[0]!r} is not a file of the directory")

@@ -82,6 +82,10 @@ FLAVORS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+_ROPE_KEYS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 _ARCHITECTURES = {"LlamaForCausalLM": ("llama2", "llama3"), "MistralForCausalLM": ("mistral",)}
 
 
@@ -162,9 +166,9 @@ def parse_hf_config(raw: dict[str, Any], where: str) -> DecoderConfig:
         raise ValueError(f"{where}: hidden_act: {raw['hidden_act']!r} is not supported; only silu")
     if raw.get("quantization_config"):
         raise ValueError(f"{where}: quantization_config: quantized weights are not supported")
+    rope = _rope_parameters(raw, where)
     try:
         heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
-        rope = _rope_parameters(raw, where)
         config = DecoderConfig(
             vocab_size=int(raw["vocab_size"]),
             hidden_size=hidden,
@@ -185,8 +189,8 @@ def parse_hf_config(raw: dict[str, Any], where: str) -> DecoderConfig:
         )
     except KeyError as error:
         raise ValueError(f"{where}: {error.args[0]}: is missing") from None
-    except TypeError as error:
-        raise ValueError(f"{where}: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: a size is no number: {error}") from None
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(f"{where}: num_key_value_heads: must divide num_attention_heads ({heads})")
     return config
@@ -201,6 +205,9 @@ def _rope_parameters(raw: dict[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where}: rope_scaling: type {rope['rope_type']!r} is not supported; supported are default, linear, llama3"
         )
+    missing = [key for key in _ROPE_KEYS.get(rope["rope_type"], ()) if not isinstance(rope.get(key), (int, float))]
+    if missing:
+        raise ValueError(f"{where}: rope_scaling: {missing[0]}: is missing or no number")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{where}: partial_rotary_factor: is not supported")
     return rope

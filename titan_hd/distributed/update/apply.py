@@ -39,9 +39,7 @@ def add_product(
         w.addmm_(left, right, beta=1.0 - decay, alpha=coefficient)
         return
     for start, part in _row_chunks(w):
-        new = torch.addmm(
-            part.float(), left[start : start + len(part)], right, beta=1.0 - decay, alpha=coefficient
-        )
+        new = torch.addmm(part.float(), left[start : start + len(part)], right, beta=1.0 - decay, alpha=coefficient)
         _round_into(part, new, start, rounding)
 
 

@@ -49,9 +49,7 @@ class ExchangeGroup:
 Factors = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def exchange_factors(
-    local: Factors, group: ExchangeGroup, wire: torch.dtype
-) -> Generator[None, None, Factors]:
+def exchange_factors(local: Factors, group: ExchangeGroup, wire: torch.dtype) -> Generator[None, None, Factors]:
     """All adapters' factors of several weights, from those of the hosted adapters; yields while they travel.
 
     local: per weight, a [k, r, in] and b [k, out, r]. Returns, per weight, a [K*r, in] and this worker's rows of b

@@ -1,0 +1,165 @@
+"""The fixed factors: what the slices are, and that they depend on nothing but the weight, or the seed and the name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from titan_hd.adapters.svd import SvdSettings, cut_slices, principal_factors, random_factors
+
+# fp32 SVD of matrices with singular values up to about 10: a few units in the last place of that.
+SVD_TOLERANCE = 2e-5
+K, R = 3, 2
+
+
+def slice_factors(weight: torch.Tensor, num_adapters: int, rank: int, slices: str):
+    """Slices of a weight: what `distributed.slices` does with the cache left out."""
+    count = rank if slices == "top" else num_adapters * rank
+    return cut_slices(*principal_factors(weight, count), num_adapters, rank, slices)
+
+
+def weight(out_features: int, in_features: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed))
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=SVD_TOLERANCE)
+
+
+SHAPES = [(8, 8), (12, 7), (7, 12), (6, 6)]
+
+
+class TestPrincipalFactors:
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_all_directions_give_the_weight_back(self, shape: tuple[int, int]):
+        w = weight(*shape)
+        a, b = principal_factors(w, min(shape))
+        assert a.dtype == b.dtype == torch.float32
+        close(b @ a, w)
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("count", [1, 3, 5])
+    def test_best_approximation_of_its_rank(self, shape: tuple[int, int], count: int):
+        """Eckart-Young: what is left over has the remaining singular values, and no other rank does better."""
+        w = weight(*shape)
+        a, b = principal_factors(w, count)
+        assert (a.shape, b.shape) == ((count, shape[1]), (shape[0], count))
+        left = torch.linalg.svdvals((w - b @ a).double())
+        values = torch.linalg.svdvals(w.double())
+        close(left[: min(shape) - count], values[count:])
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_each_side_has_the_root_of_the_singular_value(self, shape: tuple[int, int]):
+        w = weight(*shape)
+        a, b = principal_factors(w, 4)
+        values = torch.linalg.svdvals(w.double())[:4]
+        close(a @ a.T, values.diag())
+        close(b.T @ b, values.diag())
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_the_sign_is_fixed(self, shape: tuple[int, int]):
+        """The largest element of a row of A is positive, so that -W has the same A and the opposite B."""
+        w = weight(*shape)
+        a, b = principal_factors(w, 5)
+        assert (a.gather(1, a.abs().argmax(1, keepdim=True)) > 0).all()
+        negative_a, negative_b = principal_factors(-w, 5)
+        close(negative_a, a)
+        close(negative_b, -b)
+
+    def test_the_same_weight_gives_the_same_bits(self):
+        w = weight(12, 7)
+        for first, second in zip(principal_factors(w, 5), principal_factors(w.clone(), 5), strict=True):
+            assert torch.equal(first, second)
+
+    def test_the_weight_is_left_as_it_was(self):
+        w = weight(8, 8)
+        before = w.clone()
+        principal_factors(w, 3)
+        assert torch.equal(w, before)
+
+    def test_computed_in_fp32_whatever_the_weight(self):
+        w = weight(8, 8).bfloat16()
+        for found, expected in zip(principal_factors(w, 3), principal_factors(w.float(), 3), strict=True):
+            assert found.dtype == torch.float32
+            assert torch.equal(found, expected)
+
+
+class TestSlices:
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_orthogonal_slices(self, shape: tuple[int, int]):
+        """Rows of A of different adapters, and columns of B, are orthogonal to each other."""
+        a, b = slice_factors(weight(*shape), K, R, "orthogonal")
+        assert (a.shape, b.shape) == ((K, R, shape[1]), (K, shape[0], R))
+        for i in range(K):
+            for j in range(K):
+                if i != j:
+                    close(a[i] @ a[j].T, torch.zeros(R, R))
+                    close(b[i].T @ b[j], torch.zeros(R, R))
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_adapter_i_has_the_directions_from_i_times_r(self, shape: tuple[int, int]):
+        w = weight(*shape)
+        a, b = slice_factors(w, K, R, "orthogonal")
+        whole_a, whole_b = principal_factors(w, K * R)
+        for i in range(K):
+            assert torch.equal(a[i], whole_a[i * R : (i + 1) * R])
+            assert torch.equal(b[i], whole_b[:, i * R : (i + 1) * R])
+            values = torch.linalg.svdvals(w.double())[i * R : (i + 1) * R]
+            close(torch.linalg.svdvals(b[i].double() @ a[i].double())[:R], values)
+
+    def test_together_they_are_the_best_approximation(self):
+        w = weight(6, 6)  # K * r = 6: all of it
+        a, b = slice_factors(w, K, R, "orthogonal")
+        close(sum(b[i] @ a[i] for i in range(K)), w)
+
+    def test_top_slices_are_all_the_first(self):
+        w = weight(8, 8)
+        a, b = slice_factors(w, K, R, "top")
+        first_a, first_b = principal_factors(w, R)
+        assert (a.shape, b.shape) == ((K, R, 8), (K, 8, R))
+        for i in range(K):
+            assert torch.equal(a[i], first_a)
+            assert torch.equal(b[i], first_b)
+
+
+class TestRandomFactors:
+    SHAPE = (10, 64)
+
+    def draw(self, adapters: range, seed: int = 0, name: str = "layer", rank: int = 4):
+        return random_factors(self.SHAPE, adapters, rank, seed, name)
+
+    def test_lora_initialisation(self):
+        a, b = self.draw(range(50))
+        assert (a.shape, b.shape) == ((50, 4, 64), (50, 10, 4))
+        assert not b.any()
+        bound = 1 / 8  # kaiming_uniform with a = sqrt(5): 1 / sqrt(in)
+        assert a.abs().max() <= bound
+        assert a.abs().max() > 0.99 * bound
+        # 12,800 draws: the standard error of the mean is 0.0006, of the standard deviation about 0.0004
+        assert a.mean().abs() < 0.003
+        assert abs(a.std() - bound / 3**0.5) < 0.002
+
+    def test_an_adapter_does_not_depend_on_who_draws_it(self):
+        whole, _ = self.draw(range(8))
+        for hosted in (range(0, 2), range(3, 8), range(7, 8)):
+            torch.manual_seed(hosted.start)  # the process' own generator plays no part
+            part, _ = self.draw(hosted)
+            assert torch.equal(part, whole[hosted.start : hosted.stop])
+
+    def test_seed_layer_and_adapter_each_matter(self):
+        draws = [
+            self.draw(range(1))[0],
+            self.draw(range(1), seed=1)[0],
+            self.draw(range(1), name="other")[0],
+            self.draw(range(1, 2))[0],
+        ]
+        for i, first in enumerate(draws):
+            for second in draws[i + 1 :]:
+                assert not torch.equal(first, second)
+
+    def test_the_process_generator_is_left_alone(self):
+        torch.manual_seed(0)
+        expected = torch.rand(3)
+        torch.manual_seed(0)
+        self.draw(range(2))
+        assert torch.equal(torch.rand(3), expected)

@@ -1,0 +1,89 @@
+"""metrics.jsonl over a resumption: a step is written once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from titan_hd.components.metrics import MetricsLogger, keep_records_until
+from titan_hd.config.job_config import JobConfig
+
+
+def lines(*steps: int) -> str:
+    return "".join(json.dumps({"step": step, "loss": step / 10}) + "\n" for step in steps)
+
+
+def steps_of(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+class TestKeepRecordsUntil:
+    def test_later_records_are_dropped(self, tmp_path: Path):
+        path = tmp_path / "metrics.jsonl"
+        path.write_text(lines(1, 2, 3, 4, 5))
+        keep_records_until(path, 3)
+        assert path.read_text() == lines(1, 2, 3)
+
+    def test_a_new_run_starts_anew(self, tmp_path: Path):
+        path = tmp_path / "metrics.jsonl"
+        path.write_text(lines(1, 2))
+        keep_records_until(path, 0)
+        assert path.read_text() == ""
+
+    def test_the_validation_before_the_first_step_stays(self, tmp_path: Path):
+        path = tmp_path / "metrics.jsonl"
+        path.write_text(lines(0, 1, 2))
+        keep_records_until(path, 1)
+        assert steps_of(path) == [0, 1]
+
+    def test_a_torn_last_line_is_dropped(self, tmp_path: Path):
+        path = tmp_path / "metrics.jsonl"
+        path.write_text(lines(1, 2) + '{"step": 3, "lo')
+        keep_records_until(path, 5)
+        assert path.read_text() == lines(1, 2)
+
+    def test_a_last_line_without_its_newline_is_ended(self, tmp_path: Path):
+        path = tmp_path / "metrics.jsonl"
+        path.write_text(lines(1, 2)[:-1])
+        keep_records_until(path, 5)
+        assert path.read_text() == lines(1, 2)
+
+    def test_what_is_no_record_is_dropped(self, tmp_path: Path):
+        path = tmp_path / "metrics.jsonl"
+        path.write_text(lines(1) + '\n3\n[]\n{"loss": 1}\n{"step": "two"}\nnull\n' + lines(2))
+        keep_records_until(path, 5)
+        assert steps_of(path) == [1, 2]
+
+    def test_no_file(self, tmp_path: Path):
+        keep_records_until(tmp_path / "metrics.jsonl", 3)
+        assert not (tmp_path / "metrics.jsonl").exists()
+
+
+class TestMetricsLogger:
+    def config(self, folder: Path) -> JobConfig:
+        config = JobConfig()
+        config.job.dump_folder = str(folder / "run")
+        return config
+
+    def log(self, config: JobConfig, first: int, last: int, rank: int = 0) -> None:
+        metrics = MetricsLogger(config, rank, total_steps=10, first_step=first)
+        for step in range(first + 1, last + 1):
+            metrics.log(step, {"loss": step / 10})
+            metrics.advance(0.5)
+        metrics.close()
+
+    def test_a_resumed_run_writes_every_step_once(self, tmp_path: Path):
+        config = self.config(tmp_path)
+        self.log(config, 0, 7)
+        self.log(config, 5, 9)  # the checkpoint was of step 5
+        assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines(*range(1, 10))
+
+    def test_records_are_there_at_once(self, tmp_path: Path):
+        metrics = MetricsLogger(self.config(tmp_path), 0, 10, 0)
+        metrics.log(1, {"loss": 0.1})
+        assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines(1)
+        metrics.close()
+
+    def test_other_ranks_write_nothing(self, tmp_path: Path):
+        self.log(self.config(tmp_path), 0, 3, rank=1)
+        assert not (tmp_path / "run").exists()

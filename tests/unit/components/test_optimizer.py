@@ -1,0 +1,92 @@
+"""Optimizers by name, the settings that reach them, and clipping."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from titan_hd.components.optimizer import build_optimizer, clip_gradients, optimizer_class
+from titan_hd.config.job_config import Optimizer
+
+EVERY = sorted(
+    name
+    for name, cls in vars(torch.optim).items()
+    if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer) and name not in ("Optimizer", "LBFGS")
+)
+
+
+def parameters() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((2, 3, 4), (2, 4, 3))]
+
+
+@pytest.mark.parametrize("name", ["Adamw", "adam", "", "Optimizer", "LBFGS", "lr_scheduler", "no_such", "__doc__"])
+def test_no_optimizer_of_that_name(name: str):
+    with pytest.raises(ValueError, match=rf"optimizer.name: '{name}' is no optimizer of torch.optim"):
+        optimizer_class(name)
+
+
+def test_adamw():
+    config = Optimizer(name="AdamW", lr=3e-4, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.5)
+    optimizer = build_optimizer(config, parameters(), weight_decay=0.25)
+    (group,) = optimizer.param_groups
+    assert type(optimizer) is torch.optim.AdamW
+    assert (group["lr"], group["betas"], group["eps"]) == (3e-4, (0.8, 0.95), 1e-6)
+    assert group["weight_decay"] == 0.25  # what is asked for: for direct updates that is not the section's
+    assert len(group["params"]) == 2
+
+
+def test_sgd_takes_what_it_knows():
+    optimizer = build_optimizer(Optimizer(name="SGD", lr=0.5), parameters(), weight_decay=0.0)
+    (group,) = optimizer.param_groups
+    assert type(optimizer) is torch.optim.SGD
+    assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.5, 0.0, 0)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD"])
+def test_never_the_fused_form(name: str):
+    """Fused AdamW on DTensors leaks host memory at every step."""
+    (group,) = build_optimizer(Optimizer(name=name), parameters(), 0.0).param_groups
+    assert group["foreach"] is True
+    assert not group.get("fused")
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_accepted_name_can_train(name: str):
+    """Either refused by name before the run, or able to take a step on an adapter's parameter."""
+    try:
+        optimizer_class(name)
+    except ValueError:
+        return
+    params = parameters()
+    before = [p.detach().clone() for p in params]
+    optimizer = build_optimizer(Optimizer(name=name, lr=0.1), params, weight_decay=0.0)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all((p < old).all() for p, old in zip(params, before, strict=True))
+
+
+class TestClipping:
+    def with_gradients(self) -> list[nn.Parameter]:
+        """A global norm of 5: one gradient of norm 3, one of norm 4, one parameter without."""
+        first, second = parameters()
+        first.grad, second.grad = torch.zeros_like(first), torch.zeros_like(second)
+        first.grad[0, 0, 0], second.grad[1, 1, 1] = 3.0, -4.0
+        return [first, second, nn.Parameter(torch.ones(2))]
+
+    @pytest.mark.parametrize("max_norm", [0.0, 5.1, 100.0])
+    def test_left_alone(self, max_norm: float):
+        params = self.with_gradients()
+        assert clip_gradients(params, max_norm) == pytest.approx(5.0)
+        assert (params[0].grad[0, 0, 0].item(), params[1].grad[1, 1, 1].item()) == (3.0, -4.0)
+
+    def test_scaled_together(self):
+        params = self.with_gradients()
+        assert clip_gradients(params, 1.0) == pytest.approx(5.0)  # the norm before clipping is what is logged
+        assert params[0].grad[0, 0, 0].item() == pytest.approx(0.6, rel=1e-5)
+        assert params[1].grad[1, 1, 1].item() == pytest.approx(-0.8, rel=1e-5)
+        assert params[2].grad is None

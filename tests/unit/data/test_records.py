@@ -1,0 +1,308 @@
+"""JSONL records: every fault names the file and its line, every label is where it belongs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from titan_hd.config.job_config import Data
+from titan_hd.data.dataset import build_records
+from titan_hd.data.loader import collate
+from titan_hd.data.records import IGNORE, Example, InstructionRecords, TokenRecords, read_jsonl
+from titan_hd.data.templates import load_template
+from titan_hd.data.tokenizer import Tokenizer
+
+
+class Letters(Tokenizer):
+    """One id per letter: a is 3, b is 4, ...; everything else is 29."""
+
+    def __init__(self, bos: int | None = 1):
+        self.bos_id, self.eos_id, self.vocab_size = bos, 2, 30
+
+    def encode(self, text: str) -> list[int]:
+        return [3 + ord(c) - ord("a") if "a" <= c <= "z" else 29 for c in text]
+
+
+class Pairs(Letters):
+    """As Letters, but any two equal letters in a row are one token, greedily from the left, as BPE would merge them."""
+
+    def encode(self, text: str) -> list[int]:
+        ids, i = [], 0
+        while i < len(text):
+            run = 2 if text[i : i + 1] == text[i + 1 : i + 2] else 1
+            ids += super().encode(text[i])
+            i += run
+        return ids
+
+
+class Words(Letters):
+    """Known words are one token, as in a unigram model; all else is spelled."""
+
+    KNOWN = ("abcdef",)
+
+    def encode(self, text: str) -> list[int]:
+        return [28] if text in self.KNOWN else super().encode(text)
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path):
+    """Writes lines (records, text or bytes) to a file and returns its path as text."""
+
+    def write(*lines) -> str:
+        path = tmp_path / "records.jsonl"
+        rows = [line if isinstance(line, (bytes, str)) else json.dumps(line) for line in lines]
+        path.write_bytes(b"".join((r if isinstance(r, bytes) else r.encode()) + b"\n" for r in rows))
+        return str(path)
+
+    return write
+
+
+def instruction(path: str, tokenizer: Tokenizer | None = None, seq_len: int = 64, template: str = "none", **fields):
+    return InstructionRecords(
+        read_jsonl(path, "data.train"),
+        tokenizer or Letters(),
+        load_template(template),
+        seq_len,
+        fields.get("prompt_field", ""),
+        fields.get("response_field", ""),
+    )
+
+
+def message(call, *args, **kwargs) -> str:
+    with pytest.raises(ValueError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+class TestReadJsonl:
+    def test_records_in_order(self, jsonl):
+        records = read_jsonl(jsonl({"a": 1}, {"a": "ü"}, '{"a": null}'), "data.train")
+        assert [r["a"] for r in records] == [1, "ü", None]
+
+    def test_empty_lines_are_passed_over_and_counted(self, jsonl):
+        path = jsonl({"a": 1}, "", "   ", "{")
+        assert message(read_jsonl, path, "data.train").startswith(f"{path}:4: not valid JSON")
+
+    def test_no_newline_at_the_end(self, tmp_path: Path):
+        path = tmp_path / "r.jsonl"
+        path.write_bytes(b'{"a": 1}\r\n{"a": 2}')
+        assert [r["a"] for r in read_jsonl(str(path), "data.train")] == [1, 2]
+
+    @pytest.mark.parametrize("line", ["{", '{"a": 1}}', "{'a': 1}", '{"a": }', "words"])
+    def test_bad_json(self, jsonl, line: str):
+        path = jsonl({"a": 1}, line)
+        assert message(read_jsonl, path, "data.train").startswith(f"{path}:2: not valid JSON: ")
+
+    @pytest.mark.parametrize(("line", "kind"), [("[1]", "list"), ('"a"', "str"), ("3", "int"), ("null", "NoneType")])
+    def test_not_an_object(self, jsonl, line: str, kind: str):
+        path = jsonl({"a": 1}, {"a": 2}, line)
+        assert message(read_jsonl, path, "data.train") == f"{path}:3: must be a JSON object, not {kind}"
+
+    def test_invalid_utf8(self, jsonl):
+        path = jsonl({"a": 1}, b'{"a": "\xff\xfe"}')
+        assert message(read_jsonl, path, "data.train") == f"{path}:2: not valid UTF-8"
+
+    @pytest.mark.parametrize("lines", [[], ["", "  "]])
+    def test_no_record(self, jsonl, lines: list[str]):
+        path = jsonl(*lines)
+        assert message(read_jsonl, path, "data.train") == f"data.train: {path} holds no record"
+
+    def test_missing_file(self, tmp_path: Path):
+        path = str(tmp_path / "no.jsonl")
+        expected = f"data.validation: cannot read {path}: No such file or directory"
+        assert message(read_jsonl, path, "data.validation") == expected
+
+    def test_a_folder(self, tmp_path: Path):
+        assert message(read_jsonl, str(tmp_path), "data.train").startswith(f"data.train: cannot read {tmp_path}: ")
+
+    def test_deep_nesting(self, jsonl):
+        path = jsonl({"a": 1}, "[" * 100_000)
+        assert message(read_jsonl, path, "data.train").startswith(f"{path}:2: ")
+
+
+class TestTokenRecords:
+    GOOD: ClassVar = {"input_ids": [1, 2, 3], "labels": [IGNORE, 2, 3]}
+
+    def build(self, path: str, seq_len: int = 8) -> TokenRecords:
+        return TokenRecords(read_jsonl(path, "data.train"), vocab_size=10, seq_len=seq_len)
+
+    def test_taken_as_they_are(self, jsonl):
+        records = self.build(jsonl(self.GOOD, {"input_ids": [9], "labels": [0], "more": "x"}))
+        assert len(records) == 2
+        assert records[0] == Example([1, 2, 3], [IGNORE, 2, 3])
+        assert records[1] == Example([9], [0])
+
+    def test_cut_at_the_right(self, jsonl):
+        records = self.build(jsonl({"input_ids": [1, 2, 3, 4], "labels": [5, 6, 7, 8]}), seq_len=3)
+        assert records[0] == Example([1, 2, 3], [5, 6, 7])
+
+    @pytest.mark.parametrize(
+        ("record", "says"),
+        [
+            ({"input_ids": [1, 2], "labels": [1]}, "labels: has 1 entries, input_ids has 2; they must agree"),
+            ({"input_ids": [1], "labels": [1, 2]}, "labels: has 2 entries, input_ids has 1; they must agree"),
+            ({"input_ids": [], "labels": []}, "input_ids: is empty"),
+            ({"input_ids": [1]}, "labels: must be a list of whole numbers"),
+            ({"labels": [1]}, "input_ids: must be a list of whole numbers"),
+            ({"input_ids": "12", "labels": "12"}, "input_ids: must be a list of whole numbers"),
+            ({"input_ids": [1.0], "labels": [1]}, "input_ids: must be a list of whole numbers"),
+            ({"input_ids": [1], "labels": [True]}, "labels: must be a list of whole numbers"),
+            ({"input_ids": [[1]], "labels": [[1]]}, "input_ids: must be a list of whole numbers"),
+            ({"input_ids": [10], "labels": [1]}, "input_ids: must be from 0 to 9, the model's vocabulary"),
+            ({"input_ids": [-1], "labels": [1]}, "input_ids: must be from 0 to 9, the model's vocabulary"),
+            ({"input_ids": [IGNORE], "labels": [1]}, "input_ids: must be from 0 to 9, the model's vocabulary"),
+            ({"input_ids": [1], "labels": [10]}, "labels: must be -100 or from 0 to 9"),
+            ({"input_ids": [1], "labels": [-1]}, "labels: must be -100 or from 0 to 9"),
+        ],
+    )
+    def test_faults_name_file_and_line(self, jsonl, record: dict, says: str):
+        path = jsonl(self.GOOD, "", record, self.GOOD)
+        assert message(self.build, path) == f"{path}:3: {says}"
+
+    def test_what_is_cut_off_is_checked_too(self, jsonl):
+        path = jsonl({"input_ids": [1, 2, 99], "labels": [1, 2, 3]})
+        assert message(self.build, path, seq_len=2).startswith(f"{path}:1: input_ids: must be from 0")
+
+
+class TestInstructionRecords:
+    def test_labels_by_hand(self, jsonl):
+        """<s> a b | c d </s>: only the response and the end are trained on."""
+        (example,) = instruction(jsonl({"prompt": "ab", "response": "cd"}))
+        assert example.input_ids == [1, 3, 4, 5, 6, 2]
+        assert example.labels == [IGNORE, IGNORE, IGNORE, 5, 6, 2]
+
+    def test_without_bos(self, jsonl):
+        (example,) = instruction(jsonl({"prompt": "ab", "response": "cd"}), Letters(bos=None))
+        assert example.input_ids == [3, 4, 5, 6, 2]
+        assert example.labels == [IGNORE, IGNORE, 5, 6, 2]
+
+    def test_a_newline_ends_pissas_response(self, jsonl):
+        """Target "{answer}\\n{eos}", as in PiSSA's experiments; the newline is trained on."""
+        records = instruction(jsonl({"prompt": "ab", "response": "cd"}), seq_len=512, template="pissa")
+        assert records[0].input_ids[-4:] == [5, 6, 29, 2]
+        assert records[0].labels[-5:] == [IGNORE, 5, 6, 29, 2]
+        alpaca = instruction(jsonl({"prompt": "ab", "response": "cd"}), seq_len=512, template="alpaca")
+        assert alpaca[0].labels[-4:] == [IGNORE, 5, 6, 2]
+
+    def test_what_the_model_is_asked_to_predict(self, jsonl):
+        """Through collate: the last token of the prompt predicts the first of the response, the last of it the end."""
+        batch = collate(list(instruction(jsonl({"prompt": "ab", "response": "cd"}))), pad_to=8)
+        assert batch.input_ids.tolist() == [[1, 3, 4, 5, 6, 2, 0, 0]]
+        assert batch.targets.tolist() == [[IGNORE, IGNORE, 5, 6, 2, IGNORE, IGNORE, IGNORE]]
+        assert batch.trained_tokens == 3
+
+    @pytest.mark.parametrize("seq_len", [2, 3, 4, 5, 6, 7])
+    def test_cut_at_the_right(self, jsonl, seq_len: int):
+        (example,) = instruction(jsonl({"prompt": "ab", "response": "cd"}), seq_len=seq_len)
+        assert example.input_ids == [1, 3, 4, 5, 6, 2][:seq_len]
+        assert example.labels == [IGNORE, IGNORE, IGNORE, 5, 6, 2][:seq_len]
+
+    def test_prompt_ids_are_what_training_masks(self, jsonl):
+        records = instruction(jsonl({"prompt": "ab", "response": "cd"}))
+        assert records.prompt_ids(0) == [1, 3, 4]
+        assert records.response(0) == "cd"
+        assert records[0].input_ids[:3] == records.prompt_ids(0)
+
+    def test_a_merge_across_the_border(self, jsonl):
+        """Prompt and response are encoded as one text: the shared token counts as the prompt's."""
+        (example,) = instruction(jsonl({"prompt": "ab", "response": "bc"}), Pairs())
+        assert example.input_ids == [1, 3, 4, 5, 2]  # a, bb, c
+        assert example.labels == [IGNORE, IGNORE, IGNORE, 5, 2]
+
+    def test_a_merge_that_leaves_fewer_ids_than_the_prompt(self, jsonl):
+        (example,) = instruction(jsonl({"prompt": "abcde", "response": "f"}), Words())
+        assert example.input_ids == [1, 28, 2]
+        assert len(example.labels) == len(example.input_ids)
+
+    def test_the_input_field(self, jsonl):
+        records = instruction(
+            jsonl({"instruction": "a", "input": "b", "output": "c"}, {"instruction": "a", "output": "c"})
+        )
+        assert records.prompt(0) == "a\nb"
+        assert records.prompt(1) == "a"
+
+    @pytest.mark.parametrize(
+        ("record", "prompt", "response"),
+        [
+            ({"question": "q", "answer": "r"}, "q", "r"),
+            ({"query": "q", "response": "r", "original_question": "x"}, "q", "r"),
+            ({"output": "r", "instruction": "q", "prompt": "x", "answer": "x"}, "q", "r"),
+            ({"completion": "r", "prompt": "q"}, "q", "r"),
+        ],
+    )
+    def test_fields_are_found_in_the_first_record(self, jsonl, record: dict, prompt: str, response: str):
+        records = instruction(jsonl(record))
+        assert (records.prompt(0), records.response(0)) == (prompt, response)
+
+    def test_fields_by_name(self, jsonl):
+        path = jsonl({"prompt": "a", "response": "b", "ask": "c", "say": "d"})
+        records = instruction(path, prompt_field="ask", response_field="say")
+        assert (records.prompt(0), records.response(0)) == ("c", "d")
+
+    @pytest.mark.parametrize(
+        ("record", "key"), [({"text": "x", "answer": "y"}, "prompt"), ({"prompt": "x", "text": "y"}, "response")]
+    )
+    def test_no_field_is_known(self, jsonl, record: dict, key: str):
+        path = jsonl(record)
+        text = message(instruction, path)
+        assert text.startswith(f"{path}:1: none of ")
+        assert text.endswith(f"(found {', '.join(record)}); set data.{key}_field")
+
+    @pytest.mark.parametrize(
+        ("record", "says"),
+        [
+            ({"prompt": "a"}, "response: must be a string"),
+            ({"response": "a"}, "prompt: must be a string"),
+            ({"prompt": "a", "response": None}, "response: must be a string"),
+            ({"prompt": ["a"], "response": "b"}, "prompt: must be a string"),
+            ({"prompt": "a", "response": ""}, "response: is empty"),
+            ({"prompt": "a", "response": " \n"}, "response: is empty"),
+        ],
+    )
+    def test_faults_name_file_and_line(self, jsonl, record: dict, says: str):
+        path = jsonl({"prompt": "a", "response": "b"}, record)
+        assert message(instruction, path) == f"{path}:2: {says}"
+
+    def test_text_that_no_tokenizer_takes(self, jsonl):
+        path = jsonl({"prompt": "a", "response": "b"}, '{"prompt": "a", "response": "\\ud800"}')
+        assert message(instruction, path).startswith(f"{path}:2: response: ")
+
+
+class TestBuildRecords:
+    TOKENS: ClassVar = {"input_ids": [1, 2], "labels": [1, 2]}
+    WORDS: ClassVar = {"prompt": "ab", "response": "cd"}
+
+    def build(self, path: str, format: str = "auto", vocab_size: int = 30):
+        return build_records(Data(train=path, format=format, template="none"), "train", vocab_size, 16, Letters)
+
+    def test_auto(self, jsonl):
+        assert isinstance(self.build(jsonl(self.TOKENS)), TokenRecords)
+        assert isinstance(self.build(jsonl(self.WORDS)), InstructionRecords)
+
+    def test_tokens_need_no_tokenizer(self, jsonl):
+        def tokenizer():
+            raise AssertionError("not needed")
+
+        assert len(build_records(Data(train=jsonl(self.TOKENS)), "train", 30, 16, tokenizer)) == 1
+
+    def test_a_given_format_is_not_guessed(self, jsonl):
+        assert "input_ids: must be a list" in message(self.build, jsonl(self.WORDS), "tokens")
+        assert "none of instruction" in message(self.build, jsonl(self.TOKENS), "instruction")
+
+    def test_a_mixed_file_is_refused(self, jsonl):
+        path = jsonl(self.TOKENS, self.WORDS)
+        assert message(self.build, path).startswith(f"{path}:2: input_ids: ")
+
+    def test_a_tokenizer_larger_than_the_model(self, jsonl):
+        text = message(self.build, jsonl(self.WORDS), "auto", 29)
+        assert text == "model.hf_assets_path: the tokenizer has 30 ids, the model's vocabulary 29"
+
+    def test_the_validation_records(self, jsonl):
+        data = Data(train="nowhere", validation=jsonl(self.TOKENS))
+        assert len(build_records(data, "validation", 30, 16, Letters)) == 1
+        with pytest.raises(ValueError, match=r"data.train: cannot read nowhere"):
+            build_records(data, "train", 30, 16, Letters)

@@ -1,0 +1,101 @@
+"""What is known before any process starts: defaults resolved for a number of workers, all faults at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from titan_hd.config.job_config import JobConfig
+from titan_hd.config.manager import ConfigError, load
+from titan_hd.models.registry import FLAVORS
+from titan_hd.preflight import plan_run
+
+
+@pytest.fixture
+def config(tmp_path: Path):
+    """A configuration of the debug model with a training file that is there."""
+    (tmp_path / "train.jsonl").write_text('{"input_ids": [1], "labels": [1]}\n')
+    needed = ["--data.train", str(tmp_path / "train.jsonl"), "--training.steps", "1"]
+
+    def build(*argv: str, model: tuple[str, ...] = ("--model.name", "llama3", "--model.flavor", "debugmodel")):
+        return load([*needed, "--adapter.rank", "4", *model, *argv])
+
+    return build
+
+
+def errors_of(config: JobConfig, workers: int) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        plan_run(config, workers)
+    assert all("\n" not in line for line in caught.value.errors)
+    return caught.value.errors
+
+
+@pytest.mark.parametrize(
+    ("argv", "workers", "adapters", "batch"),
+    [
+        ([], 1, 1, 1),
+        ([], 4, 4, 4),
+        (["--hdpissa.num_adapters", "8"], 2, 8, 8),
+        (["--hdpissa.num_adapters", "2", "--training.local_batch_size", "3"], 8, 2, 24),
+        (["--training.global_batch_size", "32"], 4, 4, 32),
+        (["--adapter.method", "full"], 4, 1, 4),
+    ],
+)
+def test_defaults_for_a_number_of_workers(config, argv: list[str], workers: int, adapters: int, batch: int):
+    plan = plan_run(config(*argv), workers)
+    assert (plan.num_adapters, plan.global_batch_size) == (adapters, batch)
+    assert (plan.dp_replicate, plan.dp_shard) == (1, workers)
+
+
+def test_replicas(config):
+    plan = plan_run(config("--parallelism.data_parallel_replicate_degree", "2"), 8)
+    assert (plan.dp_replicate, plan.dp_shard) == (2, 4)
+
+
+def test_all_faults_at_once(config, tmp_path: Path):
+    faulty = config(
+        *("--optimizer.name", "Sophia"),
+        *("--data.validation", str(tmp_path / "no.jsonl")),
+        *("--data.template", "nowhere.txt"),
+        *("--parallelism.data_parallel_shard_degree", "3"),
+        *("--hdpissa.num_adapters", "3"),
+        *("--adapter.target_modules", "q_proj,qproj"),
+        *("--adapter.rank", "64"),
+    )
+    lines = errors_of(faulty, 2)
+    for key in (
+        "optimizer.name",
+        "data.validation",
+        "data.template",
+        "parallelism.data_parallel_shard_degree",
+        "hdpissa.num_adapters",
+        "adapter.target_modules",
+        "adapter.rank",
+    ):
+        assert sum(line.startswith(f"{key}: ") for line in lines) == 1, (key, lines)
+    assert len(lines) == 7
+
+
+def test_slices_must_fit_the_smallest_targeted_layer(config):
+    """k_proj of the debug model is 32 x 64: four adapters of rank 8 fit, five do not, unless it is no target."""
+    plan_run(config("--hdpissa.num_adapters", "4", "--adapter.rank", "8"), 1)
+    (line,) = errors_of(config("--hdpissa.num_adapters", "5", "--adapter.rank", "8"), 1)
+    assert line.startswith("adapter.rank: the slices need K * r = 5 * 8 = 40 singular directions, k_proj")
+    plan_run(config("--hdpissa.num_adapters", "5", "--adapter.rank", "8", "--adapter.target_modules", "q_proj"), 1)
+    plan_run(config("--hdpissa.num_adapters", "5", "--adapter.rank", "8", "--hdpissa.slices", "top"), 1)
+
+
+def test_full_fine_tuning_knows_no_rank(config):
+    plan_run(config("--adapter.method", "full", "--adapter.rank", "9999", "--hdpissa.num_adapters", "7"), 2)
+
+
+def test_the_model_directory_is_read(config, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({**FLAVORS["llama3"]["debugmodel"], "vocab_size": 77}))
+    plan = plan_run(config(model=("--model.hf_assets_path", str(tmp_path))), 1)
+    assert plan.decoder.vocab_size == 77
+    (line,) = errors_of(config(model=("--model.hf_assets_path", str(tmp_path / "no"))), 1)
+    assert line.startswith("model.hf_assets_path: cannot read")
+    (line,) = errors_of(config(model=("--model.hf_assets_path", str(tmp_path), "--model.name", "mistral")), 1)
+    assert line.startswith("model.name: ")
