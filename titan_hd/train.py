@@ -304,8 +304,7 @@ class Trainer:
         steps = len(self._window)
         self._window.clear()
         length = tokens / (steps * self.plan.global_batch_size)
-        rank = self.config.adapter.rank if self.registry else 0
-        flops = flops_per_token(self.plan.decoder, length, self.registry is None, rank)
+        flops = flops_per_token(self.plan.decoder, length, *self._trained_sizes())
         rate = tokens / seconds
         self.metrics.log(
             self.step,
@@ -317,6 +316,13 @@ class Trainer:
                 "peak_memory_gib": peak_memory_gib(self.device),
             },
         )
+
+    def _trained_sizes(self) -> tuple[int, int]:
+        """Elements of the matrices that get a dW, and the sum of r (in + out) over adapted layers."""
+        if self.registry:
+            return 0, sum(self.registry.rank * sum(entry.shape) for entry in self.registry.entries.values())
+        embedding = "model.embed_tokens.weight"
+        return sum(p.numel() for p, n in self.trainable.items() if p.dim() == 2 and n != embedding), 0
 
     def validate(self) -> None:
         """Validation loss and, if asked for, exact match of generated answers; logged under this step."""

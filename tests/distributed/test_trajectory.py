@@ -61,7 +61,7 @@ def test_mute_scalar_of_the_paper_equals_the_exact_mute(workers, setup, tmp_path
 
 @pytest.mark.parametrize("method", ["hdpissa", "full"])
 def test_resumed_run_equals_the_undisturbed_one(method, workers, setup, tmp_path):
-    """3 steps, stop, 3 steps against 6 steps: bitwise on the same workers, to rounding on others; two stops in a row."""
+    """3 steps, stop, 3 steps against 6 steps: bitwise on the same workers, to rounding on others, twice."""
     changes = {"checkpoint__enable": "true", "adapter__dropout": 0.1}
     if method == "full":
         changes |= {"adapter__method": "full", "hdpissa__num_adapters": 0}
@@ -82,7 +82,7 @@ def test_resumed_run_equals_the_undisturbed_one(method, workers, setup, tmp_path
 
 def test_resume_refuses_another_number_of_adapters(workers, setup):
     workers.run(2, runs.train, setup("k", checkpoint__enable="true"), stop_after=1)
-    with pytest.raises(RuntimeError, match="hdpissa.num_adapters: the checkpoint has 4, this run 2"):
+    with pytest.raises(RuntimeError, match=r"hdpissa\.num_adapters: the checkpoint has 4, this run 2"):
         workers.run(2, runs.train, setup("k", checkpoint__enable="true", hdpissa__num_adapters=2))
 
 

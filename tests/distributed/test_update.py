@@ -41,7 +41,7 @@ class Layers(nn.Module):
         raise NotImplementedError
 
 
-def build(num_adapters: int, replicate: int, shard: int, rank: int = 1):
+def build(num_adapters: int, replicate: int, shard: int, rank: int = 1, dtype: torch.dtype = torch.float32):
     """Plain linears under FSDP2, with a registry whose dA, dB are drawn, not trained."""
     from torch.distributed.fsdp import fully_shard
 
@@ -49,7 +49,7 @@ def build(num_adapters: int, replicate: int, shard: int, rank: int = 1):
     model = Layers()
     for name, (out, width) in SHAPES.items():
         linear = nn.Linear(width, out, bias=False)
-        linear.weight.data = draw(name, SHAPES[name])
+        linear.weight.data = draw(name, SHAPES[name]).to(dtype)
         model.layers[int(name[7])][name[9:]] = linear
     method = HDPissa(num_adapters, rank)
     method.apply(model, [name[9:] for name in SHAPES])

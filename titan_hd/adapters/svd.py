@@ -52,7 +52,7 @@ def principal_factors(
     """The first `count` singular directions of W [out, in], each side scaled by the root of its singular value.
 
     Returns A = S^1/2 V^T [count, in] and B = U S^1/2 [out, count] in fp32, so that B A is the best approximation of
-    rank `count` (nearly so for the randomized algorithm). The sign of each pair, which the decomposition leaves open, is
+    rank `count` (nearly so for the randomized algorithm). The sign of each pair, which a decomposition leaves open, is
     fixed: the largest element of each row of A is positive.
     """
     if settings.resolve(tuple(weight.shape), count) == "randomized":

@@ -6,6 +6,7 @@ are written beside and renamed, so a reader never sees half a file, and concurre
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -44,8 +45,8 @@ def cached_factors(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, object]]:
     """`principal_factors` of W [out, in], from the cache where it is there and into it where not.
 
-    folder: "" for no cache. Returns A [count, in], B [out, count] on W's device, and a report: layer, algorithm, seconds,
-    captured_energy, orthogonality_error, cached.
+    folder: "" for no cache. Returns A [count, in], B [out, count] on W's device, and a report: layer, shape, algorithm,
+    cached, seconds, captured_energy, orthogonality_error.
     """
     start = time.perf_counter()
     path = Path(folder) / f"{cache_key(weight, count, settings)}.safetensors" if folder else None
@@ -98,4 +99,5 @@ def _write(path: Path, a: torch.Tensor, b: torch.Tensor) -> None:
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         logger.warning("hdpissa.svd_cache: cannot write %s: %s", path, error)
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()

@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 
 from titan_hd.config.job_config import Optimizer
 
-
 # Optimizers of torch.optim that cannot train an adapter's [K, r, in] parameter with the settings of [optimizer].
 _UNFIT = {
     "Adafactor": "wants a pair of eps",

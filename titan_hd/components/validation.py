@@ -70,7 +70,7 @@ def greedy(
 
 def final_answer(text: str, marker: str) -> str | None:
     """What follows the last marker, up to the end of the line; None where the marker is missing."""
-    head, found, answer = text.rpartition(marker)
+    _, found, answer = text.rpartition(marker)
     return answer.split("\n")[0].strip() if found else None
 
 

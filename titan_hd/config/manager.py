@@ -279,18 +279,16 @@ _AT_LEAST = {
 
 def check_presence(config: JobConfig) -> list[str]:
     """Keys that must be given and are not, one line each."""
-    lines = {
-        "training.steps: give either training.steps or training.epochs": (config.training.steps is None)
-        == (config.training.epochs is None),
-        "data.train: is missing; give the training records": not config.data.train,
-        "model.hf_assets_path: is missing; give a HF model directory, or model.name and model.flavor (random weights)": (
-            not config.model.hf_assets_path and not (config.model.name and config.model.flavor)
-        ),
-        "data.validation: is missing; validation.enable needs it": (
-            config.validation.enable and not config.data.validation
-        ),
+    c = config
+    no_model = not c.model.hf_assets_path and not (c.model.name and c.model.flavor)
+    faults = {
+        "training.steps: give either training.steps or training.epochs": (c.training.steps is None)
+        == (c.training.epochs is None),
+        "data.train: is missing; give the training records": not c.data.train,
+        "model.hf_assets_path: is missing; give a HF directory, or model.name and model.flavor": no_model,
+        "data.validation: is missing; validation.enable needs it": c.validation.enable and not c.data.validation,
     }
-    return [line for line, fault in lines.items() if fault]
+    return [line for line, fault in faults.items() if fault]
 
 
 def check_combinations(config: JobConfig) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from titan_hd.data.templates import Template
@@ -112,6 +111,8 @@ class InstructionRecords:
                     raise ValueError(f"{record['__where__']}: {name}: must be a string")
                 if _SURROGATES.search(record[name]):
                     raise ValueError(f"{record['__where__']}: {name}: holds half of a surrogate pair, which is no text")
+            if isinstance(record.get("input"), str) and _SURROGATES.search(record["input"]):
+                raise ValueError(f"{record['__where__']}: input: holds half of a surrogate pair, which is no text")
             if not record[self._response_field].strip():
                 raise ValueError(f"{record['__where__']}: {self._response_field}: is empty")
 

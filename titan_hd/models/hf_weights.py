@@ -72,7 +72,7 @@ class WeightFiles:
         errors += [f"{self.directory}: {name}: is not part of the model" for name in self._file_of.keys() - expected]
         for name in expected.keys() & self._file_of.keys():
             where = self.directory / self._file_of[name]
-            if name not in self._handle(self._file_of[name]).keys():
+            if name not in set(self._handle(self._file_of[name]).keys()):
                 errors.append(f"{where}: {name}: the index names it, the file does not hold it")
                 continue
             info = self._handle(self._file_of[name]).get_slice(name)

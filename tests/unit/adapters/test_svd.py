@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from titan_hd.adapters.svd import SvdSettings, cut_slices, principal_factors, random_factors
+from titan_hd.adapters.svd import (
+    SvdSettings,
+    captured_energy,
+    cut_slices,
+    orthogonality_error,
+    principal_factors,
+    random_factors,
+)
 
-# fp32 SVD of matrices with singular values up to about 10: a few units in the last place of that.
+# Factors are rounded to fp32 once; singular values reach about 10, so this is a few units in the last place.
 SVD_TOLERANCE = 2e-5
 K, R = 3, 2
 
@@ -82,6 +89,96 @@ class TestPrincipalFactors:
         for found, expected in zip(principal_factors(w, 3), principal_factors(w.float(), 3), strict=True):
             assert found.dtype == torch.float32
             assert torch.equal(found, expected)
+
+    def test_singular_values_of_a_wide_range(self):
+        """A weight whose small directions a Gram matrix alone would lose, and one that has fewer than are asked for."""
+        u, v = (torch.linalg.qr(weight(8, 8, seed).double())[0] for seed in (1, 2))
+        for values in (torch.logspace(0, -7, 8), torch.tensor([1.0, 0.5, 0, 0, 0, 0, 0, 0])):
+            w = (u * values) @ v.T
+            a, b = principal_factors(w.float(), 8)
+            assert torch.isfinite(a).all()
+            assert torch.isfinite(b).all()
+            found = (a.norm(dim=1) * b.norm(dim=0)).double()
+            torch.testing.assert_close(found, values.double(), rtol=0, atol=2e-7)  # w itself was rounded to fp32
+            close(b @ a, w)
+
+    def test_a_weight_of_zeros(self):
+        a, b = principal_factors(torch.zeros(6, 4), 3)
+        assert not a.any()
+        assert not b.any()
+
+
+def decaying(out_features: int, in_features: int) -> torch.Tensor:
+    """A weight whose singular values fall by a fifth from one to the next: 1, 0.8, 0.64, ..."""
+    small = min(out_features, in_features)
+    u = torch.linalg.qr(weight(out_features, small, 1).double())[0]
+    v = torch.linalg.qr(weight(in_features, small, 2).double())[0]
+    return ((u * 0.8 ** torch.arange(small)) @ v.T).float()
+
+
+class TestRandomized:
+    SETTINGS = SvdSettings("randomized", 8)
+
+    @pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
+    def test_the_exact_factors_where_the_spectrum_decays(self, shape: tuple[int, int]):
+        w = decaying(*shape)
+        for found, expected in zip(principal_factors(w, 6, self.SETTINGS), principal_factors(w, 6), strict=True):
+            assert found.dtype == torch.float32
+            close(found, expected)
+
+    def test_more_iterations_come_nearer_on_a_flat_spectrum(self):
+        w = weight(120, 100)
+        best = captured_energy(w, principal_factors(w, 8)[0])
+        shares = [captured_energy(w, principal_factors(w, 8, SvdSettings("randomized", n))[0]) for n in (0, 2, 8)]
+        assert shares == sorted(shares)
+        assert shares[0] < 0.9 * best
+        assert 0.995 * best < shares[2] <= best * (1 + SVD_TOLERANCE)
+
+    def test_directions_are_orthogonal_whatever_the_spectrum(self):
+        a, b = principal_factors(weight(60, 40), 12, self.SETTINGS)
+        assert orthogonality_error(a, b) < SVD_TOLERANCE
+
+    def test_a_function_of_the_weight_and_the_seed_alone(self):
+        w = weight(60, 40)
+        first = principal_factors(w, 6, SvdSettings("randomized", 1), seed=3)
+        torch.manual_seed(1)
+        again = principal_factors(w, 6, SvdSettings("randomized", 1), seed=3)
+        other = principal_factors(w, 6, SvdSettings("randomized", 1), seed=4)
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
+        assert not torch.equal(first[0], other[0])
+
+    def test_as_many_directions_as_there_are(self):
+        w = weight(12, 7)
+        a, b = principal_factors(w, 7, self.SETTINGS)
+        close(b @ a, w)
+
+    def test_auto_is_decided_by_sizes(self):
+        auto = SvdSettings("auto")
+        assert auto.resolve((4096, 14336), 128) == auto.resolve((14336, 4096), 128)
+        assert auto.resolve((4096, 4096), 16) == "randomized"
+        assert auto.resolve((4096, 4096), 4096) == "exact"
+        assert auto.resolve((64, 64), 32) == "exact"
+        for name in ("exact", "randomized"):
+            assert SvdSettings(name).resolve((4096, 14336), 128) == name
+
+
+class TestReports:
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_captured_energy(self, shape: tuple[int, int]):
+        w = weight(*shape)
+        values = torch.linalg.svdvals(w.double()) ** 2
+        for count in (1, 3, min(shape)):
+            share = captured_energy(w, principal_factors(w, count)[0])
+            assert share == pytest.approx((values[:count].sum() / values.sum()).item(), abs=SVD_TOLERANCE)
+
+    def test_orthogonality_error(self):
+        a, b = principal_factors(weight(8, 8), 4)
+        assert orthogonality_error(a, b) < SVD_TOLERANCE
+        turned = a.clone()
+        turned[1] = turned[0] + turned[1] * turned[0].norm() / turned[1].norm()  # 45 degrees
+        assert orthogonality_error(turned, b) == pytest.approx(0.5**0.5, abs=SVD_TOLERANCE)
+        assert orthogonality_error(a, turned.T) == pytest.approx(0.5**0.5, abs=SVD_TOLERANCE)
 
 
 class TestSlices:

@@ -271,6 +271,10 @@ class TestInstructionRecords:
         path = jsonl({"prompt": "a", "response": "b"}, '{"prompt": "a", "response": "\\ud800"}')
         assert message(instruction, path).startswith(f"{path}:2: response: ")
 
+    def test_an_input_that_no_tokenizer_takes(self, jsonl):
+        path = jsonl({"prompt": "a", "response": "b"}, '{"prompt": "a", "input": "\\ud800", "response": "b"}')
+        assert message(instruction, path).startswith(f"{path}:2: input: ")
+
 
 class TestBuildRecords:
     TOKENS: ClassVar = {"input_ids": [1, 2], "labels": [1, 2]}

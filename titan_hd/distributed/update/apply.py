@@ -34,7 +34,10 @@ def factored_update(
 def add_product(
     w: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficient: float, decay: float, rounding: Rounding
 ) -> None:
-    """w <- (1 - decay) w + coefficient * left @ right, in place; w [rows, in] fp32, or bf16 with stochastic rounding."""
+    """w <- (1 - decay) w + coefficient * left @ right, in place.
+
+    w: [rows, in], fp32 or, with stochastic rounding, bf16; left [rows, m], right [m, in] fp32.
+    """
     if w.dtype == torch.float32:
         w.addmm_(left, right, beta=1.0 - decay, alpha=coefficient)
         return

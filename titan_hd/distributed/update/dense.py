@@ -1,8 +1,9 @@
 """The dense exchange: every worker forms its adapters' update in full and reduce-scatters it onto the shards.
 
-Cheaper than factors only where 2*K*r comes near min(out, in). In words, for one weight: form c * sum over the hosted
-adapters of [dB_i A_i + (B_i + dB_i) dA_i] as [out, in], padded to equal chunks of rows; reduce-scatter it over dp_shard;
-all-reduce what arrived over dp_replicate. Where g workers share an adapter, each contributes 1/g of its update.
+Cheaper than factors only where K*r comes near min(out, in). In words, for one weight: form c * sum over the hosted
+adapters of [dB_i A_i + (B_i + dB_i) dA_i] as [out, in], padded to equal chunks of rows; reduce-scatter it over
+dp_shard; all-reduce what arrived over dp_replicate. Where g workers share an adapter, each contributes 1/g of its
+update.
 """
 
 from __future__ import annotations

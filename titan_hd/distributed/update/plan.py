@@ -87,13 +87,14 @@ class UpdatePlan:
         lines = [
             f"update of {len(self.weights)} weights, K = {t.num_adapters}, r = {t.rank}, "
             f"{t.dp_replicate} x {t.dp_shard} workers, {t.wire_bytes} bytes per element; received per worker and step:",
-            f"  {'layer':<12}{'[out, in]':<18}{'count':>5}  {'route':<9}{'static':<10}{'factors MB':>12}{'dense MB':>12}",
+            f"  {'layer':<12}{'[out, in]':<18}{'count':>5}  {'route':<9}{'static':<10}"
+            f"{'factors MB':>12}{'dense MB':>12}",
         ]
         for (layer, shape, route, cached), group in kinds.items():
             w = group[0]
             static = ("cached" if cached else "gathered") if route == "factors" else "-"
             lines.append(
-                f"  {layer:<12}{str(list(shape)):<18}{len(group):>5}  {route:<9}{static:<10}"
+                f"  {layer:<12}{list(shape)!s:<18}{len(group):>5}  {route:<9}{static:<10}"
                 f"{w.factors_bytes / 1e6:>12.3f}{w.dense_bytes / 1e6:>12.3f}"
             )
         total, dense = sum(w.received for w in self.weights), sum(w.dense_bytes for w in self.weights)

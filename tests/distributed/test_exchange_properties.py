@@ -1,0 +1,241 @@
+"""What the exchange promises beyond its result: bytes, memory, order, refusals, precision."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.distributed.test_update import SHAPES, build, draw
+from titan_hd.distributed.collectives import TRAFFIC
+from titan_hd.distributed.update.fold import Fold, bucket_bytes
+from titan_hd.distributed.update.plan import Topology, plan_update
+
+
+def prepared(num_adapters, replicate, shard, exchange="auto", cache_gb=None, rank=1, **options):
+    registry, dims = build(num_adapters, replicate, shard, rank)
+    topology = Topology(num_adapters, rank, replicate, shard)
+    plan = plan_update({n: e.shape for n, e in registry.entries.items()}, topology, exchange, cache_gb)
+    fold = Fold(registry, dims, plan, **options)
+    fold.prepare()
+    return registry, fold
+
+
+def fill(registry, size=1.0):
+    first = registry.mesh.get_local_rank("adapter") * registry.hosted
+    for name, entry in registry.entries.items():
+        for key in ("delta_A", "delta_B"):
+            local = getattr(entry.layer, key).detach().to_local()
+            full = draw(name + key, (registry.num_adapters, *local.shape[1:]))
+            local.copy_(size * full[first : first + registry.hosted])
+
+
+def weights(registry):
+    return {name: e.layer.weight.detach().full_tensor() for name, e in registry.entries.items()}
+
+
+# -- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def moved(num_adapters, replicate, shard, exchange, cache_gb):
+    registry, fold = prepared(num_adapters, replicate, shard, exchange, cache_gb)
+    fill(registry)
+    before = TRAFFIC.received
+    fold(lr=0.0, step=0)
+    return TRAFFIC.received - before, sum(w.received for w in fold.plan.weights)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "num_adapters", "replicate", "exchange", "cache_gb"),
+    [
+        (1, 4, 1, "auto", None),
+        (2, 2, 1, "factors", None),
+        (2, 4, 1, "factors", 0.0),
+        (4, 4, 1, "factors", None),
+        (4, 2, 1, "factors", None),
+        (4, 4, 2, "factors", 0.0),
+        (4, 4, 1, "dense", None),
+        (4, 4, 2, "dense", None),
+        (4, 2, 1, "auto", None),
+    ],
+)
+def test_bytes_counted_at_the_collectives_are_the_plans(
+    world_size, num_adapters, replicate, exchange, cache_gb, workers
+):
+    results = workers.run(world_size, moved, num_adapters, replicate, world_size // replicate, exchange, cache_gb)
+    for counted, planned in results:
+        assert counted == planned
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations allocate, and the most that live at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self._known = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+        known_before = {t.untyped_storage()._cdata for t in _tensors((arguments, kwargs))}
+        result = function(*arguments, **(kwargs or {}))
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._known and key not in known_before:
+                self._known.add(key)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._gone, key, storage.nbytes())
+        return result
+
+    def _gone(self, key, size):
+        self._known.discard(key)
+        self.live -= size
+
+
+def _tensors(tree):
+    from torch.utils._pytree import tree_leaves
+
+    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+def peak_of_fold(num_adapters, exchange, cache_gb, in_flight):
+    registry, fold = prepared(num_adapters, 1, 2, exchange, cache_gb, in_flight=in_flight)
+    fill(registry)
+    gc.collect()
+    with LiveBytes() as memory:
+        fold(lr=0.1, step=0)
+    largest = sorted((bucket_bytes(fold.plan, b, 4) for b in fold.plan.buckets), reverse=True)
+    return memory.peak, sum(largest[:in_flight])
+
+
+@pytest.mark.parametrize("exchange", ["factors", "dense"])
+@pytest.mark.parametrize("cache_gb", [None, 0.0])
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_memory_stays_under_the_stated_bound(exchange, cache_gb, in_flight, workers):
+    for peak, bound in workers.run(2, peak_of_fold, 4, exchange, cache_gb, in_flight):
+        assert 0 < peak <= bound + 4096  # check_finite's few scalars
+        assert peak > bound / 3, "the bound says something"
+
+
+# -- overlap, agreement, faults ---------------------------------------------------------------------------------------
+
+
+def folded(in_flight, cache_gb=None, wire=torch.float32):
+    registry, fold = prepared(4, 1, 4, "factors", cache_gb, in_flight=in_flight, wire=wire)
+    fill(registry, size=1e-2)
+    fold(lr=0.1, step=3)
+    return weights(registry)
+
+
+def test_overlap_does_not_change_a_bit(workers):
+    one, three = (workers.run(4, folded, n)[0] for n in (1, 3))
+    assert all(torch.equal(one[name], three[name]) for name in SHAPES)
+
+
+def test_gathered_static_factors_do_not_change_a_bit(workers):
+    cached, gathered = (workers.run(4, folded, 2, gb)[0] for gb in (None, 0.0))
+    assert all(torch.equal(cached[name], gathered[name]) for name in SHAPES)
+
+
+def test_bf16_on_the_wire_costs_its_rounding_only(workers):
+    exact, rounded = (workers.run(4, folded, 2, None, dtype)[0] for dtype in (torch.float32, torch.bfloat16))
+    for name in SHAPES:
+        change = exact[name] - draw(name, SHAPES[name])
+        error = (exact[name] - rounded[name]).norm() / change.norm()
+        assert 1e-5 < error < 2**-8  # half a unit in the last place of bf16, relative to the factors
+
+
+def disagree():
+    import torch.distributed as dist
+
+    try:
+        prepared(2, 1, 2, "factors" if dist.get_rank() else "dense")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_plan_differently_say_so(workers):
+    messages = workers.run(2, disagree)
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("hdpissa.exchange: rank 1 plans another update than rank 0")
+
+
+def poisoned(value):
+    import torch.distributed as dist
+
+    registry, fold = prepared(2, 1, 2)
+    fill(registry)
+    before = weights(registry)
+    if dist.get_rank() == 1:
+        for name in ("layers.1.c", "layers.0.b"):
+            registry.entries[name].layer.delta_B.detach().to_local()[0, 0, 0] = value
+    try:
+        fold(lr=0.1, step=0)
+    except FloatingPointError as error:
+        return str(error), all(torch.equal(before[n], w) for n, w in weights(registry).items())
+    return "", False
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_non_finite_update_on_one_rank_stops_all_before_w_is_touched(value, workers):
+    for message, untouched in workers.run(2, poisoned, value):
+        assert message.startswith("the update of layers.0.b is not finite")
+        assert untouched
+
+
+# -- bf16 masters -----------------------------------------------------------------------------------------------------
+
+
+def bf16_folds(replicate, shard, steps, exchange):
+    registry, dims = build(2, replicate, shard, 1, torch.bfloat16)
+    shapes = {n: e.shape for n, e in registry.entries.items()}
+    fold = Fold(registry, dims, plan_update(shapes, Topology(2, 1, replicate, shard), exchange), seed=7)
+    fold.prepare()
+    for step in range(steps):
+        fill(registry, size=2e-4)
+        fold(lr=0.0, step=step)
+    return weights(registry)
+
+
+@pytest.mark.parametrize("exchange", ["factors", "dense"])
+def test_stochastic_rounding_does_not_depend_on_the_workers(exchange, workers):
+    """Bits belong to (seed, step, element). The value that is rounded differs in its last fp32 bits where sums are taken
+    in another order, so one element in many thousands may round the other way."""
+    one = workers.run(1, bf16_folds, 1, 1, 3, exchange)[0]
+    for world_size, replicate in ((2, 1), (4, 1), (4, 2)):
+        other = workers.run(world_size, bf16_folds, replicate, world_size // replicate, 3, exchange)[0]
+        different = sum((one[n] != other[n]).sum().item() for n in SHAPES)
+        assert different <= 2, f"{different} elements"
+
+
+def test_bf16_masters_keep_tiny_updates_on_average(workers):
+    """100 folds of an update that a bf16 add loses: the sum of them arrives within statistics."""
+    got = workers.run(2, bf16_folds, 1, 2, 100, "factors")[0]
+    registry_change = workers.run(2, one_fp32_fold)[0]
+    for name, shape in SHAPES.items():
+        start = draw(name, shape).bfloat16().float()
+        expected = 100 * registry_change[name]
+        lost = (start.bfloat16() + registry_change[name].bfloat16()).float() - start
+        moved = got[name].float() - start
+        # Each rounding errs by at most one unit, 2^-7 of |w|, so a sum of 100 has a standard deviation of at most five.
+        deviation = (moved - expected) / (start.abs().clamp(min=0.01) * 2**-7 * 5)
+        assert deviation.pow(2).mean().sqrt() < 1.0
+        slope = (moved * expected).sum() / (expected * expected).sum()
+        assert slope == pytest.approx(1.0, abs=0.25), name
+        assert (lost != 0).float().mean() < 0.1, "a plain bf16 add loses such an update"
+
+
+def one_fp32_fold():
+    registry, fold = prepared(2, 1, 2)
+    for name, entry in registry.entries.items():
+        entry.layer.weight.detach().to_local().copy_(entry.layer.weight.detach().to_local().bfloat16().float())
+        del name
+    before = weights(registry)
+    fill(registry, size=2e-4)
+    fold(lr=0.0, step=0)
+    return {name: w - before[name] for name, w in weights(registry).items()}

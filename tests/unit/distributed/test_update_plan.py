@@ -1,0 +1,141 @@
+"""The plan at true sizes, the runtime's order, and the rounding's bits: no process group needed."""
+
+import pytest
+import torch
+
+from titan_hd.distributed.update.plan import Topology, plan_update
+from titan_hd.distributed.update.rounding import random_bits, rounding_key, stochastic_round
+from titan_hd.distributed.update.runtime import run_tasks
+from titan_hd.models.registry import flavor_config
+
+SHAPES_8B = {
+    f"model.layers.{i}.{name}": shape
+    for i in range(32)
+    for name, shape in flavor_config("llama3", "8B").linear_shapes().items()
+}
+
+
+def received(plan) -> int:
+    return sum(w.received for w in plan.weights)
+
+
+class TestPlan:
+    def test_llama_8b_moves_a_sixteenth_and_with_the_cache_a_thirtieth(self):
+        """K = 8, r = 16 on 8 workers in fp32: 24.4 GB dense, 0.64 GB factors with the cache, 1.27 GB without."""
+        topology = Topology(8, 16, 1, 8)
+        dense = received(plan_update(SHAPES_8B, topology, "dense"))
+        cached = received(plan_update(SHAPES_8B, topology, "factors"))
+        gathered = received(plan_update(SHAPES_8B, topology, "factors", cache_gb=0.0))
+        assert dense / 1e9 == pytest.approx(24.4, abs=0.05)
+        assert cached / 1e9 == pytest.approx(0.64, abs=0.01)
+        assert gathered == 2 * cached
+        assert gathered < dense / 16
+        assert cached < dense / 30
+
+    def test_formulas_by_hand(self):
+        plan = plan_update({"layers.0.w": (100, 60)}, Topology(8, 2, 2, 2, wire_bytes=2), "auto")
+        (w,) = plan.weights
+        assert w.factors_bytes == 3 * 2 * 2 * (60 + 50) * 2  # 3 others, 2 adapters each, rank 2, bf16
+        assert w.dense_bytes == (50 * 60 + 2 * 50 * 60 // 2) * 2
+        assert w.cache_bytes == 8 * 2 * (60 + 50) * 4
+
+    def test_auto_takes_the_cheaper_route(self):
+        shapes = {"layers.0.wide": (64, 64), "layers.0.large": (4096, 4096)}
+        plan = plan_update(shapes, Topology(8, 8, 1, 8), "auto", cache_gb=0.0)
+        assert {w.name: w.route for w in plan.weights} == {"layers.0.wide": "dense", "layers.0.large": "factors"}
+        for w in plan.weights:
+            assert w.received == min(w.factors_bytes, w.dense_bytes)
+
+    def test_one_worker_receives_nothing(self):
+        assert received(plan_update(SHAPES_8B, Topology(8, 16, 1, 1), "auto")) == 0
+
+    def test_many_workers_share_few_adapters(self):
+        """On 1,024 workers with K = 8 a worker exchanges with 7 others, not with 1,023."""
+        few = received(plan_update(SHAPES_8B, Topology(8, 16, 1, 1024), "auto"))
+        eight = received(plan_update(SHAPES_8B, Topology(8, 16, 1, 8), "auto"))
+        assert few < eight
+
+    def test_the_cache_keeps_to_its_budget(self):
+        plan = plan_update(SHAPES_8B, Topology(8, 16, 1, 8), "factors", cache_gb=0.3)
+        cached = sum(w.cache_bytes for w in plan.weights if w.cached)
+        assert 0.29 * 2**30 < cached <= 0.3 * 2**30
+        for bucket in plan.buckets:  # what is gathered and what is cached do not share a bucket
+            assert len({w.cached for w in plan.weights if w.name in bucket}) == 1
+
+    def test_buckets_are_blocks_and_hold_every_weight_once(self):
+        plan = plan_update(SHAPES_8B, Topology(8, 16, 1, 8), "auto")
+        assert len(plan.buckets) == 32
+        assert [name for bucket in plan.buckets for name in bucket] == list(SHAPES_8B)
+
+    def test_digest_tells_plans_apart(self):
+        digests = {
+            plan_update(SHAPES_8B, Topology(8, r, 1, 8), exchange).digest()
+            for r in (8, 16)
+            for exchange in ("factors", "dense")
+        }
+        assert len(digests) == 4
+        again = plan_update(SHAPES_8B, Topology(8, 8, 1, 8), "dense").digest()
+        assert again in digests
+
+
+class TestRuntime:
+    @pytest.mark.parametrize("in_flight", [1, 2, 3, 10])
+    def test_order_and_bound(self, in_flight):
+        log, live, most = [], 0, 0
+
+        def task(i):
+            nonlocal live, most
+            live += 1
+            most = max(most, live)
+            log.append(("start", i))
+            yield
+            log.append(("finish", i))
+            live -= 1
+
+        run_tasks((task(i) for i in range(6)), in_flight)
+        assert most == min(in_flight, 6)
+        for phase in ("start", "finish"):
+            assert [i for what, i in log if what == phase] == list(range(6))
+
+    def test_tasks_without_a_wait_and_with_two(self):
+        log = []
+
+        def task(i, waits):
+            for _ in range(waits):
+                yield
+            log.append(i)
+
+        run_tasks((task(i, waits) for i, waits in enumerate([0, 2, 1, 0])), 2)
+        assert sorted(log) == [0, 1, 2, 3]
+
+
+class TestStochasticRounding:
+    def test_exact_values_stay(self):
+        value = torch.tensor([0.0, -0.0, 1.0, -2.5, 1024.0])
+        bits = torch.full_like(value, 0xFFFF, dtype=torch.int32)
+        assert torch.equal(stochastic_round(value, bits).float(), value)
+
+    def test_unbiased_in_both_signs(self):
+        """A value 0.3 of the way between two bf16 numbers goes up in 30% of 100,000 tries, within 5 sigma."""
+        low, unit = 1.0, 2.0**-7
+        for sign in (1.0, -1.0):
+            value = torch.full((100, 1000), sign * (low + 0.3 * unit))
+            bits = random_bits(rounding_key(0, 0, "w"), torch.arange(100), torch.arange(1000))
+            rounded = stochastic_round(value, bits).float().abs()
+            assert set(rounded.unique().tolist()) == {low, low + unit}
+            assert (rounded > low).float().mean().item() == pytest.approx(0.3, abs=5 * (0.21 / 1e5) ** 0.5)
+
+    def test_bits_are_uniform_and_belong_to_the_element(self):
+        key = rounding_key(42, 7, "model.layers.0.mlp.up_proj")
+        whole = random_bits(key, torch.arange(512), torch.arange(512))
+        part = random_bits(key, torch.arange(100, 200), torch.arange(30, 60))
+        assert torch.equal(whole[100:200, 30:60], part)
+        counts = torch.bincount(whole.flatten() >> 8, minlength=256).double()
+        chi_square = ((counts - 1024) ** 2 / 1024).sum().item()
+        assert 150 < chi_square < 380  # 255 degrees of freedom: mean 255, standard deviation 22.6
+        other = random_bits(rounding_key(42, 8, "model.layers.0.mlp.up_proj"), torch.arange(512), torch.arange(512))
+        centred = (whole.double() - whole.double().mean()) * (other.double() - other.double().mean())
+        assert abs(centred.mean() / whole.double().var()) < 5 / 512  # steps are uncorrelated, within 5 sigma
+        rows = whole.double() - whole.double().mean()
+        assert abs((rows[:-1] * rows[1:]).mean() / whole.double().var()) < 5 / 512
+        assert abs((rows[:, :-1] * rows[:, 1:]).mean() / whole.double().var()) < 5 / 512
