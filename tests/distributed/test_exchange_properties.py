@@ -204,8 +204,8 @@ def bf16_folds(replicate, shard, steps, exchange):
 
 @pytest.mark.parametrize("exchange", ["factors", "dense"])
 def test_stochastic_rounding_does_not_depend_on_the_workers(exchange, workers):
-    """Bits belong to (seed, step, element). The value that is rounded differs in its last fp32 bits where sums are taken
-    in another order, so one element in many thousands may round the other way."""
+    """Bits belong to (seed, step, element). Sums in another order change the last fp32 bits of what is rounded, so one
+    element in many thousands may round the other way."""
     one = workers.run(1, bf16_folds, 1, 1, 3, exchange)[0]
     for world_size, replicate in ((2, 1), (4, 1), (4, 2)):
         other = workers.run(world_size, bf16_folds, replicate, world_size // replicate, 3, exchange)[0]

@@ -1,4 +1,4 @@
-"""Thousands of optimizer steps and folds: host memory stays flat (fused AdamW on DTensors once leaked at every step)."""
+"""Thousands of optimizer steps and folds: host memory stays flat (fused AdamW on DTensors once leaked in each step)."""
 
 import gc
 

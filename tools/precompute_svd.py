@@ -1,0 +1,73 @@
+"""Fills hdpissa.svd_cache for a configuration, offline and without a process group.
+
+    python tools/precompute_svd.py --config train_configs/llama31_8b_hdpissa.toml --hdpissa.svd_cache DIR
+    python tools/precompute_svd.py --share 2/8 --config ...      every 8th weight, starting with the third
+
+Uses a GPU if there is one. A training run with the same settings then reads every weight's factors from the cache.
+Shares may run at the same time, on any machines that see the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from tqdm import tqdm
+
+from titan_hd.adapters.hdpissa import HDPissa
+from titan_hd.adapters.svd import SvdSettings
+from titan_hd.adapters.svd_cache import cached_factors
+from titan_hd.config import manager
+from titan_hd.config.job_config import JobConfig
+from titan_hd.models.decoder import Decoder
+from titan_hd.models.hf_weights import WeightFiles
+from titan_hd.preflight import plan_run
+
+
+def precompute(config: JobConfig, share: int, shares: int) -> None:
+    """Decompose every targeted weight of the share that is not in the cache; one JSON line each on stdout."""
+    h = config.hdpissa
+    plan = plan_run(config, max(1, h.num_adapters))
+    with torch.device("meta"):
+        model = Decoder(plan.decoder)
+    expected = {name: p.shape for name, p in model.named_parameters()}
+    files = WeightFiles(config.model.hf_assets_path, expected, tied_head=model.lm_head is None)
+    method = HDPissa(plan.num_adapters, config.adapter.rank, slices=h.slices)
+    names = method.apply(model, config.adapter.target_modules)[share::shares]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    master = getattr(torch, config.training.master_dtype)  # what the run decomposes is the master
+    for name in tqdm(names, unit="weight"):
+        rows = files.read_rows(f"{name}.weight", 0, expected[f"{name}.weight"][0])
+        weight = rows.to(device, master).float()
+        settings = SvdSettings(h.svd, h.svd_niter)
+        *_, report = cached_factors(weight, method.directions, settings, name, h.svd_cache)
+        print(json.dumps(report))
+
+
+def main() -> None:
+    argv, share, shares = sys.argv[1:], 0, 1
+    if argv[:1] == ["--share"]:
+        share, shares = map(int, argv[1].split("/"))
+        argv = argv[2:]
+    config = manager.load_or_exit(argv)
+    faults = {
+        "hdpissa.svd_cache: is missing; name the folder to fill": not config.hdpissa.svd_cache,
+        "hdpissa.num_adapters: is missing; the factors depend on it": not config.hdpissa.num_adapters,
+        "hdpissa.slices: random slices need no SVD": config.hdpissa.slices == "random",
+        "model.hf_assets_path: is missing; random weights are not worth a cache": bool(config.model.flavor),
+    }
+    errors = [line for line, fault in faults.items() if fault]
+    if errors:
+        manager.exit_with(errors)
+    try:
+        precompute(config, share, shares)
+    except ValueError as error:
+        manager.exit_with(str(error).splitlines())
+
+
+if __name__ == "__main__":
+    main()
