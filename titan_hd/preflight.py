@@ -11,6 +11,7 @@ from titan_hd.config.job_config import LINEAR_LAYERS, JobConfig
 from titan_hd.config.manager import ConfigError
 from titan_hd.data.templates import load_template
 from titan_hd.distributed.parallel_dims import placement_error, resolve_shard_degree
+from titan_hd.distributed.tensor_parallel import ROW_WISE, tensor_parallel_errors
 from titan_hd.distributed.update.plan import Topology, UpdatePlan, plan_update
 from titan_hd.models.registry import DecoderConfig, flavor_config, read_hf_config
 
@@ -22,6 +23,7 @@ class RunPlan:
     decoder: DecoderConfig
     dp_replicate: int
     dp_shard: int
+    tp: int
     num_adapters: int  # K; 1 for methods without logical adapters
     global_batch_size: int
 
@@ -42,8 +44,9 @@ def plan_run(config: JobConfig, world_size: int) -> RunPlan:
             return None
 
     parallelism, training = config.parallelism, config.training
-    replicate = parallelism.data_parallel_replicate_degree
-    shard = attempt(resolve_shard_degree, replicate, parallelism.data_parallel_shard_degree, world_size)
+    replicate, tp = parallelism.data_parallel_replicate_degree, parallelism.tensor_parallel_degree
+    shard = attempt(resolve_shard_degree, replicate, parallelism.data_parallel_shard_degree, tp, world_size)
+    workers = max(1, world_size // tp)
     decoder = attempt(decoder_config, config)
     attempt(optimizer_class, config.optimizer.name)
     if config.data.format != "tokens":
@@ -53,18 +56,20 @@ def plan_run(config: JobConfig, world_size: int) -> RunPlan:
         if path and not Path(path).is_file():
             errors.append(f"data.{key}: no such file: {path}")
     hdpissa = config.adapter.method == "hdpissa"
-    num_adapters = (config.hdpissa.num_adapters or world_size) if hdpissa else 1
+    num_adapters = (config.hdpissa.num_adapters or workers) if hdpissa else 1
     global_batch = training.global_batch_size
     if global_batch == -1:
-        global_batch = training.local_batch_size * max(num_adapters, world_size)
-    error = placement_error(num_adapters, world_size, global_batch, training.local_batch_size)
+        global_batch = training.local_batch_size * max(num_adapters, workers)
+    error = placement_error(num_adapters, workers, global_batch, training.local_batch_size)
     if error:
         errors.append(error)
     if decoder is not None:
+        sizes = {name: getattr(decoder, name) for name in ("num_key_value_heads", "intermediate_size")}
+        errors += tensor_parallel_errors(sizes, tp)
         errors += _shape_errors(config, decoder, num_adapters if hdpissa else 0)
     if errors:
         raise ConfigError(errors)
-    return RunPlan(decoder, replicate, shard, num_adapters, global_batch)
+    return RunPlan(decoder, replicate, shard, tp, num_adapters, global_batch)
 
 
 def update_plan(config: JobConfig, plan: RunPlan, shapes: dict[str, tuple[int, int]] | None = None) -> UpdatePlan:
@@ -72,7 +77,7 @@ def update_plan(config: JobConfig, plan: RunPlan, shapes: dict[str, tuple[int, i
     if shapes is None:
         targets, linears = config.adapter.target_modules or LINEAR_LAYERS, plan.decoder.linear_shapes()
         shapes = {
-            f"model.layers.{i}.{name}": shape
+            f"model.layers.{i}.{name}": _tp_local(name, shape, plan.tp)
             for i in range(plan.decoder.num_hidden_layers)
             for name, shape in linears.items()
             if name in targets
@@ -80,6 +85,10 @@ def update_plan(config: JobConfig, plan: RunPlan, shapes: dict[str, tuple[int, i
     h, wire_bytes = config.hdpissa, {"float32": 4, "bfloat16": 2}[config.hdpissa.exchange_dtype]
     topology = Topology(plan.num_adapters, config.adapter.rank, plan.dp_replicate, plan.dp_shard, wire_bytes)
     return plan_update(shapes, topology, h.exchange, h.factor_cache_gb)
+
+
+def _tp_local(name: str, shape: tuple[int, int], tp: int) -> tuple[int, int]:
+    return (shape[0], shape[1] // tp) if name in ROW_WISE else (shape[0] // tp, shape[1])
 
 
 def decoder_config(config: JobConfig) -> DecoderConfig:

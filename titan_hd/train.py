@@ -46,6 +46,7 @@ from titan_hd.distributed.collectives import together
 from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims
 from titan_hd.distributed.parallelize import init_weights, load_weights, materialize, parallelize
 from titan_hd.distributed.slices import SliceSettings, compute_factors
+from titan_hd.distributed.tensor_parallel import apply_tensor_parallel
 from titan_hd.distributed.update.fold import Fold, check_finite
 from titan_hd.models.decoder import Decoder
 from titan_hd.preflight import RunPlan, plan_run, update_plan
@@ -58,7 +59,7 @@ class Trainer:
 
     def __init__(self, config: JobConfig, plan: RunPlan, device: torch.device):
         self.config, self.plan, self.device = config, plan, device
-        self.dims = ParallelDims(plan.dp_replicate, plan.dp_shard, device.type)
+        self.dims = ParallelDims(plan.dp_replicate, plan.dp_shard, device.type, plan.tp)
         self.placement = AdapterPlacement(
             plan.num_adapters,
             self.dims.dp_size,
@@ -82,7 +83,8 @@ class Trainer:
             logger.info("configuration:\n%s", manager.to_toml(config))
         hosted = f", {self.placement.hosted} on each worker" if plan.num_adapters > 1 else ""
         logger.info(
-            "method %s: %d logical adapter(s)%s; global batch %d in %d micro-batch(es) per worker; mesh %d x %d",
+            "method %s: %d logical adapter(s)%s; global batch %d in %d micro-batch(es) per worker; mesh %d x %d x %d "
+            "(replicate x shard x tensor)",
             config.adapter.method,
             plan.num_adapters,
             hosted,
@@ -90,10 +92,12 @@ class Trainer:
             self.placement.micro_batches,
             plan.dp_replicate,
             plan.dp_shard,
+            plan.tp,
         )
 
     def _build_model(self) -> None:
-        """meta init -> method -> registry -> parallelise -> memory. Values come in `_load_or_resume`."""
+        """meta init -> method -> tensor parallelism -> registry -> the other wrappers -> memory. Values come later, in
+        `_load_or_resume`."""
         c = self.config
         with torch.device("meta"):
             self.model = Decoder(self.plan.decoder).to(getattr(torch, c.training.master_dtype))
@@ -106,6 +110,8 @@ class Trainer:
         else:
             method = FullFineTuning()
         trained = method.apply(self.model, c.adapter.target_modules)
+        if self.plan.tp > 1:
+            apply_tensor_parallel(self.model, self.dims.world["tp"])
         if isinstance(method, HDPissa):
             self.registry = AdapterRegistry(self.model, method, self.dims.adapter_mesh(method.num_adapters))
         parallelize(
@@ -173,7 +179,7 @@ class Trainer:
 
     def _build_fold(self) -> None:
         c, h = self.config, self.config.hdpissa
-        plan = update_plan(c, self.plan, {name: e.shape for name, e in self.registry.entries.items()})
+        plan = update_plan(c, self.plan, {name: e.local_shape for name, e in self.registry.entries.items()})
         logger.info("%s", plan.table())
         wire = getattr(torch, h.exchange_dtype)
         self.fold = Fold(
@@ -244,7 +250,7 @@ class Trainer:
         if self.registry:
             self.fold(lr, self.step)
         self.step += 1
-        dist.all_reduce(loss_sum)
+        dist.all_reduce(loss_sum, group=self.dims.dp_mesh.get_group())
         return {"loss": loss_sum.item() / max(1, sum(counts)), "grad_norm": grad_norm, "lr": lr, "tokens": tokens}
 
     def _count_tokens(self, batches: list[Batch], adapters: list[int]) -> tuple[list[int], int]:
@@ -254,7 +260,7 @@ class Trainer:
             counts[adapter] += batch.trained_tokens
             counts[-1] += batch.tokens
         counts = counts.to(self.device)
-        dist.all_reduce(counts)
+        dist.all_reduce(counts, group=self.dims.dp_mesh.get_group())
         *per_adapter, tokens = counts.tolist()
         return per_adapter, tokens
 
@@ -311,7 +317,7 @@ class Trainer:
             {
                 **numbers,
                 "tokens_per_second": rate,
-                "tflops_per_worker": rate * flops / 1e12 / self.dims.dp_size,
+                "tflops_per_worker": rate * flops / 1e12 / self.dims.world_size,
                 "step_seconds": seconds / steps,
                 "peak_memory_gib": peak_memory_gib(self.device),
             },
@@ -327,7 +333,7 @@ class Trainer:
     def validate(self) -> None:
         """Validation loss and, if asked for, exact match of generated answers; logged under this step."""
         c, v = self.config, self.config.validation
-        worker, workers = self.dims.dp_rank, self.dims.dp_size
+        worker, workers, group = self.dims.dp_rank, self.dims.dp_size, self.dims.dp_mesh.get_group()
         self.model.eval()
         values = {
             "validation_loss": validation_loss(
@@ -339,6 +345,7 @@ class Trainer:
                 self.pad_to,
                 v.steps,
                 self.device,
+                group,
             )
         }
         if v.exact_match_samples:
@@ -353,6 +360,7 @@ class Trainer:
                 workers,
                 lambda ids: greedy(self.model, ids, tokenizer.eos_id, v.max_new_tokens, self.pad_to, self.device),
                 self.device,
+                group,
             )
         self.model.train()
         self.metrics.log(self.step, values)

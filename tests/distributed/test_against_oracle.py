@@ -13,6 +13,11 @@ accumulate               2        2  1  several micro-batches per adapter with u
 recompute, selective     2        2  1  activation checkpointing
 compiled                 2        2  1  torch.compile, one graph per block
 mute                     2        2  1  the paper's mute scalar instead of the exact mute
+dense, clip              4        =  1  the other route; clipping that does not bind
+tp                       2        2  1  tensor parallelism alone: both adapters on one pair of ranks
+tp-fsdp, tp-virtual      4        =  1  tensor parallelism x FSDP, uneven shards of tp-local matrices
+tp-groups, tp-mute       4        1, 2  ... with an adapter that two workers share; with the mute scalar
+tp-all                   4        2  1  ... with compile, recomputation, the dense route, weight decay
 """
 
 import pytest
@@ -27,6 +32,12 @@ from tests import oracle, runs
 DELTA_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 1e-5
 STEPS = 4
+
+# Two key/value heads, and 38 = 2 x 19 rows, which two shards divide unevenly.
+TP = {
+    "parallelism__tensor_parallel_degree": 2,
+    "model": {"num_key_value_heads": 2, "intermediate_size": 38},
+}
 
 CASES = {
     "one": (1, 1, {"adapter__rank": 2}),
@@ -48,6 +59,24 @@ CASES = {
     "selective": (2, 2, {"activation_checkpoint__mode": "selective"}),
     "compiled": (2, 2, {"compile__enable": "true"}),
     "mute": (2, 2, {"hdpissa__mute_scalar": 1e-16}),
+    "dense": (4, 2, {"hdpissa__exchange": "dense"}),
+    "clip": (4, 4, {"training__max_norm": 1e9}),
+    "tp": (2, 2, {**TP}),
+    "tp-fsdp": (4, 2, {**TP}),
+    "tp-virtual": (4, 4, {**TP}),
+    "tp-groups": (4, 1, {**TP}),
+    "tp-mute": (4, 2, {**TP, "hdpissa__mute_scalar": 1e-16}),
+    "tp-all": (
+        4,
+        2,
+        {
+            **TP,
+            "compile__enable": "true",
+            "activation_checkpoint__mode": "full",
+            "hdpissa__exchange": "dense",
+            "optimizer__weight_decay": 0.3,
+        },
+    ),
 }
 
 

@@ -78,15 +78,19 @@ class HDPissaLinear(nn.Linear):
         self.bound = (a, b, da, db)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.compute(x, self.weight, self.bias)
+
+    def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The layer's output for a given weight: its own, or its tensor-parallel part with the bound slices' parts."""
         if not torch.is_grad_enabled():  # nothing to learn: the frozen layer
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, weight, bias)
         assert self.bound is not None, "no adapter is bound; AdapterRegistry.activate comes first"
         a, b, da, db = self.bound
         x_adapter = F.dropout(x, self.dropout, self.training) if self.dropout else x
         if self.mute_scalar == 0.0:
-            return exact_mute(x, self.weight, self.bias, x_adapter, a, b, da, db, self.scale)
+            return exact_mute(x, weight, bias, x_adapter, a, b, da, db, self.scale)
         low_rank = F.linear(F.linear(x_adapter, (a + da).to(x.dtype)), (b + db).to(x.dtype))
-        return F.linear(x, self.weight, self.bias) + self.mute_scalar * self.scale * low_rank
+        return F.linear(x, weight, bias) + self.mute_scalar * self.scale * low_rank
 
 
 class HDPissa:

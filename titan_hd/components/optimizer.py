@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -50,11 +52,28 @@ def build_optimizer(
 
 @torch.no_grad()
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
-    """Global L2 norm over all parameters, shards and logical adapters; clips to max_norm if that is above 0."""
+    """Global L2 norm over all parameters, shards and logical adapters; clips to max_norm if that is above 0.
+
+    Every rank adds the squares of what it holds, divided by how many ranks hold the same: one all-reduce of a number.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    squares = torch.stack(torch._foreach_norm(local)).square()
+    copies = torch.tensor([_copies(g) for g in gradients], device=squares.device)
+    total = (squares / copies).sum()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    norm = total.sqrt()
     if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+        torch._foreach_mul_(local, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm.item()
+
+
+def _copies(gradient: torch.Tensor) -> int:
+    """How many ranks hold the same part of a gradient: all that no sharded mesh dimension tells apart."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if not isinstance(gradient, DTensor):
+        return world
+    mesh = gradient.device_mesh
+    # Not `is_shard()`: what FSDP2 makes of a tp-split dimension, a strided shard, says no to that.
+    return world // math.prod(mesh.size(i) for i, p in enumerate(gradient.placements) if not p.is_replicate())

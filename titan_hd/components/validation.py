@@ -24,13 +24,17 @@ def validation_loss(
     pad_to: int | None,
     limit: int,
     device: torch.device,
+    group: dist.ProcessGroup,
 ) -> float:
-    """Mean loss per trained token over the records; every worker takes part in the same number of batches."""
+    """Mean loss per trained token over the records; every worker takes part in the same number of batches.
+
+    group: the data-parallel workers that share out the records.
+    """
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in validation_batches(records, worker, workers, batch_size, pad_to, limit):
         loss = token_loss_sum(model(batch.input_ids.to(device)), batch.targets.to(device))
         totals += torch.stack((loss.double(), totals.new_tensor(batch.trained_tokens)))
-    dist.all_reduce(totals)
+    dist.all_reduce(totals, group=group)
     return (totals[0] / totals[1].clamp(min=1)).item()
 
 
@@ -85,6 +89,7 @@ def exact_match(
     workers: int,
     generate: Callable[[list[list[int]]], list[list[int]]],
     device: torch.device,
+    group: dist.ProcessGroup,
 ) -> float:
     """Share of the first `samples` records whose generated final answer equals the reference's."""
     samples = min(samples, len(records))
@@ -97,5 +102,5 @@ def exact_match(
         reference = final_answer(records.response(index), marker)
         right += reference is not None and final_answer(tokenizer.decode(ids), marker) == reference
     total = torch.tensor(right, device=device)
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=group)
     return total.item() / samples

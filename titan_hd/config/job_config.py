@@ -161,8 +161,8 @@ class Parallelism:
     """Replicas of the sharded model (HSDP)."""
     data_parallel_shard_degree: int = -1
     """Shards of the model (FSDP). -1: all workers that are left."""
-    tensor_parallel_degree: Literal[1] = 1
-    """Tensor parallelism; only 1 is supported."""
+    tensor_parallel_degree: int = 1
+    """Ranks that split each linear layer of the blocks (tensor parallelism), within a node."""
 
 
 @dataclass

@@ -264,6 +264,7 @@ _AT_LEAST = {
     "hdpissa.exchange_in_flight": 1,
     "hdpissa.svd_niter": 0,
     "parallelism.data_parallel_replicate_degree": 1,
+    "parallelism.tensor_parallel_degree": 1,
     "profiling.profile_freq": 1,
     "comm.init_timeout_seconds": 1,
     "comm.train_timeout_seconds": 1,
@@ -325,6 +326,10 @@ def check_combinations(config: JobConfig) -> list[str]:
         require(0 <= value < 1, f"{key}: must be at least 0 and below 1, not {value}")
     require(c.adapter.alpha is None or c.adapter.alpha > 0, f"adapter.alpha: must be above 0, not {c.adapter.alpha}")
     require(c.adapter.target_modules != [], "adapter.target_modules: names no layer; leave it out for all")
+    require(
+        c.parallelism.tensor_parallel_degree == 1 or c.adapter.dropout == 0,
+        "adapter.dropout: is not supported with tensor parallelism (each rank would drop other columns)",
+    )
     require(
         c.training.master_dtype == "float32" or c.adapter.method == "hdpissa",
         f"training.master_dtype: bfloat16 needs adapter.method hdpissa (stochastic rounding at the fold), "

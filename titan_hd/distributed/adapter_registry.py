@@ -2,7 +2,8 @@
 
 Every adapted layer has delta_A [K, r, in] and delta_B [K, out, r] (trainable) and the fixed factors A, B of the same
 shapes, all Shard(0) over the mesh dimension "adapter" and replicated over "adapter_group" (the workers that share an
-adapter where K < workers). So checkpoints, resharding, optimizers and gradient norms need no code of their own.
+adapter where K < W). Under tensor parallelism the factor on the split side of W is split with it, the other one is
+replicated over "tp". So checkpoints, resharding and optimizers need no code of their own.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from titan_hd.adapters.hdpissa import HDPissa, HDPissaLinear
 
-_PLACEMENTS = (Shard(0), Replicate())
-
 
 @dataclass
 class AdapterEntry:
-    """One adapted layer. shape is W's (out, in); a [K, r, in] and b [K, out, r] are the fixed factors, fp32."""
+    """One adapted layer. a [K, r, in] and b [K, out, r] are the fixed factors, fp32.
+
+    shape: (out, in) of the whole W; split: its dimension that is split over tp, or None; local_shape: the (out, in) of
+    the tp-local matrix.
+    """
 
     layer: HDPissaLinear
     shape: tuple[int, int]
+    split: int | None
+    local_shape: tuple[int, int]
     a: DTensor | None = None
     b: DTensor | None = None
     leaves: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # per hosted adapter: da [r, in], db [out, r]
@@ -49,11 +54,10 @@ class AdapterRegistry:
         self.entries: dict[str, AdapterEntry] = {}
         for name, layer in model.named_modules():
             if isinstance(layer, HDPissaLinear):
-                out_features, in_features = layer.weight.shape
-                self.entries[name] = AdapterEntry(layer, (out_features, in_features))
-                for attribute, local in self._local_shapes(out_features, in_features).items():
-                    tensor = self._dtensor(torch.empty(local, device="meta"))
-                    layer.register_parameter(attribute, nn.Parameter(tensor))
+                self.entries[name] = entry = self._entry(layer)
+                for key, local in self._local_shapes(entry).items():
+                    tensor = self._dtensor(torch.empty(local, device="meta"), key, entry)
+                    layer.register_parameter(key, nn.Parameter(tensor))
 
     def parameters(self) -> set[nn.Parameter]:
         """The trainable tensors: FSDP2 must not touch them."""
@@ -62,14 +66,15 @@ class AdapterRegistry:
     def set_factors(self, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
         """Take the fixed factors of the hosted adapters: a [k, r, in], b [k, out, r], fp32 on the device."""
         entry = self.entries[name]
-        expected = self._local_shapes(*entry.shape)
+        expected = self._local_shapes(entry)
         assert (a.shape, b.shape) == (expected["delta_A"], expected["delta_B"])
-        entry.a, entry.b = self._dtensor(a.contiguous()), self._dtensor(b.contiguous())
+        entry.a = self._dtensor(a.contiguous(), "delta_A", entry)
+        entry.b = self._dtensor(b.contiguous(), "delta_B", entry)
 
     def empty_factors(self) -> None:
         """Allocate the fixed factors without values, for a checkpoint to fill."""
         for name, entry in self.entries.items():
-            shapes, device = self._local_shapes(*entry.shape), entry.layer.delta_A.device
+            shapes, device = self._local_shapes(entry), entry.layer.delta_A.device
             a, b = (torch.empty(shapes[key], device=device) for key in ("delta_A", "delta_B"))
             self.set_factors(name, a, b)
 
@@ -81,10 +86,11 @@ class AdapterRegistry:
         """
         for entry in self.entries.values():
             columns = []
-            for parameter in (entry.layer.delta_A, entry.layer.delta_B):
+            for key in ("delta_A", "delta_B"):
+                parameter = getattr(entry.layer, key)
                 local = parameter.to_local()
                 local.zero_()
-                parameter.grad = self._dtensor(torch.zeros_like(local))
+                parameter.grad = self._dtensor(torch.zeros_like(local), key, entry)
                 grads = parameter.grad.to_local()
                 leaves = [local[i].detach().requires_grad_(True) for i in range(self.hosted)]
                 for i, leaf in enumerate(leaves):
@@ -104,23 +110,48 @@ class AdapterRegistry:
 
     @torch.no_grad()
     def finish_gradients(self) -> None:
-        """After the last backward pass of a step: sum over workers that share an adapter, undo the mute scalar."""
+        """After the last backward pass of a step: sum what workers have in parts, undo the mute scalar.
+
+        Workers that share an adapter have its gradient of their samples; tp ranks have parts of the gradient of the
+        factor that is not split.
+        """
         grads = self._local_grads()
         if self.mesh.size(1) > 1:
-            flat = torch._utils._flatten_dense_tensors(grads)
-            dist.all_reduce(flat, group=self.mesh.get_group("adapter_group"))
-            torch._foreach_copy_(grads, torch._utils._unflatten_dense_tensors(flat, grads))
+            _sum_in_place(grads, self.mesh.get_group("adapter_group"))
+        if self.mesh.size(2) > 1:
+            whole = {0: "delta_A", 1: "delta_B"}
+            parts = [
+                getattr(e.layer, whole[e.split]).grad.to_local() for e in self.entries.values() if e.split is not None
+            ]
+            _sum_in_place(parts, self.mesh.get_group("tp"))
         if self.method.mute_scalar:
             torch._foreach_div_(grads, self.method.mute_scalar)
 
     def _local_grads(self) -> list[torch.Tensor]:
         return [p.grad.to_local() for e in self.entries.values() for p in (e.layer.delta_A, e.layer.delta_B)]
 
-    def _local_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, int, int]]:
+    def _entry(self, layer: HDPissaLinear) -> AdapterEntry:
+        weight = layer.weight
+        split, local = None, weight.shape
+        if isinstance(weight, DTensor):
+            (placement,) = weight.placements
+            split, local = placement.dim, weight.to_local().shape
+        return AdapterEntry(layer, tuple(weight.shape), split, tuple(local))
+
+    def _local_shapes(self, entry: AdapterEntry) -> dict[str, tuple[int, int, int]]:
+        out_features, in_features = entry.local_shape
         return {
             "delta_A": (self.hosted, self.rank, in_features),
             "delta_B": (self.hosted, out_features, self.rank),
         }
 
-    def _dtensor(self, local: torch.Tensor) -> DTensor:
-        return DTensor.from_local(local, self.mesh, _PLACEMENTS, run_check=False)
+    def _dtensor(self, local: torch.Tensor, key: str, entry: AdapterEntry) -> DTensor:
+        """A DTensor over the adapter mesh from this worker's part of delta_A (or A) or delta_B (or B)."""
+        split = {("delta_A", 1): Shard(2), ("delta_B", 0): Shard(1)}.get((key, entry.split), Replicate())
+        return DTensor.from_local(local, self.mesh, (Shard(0), Replicate(), split), run_check=False)
+
+
+def _sum_in_place(tensors: list[torch.Tensor], group: dist.ProcessGroup) -> None:
+    flat = torch._utils._flatten_dense_tensors(tensors)
+    dist.all_reduce(flat, group=group)
+    torch._foreach_copy_(tensors, torch._utils._unflatten_dense_tensors(flat, tensors))

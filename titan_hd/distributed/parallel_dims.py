@@ -8,14 +8,14 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
-def resolve_shard_degree(replicate: int, shard: int, world_size: int) -> int:
+def resolve_shard_degree(replicate: int, shard: int, tensor: int, world_size: int) -> int:
     """dp_shard with -1 replaced. ValueError if the degrees do not multiply to the number of workers."""
     if shard == -1:
-        shard = world_size // replicate
-    if replicate * shard != world_size:
+        shard = world_size // (replicate * tensor)
+    if replicate * shard * tensor != world_size:
         raise ValueError(
-            f"parallelism.data_parallel_shard_degree: replicate {replicate} x shard {shard} is not the number of "
-            f"workers, {world_size}"
+            f"parallelism.data_parallel_shard_degree: replicate {replicate} x shard {shard} x tensor {tensor} is not "
+            f"the number of workers, {world_size}"
         )
     return shard
 
@@ -83,47 +83,90 @@ def placement_error(num_adapters: int, workers: int, global_batch: int, local_ba
 
 @dataclass
 class ParallelDims:
-    """Meshes over the world, made in the order (dp_replicate, dp_shard).
+    """Meshes over the world, made in the order (dp_replicate, dp_shard, tp).
 
     Attributes:
         fsdp_mesh: what `fully_shard` gets: [dp_shard], or [dp_replicate, dp_shard] for HSDP.
-        dp_mesh: the data-parallel workers in one dimension.
+        dp_mesh: the data-parallel workers of this tp rank in one dimension.
     """
 
     dp_replicate: int
     dp_shard: int
     device_type: str
+    tp: int = 1
     world: DeviceMesh = field(init=False)
     fsdp_mesh: DeviceMesh = field(init=False)
     dp_mesh: DeviceMesh = field(init=False)
 
     def __post_init__(self) -> None:
-        names = ("dp_replicate", "dp_shard")
-        self.world = init_device_mesh(self.device_type, (self.dp_replicate, self.dp_shard), mesh_dim_names=names)
-        self.fsdp_mesh = self.world if self.dp_replicate > 1 else self.world["dp_shard"]
-        self.dp_mesh = self.world[names]._flatten("dp") if self.dp_replicate > 1 else self.world["dp_shard"]
+        names = ("dp_replicate", "dp_shard", "tp")
+        self.world = init_device_mesh(
+            self.device_type, (self.dp_replicate, self.dp_shard, self.tp), mesh_dim_names=names
+        )
+        self.fsdp_mesh = self.world[names[:2]] if self.dp_replicate > 1 else self.world["dp_shard"]
+        self.dp_mesh = self.world[names[:2]]._flatten("dp") if self.dp_replicate > 1 else self.world["dp_shard"]
 
     @property
     def dp_size(self) -> int:
         return self.dp_replicate * self.dp_shard
 
     @property
+    def world_size(self) -> int:
+        return self.dp_size * self.tp
+
+    @property
     def dp_rank(self) -> int:
         return self.dp_mesh.get_local_rank()
+
+    @property
+    def tp_rank(self) -> int:
+        return self.world["tp"].get_local_rank()
 
     @property
     def shard_rank(self) -> int:
         return self.world["dp_shard"].get_local_rank()
 
-    def shard_of_rank(self, rank: int) -> int:
-        """Which shard of W a worker, given by its global rank, owns."""
-        return rank % self.dp_shard
+    @property
+    def rank(self) -> int:
+        """Global rank."""
+        return self.dp_rank * self.tp + self.tp_rank
+
+    def place(self, rank: int) -> tuple[int, int, int]:
+        """(data-parallel worker, shard of W, tp rank) of a global rank."""
+        worker, tp_rank = divmod(rank, self.tp)
+        return worker, worker % self.dp_shard, tp_rank
 
     def adapter_mesh(self, num_adapters: int) -> DeviceMesh:
-        """The data-parallel workers as [adapter, group]: min(K, W) holders of adapters x workers that share one."""
+        """[adapter, adapter_group, tp]: min(K, W) holders of adapters x workers that share one x tensor parallelism."""
         holders = min(num_adapters, self.dp_size)
-        ranks = torch.arange(self.dp_size).view(holders, -1)
-        return DeviceMesh(self.device_type, ranks, mesh_dim_names=("adapter", "adapter_group"))
+        ranks = torch.arange(self.world_size).view(holders, -1, self.tp)
+        return DeviceMesh(self.device_type, ranks, mesh_dim_names=("adapter", "adapter_group", "tp"))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of a matrix: rows [row, row + rows), columns [column, column + columns); vectors have one column."""
+
+    row: int
+    rows: int
+    column: int
+    columns: int
+
+
+def owned_block(shape: tuple[int, ...], split: int | None, place: tuple[int, int, int], dims: ParallelDims) -> Block:
+    """What the worker at `place` holds of a parameter: first split over tp in dimension `split` (None: not), then
+    rows over dp_shard, as FSDP2 shards a tp-local matrix."""
+    _, shard, tp_rank = place
+    rows, columns = shape[0], shape[1] if len(shape) > 1 else 1
+    row = column = 0
+    if split == 0:
+        rows //= dims.tp
+        row = tp_rank * rows
+    elif split == 1:
+        columns //= dims.tp
+        column = tp_rank * columns
+    lo, hi = shard_rows(rows, dims.dp_shard)[shard]
+    return Block(row + lo, hi - lo, column, columns)
 
 
 def shard_rows(rows: int, shards: int) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Wraps a model from outside: activation checkpointing -> compile -> FSDP2, in this order, then makes it real.
+"""Wraps a model from outside: (tensor parallelism ->) activation checkpointing -> compile -> FSDP2, in this order.
 
 Wrapping replaces `block.forward`, never a module, so parameter names stay those of the HF checkpoint.
 """
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titan_hd.config.seeding import stable_seed
-from titan_hd.distributed.parallel_dims import ParallelDims, shard_rows
+from titan_hd.distributed.parallel_dims import Block, ParallelDims, owned_block
 from titan_hd.models.decoder import Decoder, RMSNorm
 from titan_hd.models.hf_weights import WeightFiles, plan_files, write_headers, write_rows
 
@@ -29,7 +29,8 @@ def parallelize(
     checkpoint_mode: str,
     compile_blocks: bool,
 ) -> None:
-    """Apply everything to a model on the meta device. Tensor parallelism has its place first, before checkpointing."""
+    """Wrap a model on the meta device. Tensor parallelism comes before (`apply_tensor_parallel`): the adapters' tensors
+    follow how it splits the weights."""
     if checkpoint_mode != "none":
         apply_activation_checkpointing(model, checkpoint_mode)
     if compile_blocks:
@@ -128,13 +129,21 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, DTensor]]:
             yield name, parameter
 
 
-def _local_rows(parameter: DTensor, dims: ParallelDims) -> tuple[int, int]:
-    return shard_rows(parameter.shape[0], dims.dp_shard)[dims.shard_rank]
+def _block(parameter: DTensor, dims: ParallelDims) -> Block:
+    """The rectangle of a parameter that this rank holds."""
+    return owned_block(tuple(parameter.shape), _tp_split(parameter), dims.place(dims.rank), dims)
+
+
+def _tp_split(parameter: DTensor) -> int | None:
+    """The dimension in which tensor parallelism splits a parameter: that of the last placement of a two-dimensional
+    sharding (FSDP2 puts the data-parallel dimensions first)."""
+    names = parameter.device_mesh.mesh_dim_names
+    return parameter.placements[-1].dim if "tp" in names and parameter.placements[-1].is_shard() else None
 
 
 @torch.no_grad()
 def load_weights(model: Decoder, dims: ParallelDims, directory: str, progress: Callable | None = None) -> None:
-    """Fill the shards from a HF directory; every worker reads only its own rows, one tensor at a time.
+    """Fill the shards from a HF directory; every rank reads only what it holds, one tensor at a time.
 
     Does not communicate. ValueError lists everything that is wrong with the files, before anything is loaded.
     """
@@ -142,9 +151,11 @@ def load_weights(model: Decoder, dims: ParallelDims, directory: str, progress: C
     expected = {name: p.shape for name, p in parameters.items()}
     files = WeightFiles(directory, expected, tied_head=model.lm_head is None)
     for name, parameter in parameters.items():
-        start, stop = _local_rows(parameter, dims)
-        if start < stop:
-            parameter.to_local().copy_(files.read_rows(name, start, stop))
+        block = _block(parameter, dims)
+        if block.rows:
+            columns = None if parameter.dim() == 1 else (block.column, block.column + block.columns)
+            values = files.read_rows(name, block.row, block.row + block.rows, columns)
+            parameter.to_local().copy_(values)
         if progress is not None:
             progress(name)
 
@@ -162,33 +173,35 @@ def init_weights(model: Decoder, dims: ParallelDims, seed: int, std: float = 0.0
         if parameter.dim() == 1:
             local.fill_(1.0 if name in norms else 0.0)
             continue
-        start, stop = _local_rows(parameter, dims)
-        for block in range(start // _INIT_ROWS, -(-stop // _INIT_ROWS)):
-            lo, hi = block * _INIT_ROWS, min(parameter.shape[0], (block + 1) * _INIT_ROWS)
-            generator = torch.Generator().manual_seed(stable_seed("init", seed, name, block))
-            rows = torch.empty(hi - lo, *parameter.shape[1:]).normal_(0.0, std, generator=generator)
-            first, last = max(lo, start), min(hi, stop)
+        mine = _block(parameter, dims)
+        for number in range(mine.row // _INIT_ROWS, -(-(mine.row + mine.rows) // _INIT_ROWS)):
+            lo, hi = number * _INIT_ROWS, min(parameter.shape[0], (number + 1) * _INIT_ROWS)
+            generator = torch.Generator().manual_seed(stable_seed("init", seed, name, number))
+            drawn = torch.empty(hi - lo, parameter.shape[1]).normal_(0.0, std, generator=generator)
+            first, last = max(lo, mine.row), min(hi, mine.row + mine.rows)
             if first < last:
-                local[first - start : last - start].copy_(rows[first - lo : last - lo])
+                part = drawn[first - lo : last - lo, mine.column : mine.column + mine.columns]
+                local[first - mine.row : last - mine.row].copy_(part)
 
 
 @torch.no_grad()
 def write_weights(
     model: Decoder, dims: ParallelDims, directory: Path, dtype: torch.dtype, barrier: Callable[[], None]
 ) -> None:
-    """Write safetensors files; every shard's owner writes its own rows in place, no rank gathers a tensor.
+    """Write safetensors files; every rank writes what it holds in place, no rank gathers a tensor.
 
-    The directory must exist on a file system that all workers share. Every worker calls this; on return all have
-    written.
+    The directory must exist on a file system that all ranks share. Every rank calls this; on return all have written.
     """
     parameters = dict(base_parameters(model))
     slots, headers = plan_files(directory, {name: p.shape for name, p in parameters.items()}, dtype)
-    if dims.dp_rank == 0:
+    if dims.rank == 0:
         write_headers(slots, headers)
     barrier()
-    if dims.dp_rank < dims.dp_shard:  # the first replica
-        for name, parameter in parameters.items():
-            rows = parameter.to_local()
-            if rows.numel():
-                write_rows(slots[name], _local_rows(parameter, dims)[0], rows.to("cpu", dtype))
+    for name, parameter in parameters.items():
+        # Replicas, and tp ranks of a parameter that is not split, hold the same.
+        writes = dims.dp_rank < dims.dp_shard and (_tp_split(parameter) is not None or dims.tp_rank == 0)
+        local = parameter.to_local()
+        if writes and local.numel():
+            block = _block(parameter, dims)
+            write_rows(slots[name], block.row, local.to("cpu", dtype), block.column)
     barrier()

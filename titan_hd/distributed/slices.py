@@ -1,9 +1,9 @@
 """Who computes the SVD of which weight, and who receives the slices.
 
-Weights are dealt in waves of one weight per worker, the costliest first. In a wave, every worker sends its rows of
-weight j to worker j (one all-to-all), worker j computes the factors of that one weight, and sends each holder the
-slices of the adapters that it hosts (a second all-to-all each for A and B). So every SVD is computed once, all workers
-compute at once, and nobody holds more than one whole weight and its factors.
+Weights are dealt in waves of one weight per rank, the costliest first. In a wave, every rank sends its part of weight j
+to rank j (one all-to-all), rank j computes the factors of that one weight, and sends each holder the slices of the
+adapters that it hosts (a second all-to-all each for A and B). So every SVD is computed once, all ranks compute at once,
+and nobody holds more than one whole weight and its factors.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from titan_hd.adapters.svd import SvdSettings, cut_slices, exact_cost, random_factors
 from titan_hd.adapters.svd_cache import cached_factors
-from titan_hd.distributed.adapter_registry import AdapterRegistry
+from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
 from titan_hd.distributed.collectives import exchange_lists
-from titan_hd.distributed.parallel_dims import ParallelDims, shard_rows
+from titan_hd.distributed.parallel_dims import ParallelDims, owned_block
 
 
 @dataclass(frozen=True)
@@ -42,71 +42,98 @@ def compute_factors(
     names = sorted(registry.entries, key=lambda n: (-exact_cost(registry.entries[n].shape), n))
     if settings.slices == "random":
         for name in names:
-            _draw_factors(registry, name, settings.seed)
+            _draw_factors(registry, dims, name, settings.seed)
         return
-    for start in range(0, len(names), dims.dp_size):
-        wave = names[start : start + dims.dp_size]
-        weight = _collect_rows(registry, dims, wave)
+    for start in range(0, len(names), dims.world_size):
+        wave = names[start : start + dims.world_size]
+        weight = _collect(registry, dims, wave)
         factors, report = None, None
         if weight is not None:
             a, b, report = cached_factors(
-                weight, registry.method.directions, settings.svd, wave[dims.dp_rank], settings.cache
+                weight, registry.method.directions, settings.svd, wave[dims.rank], settings.cache
             )
             factors = cut_slices(a, b, registry.num_adapters, registry.rank, settings.slices)
             del weight, a, b
-        _deal_factors(registry, dims, wave, factors)
-        reports: list[dict | None] = [None] * dims.dp_size
-        dist.all_gather_object(reports, report, group=dims.dp_mesh.get_group())
+        _deal(registry, dims, wave, factors)
+        reports: list[dict | None] = [None] * dims.world_size
+        dist.all_gather_object(reports, report)
         yield [r for r in reports if r is not None]
 
 
-def _draw_factors(registry: AdapterRegistry, name: str, seed: int) -> None:
+def _draw_factors(registry: AdapterRegistry, dims: ParallelDims, name: str, seed: int) -> None:
     entry = registry.entries[name]
     first = registry.mesh.get_local_rank("adapter") * registry.hosted
-    hosted = range(first, first + registry.hosted)
-    a, b = random_factors(entry.shape, hosted, registry.rank, seed, name)
+    a, b = random_factors(entry.shape, range(first, first + registry.hosted), registry.rank, seed, name)
+    a, b = _tp_part(a, b, entry, dims.tp, dims.tp_rank)
     device = entry.layer.weight.device
     registry.set_factors(name, a.to(device), b.to(device))
 
 
-def _collect_rows(registry: AdapterRegistry, dims: ParallelDims, wave: list[str]) -> torch.Tensor | None:
-    """The whole weight that this worker owns in the wave, or None where the wave has no weight left for it."""
-    local = [registry.entries[name].weight_rows() for name in wave]
-    # Replicas hold the same rows: the first one sends.
-    sends = dims.dp_rank < dims.dp_shard
+def _collect(registry: AdapterRegistry, dims: ParallelDims, wave: list[str]) -> torch.Tensor | None:
+    """The whole weight that this rank owns in the wave, or None where the wave has no weight left for it."""
+    entries = [registry.entries[name] for name in wave]
+    local = [entry.weight_rows() for entry in entries]
     nothing = local[0].new_empty(0)
-    send = [rows if sends else nothing for rows in local]
-    send += [nothing] * (dims.dp_size - len(wave))
-    shapes: list[tuple[int, ...]] = [(0,)] * dims.dp_size
-    mine = dims.dp_rank if dims.dp_rank < len(wave) else None
-    if mine is not None:
-        out_features, in_features = registry.entries[wave[mine]].shape
-        for shard, (lo, hi) in enumerate(shard_rows(out_features, dims.dp_shard)):
-            shapes[shard] = (hi - lo, in_features)
-    received = exchange_lists(send, shapes, dims.dp_mesh.get_group())
-    return None if mine is None else torch.cat(received[: dims.dp_shard])
+    send = [rows if _sends(entry, dims, dims.rank) else nothing for entry, rows in zip(entries, local)]
+    send += [nothing] * (dims.world_size - len(wave))
+    if dims.rank >= len(wave):
+        exchange_lists(send, [(0,)] * dims.world_size, dist.group.WORLD)
+        return None
+    mine = entries[dims.rank]
+    blocks = {
+        rank: owned_block(mine.shape, mine.split, dims.place(rank), dims)
+        for rank in range(dims.world_size)
+        if _sends(mine, dims, rank)
+    }
+    shapes = [(blocks[r].rows, blocks[r].columns) if r in blocks else (0,) for r in range(dims.world_size)]
+    received = exchange_lists(send, shapes, dist.group.WORLD)
+    weight = local[0].new_empty(mine.shape)
+    for rank, part in blocks.items():
+        weight[part.row : part.row + part.rows, part.column : part.column + part.columns] = received[rank]
+    return weight
 
 
-def _deal_factors(
+def _sends(entry: AdapterEntry, dims: ParallelDims, rank: int) -> bool:
+    """Whether a rank's part of a weight is needed: replicas hold the same, and so do tp ranks if it is not split."""
+    worker, _, tp_rank = dims.place(rank)
+    return worker < dims.dp_shard and (entry.split is not None or tp_rank == 0)
+
+
+def _deal(
     registry: AdapterRegistry,
     dims: ParallelDims,
     wave: list[str],
     factors: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> None:
     """Send the factors of the wave's weights from their owners to the holders of the adapters."""
-    group, k = dims.dp_mesh.get_group(), registry.hosted
+    k, size = registry.hosted, dims.world_size
     share = dims.dp_size // registry.mesh.size(0)  # workers per holder
-    device = registry.entries[wave[0]].layer.weight.device
-    results = []
-    for side in (0, 1):
-        if factors is None:
-            send = [torch.empty(0, device=device)] * dims.dp_size
-        else:
-            send = [factors[side][w // share * k : (w // share + 1) * k] for w in range(dims.dp_size)]
-        shapes: list[tuple[int, ...]] = [(0,)] * dims.dp_size
-        for owner, name in enumerate(wave):
-            out_features, in_features = registry.entries[name].shape
-            shapes[owner] = (k, registry.rank, in_features) if side == 0 else (k, out_features, registry.rank)
-        results.append(exchange_lists(send, shapes, group))
+    entries = [registry.entries[name] for name in wave]
+    device = entries[0].layer.weight.device
+    send = [[torch.empty(0, device=device)] * size] * 2
+    if factors is not None:
+        parts = []
+        for rank in range(size):
+            worker, _, tp_rank = dims.place(rank)
+            hosted = slice(worker // share * k, (worker // share + 1) * k)
+            a, b = (side[hosted] for side in factors)
+            parts.append(_tp_part(a, b, entries[dims.rank], dims.tp, tp_rank))
+        send = list(zip(*parts))
+    absent: list[tuple[int, ...]] = [(0,)] * (size - len(wave))
+    a_shapes = [(k, registry.rank, entry.local_shape[1]) for entry in entries] + absent
+    b_shapes = [(k, entry.local_shape[0], registry.rank) for entry in entries] + absent
+    a_all = exchange_lists(list(send[0]), a_shapes, dist.group.WORLD)
+    b_all = exchange_lists(list(send[1]), b_shapes, dist.group.WORLD)
     for owner, name in enumerate(wave):
-        registry.set_factors(name, results[0][owner], results[1][owner])
+        registry.set_factors(name, a_all[owner], b_all[owner])
+
+
+def _tp_part(
+    a: torch.Tensor, b: torch.Tensor, entry: AdapterEntry, degree: int, tp_rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tp rank's part of a [k, r, in] and b [k, out, r]: the factor on the split side of W is split with it."""
+    if entry.split == 1:
+        a = a.chunk(degree, dim=2)[tp_rank]
+    elif entry.split == 0:
+        b = b.chunk(degree, dim=1)[tp_rank]
+    return a, b

@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -37,9 +38,11 @@ class WeightFiles:
         if errors:
             raise ValueError("\n".join(errors))
 
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop of a tensor on the host, in the file's dtype; only these bytes are read."""
-        return self._handle(self._file_of[name]).get_slice(name)[start:stop]
+    def read_rows(self, name: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> torch.Tensor:
+        """Rows start..stop of a tensor (and of a matrix columns from..to) on the host, in the file's dtype; only these
+        are read."""
+        values = self._handle(self._file_of[name]).get_slice(name)
+        return values[start:stop] if columns is None else values[start:stop, columns[0] : columns[1]]
 
     def _handle(self, file: str) -> safe_open:
         if file not in self._handles:
@@ -146,11 +149,24 @@ def _entries(header: bytes) -> list[dict]:
     return [entry for name, entry in json.loads(header[8:]).items() if name != "__metadata__"]
 
 
-def write_rows(slot: TensorSlot, start: int, rows: torch.Tensor) -> None:
-    """Write contiguous host rows, already in the file's dtype, as rows start.. of a tensor."""
+def write_rows(slot: TensorSlot, start: int, rows: torch.Tensor, column: int = 0) -> None:
+    """Write host rows, already in the file's dtype, as rows start.. of a tensor; rows narrower than the tensor's begin
+    at `column`."""
+    if rows.dim() == 2 and rows.shape[1] * rows.element_size() < slot.row_bytes:
+        _write_columns(slot, start, rows, column)
+        return
     data = rows.contiguous().view(torch.uint8).numpy() if rows.dim() else rows.reshape(1).view(torch.uint8).numpy()
     with open(slot.file, "r+b") as file:
         file.seek(slot.offset + start * slot.row_bytes)
         file.write(memoryview(data).cast("B"))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write_columns(slot: TensorSlot, start: int, rows: torch.Tensor, column: int) -> None:
+    offset = slot.offset + start * slot.row_bytes
+    file = np.memmap(slot.file, np.uint8, "r+", offset, (rows.shape[0], slot.row_bytes))
+    data = rows.contiguous().view(torch.uint8).numpy()
+    first = column * rows.element_size()
+    file[:, first : first + data.shape[1]] = data
+    file.flush()

@@ -117,9 +117,14 @@ class TestShards:
         [(1, -1, 8, 8), (2, -1, 8, 4), (8, -1, 8, 1), (2, 4, 8, 4), (1, 1, 1, 1)],
     )
     def test_degrees(self, replicate: int, shard: int, world: int, result: int):
-        assert resolve_shard_degree(replicate, shard, world) == result
+        assert resolve_shard_degree(replicate, shard, 1, world) == result
+
+    def test_tensor_parallelism_takes_its_share(self):
+        assert resolve_shard_degree(2, -1, 2, 8) == 2
+        with pytest.raises(ValueError, match="replicate 1 x shard 2 x tensor 3"):
+            resolve_shard_degree(1, -1, 3, 8)
 
     @pytest.mark.parametrize(("replicate", "shard", "world"), [(1, 4, 8), (3, -1, 8), (16, -1, 8), (2, 8, 8)])
     def test_degrees_that_do_not_multiply(self, replicate: int, shard: int, world: int):
         with pytest.raises(ValueError, match=r"parallelism.data_parallel_shard_degree: .* number of workers, 8"):
-            resolve_shard_degree(replicate, shard, world)
+            resolve_shard_degree(replicate, shard, 1, world)

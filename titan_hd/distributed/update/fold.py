@@ -47,7 +47,7 @@ class Fold:
         holders = registry.mesh["adapter"].mesh.tolist()  # global ranks that exchange with this one
         self._holders = ExchangeGroup(
             registry.mesh.get_group("adapter"),
-            tuple(dims.shard_of_rank(rank) for rank in holders),
+            tuple(dims.place(rank)[1] for rank in holders),
             dims.dp_shard,
             registry.mesh.get_local_rank("adapter"),
         )
@@ -57,6 +57,7 @@ class Fold:
             dims.world.get_group("dp_replicate") if dims.dp_replicate > 1 else None,
             dims.dp_replicate,
         )
+        self._tp_rank = dims.tp_rank
         self._static: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @torch.no_grad()
@@ -119,8 +120,10 @@ class Fold:
         self._zero(entry)
 
     def _rounding(self, name: str, entry: AdapterEntry, step: int) -> Rounding:
-        first_row, _ = self._holders.rows(entry.shape[0])
-        return Rounding(rounding_key(self.seed, step, name), first_row)
+        row, _ = self._holders.rows(entry.local_shape[0])
+        offset = {0: (entry.local_shape[0], 0), 1: (0, entry.local_shape[1]), None: (0, 0)}[entry.split]
+        key = rounding_key(self.seed, step, name)
+        return Rounding(key, row + self._tp_rank * offset[0], self._tp_rank * offset[1])
 
     @staticmethod
     def _local(entry: AdapterEntry) -> tuple[torch.Tensor, ...]:
