@@ -40,7 +40,7 @@ def main() -> None:
         rank, failure = _root_cause(error.failures)
         status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         reason = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"status {failure.exitcode}"
-        said = "" if rank == 0 or failure.message.startswith("Signal") else f": {_first_line(failure.message)}"
+        said = "" if rank == 0 or failure.exitcode < 0 else f": {_first_line(failure.message)}"
         print(f"titan_hd: worker {rank} ended with {reason}{said}", file=sys.stderr)
         raise SystemExit(status) from None
 

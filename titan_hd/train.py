@@ -44,7 +44,7 @@ from titan_hd.data.tokenizer import load_tokenizer
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.collectives import together
 from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims
-from titan_hd.distributed.parallelize import init_weights, load_weights, materialize, parallelize
+from titan_hd.distributed.parallelize import init_weights, load_weights, materialize, parallelize, reshard
 from titan_hd.distributed.slices import SliceSettings, compute_factors
 from titan_hd.distributed.tensor_parallel import apply_tensor_parallel
 from titan_hd.distributed.update.fold import Fold, check_finite
@@ -363,6 +363,7 @@ class Trainer:
                 group,
             )
         self.model.train()
+        reshard(self.model)
         self.metrics.log(self.step, values)
 
     def save(self) -> None:

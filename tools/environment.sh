@@ -4,7 +4,7 @@
 setup_environment() {
   local root=$1 extra=${2:-}
   local need="import torch, numpy, safetensors, sentencepiece, tokenizers, tiktoken, tqdm, torchdata, wandb"
-  [ "$extra" != dev ] || need="$need, pytest, pytest_timeout, hypothesis, transformers, peft"
+  [ "$extra" != dev ] || need="$need, pytest, pytest_timeout, hypothesis, transformers, peft, ruff"
   export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
   local candidate
   for candidate in "$root/.venv/bin/python" "${PYTHON:-python3}"; do
@@ -15,7 +15,6 @@ setup_environment() {
   done
   echo "titan_hd: installing its dependencies into $root/.venv" >&2
   [ -x "$root/.venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$root/.venv"
-  "$root/.venv/bin/python" -m pip install --quiet "$root${extra:+[$extra]}" >&2
-  "$root/.venv/bin/python" -m pip uninstall --quiet --yes titan_hd >&2 # the checkout itself is what runs
+  "$root/.venv/bin/python" -m pip install --quiet --editable "$root${extra:+[$extra]}" >&2
   PYTHON="$root/.venv/bin/python"
 }

@@ -112,6 +112,28 @@ def test_resumed_run_equals_the_undisturbed_one(method, workers, setup, tmp_path
     assert first + second + third == pytest.approx(whole, rel=LOSS_TOLERANCE)
 
 
+@pytest.mark.parametrize("method", ["hdpissa", "full"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_validation_leaves_no_trace(method, tied, workers, setup, tmp_path):
+    """Forward passes without a backward pass once left the head gathered: a checkpoint after them was not sharded."""
+    runs.write_model(tmp_path / "model", tie_word_embeddings=tied)
+    changes = {"checkpoint__enable": "true", "checkpoint__interval": 2, "checkpoint__keep_latest_k": 0}
+    if method == "full":
+        changes |= {"adapter__method": "full", "hdpissa__num_adapters": 0}
+    validation = {
+        "validation__enable": "true",
+        "validation__freq": 2,
+        "data__validation": tmp_path / "records.jsonl",
+    }
+    plain = workers.run(2, runs.train, setup("plain", **changes))[0]
+    validated = workers.run(2, runs.train, setup("validated", **changes, **validation))[0]
+    assert validated == plain
+    got, want = runs.exported(tmp_path / "validated"), runs.exported(tmp_path / "plain")
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    again = setup("validated", **changes, **validation, checkpoint__load_step=4)
+    assert workers.run(2, runs.train, again)[0] == plain[4:]
+
+
 def test_resume_refuses_another_number_of_adapters(workers, setup):
     workers.run(2, runs.train, setup("k", checkpoint__enable="true"), stop_after=1)
     with pytest.raises(RuntimeError, match=r"hdpissa\.num_adapters: the checkpoint has 4, this run 2"):
@@ -142,6 +164,24 @@ def test_compile_and_checkpointing_with_virtual_adapters(workers, setup):
         setup("both", training__steps=3, compile__enable="true", activation_checkpoint__mode="full"),
     )[0]
     assert both == pytest.approx(plain, rel=LOSS_TOLERANCE)
+
+
+def fails_with_a_bad_weight(argv) -> str:
+    try:
+        runs.train(argv)
+    except FloatingPointError as error:
+        return str(error)
+    return ""
+
+
+def test_a_non_finite_gradient_stops_every_rank_and_names_the_weight(workers, setup, tmp_path):
+    """An infinite weight behind v_proj of block 1 makes the loss NaN: no weight may be touched, nobody may hang."""
+    weights = runs.load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.layers.1.self_attn.v_proj.weight"][0, 0] = float("inf")
+    runs.save_file(weights, tmp_path / "model" / "model.safetensors")
+    messages = workers.run(2, fails_with_a_bad_weight, setup("bad", hdpissa__slices="random"))
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("the gradient of model.layers.0.self_attn.q_proj is not finite; W is as it was")
 
 
 def effective_rank(delta: torch.Tensor) -> float:

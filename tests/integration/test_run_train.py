@@ -179,3 +179,18 @@ def test_a_killed_worker_ends_the_run_with_its_signal(setup, tmp_path):
     assert process.returncode == 137, stderr
     assert "ended with signal 9" in stderr
     assert not subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False).stdout
+
+
+def test_the_quick_start_shortened(tmp_path):
+    """`./run_train.sh` without a configuration, cut to a few steps: from any folder, validation, accuracy, export."""
+    result = run_train(
+        "--training.steps=3",
+        "--validation.exact_match_samples=8",
+        "--metrics.log_freq=1",
+        f"--job.dump_folder={tmp_path / 'quickstart'}",
+    )
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in (tmp_path / "quickstart" / "metrics.jsonl").read_text().splitlines()]
+    validations = [r for r in records if "validation_exact_match" in r]
+    assert [r["step"] for r in validations] == [0, 3]
+    assert sorted(p.name for p in (tmp_path / "quickstart" / "hf").iterdir()) >= ["config.json", "model.safetensors"]

@@ -112,6 +112,16 @@ def apply_fsdp(model: Decoder, dims: ParallelDims, ignored_params: set[nn.Parame
         modules[0].set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
 
 
+def reshard(model: Decoder) -> None:
+    """Back to shards after forward passes without a backward pass (validation).
+
+    A backward pass does this by itself; without one, the groups that stay gathered would hand whole plain parameters to
+    whoever looks at the model next: a checkpoint, the export.
+    """
+    for modules, _ in fsdp_groups(model):
+        modules[0].reshard()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights into and out of the shards
 
