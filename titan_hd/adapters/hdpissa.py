@@ -34,7 +34,7 @@ class _ExactMute(torch.autograd.Function):
         gy, x = gy.flatten(0, -2), x.flatten(0, -2)
         a, b = a.to(x.dtype), b.to(gy.dtype)
         grad_da = ((gy @ b).T @ x).float() * ctx.scale
-        grad_db = (gy.T @ (x @ a.T)).float() * ctx.scale
+        grad_db = ((x @ a.T).T @ gy).T.float() * ctx.scale
         return dx, None, None, None, None, None, grad_da, grad_db, None
 
 

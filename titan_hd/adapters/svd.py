@@ -25,7 +25,7 @@ class SvdSettings:
     """algorithm: "exact", "randomized" or "auto"; niter: power iterations of the randomized one."""
 
     algorithm: str = "exact"
-    niter: int = 8
+    niter: int = 16
 
     def resolve(self, shape: tuple[int, int], count: int) -> str:
         """The algorithm for the first `count` directions of a weight [out, in]: a function of the sizes alone."""

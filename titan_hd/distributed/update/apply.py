@@ -49,7 +49,7 @@ def add_product(
 def add_rows(w: torch.Tensor, update: torch.Tensor, decay: float, rounding: Rounding) -> None:
     """w <- (1 - decay) w + update, in place; update [rows, in] fp32."""
     if w.dtype == torch.float32:
-        w.mul_(1.0 - decay).add_(update)
+        torch.add(update, w, alpha=1.0 - decay, out=w)
         return
     for start, part in _row_chunks(w):
         _round_into(part, part.float() * (1.0 - decay) + update[start : start + len(part)], start, rounding)

@@ -46,8 +46,14 @@ def exchange_dense(
     left, right = factored_update(a.flatten(0, 1), stack(b), da.flatten(0, 1), stack(db))
     out_features, width = left.shape[0], right.shape[1]
     chunk = -(-out_features // groups.shards)
-    update = left.new_zeros(chunk * groups.shards, width, dtype=wire)
-    update[:out_features] = (left @ right).mul_(coefficient)
+    update = left.new_empty(chunk * groups.shards, width, dtype=wire)
+    update[out_features:].zero_()
+    right.mul_(coefficient)
+    if wire == left.dtype:
+        torch.mm(left, right, out=update[:out_features])
+    else:
+        update[:out_features] = left @ right
+    del left, right  # a generator's variables live as long as it waits
     if groups.shards > 1:
         rows, work = reduce_scatter(update, groups.shards, groups.shard)
         del update

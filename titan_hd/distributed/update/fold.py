@@ -26,7 +26,7 @@ class Fold:
     """W <- (1 - lr * weight_decay) W + c * sum_i [dB_i A_i + (B_i + dB_i) dA_i], then dA_i = dB_i = 0.
 
     Buckets of the plan are tasks: while the collectives of one are under way, the products of the one before run. Extra
-    memory is that of `in_flight` buckets, `bucket_bytes` each at most, and the cached static factors.
+    memory: the cached static factors, and what `bucket_bytes` says of `in_flight` buckets.
     """
 
     def __init__(
@@ -169,27 +169,30 @@ def check_finite(registry: AdapterRegistry, what: str) -> None:
         raise FloatingPointError(f"the {what} of {name} is not finite; W is as it was before the step")
 
 
-def bucket_bytes(plan: UpdatePlan, names: tuple[str, ...], wire_bytes: int) -> int:
-    """Most memory in bytes that one bucket's task holds at a time on a worker.
+def bucket_bytes(plan: UpdatePlan, names: tuple[str, ...], wire_bytes: int) -> tuple[int, int]:
+    """Most memory in bytes that one bucket's task holds while it is under way, and what it needs besides to compute.
 
-    Factors: sent and received on the wire, their fp32 copies, the unpacked factors and, for one weight at a time, the
-    stacked left and right of the product. Dense: left, right, and [out, in] in fp32 and on the wire.
+    All started tasks hold the first; one task at a time computes, so a fold needs at most the first of `in_flight`
+    buckets and the second of one. Factors hold what is sent and received; computing unpacks it to fp32 and stacks left
+    and right of one weight's product. Dense holds [out, in] and its own rows; computing stacks left and right.
     """
     t = plan.topology
     weights = {w.name: w for w in plan.weights}
     m, local = t.num_adapters * t.rank, t.hosted * t.rank
+    converts = wire_bytes != 4
     if weights[names[0]].route == "dense":
         out, width = weights[names[0]].shape
-        padded = t.chunk(out) * t.dp_shard
-        product = 4 * (4 * local * out + 2 * local * width + out * width)
-        return product + (padded + 2 * t.chunk(out)) * width * max(4, wire_bytes)
-    total = largest = 0
+        held = (t.chunk(out) * t.dp_shard + t.chunk(out)) * width * wire_bytes
+        product = 4 * local * (5 * out + 3 * width)
+        return held, product + converts * 4 * out * width
+    held = unpacked = largest = 0
     for name in names:
         out, width = weights[name].shape
-        chunk = t.chunk(out)
-        copies = 1 if weights[name].cached else 2
-        sent = local * width + 2 * local * chunk * t.dp_shard + m * chunk  # as it is, padded, and per holder
-        received = m * width + m * chunk
-        total += copies * ((sent + received) * wire_bytes + 2 * received * 4)
-        largest = max(largest, 4 * m * (2 * width + 3 * chunk))
-    return total + largest
+        chunk, copies = t.chunk(out), 1 if weights[name].cached else 2
+        received = m * (width + chunk)
+        held += copies * (local * width + m * chunk + received) * wire_bytes
+        unpacked += copies * received * 4 * (1 + converts)
+        product = 4 * m * (2 * width + 3 * chunk)
+        packing = copies * 3 * local * chunk * t.dp_shard * 4
+        largest = max(largest, product, packing)
+    return held, unpacked + largest
