@@ -16,6 +16,12 @@ esac
 if [ -z "${NGPU:-}" ]; then
   NGPU=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')
 fi
+case "$NGPU" in
+'' | *[!0-9]* | 0)
+  echo "titan_hd: error: NGPU: must be a whole number above 0, not '$NGPU'" >&2
+  exit 2
+  ;;
+esac
 # torchrun gives every worker one thread; share the cores of the node instead.
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPU ? cores / NGPU : 1))}

@@ -26,7 +26,7 @@ def main() -> None:
     config = manager.load_or_exit(train_args)
     workers = run.determine_local_world_size(args.nproc_per_node) * run.parse_min_max_nnodes(args.nnodes)[1]
     try:
-        plan = plan_run(config, workers)
+        plan = plan_run(config, workers, needs_files=not config.job.print_plan)
     except manager.ConfigError as error:
         manager.exit_with(error.errors)
     if config.job.print_plan:
@@ -47,11 +47,13 @@ def main() -> None:
 
 def _root_cause(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
     """The worker that failed by itself. One that a signal killed (out of memory, say) leaves the others with broken
-    connections, and the agent ends those with SIGTERM: so signals come first, SIGTERM last, then time decides."""
+    connections, the agent ends those with SIGTERM, and a time-out ends waiting ones with SIGABRT: so other signals come
+    first, these two last, then time decides."""
 
     def order(item: tuple[int, ProcessFailure]) -> tuple[int, int]:
         code = item[1].exitcode
-        return (0 if code < 0 and code != -signal.SIGTERM else 2 if code < 0 else 1, item[1].timestamp)
+        consequence = code in (-signal.SIGTERM, -signal.SIGABRT)
+        return (2 if consequence else 0 if code < 0 else 1, item[1].timestamp)
 
     return min(failures.items(), key=order)
 

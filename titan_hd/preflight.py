@@ -28,8 +28,8 @@ class RunPlan:
     global_batch_size: int
 
 
-def plan_run(config: JobConfig, world_size: int) -> RunPlan:
-    """Resolve a configuration for `world_size` workers.
+def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> RunPlan:
+    """Resolve a configuration for `world_size` workers; needs_files: the data must be there.
 
     Raises:
         ConfigError: one line for every fault that needs the model's shapes, the files or the number of workers.
@@ -49,9 +49,9 @@ def plan_run(config: JobConfig, world_size: int) -> RunPlan:
     workers = max(1, world_size // tp)
     decoder = attempt(decoder_config, config)
     attempt(optimizer_class, config.optimizer.name)
-    if config.data.format != "tokens":
+    if config.data.format != "tokens" and needs_files:
         attempt(load_template, config.data.template)
-    for key in ("train", "validation"):
+    for key in ("train", "validation") if needs_files else ():
         path = getattr(config.data, key)
         if path and not Path(path).is_file():
             errors.append(f"data.{key}: no such file: {path}")

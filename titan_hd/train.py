@@ -13,7 +13,6 @@ import math
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from titan_hd.components.optimizer import build_optimizer, clip_gradients
 from titan_hd.components.profiling import build_profiler
 from titan_hd.components.validation import exact_match, greedy, validation_loss
 from titan_hd.config import manager
+from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
 from titan_hd.config.seeding import stable_seed
 from titan_hd.data.dataset import build_records
@@ -42,7 +42,7 @@ from titan_hd.data.loader import Batch, SampleOrder, TrainLoader
 from titan_hd.data.records import InstructionRecords
 from titan_hd.data.tokenizer import load_tokenizer
 from titan_hd.distributed.adapter_registry import AdapterRegistry
-from titan_hd.distributed.collectives import together
+from titan_hd.distributed.collectives import same_everywhere, together
 from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims
 from titan_hd.distributed.parallelize import init_weights, load_weights, materialize, parallelize, reshard
 from titan_hd.distributed.slices import SliceSettings, compute_factors
@@ -112,7 +112,7 @@ class Trainer:
         trained = method.apply(self.model, c.adapter.target_modules)
         if self.plan.tp > 1:
             apply_tensor_parallel(self.model, self.dims.world["tp"])
-        if isinstance(method, HDPissa):
+        if method.direct_update:
             self.registry = AdapterRegistry(self.model, method, self.dims.adapter_mesh(method.num_adapters))
         parallelize(
             self.model,
@@ -138,7 +138,7 @@ class Trainer:
             if c.validation.enable:
                 self.validation_records = build_records(c.data, "validation", *shape, self.tokenizer)
                 if c.validation.exact_match_samples and not isinstance(self.validation_records, InstructionRecords):
-                    raise ValueError("validation.exact_match_samples: needs records with a prompt and a response")
+                    raise UserError("validation.exact_match_samples: needs records with a prompt and a response")
         # Compiled blocks want one shape; otherwise padding to the longest record of a micro-batch is enough.
         self.pad_to = c.training.seq_len if c.compile.enable else None
         batch = self.plan.global_batch_size
@@ -158,7 +158,9 @@ class Trainer:
         folder = Path(c.job.dump_folder) / c.checkpoint.folder
         self.checkpointer = ckpt.Checkpointer(folder, c.checkpoint.keep_latest_k)
         with together("looking for checkpoints"):
-            self.step = (self.checkpointer.choose(c.checkpoint.load_step) if c.checkpoint.enable else None) or 0
+            chosen = self.checkpointer.choose(c.checkpoint.load_step) if c.checkpoint.enable else None
+        self.step = same_everywhere(chosen or 0)  # a shared file system may show a new folder to some ranks first
+        with together("reading the checkpoint's state"):
             self._saved_state = self.checkpointer.train_state(self.step) if self.step else {}
             ckpt.check_resumable(self._saved_state.get("identity"), self._identity())
         if self.step:
@@ -167,6 +169,7 @@ class Trainer:
             ckpt.allocate_optimizer_state(self.optimizer, self.trainable, self.checkpointer.metadata(self.step))
             self.checkpointer.load(self.step, self._tensors())
         elif c.model.flavor:
+            logger.info("random weights: model.flavor is set")
             init_weights(self.model, self.dims, c.training.seed)
         else:
             with together("loading the weights"):
@@ -244,7 +247,7 @@ class Trainer:
         grad_norm = clip_gradients(list(self.trainable), self.config.training.max_norm)
         if not math.isfinite(grad_norm):
             if self.registry:
-                check_finite(self.registry, "gradient")
+                check_finite(self.registry, "gradient", self.step)
             raise FloatingPointError(f"step {self.step + 1}: the gradient norm is {grad_norm}; W is as before the step")
         self.optimizer.step()
         if self.registry:
@@ -281,6 +284,8 @@ class Trainer:
         """All remaining steps, with validation before and after, checkpoints, logs and the export."""
         if self.config.validation.enable and self.step == 0:
             self.validate()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # the SVD's peak is not the training's
         gc.disable()  # collected by a hook instead: workers that pause at different times wait for each other
         first_step = self.step
         while self.step < self.total_steps:
@@ -296,6 +301,7 @@ class Trainer:
                 if self.step % every == 0 or self.step == self.total_steps:
                     hook()
             if self.step == first_step + 1:
+                self._window.clear()  # warm-up and compilation stay out of the rates
                 _set_timeout(self.config.comm.train_timeout_seconds)
         gc.enable()
         if self.config.export.enable:
@@ -327,8 +333,8 @@ class Trainer:
         """Elements of the matrices that get a dW, and the sum of r (in + out) over adapted layers."""
         if self.registry:
             return 0, sum(self.registry.rank * sum(entry.shape) for entry in self.registry.entries.values())
-        embedding = "model.embed_tokens.weight"
-        return sum(p.numel() for p, n in self.trainable.items() if p.dim() == 2 and n != embedding), 0
+        looked_up = set() if self.model.lm_head is None else {"model.embed_tokens.weight"}
+        return sum(p.numel() for p, name in self.trainable.items() if p.dim() == 2 and name not in looked_up), 0
 
     def validate(self) -> None:
         """Validation loss and, if asked for, exact match of generated answers; logged under this step."""
@@ -361,6 +367,7 @@ class Trainer:
                 lambda ids: greedy(self.model, ids, tokenizer.eos_id, v.max_new_tokens, self.pad_to, self.device),
                 self.device,
                 group,
+                c.training.local_batch_size,
             )
         self.model.train()
         reshard(self.model)
@@ -414,7 +421,10 @@ def _set_timeout(seconds: int) -> None:
 def init_process(config: JobConfig) -> torch.device:
     """Start the process group (nccl on GPUs, gloo on CPUs) and return this worker's device."""
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local_rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= count:
+            raise UserError(f"NGPU: more workers on this node than its {count} GPU(s)")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:
@@ -430,22 +440,12 @@ def init_process(config: JobConfig) -> torch.device:
 def run(config: JobConfig, plan: RunPlan) -> None:
     """A whole run of this worker."""
     device = init_process(config)
-    try:
-        trainer = Trainer(config, plan, device)
-        try:
-            trainer.train()
-        finally:
-            trainer.close()
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-def _is_user_error(error: BaseException) -> bool:
-    """A ValueError that this package raised says what the user can mend; one from a library is a bug of ours."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = str(Path(__file__).parent)
-    return isinstance(error, ValueError) and bool(frames) and frames[-1].filename.startswith(ours)
+    trainer = Trainer(config, plan, device)
+    trainer.train()
+    # Only after success: a rank that fails alone would wait here for others, which wait for it in a collective.
+    dist.barrier()
+    dist.destroy_process_group()
+    trainer.close()
 
 
 def main() -> None:
@@ -461,7 +461,7 @@ def main() -> None:
         run(config, plan_run(config, world_size))
     except Exception as error:
         handler.record_exception(error)
-        if not _is_user_error(error):
+        if not isinstance(error, UserError):
             raise
         # User errors are the same on every rank (see `together`): one says them, all leave with status 2.
         if rank == 0:

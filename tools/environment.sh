@@ -3,11 +3,12 @@
 
 setup_environment() {
   local root=$1 extra=${2:-}
-  local need="import torch, numpy, safetensors, sentencepiece, tokenizers, tiktoken, tqdm, torchdata, wandb"
+  local need="import torch; assert (2, 11) <= tuple(map(int, torch.__version__.split('.')[:2])) < (2, 14)
+import torch, numpy, safetensors, sentencepiece, tokenizers, tiktoken, tqdm, torchdata, wandb"
   [ "$extra" != dev ] || need="$need, pytest, pytest_timeout, hypothesis, transformers, peft, ruff"
   export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
   local candidate
-  for candidate in "$root/.venv/bin/python" "${PYTHON:-python3}"; do
+  for candidate in ${PYTHON:+"$PYTHON"} "$root/.venv/bin/python" python3; do
     if command -v "$candidate" >/dev/null && "$candidate" -c "$need" 2>/dev/null; then
       PYTHON=$candidate
       return

@@ -22,21 +22,21 @@ from titan_hd.adapters.hdpissa import HDPissa
 from titan_hd.adapters.svd import SvdSettings
 from titan_hd.adapters.svd_cache import cached_factors
 from titan_hd.config import manager
+from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.hf_weights import WeightFiles
-from titan_hd.preflight import plan_run
+from titan_hd.preflight import decoder_config
 
 
 def precompute(config: JobConfig, share: int, shares: int) -> None:
     """Decompose every targeted weight of the share that is not in the cache; one JSON line each on stdout."""
     h = config.hdpissa
-    plan = plan_run(config, max(1, h.num_adapters))
     with torch.device("meta"):
-        model = Decoder(plan.decoder)
+        model = Decoder(decoder_config(config))
     expected = {name: p.shape for name, p in model.named_parameters()}
     files = WeightFiles(config.model.hf_assets_path, expected, tied_head=model.lm_head is None)
-    method = HDPissa(plan.num_adapters, config.adapter.rank, slices=h.slices)
+    method = HDPissa(h.num_adapters, config.adapter.rank, slices=h.slices)
     names = method.apply(model, config.adapter.target_modules)[share::shares]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     master = getattr(torch, config.training.master_dtype)  # what the run decomposes is the master
@@ -48,15 +48,24 @@ def precompute(config: JobConfig, share: int, shares: int) -> None:
         print(json.dumps(report))
 
 
+def parse_share(text: str) -> tuple[int, int]:
+    """(i, n) of "i/n"; leaves with one line and status 2 if it is anything else."""
+    share, slash, shares = text.partition("/")
+    if not (slash and share.isdigit() and shares.isdigit() and int(share) < int(shares)):
+        manager.exit_with([f"--share: must be i/n with i from 0 to n - 1, not {text!r}"])
+    return int(share), int(shares)
+
+
 def main() -> None:
     argv, share, shares = sys.argv[1:], 0, 1
     if argv[:1] == ["--share"]:
-        share, shares = map(int, argv[1].split("/"))
+        share, shares = parse_share(argv[1] if len(argv) > 1 else "")
         argv = argv[2:]
     config = manager.load_or_exit(argv)
     faults = {
         "hdpissa.svd_cache: is missing; name the folder to fill": not config.hdpissa.svd_cache,
         "hdpissa.num_adapters: is missing; the factors depend on it": not config.hdpissa.num_adapters,
+        f"adapter.method: {config.adapter.method} needs no SVD": config.adapter.method != "hdpissa",
         "hdpissa.slices: random slices need no SVD": config.hdpissa.slices == "random",
         "model.hf_assets_path: is missing; random weights are not worth a cache": bool(config.model.flavor),
     }
@@ -65,7 +74,7 @@ def main() -> None:
         manager.exit_with(errors)
     try:
         precompute(config, share, shares)
-    except ValueError as error:
+    except UserError as error:
         manager.exit_with(str(error).splitlines())
 
 

@@ -184,7 +184,7 @@ def poisoned(value):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_non_finite_update_on_one_rank_stops_all_before_w_is_touched(value, workers):
     for message, untouched in workers.run(2, poisoned, value):
-        assert message.startswith("the update of layers.0.b is not finite")
+        assert message.startswith("step 1: the update of layers.0.b is not finite")
         assert untouched
 
 

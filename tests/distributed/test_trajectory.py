@@ -181,7 +181,9 @@ def test_a_non_finite_gradient_stops_every_rank_and_names_the_weight(workers, se
     runs.save_file(weights, tmp_path / "model" / "model.safetensors")
     messages = workers.run(2, fails_with_a_bad_weight, setup("bad", hdpissa__slices="random"))
     assert messages[0] == messages[1]
-    assert messages[0].startswith("the gradient of model.layers.0.self_attn.q_proj is not finite; W is as it was")
+    assert messages[0].startswith(
+        "step 1: the gradient of model.layers.0.self_attn.q_proj is not finite; W is as it was"
+    )
 
 
 def effective_rank(delta: torch.Tensor) -> float:

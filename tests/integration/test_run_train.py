@@ -13,10 +13,11 @@ from tests.conftest import REPOSITORY
 
 # Logits of the same fp32 weights by two implementations.
 LOGITS_TOLERANCE = 1e-5
+CPU_ONLY = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def run_train(*arguments: str, workers: int = 2, timeout: int = 180, **environment: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "NGPU": str(workers), "OMP_NUM_THREADS": "1", **environment}
+    environment = {**CPU_ONLY, "NGPU": str(workers), **environment}
     return subprocess.run(
         [str(REPOSITORY / "run_train.sh"), *arguments],
         env=environment,
@@ -163,7 +164,7 @@ def test_a_killed_worker_ends_the_run_with_its_signal(setup, tmp_path):
     """The exit status tells the truth: 128 + 9, within seconds, and no worker is left."""
     process = subprocess.Popen(
         [str(REPOSITORY / "run_train.sh"), *setup(training__steps=100000)],
-        env={**os.environ, "NGPU": "2", "OMP_NUM_THREADS": "1"},
+        env={**CPU_ONLY, "NGPU": "2"},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -194,3 +195,49 @@ def test_the_quick_start_shortened(tmp_path):
     validations = [r for r in records if "validation_exact_match" in r]
     assert [r["step"] for r in validations] == [0, 3]
     assert sorted(p.name for p in (tmp_path / "quickstart" / "hf").iterdir()) >= ["config.json", "model.safetensors"]
+
+
+def test_a_bug_on_one_rank_ends_the_run_at_once_with_its_traceback(setup, tmp_path):
+    """The failing rank must not wait in a clean-up for others that wait for it in a collective."""
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import titan_hd.components.loss as loss\n"
+        "    def broken(*_):\n"
+        "        raise RuntimeError('a bug of rank 1')\n"
+        "    loss.token_loss_sum = broken\n"
+    )
+    start = time.monotonic()
+    result = run_train(*setup(), PYTHONPATH=str(tmp_path / "hook"))
+    assert result.returncode == 1
+    assert "RuntimeError: a bug of rank 1" in result.stderr
+    assert "worker 1 ended with status 1: " in result.stderr
+    assert time.monotonic() - start < 60
+
+
+def test_the_plan_of_an_8b_run_needs_neither_weights_nor_data():
+    """The command of the README."""
+    arguments = ["--config", "train_configs/llama31_8b_hdpissa.toml", "--job.print_plan"]
+    result = subprocess.run(
+        [REPOSITORY / "run_train.sh", *arguments, "--model.hf_assets_path", "", "--model.flavor", "8B"],
+        env={**CPU_ONLY, "NGPU": "8"},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "total 0.635 GB; all dense would be 38.5 times that" in result.stdout
+
+
+@pytest.mark.parametrize("folder", ["", ".", "..", "a/.."])
+def test_an_export_never_deletes_a_folder_that_is_no_model(folder, setup):
+    result = run_train(*setup(export__folder=folder))
+    assert result.returncode == 2
+    assert "export.folder: must name a folder of its own" in result.stderr
+
+
+def test_workers_must_be_a_number(setup):
+    result = run_train(*setup(), NGPU="many")
+    assert result.returncode == 2
+    assert "NGPU: must be a whole number" in result.stderr

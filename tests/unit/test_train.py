@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from titan_hd.data.loader import Batch
-from titan_hd.train import Trainer, _is_user_error
+from titan_hd.train import Trainer
 
 
 @pytest.mark.parametrize(
@@ -32,20 +32,3 @@ def test_dropout_takes_every_seed(seed: int):
     )
     ids = torch.zeros(1, 3, dtype=torch.long)
     assert Trainer._forward_backward(trainer, 0, Batch(ids, ids, 3), 3) > 0
-
-
-def test_whose_fault_an_error_is():
-    """A ValueError of this package is the user's to mend; a library's, or any other error, is a bug."""
-
-    def caught(call) -> BaseException:
-        with pytest.raises(Exception) as info:
-            call()
-        return info.value
-
-    from titan_hd.components.optimizer import optimizer_class
-
-    assert _is_user_error(caught(lambda: optimizer_class("no")))
-    assert not _is_user_error(caught(lambda: torch.manual_seed(2**70)))
-    assert not _is_user_error(caught(lambda: int("x")))
-    assert not _is_user_error(caught(lambda: 1 / 0))
-    assert not _is_user_error(ValueError("never raised"))

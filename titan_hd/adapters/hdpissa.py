@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from titan_hd.adapters.inject import replace_linears
+from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import LINEAR_LAYERS
 
 
@@ -107,7 +108,7 @@ class HDPissa:
         mute_scalar: float = 0.0,
         slices: str = "orthogonal",
     ):
-        self.num_adapters, self.rank, self.slices = num_adapters, rank, slices
+        self.num_adapters, self.rank = num_adapters, rank
         self.dropout, self.mute_scalar = dropout, mute_scalar
         self.scale = (rank if alpha is None else alpha) / rank
         self.directions = num_adapters * rank if slices == "orthogonal" else rank
@@ -132,7 +133,7 @@ class HDPissa:
 def check_rank(name: str, shape: tuple[int, int], directions: int, rank: int) -> None:
     """ValueError if a weight [out, in] has fewer singular directions than the adapters' slices need."""
     if directions > min(shape):
-        raise ValueError(
+        raise UserError(
             f"adapter.rank: the slices need K * r = {directions // rank} * {rank} = {directions} singular directions, "
             f"{name} of shape {list(shape)} has {min(shape)}; lower adapter.rank or hdpissa.num_adapters"
         )

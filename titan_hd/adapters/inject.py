@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch import nn
 
+from titan_hd.config.errors import UserError
+
 
 def find_linears(model: nn.Module, target_modules: list[str]) -> list[str]:
     """Full names of the nn.Linear layers whose last name part is targeted, in the model's order.
@@ -18,7 +20,7 @@ def find_linears(model: nn.Module, target_modules: list[str]) -> list[str]:
     for target in target_modules:
         if target not in last_parts:
             known = ", ".join(sorted(last_parts))
-            raise ValueError(f"adapter.target_modules: {target!r} is no linear layer of the model; there are {known}")
+            raise UserError(f"adapter.target_modules: {target!r} is no linear layer of the model; there are {known}")
     return [name for name in linears if name.rpartition(".")[2] in set(target_modules)]
 
 

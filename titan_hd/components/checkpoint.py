@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from titan_hd.config.errors import UserError
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.parallelize import base_parameters
 
@@ -73,7 +75,7 @@ def check_resumable(saved: dict[str, Any] | None, current: dict[str, Any]) -> No
         if saved.get(key) != value
     ]
     if lines:
-        raise ValueError("\n".join(lines))
+        raise UserError("\n".join(lines))
 
 
 class Checkpointer:
@@ -100,7 +102,7 @@ class Checkpointer:
             return steps[-1]
         if load_step not in steps:
             have = ", ".join(map(str, steps)) or "none"
-            raise ValueError(f"checkpoint.load_step: {self.folder} has no complete checkpoint {load_step} (has {have})")
+            raise UserError(f"checkpoint.load_step: {self.folder} has no complete checkpoint {load_step} (has {have})")
         return load_step
 
     def save(self, step: int, tensors: dict[str, Any], train_state: dict[str, Any]) -> None:
@@ -112,7 +114,10 @@ class Checkpointer:
         dist.barrier()
         dcp.save(tensors, checkpoint_id=str(partial))
         if dist.get_rank() == 0:
-            (partial / _STATE_FILE).write_text(json.dumps(train_state, indent=1))
+            with open(partial / _STATE_FILE, "w", encoding="utf-8") as file:
+                json.dump(train_state, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             logger.info("saved checkpoint %s", final)

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from titan_hd.config.errors import UserError
 from titan_hd.data.tokenizer import TOKENIZER_FILES
+from titan_hd.distributed.collectives import together
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import write_weights
 from titan_hd.models.decoder import Decoder
@@ -24,6 +26,9 @@ def export_hf(model: Decoder, dims: ParallelDims, folder: Path, dtype: torch.dty
     Every rank calls this; each writes the rows that it owns. fp32 masters are rounded once.
     """
     partial = folder.with_name(folder.name + ".partial")
+    with together("looking at the export folder"):
+        if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+            raise UserError(f"export.folder: {folder} is there and holds no model; name another folder")
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -34,8 +39,12 @@ def export_hf(model: Decoder, dims: ParallelDims, folder: Path, dtype: torch.dty
     dist.barrier()
     write_weights(model, dims, partial, dtype, dist.barrier)
     if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
         logger.info("exported the model to %s", folder)
     dist.barrier()
 

@@ -49,10 +49,11 @@ class _Wandb:
     """wandb that never stops the training: without its server it goes offline, and a failure ends it with a warning."""
 
     def __init__(self, config: JobConfig, run_id: str | None):
-        self.run = None
+        self.run, self.run_id = None, run_id
         for mode in (None, "offline"):  # None: what WANDB_MODE says, online by default
             try:
                 self.run = self._start(config, run_id, mode)
+                self.run_id = self.run.id
                 return
             except Exception as error:
                 reason = " ".join(str(error).split())
@@ -109,7 +110,10 @@ class MetricsLogger:
         folder = Path(config.job.dump_folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        keep_records_until(path, first_step)
+        if first_step:
+            keep_records_until(path, first_step)
+        else:
+            path.unlink(missing_ok=True)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._bar = None
         if config.metrics.progress_bar and sys.stderr.isatty():
@@ -123,8 +127,7 @@ class MetricsLogger:
 
     @property
     def wandb_id(self) -> str | None:
-        run = self._wandb.run if self.enabled and self._wandb else None
-        return run.id if run else None
+        return self._wandb.run_id if self.enabled and self._wandb else None
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record values of one step (1-based) everywhere."""

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import Optimizer
 
 # Optimizers of torch.optim that cannot train an adapter's [K, r, in] parameter with the settings of [optimizer].
@@ -25,9 +26,9 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """A class of torch.optim by name. ValueError if there is none, or if it cannot train by plain steps."""
     cls = getattr(torch.optim, name, None)
     if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)) or name in ("Optimizer", "LBFGS"):
-        raise ValueError(f"optimizer.name: {name!r} is no optimizer of torch.optim; use for example AdamW, Adam or SGD")
+        raise UserError(f"optimizer.name: {name!r} is no optimizer of torch.optim; use for example AdamW, Adam or SGD")
     if name in _UNFIT:
-        raise ValueError(f"optimizer.name: {name} {_UNFIT[name]}; use for example AdamW, Adam or SGD")
+        raise UserError(f"optimizer.name: {name} {_UNFIT[name]}; use for example AdamW, Adam or SGD")
     return cls
 
 

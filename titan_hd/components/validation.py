@@ -90,13 +90,16 @@ def exact_match(
     generate: Callable[[list[list[int]]], list[list[int]]],
     device: torch.device,
     group: dist.ProcessGroup,
+    batch_size: int,
 ) -> float:
     """Share of the first `samples` records whose generated final answer equals the reference's."""
     samples = min(samples, len(records))
     mine = list(range(worker, samples, workers))
     per_worker = -(-samples // workers)
     padded = (mine + [0] * per_worker)[:per_worker]  # equal numbers everywhere; the surplus is not scored
-    answers = generate([records.prompt_ids(i) for i in padded])
+    answers: list[list[int]] = []
+    for start in range(0, per_worker, batch_size):
+        answers += generate([records.prompt_ids(i) for i in padded[start : start + batch_size]])
     right = 0
     for index, ids in zip(mine, answers):
         reference = final_answer(records.response(index), marker)

@@ -33,7 +33,8 @@ class Model:
     name: str = ""
     """Model family (llama2, llama3, mistral). Empty: read from config.json; if both are given they must agree."""
     flavor: str = ""
-    """Size within the family (for example debugmodel, 8B). With a flavor the weights are random."""
+    """Size within the family (for example debugmodel, 8B). With a flavor the weights are random, and hf_assets_path
+    serves for the tokenizer alone."""
 
 
 @dataclass
@@ -61,7 +62,8 @@ class Training:
     steps: int | None = None
     """Number of optimizer steps. Give this or training.epochs."""
     epochs: float | None = None
-    """Number of passes over the training records; the last incomplete global batch of the run is left out."""
+    """Number of passes over the training records; the incomplete global batch at the end of the run is left out (but a
+    run has at least one step)."""
     seq_len: int = 2048
     """Longest sequence in tokens; longer records are cut at the right."""
     local_batch_size: int = 1
@@ -94,7 +96,7 @@ class Optimizer:
     eps: float = 1e-8
     """Adam's epsilon."""
     weight_decay: float = 0.0
-    """Decoupled weight decay on the trained weights; for hdpissa it is applied to W at the fold."""
+    """Weight decay on the trained weights, as the optimizer defines it; for hdpissa decoupled, on W at the fold."""
 
 
 @dataclass
@@ -139,7 +141,8 @@ class HDPissa:
     """How the updates travel to the shards of W: factors sends dA and dB, dense reduce-scatters whole updates, auto
     takes for each weight the one that moves fewer bytes (job.print_plan shows the choice)."""
     exchange_dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype in which updates travel."""
+    """dtype in which updates travel. bfloat16 halves the bytes and rounds dA and dB (the dense route: partial sums, so
+    that its result depends on the number of workers in the last bits)."""
     factor_cache_gb: float | None = None
     """Memory per worker, in GiB, for the static factors of all adapters; what does not fit travels in every step.
     Not set: 2 GiB, or as much as the worker's shards of the adapted weights if that is more."""

@@ -14,6 +14,7 @@ import functools
 import inspect
 import json
 import math
+import os
 import sys
 import types
 import typing
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_hd.config import job_config
+from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
 
 if sys.version_info >= (3, 11):
@@ -29,7 +31,7 @@ else:
     import tomli as tomllib
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """One or more faults of the configuration; `errors` has one line for each."""
 
     def __init__(self, errors: list[str]):
@@ -54,7 +56,7 @@ def load(argv: list[str]) -> JobConfig:
         values[key] = (text, "command line")
     config = _build(values, errors)
     faulty = {line.partition(":")[0] for line in errors}  # these keys hold their defaults now
-    if not errors:  # what a faulty source would have given is not missing
+    if not errors and not config.job.print_plan:  # what a faulty source would have given is not missing
         errors += check_presence(config)
     errors += [line for line in check_combinations(config) if line.partition(":")[0] not in faulty]
     if errors:
@@ -330,6 +332,15 @@ def check_combinations(config: JobConfig) -> list[str]:
         c.parallelism.tensor_parallel_degree == 1 or c.adapter.dropout == 0,
         "adapter.dropout: is not supported with tensor parallelism (each rank would drop other columns)",
     )
+    require(
+        c.adapter.dropout == 0 or c.adapter.method == "hdpissa",
+        f"adapter.dropout: method {c.adapter.method} has no adapters; set it to 0",
+    )
+    for key, folder in (("checkpoint.folder", c.checkpoint.folder), ("export.folder", c.export.folder)):
+        require(
+            os.path.normpath(folder) not in ("", ".", "..") and not os.path.normpath(folder).endswith("/.."),
+            f"{key}: must name a folder of its own, not {folder!r}",
+        )
     require(
         c.training.master_dtype == "float32" or c.adapter.method == "hdpissa",
         f"training.master_dtype: bfloat16 needs adapter.method hdpissa (stochastic rounding at the fold), "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import Data
 from titan_hd.data.records import InstructionRecords, TokenRecords, read_jsonl
 from titan_hd.data.templates import load_template
@@ -27,7 +28,7 @@ def build_records(
         return TokenRecords(records, vocab_size, seq_len)
     tokens = tokenizer()
     if tokens.vocab_size > vocab_size:
-        raise ValueError(
+        raise UserError(
             f"model.hf_assets_path: the tokenizer has {tokens.vocab_size} ids, the model's vocabulary {vocab_size}"
         )
     return InstructionRecords(

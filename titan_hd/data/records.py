@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from titan_hd.config.errors import UserError
 from titan_hd.data.templates import Template
 from titan_hd.data.tokenizer import Tokenizer
 
@@ -37,9 +38,9 @@ def read_jsonl(path: str, key: str) -> list[dict[str, Any]]:
                 if line.strip():
                     records.append(_parse(line, f"{path}:{number}"))
     except OSError as error:
-        raise ValueError(f"{key}: cannot read {path}: {error.strerror}") from None
+        raise UserError(f"{key}: cannot read {path}: {error.strerror}") from None
     if not records:
-        raise ValueError(f"{key}: {path} holds no record")
+        raise UserError(f"{key}: {path} holds no record")
     return records
 
 
@@ -47,13 +48,13 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except UnicodeDecodeError:
-        raise ValueError(f"{where}: not valid UTF-8") from None
+        raise UserError(f"{where}: not valid UTF-8") from None
     except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from None
+        raise UserError(f"{where}: not valid JSON: {error}") from None
     except RecursionError:
-        raise ValueError(f"{where}: not valid JSON: nested too deeply") from None
+        raise UserError(f"{where}: not valid JSON: nested too deeply") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: must be a JSON object, not {type(record).__name__}")
+        raise UserError(f"{where}: must be a JSON object, not {type(record).__name__}")
     record["__where__"] = where
     return record
 
@@ -79,15 +80,15 @@ def _check_tokens(record: dict[str, Any], vocab_size: int) -> None:
     where, ids, labels = record["__where__"], record.get("input_ids"), record.get("labels")
     for name, values in (("input_ids", ids), ("labels", labels)):
         if not isinstance(values, list) or not all(type(v) is int for v in values):
-            raise ValueError(f"{where}: {name}: must be a list of whole numbers")
+            raise UserError(f"{where}: {name}: must be a list of whole numbers")
     if len(ids) != len(labels):
-        raise ValueError(f"{where}: labels: has {len(labels)} entries, input_ids has {len(ids)}; they must agree")
+        raise UserError(f"{where}: labels: has {len(labels)} entries, input_ids has {len(ids)}; they must agree")
     if not ids:
-        raise ValueError(f"{where}: input_ids: is empty")
+        raise UserError(f"{where}: input_ids: is empty")
     if not all(0 <= v < vocab_size for v in ids):
-        raise ValueError(f"{where}: input_ids: must be from 0 to {vocab_size - 1}, the model's vocabulary")
+        raise UserError(f"{where}: input_ids: must be from 0 to {vocab_size - 1}, the model's vocabulary")
     if not all(v == IGNORE or 0 <= v < vocab_size for v in labels):
-        raise ValueError(f"{where}: labels: must be {IGNORE} or from 0 to {vocab_size - 1}")
+        raise UserError(f"{where}: labels: must be {IGNORE} or from 0 to {vocab_size - 1}")
 
 
 class InstructionRecords:
@@ -108,13 +109,13 @@ class InstructionRecords:
         for record in records:
             for name in (self._prompt_field, self._response_field):
                 if not isinstance(record.get(name), str):
-                    raise ValueError(f"{record['__where__']}: {name}: must be a string")
+                    raise UserError(f"{record['__where__']}: {name}: must be a string")
                 if _SURROGATES.search(record[name]):
-                    raise ValueError(f"{record['__where__']}: {name}: holds half of a surrogate pair, which is no text")
+                    raise UserError(f"{record['__where__']}: {name}: holds half of a surrogate pair, which is no text")
             if isinstance(record.get("input"), str) and _SURROGATES.search(record["input"]):
-                raise ValueError(f"{record['__where__']}: input: holds half of a surrogate pair, which is no text")
+                raise UserError(f"{record['__where__']}: input: holds half of a surrogate pair, which is no text")
             if not record[self._response_field].strip():
-                raise ValueError(f"{record['__where__']}: {self._response_field}: is empty")
+                raise UserError(f"{record['__where__']}: {self._response_field}: is empty")
 
     def __len__(self) -> int:
         return len(self._records)
@@ -147,4 +148,4 @@ def _detect(record: dict[str, Any], candidates: tuple[str, ...], key: str) -> st
         if name in record:
             return name
     fields = ", ".join(name for name in record if name != "__where__")
-    raise ValueError(f"{record['__where__']}: none of {', '.join(candidates)} is there (found {fields}); set {key}")
+    raise UserError(f"{record['__where__']}: none of {', '.join(candidates)} is there (found {fields}); set {key}")

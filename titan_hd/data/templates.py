@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from titan_hd.config.errors import UserError
+
 _HEAD = (
     "Below is an instruction that describes a task{extra}. Write a response that appropriately completes the request."
 )
@@ -42,9 +44,9 @@ def load_template(name: str) -> Template:
     try:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        raise ValueError(f"data.template: {name!r} is neither alpaca, pissa or none nor a text file") from None
+        raise UserError(f"data.template: {name!r} is neither alpaca, pissa or none nor a text file") from None
     if "{prompt}" not in text:
-        raise ValueError(f"data.template: {name} holds no {{prompt}}")
+        raise UserError(f"data.template: {name} holds no {{prompt}}")
     return Template(lambda prompt, extra: _fill(text, prompt, extra), "")
 
 

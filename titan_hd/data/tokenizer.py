@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from titan_hd.config.errors import UserError
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -45,7 +47,7 @@ class _HFTokenizer(Tokenizer):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"{path}: cannot be read as a tokenizer: {error}") from None
+            raise UserError(f"{path}: cannot be read as a tokenizer: {error}") from None
         # Vocabularies may have gaps: what must fit into the embedding is the largest id.
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         # What the post-processor puts in front of an empty text is what the family was trained with.
@@ -55,7 +57,7 @@ class _HFTokenizer(Tokenizer):
         if eos_id is None:
             eos_id = _first(settings.get("eos_token_id"))
         if eos_id is None:
-            raise ValueError(f"{path}: no end-of-sequence token; name eos_token in tokenizer_config.json beside it")
+            raise UserError(f"{path}: no end-of-sequence token; name eos_token in tokenizer_config.json beside it")
         self.eos_id = eos_id
         bos = _special(settings, "bos_token")
         bos_id = self._tokenizer.token_to_id(bos) if bos else None
@@ -77,11 +79,11 @@ class _SentencePiece(Tokenizer):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
-            raise ValueError(f"{path}: is no SentencePiece model") from None
+            raise UserError(f"{path}: is no SentencePiece model") from None
         self.vocab_size = self._processor.vocab_size()
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
-            raise ValueError(f"{path}: has no end-of-sequence token")
+            raise UserError(f"{path}: has no end-of-sequence token")
         self.bos_id = self._processor.bos_id() if settings.get("add_bos_token", True) else None
         if self.bos_id == -1:
             self.bos_id = None
@@ -114,9 +116,9 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             try:
                 settings.update(json.loads((directory / name).read_text(encoding="utf-8")))
             except ValueError as error:
-                raise ValueError(f"{directory / name}: not valid JSON: {error}") from None
+                raise UserError(f"{directory / name}: not valid JSON: {error}") from None
     if (directory / "tokenizer.json").exists():
         return _HFTokenizer(directory / "tokenizer.json", settings)
     if (directory / "tokenizer.model").exists():
         return _SentencePiece(directory / "tokenizer.model", settings)
-    raise ValueError(f"model.hf_assets_path: {directory} holds no tokenizer.json and no tokenizer.model")
+    raise UserError(f"model.hf_assets_path: {directory} holds no tokenizer.json and no tokenizer.model")

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from titan_hd.config.errors import UserError
+
 
 @contextlib.contextmanager
 def together(what: str) -> Iterator[None]:
@@ -20,7 +22,7 @@ def together(what: str) -> Iterator[None]:
     message = None
     try:
         yield
-    except ValueError as error:
+    except UserError as error:
         message = str(error)
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
@@ -29,7 +31,14 @@ def together(what: str) -> Iterator[None]:
         return
     rank, text = next(iter(failed.items()))
     everywhere = len(failed) == len(messages) and set(failed.values()) == {text}
-    raise ValueError(text if everywhere else f"{text} (on rank {rank}, {what})")
+    raise UserError(text if everywhere else f"{text} (on rank {rank}, {what})")
+
+
+def same_everywhere(value: int) -> int:
+    """Rank 0's value on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 # torch 2.13 deprecates the older names, 2.11 knows no others.

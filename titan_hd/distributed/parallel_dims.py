@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from titan_hd.config.errors import UserError
+
 
 def resolve_shard_degree(replicate: int, shard: int, tensor: int, world_size: int) -> int:
     """dp_shard with -1 replaced. ValueError if the degrees do not multiply to the number of workers."""
     if shard == -1:
         shard = world_size // (replicate * tensor)
     if replicate * shard * tensor != world_size:
-        raise ValueError(
+        raise UserError(
             f"parallelism.data_parallel_shard_degree: replicate {replicate} x shard {shard} x tensor {tensor} is not "
             f"the number of workers, {world_size}"
         )
@@ -37,7 +39,7 @@ class AdapterPlacement:
     def __post_init__(self) -> None:
         error = placement_error(self.num_adapters, self.workers, self.global_batch_size, self.local_batch_size)
         if error:
-            raise ValueError(error)
+            raise UserError(error)
 
     @property
     def hosted(self) -> int:
@@ -121,10 +123,6 @@ class ParallelDims:
     @property
     def tp_rank(self) -> int:
         return self.world["tp"].get_local_rank()
-
-    @property
-    def shard_rank(self) -> int:
-        return self.world["dp_shard"].get_local_rank()
 
     @property
     def rank(self) -> int:

@@ -152,7 +152,7 @@ def _tp_split(parameter: DTensor) -> int | None:
 
 
 @torch.no_grad()
-def load_weights(model: Decoder, dims: ParallelDims, directory: str, progress: Callable | None = None) -> None:
+def load_weights(model: Decoder, dims: ParallelDims, directory: str) -> None:
     """Fill the shards from a HF directory; every rank reads only what it holds, one tensor at a time.
 
     Does not communicate. ValueError lists everything that is wrong with the files, before anything is loaded.
@@ -166,8 +166,6 @@ def load_weights(model: Decoder, dims: ParallelDims, directory: str, progress: C
             columns = None if parameter.dim() == 1 else (block.column, block.column + block.columns)
             values = files.read_rows(name, block.row, block.row + block.rows, columns)
             parameter.to_local().copy_(values)
-        if progress is not None:
-            progress(name)
 
 
 _INIT_ROWS = 1024

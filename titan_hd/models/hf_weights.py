@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from titan_hd.config.errors import UserError
+
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _LOADABLE = set(_DTYPE_NAMES.values()) | {"F64"}
 # Buffers that old Llama checkpoints carry and that the decoder computes by itself.
@@ -36,7 +38,7 @@ class WeightFiles:
             self._file_of.pop("lm_head.weight", None)
         errors = self._check(expected)
         if errors:
-            raise ValueError("\n".join(errors))
+            raise UserError("\n".join(errors))
 
     def read_rows(self, name: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> torch.Tensor:
         """Rows start..stop of a tensor (and of a matrix columns from..to) on the host, in the file's dtype; only these
@@ -49,7 +51,7 @@ class WeightFiles:
             try:
                 self._handles[file] = safe_open(self.directory / file, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise ValueError(f"{self.directory / file}: cannot be read as safetensors: {error}") from None
+                raise UserError(f"{self.directory / file}: cannot be read as safetensors: {error}") from None
         return self._handles[file]
 
     def _locate(self) -> dict[str, str]:
@@ -58,16 +60,16 @@ class WeightFiles:
             try:
                 file_of = json.loads(index.read_text())["weight_map"]
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{index}: must be a JSON object with a weight_map") from None
+                raise UserError(f"{index}: must be a JSON object with a weight_map") from None
             if not isinstance(file_of, dict) or not all(isinstance(f, str) for f in file_of.values()):
-                raise ValueError(f"{index}: weight_map: must be an object of file names")
+                raise UserError(f"{index}: weight_map: must be an object of file names")
             outside = [f for f in set(file_of.values()) if Path(f).name != f]
             if outside:
-                raise ValueError(f"{index}: weight_map: {outside[0]!r} is not a file of the directory")
+                raise UserError(f"{index}: weight_map: {outside[0]!r} is not a file of the directory")
         elif (self.directory / "model.safetensors").exists():
             file_of = dict.fromkeys(self._handle("model.safetensors").keys(), "model.safetensors")
         else:
-            raise ValueError(f"model.hf_assets_path: {self.directory} holds no model.safetensors and no index of it")
+            raise UserError(f"model.hf_assets_path: {self.directory} holds no model.safetensors and no index of it")
         return {name: file for name, file in file_of.items() if not name.endswith(_IGNORED_SUFFIXES)}
 
     def _check(self, expected: dict[str, torch.Size]) -> list[str]:

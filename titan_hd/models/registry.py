@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from titan_hd.config.errors import UserError
+
 _LLAMA31_ROPE = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -128,9 +130,9 @@ class DecoderConfig:
 def flavor_config(name: str, flavor: str) -> DecoderConfig:
     """Published sizes of a family's flavor. ValueError if either is unknown."""
     if name not in FLAVORS:
-        raise ValueError(f"model.name: must be one of {', '.join(FLAVORS)}, not {name!r}")
+        raise UserError(f"model.name: must be one of {', '.join(FLAVORS)}, not {name!r}")
     if flavor not in FLAVORS[name]:
-        raise ValueError(f"model.flavor: must be one of {', '.join(FLAVORS[name])} for {name}, not {flavor!r}")
+        raise UserError(f"model.flavor: must be one of {', '.join(FLAVORS[name])} for {name}, not {flavor!r}")
     return parse_hf_config(FLAVORS[name][flavor], f"{name} {flavor}")
 
 
@@ -144,15 +146,15 @@ def read_hf_config(directory: str | Path, name: str = "") -> DecoderConfig:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"model.hf_assets_path: cannot read {path}: {error.strerror}") from None
+        raise UserError(f"model.hf_assets_path: cannot read {path}: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+        raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(raw, dict):
-        raise ValueError(f"{path}: must be a JSON object")
+        raise UserError(f"{path}: must be a JSON object")
     config = parse_hf_config(raw, str(path))
     families = _ARCHITECTURES[raw["architectures"][0]]
     if name and name not in families:
-        raise ValueError(f"model.name: {path} is of the family {' or '.join(families)}, not {name!r}")
+        raise UserError(f"model.name: {path} is of the family {' or '.join(families)}, not {name!r}")
     return config
 
 
@@ -161,11 +163,11 @@ def parse_hf_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     architectures = raw.get("architectures") or []
     if len(architectures) != 1 or architectures[0] not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)
-        raise ValueError(f"{where}: architectures: {architectures} is not supported; supported are {known}")
+        raise UserError(f"{where}: architectures: {architectures} is not supported; supported are {known}")
     if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{where}: hidden_act: {raw['hidden_act']!r} is not supported; only silu")
+        raise UserError(f"{where}: hidden_act: {raw['hidden_act']!r} is not supported; only silu")
     if raw.get("quantization_config"):
-        raise ValueError(f"{where}: quantization_config: quantized weights are not supported")
+        raise UserError(f"{where}: quantization_config: quantized weights are not supported")
     rope = _rope_parameters(raw, where)
     try:
         heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
@@ -188,11 +190,11 @@ def parse_hf_config(raw: dict[str, Any], where: str) -> DecoderConfig:
             hf=dict(raw),
         )
     except KeyError as error:
-        raise ValueError(f"{where}: {error.args[0]}: is missing") from None
+        raise UserError(f"{where}: {error.args[0]}: is missing") from None
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: a size is no number: {error}") from None
+        raise UserError(f"{where}: a size is no number: {error}") from None
     if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(f"{where}: num_key_value_heads: must divide num_attention_heads ({heads})")
+        raise UserError(f"{where}: num_key_value_heads: must divide num_attention_heads ({heads})")
     return config
 
 
@@ -202,12 +204,12 @@ def _rope_parameters(raw: dict[str, Any], where: str) -> dict[str, Any]:
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
     rope.setdefault("rope_theta", raw.get("rope_theta") or 10000.0)
     if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise ValueError(
+        raise UserError(
             f"{where}: rope_scaling: type {rope['rope_type']!r} is not supported; supported are default, linear, llama3"
         )
     missing = [key for key in _ROPE_KEYS.get(rope["rope_type"], ()) if not isinstance(rope.get(key), (int, float))]
     if missing:
-        raise ValueError(f"{where}: rope_scaling: {missing[0]}: is missing or no number")
+        raise UserError(f"{where}: rope_scaling: {missing[0]}: is missing or no number")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{where}: partial_rotary_factor: is not supported")
+        raise UserError(f"{where}: partial_rotary_factor: is not supported")
     return rope

@@ -57,7 +57,8 @@ def exchange_factors(local: Factors, group: ExchangeGroup, wire: torch.dtype) ->
     b; `wire` is the dtype on the way.
     """
     if group.size == 1:
-        return [(a.flatten(0, 1), _own_rows(b, group)) for a, b in local]
+        # Rounded as on the way, so that the result does not depend on the number of workers.
+        return [(a.flatten(0, 1).to(wire).float(), _own_rows(b, group).to(wire).float()) for a, b in local]
     a_send = torch.cat([a.to(wire).reshape(-1) for a, _ in local])
     b_send = torch.cat([_rows_for_holders(b, group).to(wire) for _, b in local], dim=1)
     a_all, a_work = all_gather(a_send, group.size, group.group)

@@ -8,6 +8,7 @@ from collections.abc import Generator
 import torch
 import torch.distributed as dist
 
+from titan_hd.config.errors import UserError
 from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.update.apply import Rounding, add_product, add_rows, factored_update
@@ -18,8 +19,6 @@ from titan_hd.distributed.update.rounding import rounding_key
 from titan_hd.distributed.update.runtime import Task, run_tasks
 
 logger = logging.getLogger("titan_hd")
-
-IN_FLIGHT = 2
 
 
 class Fold:
@@ -38,7 +37,7 @@ class Fold:
         weight_decay: float = 0.0,
         seed: int = 0,
         wire: torch.dtype = torch.float32,
-        in_flight: int = IN_FLIGHT,
+        in_flight: int = 2,
     ):
         self.registry, self.plan, self.seed, self.wire = registry, plan, seed, wire
         self.coefficient = 1.0 / registry.num_adapters if aggregate == "mean" else 1.0
@@ -83,7 +82,7 @@ class Fold:
         Raises:
             FloatingPointError: on every rank and before W is touched, if an adapter's update is not finite.
         """
-        check_finite(self.registry, "update")
+        check_finite(self.registry, "update", step)
         run_tasks((self._task(bucket, lr, step) for bucket in self.plan.buckets), self.in_flight)
 
     def _task(self, bucket: tuple[str, ...], lr: float, step: int) -> Task:
@@ -97,12 +96,12 @@ class Fold:
         entries = [self.registry.entries[name] for name in bucket]
         local = [self._local(entry) for entry in entries]
         send = [(da, db) for _, _, da, db in local]
-        cached = bucket[0] in self._static
-        if not cached:
-            send += [(a, b) for a, b, _, _ in local]
-        arrived = yield from exchange_factors(send, self._holders, self.wire)
-        deltas = arrived[: len(bucket)]
-        static = [self._static[name] for name in bucket] if cached else arrived[len(bucket) :]
+        deltas = yield from exchange_factors(send, self._holders, self.wire)
+        if bucket[0] in self._static:
+            static = [self._static[name] for name in bucket]
+        else:  # always in fp32, as the cached ones
+            fixed = [(a, b) for a, b, _, _ in local]
+            static = yield from exchange_factors(fixed, self._holders, torch.float32)
         for name, entry, (a, b), (da, db) in zip(bucket, entries, static, deltas):
             rows = entry.weight_rows()
             if rows.numel():
@@ -142,17 +141,17 @@ def check_same_plan(plan: UpdatePlan) -> None:
     dist.all_gather_object(digests, plan.digest())
     different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if different:
-        raise ValueError(
+        raise UserError(
             f"hdpissa.exchange: rank {different[0]} plans another update than rank 0; "
             "all ranks need the same configuration, model and version"
         )
 
 
 @torch.no_grad()
-def check_finite(registry: AdapterRegistry, what: str) -> None:
+def check_finite(registry: AdapterRegistry, what: str, step: int) -> None:
     """FloatingPointError on every rank, naming the first weight whose adapters' `what` is not finite on any rank.
 
-    what: "gradient" or "update" (the value after the optimizer's step). One small all-reduce.
+    what: "gradient" or "update" (the value after the optimizer's step); step: 0-based. One small all-reduce.
     """
     tensors, owners = [], []
     for index, entry in enumerate(registry.entries.values()):
@@ -166,7 +165,7 @@ def check_finite(registry: AdapterRegistry, what: str) -> None:
     dist.all_reduce(first, op=dist.ReduceOp.MIN)
     if first.item() < len(registry.entries):
         name = list(registry.entries)[first.item()]
-        raise FloatingPointError(f"the {what} of {name} is not finite; W is as it was before the step")
+        raise FloatingPointError(f"step {step + 1}: the {what} of {name} is not finite; W is as it was before the step")
 
 
 def bucket_bytes(plan: UpdatePlan, names: tuple[str, ...], wire_bytes: int) -> tuple[int, int]:
@@ -190,7 +189,8 @@ def bucket_bytes(plan: UpdatePlan, names: tuple[str, ...], wire_bytes: int) -> t
         out, width = weights[name].shape
         chunk, copies = t.chunk(out), 1 if weights[name].cached else 2
         received = m * (width + chunk)
-        held += copies * (local * width + m * chunk + received) * wire_bytes
+        sent = local * width + m * chunk
+        held += (sent + received) * (wire_bytes + 4 * (copies - 1))
         unpacked += copies * received * 4 * (1 + converts)
         product = 4 * m * (2 * width + 3 * chunk)
         packing = copies * 3 * local * chunk * t.dp_shard * 4

@@ -129,10 +129,10 @@ def plan_update(
 
 def _plan_weight(name: str, shape: tuple[int, int], t: Topology, exchange: str, budget: int) -> WeightPlan:
     out, width = shape
-    once = (t.holders - 1) * t.hosted * t.rank * (width + t.chunk(out)) * t.wire_bytes
+    once = (t.holders - 1) * t.hosted * t.rank * (width + t.chunk(out))
     cache = 4 * t.num_adapters * t.rank * (width + t.chunk(out))
     fits = cache <= budget
-    factors = once if fits else 2 * once
+    factors = once * (t.wire_bytes if fits else t.wire_bytes + 4)  # static factors travel in fp32
     rows = t.chunk(out) * width * t.wire_bytes
     dense = (t.dp_shard - 1) * rows + 2 * (t.dp_replicate - 1) * rows // t.dp_replicate
     route = exchange if exchange != "auto" else ("dense" if dense < factors else "factors")
