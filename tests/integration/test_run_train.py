@@ -10,6 +10,7 @@ import torch
 
 from tests import runs
 from tests.conftest import REPOSITORY
+from titan_hd.config.errors import UserError
 
 # Logits of the same fp32 weights by two implementations.
 LOGITS_TOLERANCE = 1e-5
@@ -119,7 +120,7 @@ def test_a_bad_record_is_named_with_file_and_line(setup, tmp_path):
 def fails_with(argv: list[str]) -> str:
     try:
         runs.train(argv)
-    except ValueError as error:
+    except UserError as error:
         return str(error)
     return ""
 
@@ -154,8 +155,8 @@ def fails_on_rank_one() -> str:
     try:
         with together("a test"):
             if dist.get_rank() == 1:
-                raise ValueError("cannot read the disk of this rank")
-    except ValueError as error:
+                raise UserError("cannot read the disk of this rank")
+    except UserError as error:
         return str(error)
     return ""
 
