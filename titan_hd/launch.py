@@ -20,6 +20,7 @@ from titan_hd.preflight import plan_run, update_plan
 
 
 def main() -> None:
+    """Check, then start the workers; exits with the status of the one that failed first."""
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     launcher_args, train_args = sys.argv[1:split], sys.argv[split + 1 :]
     args = run.parse_args([*launcher_args, "-m", "titan_hd.train", *train_args])

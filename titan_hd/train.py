@@ -449,6 +449,7 @@ def run(config: JobConfig, plan: RunPlan) -> None:
 
 
 def main() -> None:
+    """Entry point of one worker: status 0, 2 for what the user can mend (one line), or a traceback."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     for key, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}.items():
         os.environ.setdefault(key, str(value))
