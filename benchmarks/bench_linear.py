@@ -7,7 +7,9 @@
 Variants, all on the same weights and inputs, all returning dx:
 
     frozen        y = x W^T, no adapter: the floor
-    exact mute    titan_hd's HDPissaLinear: the frozen forward pass, two skinny products for dA and two for dB
+    exact mute    titan_hd's HDPissaLinear: the frozen forward pass, two skinny products for dA and two for dB;
+                  in a block q, k, v and gate, up share their products with the input and sum dx in place
+    not shared    (block) the same, every layer by itself
     lora          y = x W^T + (x A^T) B^T, plain autograd
     full          dW is computed
     dense mute    y = x (W + g B A)^T, the sum formed in every forward pass, plain autograd (the paper's equation)
@@ -31,7 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import common
-from titan_hd.adapters.hdpissa import HDPissaLinear
+from titan_hd.adapters.hdpissa import HDPissaLinear, share_products
 from titan_hd.adapters.inject import replace_linears
 from titan_hd.config.job_config import LINEAR_LAYERS
 from titan_hd.models.decoder import Block, RotaryEmbedding
@@ -83,6 +85,7 @@ def full(linear: nn.Linear, a: torch.Tensor, b: torch.Tensor) -> nn.Linear:
 VARIANTS: dict[str, Callable[..., nn.Linear]] = {
     "frozen": lambda linear, a, b: linear,
     "exact mute": exact_mute,
+    "not shared": exact_mute,
     "lora": Lora,
     "full": full,
     "dense mute": DenseMute,
@@ -121,6 +124,8 @@ def build_block(args: argparse.Namespace, variant: str, device: torch.device) ->
     with device:
         block = Block(block_config(args)).to(args.dtype).requires_grad_(False)
     replace_linears(block, LINEAR_LAYERS, lambda linear: adapt(linear, variant, args.rank))
+    if variant == "exact mute":
+        share_products(block)
     return block
 
 
@@ -160,7 +165,7 @@ def measure(steps: dict[str, Callable], args: argparse.Namespace, device: torch.
 def bench_linear(args: argparse.Namespace, device: torch.device) -> dict[str, dict]:
     x = torch.randn(args.tokens, args.in_features, device=device, dtype=args.dtype, requires_grad=True)
     gy = torch.randn(args.tokens, args.out_features, device=device, dtype=args.dtype)
-    modules = {name: build_linear(args, name, device) for name in VARIANTS}
+    modules = {name: build_linear(args, name, device) for name in VARIANTS if name != "not shared"}
     return measure({n: make_step(m, [x], gy, args.compile) for n, m in modules.items()}, args, device)
 
 

@@ -81,6 +81,8 @@ class Trainer:
         logger.info("titan_hd %s, torch %s, %d x %s", __version__, torch.__version__, w, _device_name(self.device))
         if config.job.print_config:
             logger.info("configuration:\n%s", manager.to_toml(config))
+        if plan.decoder.ignored:
+            logger.warning("config.json: ignored keys: %s", ", ".join(plan.decoder.ignored))
         hosted = f", {self.placement.hosted} on each worker" if plan.num_adapters > 1 else ""
         logger.info(
             "method %s: %d logical adapter(s)%s; global batch %d in %d micro-batch(es) per worker; mesh %d x %d x %d "

@@ -6,10 +6,13 @@ g -> 0 the forward pass is the frozen layer's, dx = gy W, and
     grad(dB) = s * gy^T (x A^T)        [out, r]
     grad(dA) = s * (gy B)^T x          [r, in]          s = alpha / r
 
-which `exact_mute` computes: no added forward work, no [out, in] temporary, nothing that can underflow.
+which `exact_mute` computes: no added forward work, no [out, in] temporary, nothing that can underflow. Layers that read
+one input (query, key and value; gate and up) share their products with it and sum their dx in place.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,41 +23,66 @@ from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import LINEAR_LAYERS
 
 
+class Operands(NamedTuple):
+    """What one adapted layer computes with: weight [out, in], bias [out] or None, and the bound adapter's
+    a, da [r, in] and b, db [out, r]; a, b, da, db in fp32. The values of da and db are not read."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    a: torch.Tensor
+    b: torch.Tensor
+    da: torch.Tensor
+    db: torch.Tensor
+
+
 class _ExactMute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, x_adapter, a, b, da, db, scale):
-        ctx.save_for_backward(weight, x_adapter, a, b)
-        ctx.scale = scale
-        return F.linear(x, weight, bias)
+    """apply(x, x_adapter, scale, *operands of the first layer, *operands of the second, ...)"""
 
     @staticmethod
-    def backward(ctx, gy):
-        weight, x, a, b = ctx.saved_tensors
-        # The first block's input needs no gradient: the embedding is frozen.
-        dx = gy @ weight if ctx.needs_input_grad[0] else None
-        gy, x = gy.flatten(0, -2), x.flatten(0, -2)
-        a, b = a.to(x.dtype), b.to(gy.dtype)
-        grad_da = ((gy @ b).T @ x).float() * ctx.scale
-        grad_db = ((x @ a.T).T @ gy).T.float() * ctx.scale
-        return dx, None, None, None, None, None, grad_da, grad_db, None
+    def forward(ctx, x, x_adapter, scale, *flat):
+        layers = _layers(flat)
+        ctx.save_for_backward(x_adapter, *(t for layer in layers for t in (layer.weight, layer.a, layer.b)))
+        ctx.scale = scale
+        return tuple(F.linear(x, layer.weight, layer.bias) for layer in layers)
+
+    @staticmethod
+    def backward(ctx, *gys):
+        x, *saved = ctx.saved_tensors
+        weights, a, b = saved[0::3], saved[1::3], saved[2::3]
+        shape, x, gys = x.shape, x.flatten(0, -2), [gy.flatten(0, -2) for gy in gys]
+        dx = None
+        if ctx.needs_input_grad[0]:  # the first block's input needs no gradient: the embedding is frozen
+            dx = gys[0] @ weights[0]
+            for gy, weight in zip(gys[1:], weights[1:]):
+                dx.addmm_(gy, weight)
+            dx = dx.view(shape)
+        gb = [gy @ factor.to(gy.dtype) for gy, factor in zip(gys, b)]  # [tokens, r] each
+        grad_da = (_cat(gb, 1).T @ x).float() * ctx.scale
+        xa = (x @ _cat(a, 0).to(x.dtype).T).split([factor.shape[0] for factor in a], 1)
+        grads = []
+        for gy, part, da in zip(gys, xa, grad_da.split([factor.shape[0] for factor in a])):
+            grads += [None, None, None, None, da, (part.T @ gy).T.float() * ctx.scale]
+        return dx, None, None, *grads
+
+
+def _layers(flat: tuple) -> list[Operands]:
+    width = len(Operands._fields)
+    return [Operands(*flat[i : i + width]) for i in range(0, len(flat), width)]
+
+
+def _cat(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
+    return torch.cat(tensors, dim) if len(tensors) > 1 else tensors[0]
 
 
 def exact_mute(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    x_adapter: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    da: torch.Tensor,
-    db: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """y = x W^T + bias [..., out], with gradients to x [..., in], da [r, in] and db [out, r] (fp32) as said above.
+    x: torch.Tensor, layers: list[Operands], scale: float, x_adapter: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """y = x W^T + bias [..., out] of each layer, with gradients to x [..., in] and (fp32) to da and db as said above.
 
-    x_adapter is what the adapter sees: x itself, or x after dropout. The values of da and db are not read.
+    x_adapter is what the adapters see: x itself, or x after dropout.
     """
-    return _ExactMute.apply(x, weight, bias, x_adapter.detach(), a, b, da, db, scale)
+    seen = x if x_adapter is None else x_adapter
+    return _ExactMute.apply(x, seen.detach(), scale, *(tensor for layer in layers for tensor in layer))
 
 
 class HDPissaLinear(nn.Linear):
@@ -78,20 +106,46 @@ class HDPissaLinear(nn.Linear):
         """Make one adapter the active one: a, da [r, in]; b, db [out, r]; da and db are leaves that take gradients."""
         self.bound = (a, b, da, db)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.compute(x, self.weight, self.bias)
+    def parameters_for_compute(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias that a forward pass uses; tensor parallelism puts its rank's part in their place."""
+        return self.weight, self.bias
 
-    def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The layer's output for a given weight: its own, or its tensor-parallel part with the bound slices' parts."""
-        if not torch.is_grad_enabled():  # nothing to learn: the frozen layer
-            return F.linear(x, weight, bias)
+    def operands(self) -> Operands:
+        """What `exact_mute` needs of this layer."""
         assert self.bound is not None, "no adapter is bound; AdapterRegistry.activate comes first"
-        a, b, da, db = self.bound
+        return Operands(*self.parameters_for_compute(), *self.bound)
+
+    @property
+    def shares_products(self) -> bool:
+        """Whether the exact mute runs on the layer's own input: dropout draws another mask for every layer."""
+        return self.mute_scalar == 0.0 and not (self.dropout and self.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():  # nothing to learn: the frozen layer
+            return F.linear(x, *self.parameters_for_compute())
+        layer = self.operands()
         x_adapter = F.dropout(x, self.dropout, self.training) if self.dropout else x
         if self.mute_scalar == 0.0:
-            return exact_mute(x, weight, bias, x_adapter, a, b, da, db, self.scale)
-        low_rank = F.linear(F.linear(x_adapter, (a + da).to(x.dtype)), (b + db).to(x.dtype))
-        return F.linear(x, weight, bias) + self.mute_scalar * self.scale * low_rank
+            return exact_mute(x, [layer], self.scale, x_adapter)[0]
+        low_rank = F.linear(x_adapter, (layer.a + layer.da).to(x.dtype))
+        low_rank = F.linear(low_rank, (layer.b + layer.db).to(x.dtype))
+        return F.linear(x, layer.weight, layer.bias) + self.mute_scalar * self.scale * low_rank
+
+
+def project_together(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
+    """Outputs of several linear layers of one input [..., in]; those that are adapted share their products with it."""
+    sharing = [layer for layer in layers if isinstance(layer, HDPissaLinear) and layer.shares_products]
+    if len(sharing) < 2 or not torch.is_grad_enabled():
+        return tuple(layer(x) for layer in layers)
+    outputs = iter(exact_mute(x, [layer.operands() for layer in sharing], sharing[0].scale))
+    return tuple(next(outputs) if layer in sharing else layer(x) for layer in layers)
+
+
+def share_products(model: nn.Module) -> None:
+    """Give `project_together` to the modules that let a method say how layers of one input are applied."""
+    for module in model.modules():
+        if hasattr(module, "project"):  # models.decoder.Attention and MLP
+            module.project = project_together
 
 
 class HDPissa:
@@ -116,6 +170,7 @@ class HDPissa:
     def apply(self, model: nn.Module, target_modules: list[str] | None) -> list[str]:
         """Replace the targeted layers (default: all linear layers of the blocks) and freeze everything.
 
+
         Raises:
             ValueError: a target that matches no layer, or a layer too small for K slices of rank r.
         """
@@ -127,6 +182,7 @@ class HDPissa:
         )
         for name, layer in layers.items():
             check_rank(name, (layer.out_features, layer.in_features), self.directions, self.rank)
+        share_products(model)
         return list(layers)
 
 

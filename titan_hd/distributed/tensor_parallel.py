@@ -12,16 +12,18 @@ Embedding, norms and head are computed alike on every tp rank.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.distributed._functional_collectives as funcol
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from titan_hd.adapters.hdpissa import HDPissaLinear
-from titan_hd.models.decoder import Decoder
+from titan_hd.models.decoder import Decoder, RMSNorm
 
 COLUMN_WISE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROW_WISE = ("o_proj", "down_proj")
@@ -68,6 +70,8 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
                     _split(layer, mesh, 0, None)
                 elif name in ROW_WISE:
                     _split(layer, mesh, 1, group)
+                elif isinstance(layer, RMSNorm):  # of the rank's own heads: its gradient comes in parts
+                    layer.forward = functools.partial(_norm_of_own_heads, layer, group)
 
 
 def _with_copied_input(forward: Callable, group) -> Callable:
@@ -75,6 +79,10 @@ def _with_copied_input(forward: Callable, group) -> Callable:
         return forward(_CopyToTP.apply(x, group), *args)
 
     return wrapped
+
+
+def _norm_of_own_heads(norm: RMSNorm, group, x: torch.Tensor) -> torch.Tensor:
+    return norm.normalize(x, _CopyToTP.apply(norm.weight, group))
 
 
 def _split(layer: nn.Linear, mesh: DeviceMesh, dim: int, reduce_group) -> None:
@@ -85,14 +93,22 @@ def _split(layer: nn.Linear, mesh: DeviceMesh, dim: int, reduce_group) -> None:
         bias = distribute_tensor(layer.bias.data, mesh, [Shard(0)])
         layer.bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
 
-    compute = layer.compute if isinstance(layer, HDPissaLinear) else torch.nn.functional.linear
+    split_bias = layer.bias if dim == 0 else None
+    parts = functools.partial(_local_parts, layer, split_bias is not None)
+    if isinstance(layer, HDPissaLinear):
+        layer.parameters_for_compute = parts
+        compute = layer.forward
+    else:
 
-    def column_wise(x):
-        bias = None if layer.bias is None else layer.bias.to_local()
-        return compute(x, layer.weight.to_local(), bias)
+        def compute(x):
+            return F.linear(x, *parts())
 
     def row_wise(x):
-        y = _ReduceFromTP.apply(compute(x, layer.weight.to_local(), None), reduce_group)
+        y = _ReduceFromTP.apply(compute(x), reduce_group)
         return y if layer.bias is None else y + layer.bias
 
-    layer.forward = column_wise if dim == 0 else row_wise
+    layer.forward = compute if dim == 0 else row_wise
+
+
+def _local_parts(layer: nn.Linear, with_bias: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return layer.weight.to_local(), layer.bias.to_local() if with_bias else None

@@ -1,12 +1,13 @@
 """The Llama-family decoder: plain modules in the layout and under the names of Hugging Face checkpoints.
 
 Nothing here knows of parallelism, adapters or the configuration file. Shapes: B sequences, T positions, D hidden,
-H query heads, G key/value heads, C channels per head.
+H query heads, G key/value heads, C channels per head; S slots of a key/value cache.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.normalize(x, self.weight)
+
+    def normalize(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         h = x.float()
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * h.to(x.dtype)
+        return weight * h.to(x.dtype)
 
 
 def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) -> torch.Tensor:
@@ -73,29 +77,87 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def project_each(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
+    """Several linear layers of one input."""
+    return tuple(layer(x) for layer in layers)
+
+
+class LayerCache:
+    """Keys and values of one layer, [B, G, S, C]; slot p holds position p."""
+
+    def __init__(self, slots: int):
+        self.slots = slots
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+
+    def update(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write k, v [B, G, T, C] into the slots of positions [B, T]; returns all slots."""
+        if self.keys is None:
+            shape = (*k.shape[:2], self.slots, k.shape[3])
+            self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
+        index = positions[:, None, :, None].expand_as(k)
+        self.keys.scatter_(2, index, k)
+        self.values.scatter_(2, index, v)
+        return self.keys, self.values
+
+
+class KVCache:
+    """What attention keeps between the forward passes of a generation, for positions below `slots`.
+
+    A slot is visible to queries at its position or later. So prompts of unequal lengths may be padded at the right: the
+    padding's slots are visible to nobody until a generated token has overwritten them.
+    """
+
+    def __init__(self, layers: int, slots: int):
+        self.slots = slots
+        self.layers = [LayerCache(slots) for _ in range(layers)]
+
+
 class Attention(nn.Module):
+    """`project` is how q_proj, k_proj and v_proj are applied to their common input: a method whose layers can share
+    work there puts its own function in its place."""
+
+    project: Callable[..., tuple[torch.Tensor, ...]]
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
+        self.project = project_each
         self.head_dim, self.heads, self.kv_heads = (
             config.head_dim,
             config.num_attention_heads,
             config.num_key_value_heads,
         )
-        d, bias = config.hidden_size, config.attention_bias
+        d, bias = config.hidden_size, config.qkv_bias
         self.q_proj = nn.Linear(d, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, d, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, d, bias=config.o_bias)
+        if config.qk_norm:  # of each head by itself
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: LayerCache | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         batch, length, _ = x.shape
         q, k, v = (
-            proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)  # [B, H or G, T, C]
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            y.view(batch, length, -1, self.head_dim).transpose(1, 2)  # [B, H or G, T, C]
+            for y in self.project(x, self.q_proj, self.k_proj, self.v_proj)
         )
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        if cache is not None:
+            k, v = cache.update(k, v, positions)
         out = F.scaled_dot_product_attention(
-            rotate(q, cos, sin),
-            rotate(k, cos, sin),
+            q,
+            k,
             v,
             attn_mask=mask,
             is_causal=mask is None,
@@ -105,15 +167,21 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """`project` applies gate_proj and up_proj, as in Attention."""
+
+    project: Callable[..., tuple[torch.Tensor, ...]]
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
+        self.project = project_each
         d, ffn, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = nn.Linear(d, ffn, bias=bias)
         self.up_proj = nn.Linear(d, ffn, bias=bias)
         self.down_proj = nn.Linear(ffn, d, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -124,8 +192,16 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: LayerCache | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, positions)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -155,23 +231,65 @@ class Decoder(nn.Module):
         """Recompute what is not loaded from a checkpoint; call it after the parameters are materialised."""
         self.model.rotary_emb.reset_buffers(device)
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [B, T, vocabulary] for token ids [B, T]; causal attention, positions 0..T-1 unless given [B, T]."""
-        stack, length = self.model, input_ids.shape[1]
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        select: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits [B, T, vocabulary] for token ids [B, T]; attention is causal.
+
+        positions: [B, T], of which RoPE and, with a cache, the slots are made; 0..T-1 unless given.
+        documents: [B, T], a number for each token; tokens of different numbers do not see each other. For documents
+            packed into one row (with positions that restart) and for padding at the left.
+        cache: keys and values of earlier passes, which the tokens see too; their own are added. Not with documents.
+        select: [B], the one index into T whose logits are wanted; they come as [B, 1, vocabulary].
+        """
+        assert documents is None or cache is None
+        stack, (batch, length) = self.model, input_ids.shape
         if positions is None:
-            positions = torch.arange(length, device=input_ids.device)[None]
+            positions = torch.arange(length, device=input_ids.device)[None].expand(batch, -1)
         h = stack.embed_tokens(input_ids)
         cos, sin = stack.rotary_emb(positions, h.dtype)
-        mask = self._sliding_mask(length, input_ids.device)
-        for layer in stack.layers:
-            h = layer(h, cos, sin, mask)
+        masks = {
+            window: attention_mask(length, window, positions, documents, cache.slots if cache else None)
+            for window in set(self.config.layer_windows)
+        }
+        for i, layer in enumerate(stack.layers):
+            mask = masks[self.config.layer_windows[i]]
+            h = layer(h, cos, sin, mask, cache.layers[i], positions) if cache else layer(h, cos, sin, mask)
+        if select is not None:
+            h = h[torch.arange(batch, device=h.device), select][:, None]
         h = stack.norm(h)
         return F.linear(h, stack.embed_tokens.weight) if self.lm_head is None else self.lm_head(h)
 
-    def _sliding_mask(self, length: int, device: torch.device) -> torch.Tensor | None:
-        """Boolean mask [T, T] where the window is shorter than the sequence; None where plain causal is the same."""
-        window = self.config.sliding_window
-        if window is None or length <= window:
+
+def attention_mask(
+    length: int,
+    window: int | None,
+    positions: torch.Tensor,
+    documents: torch.Tensor | None,
+    slots: int | None,
+) -> torch.Tensor | None:
+    """Which keys a query sees: boolean [B or 1, 1, T, T], or [B, 1, T, S] for the slots of a cache; None where plain
+    causal attention is the same.
+
+    A window counts tokens of the row, itself included. A row of a document sees at least itself, padding too: a row of
+    attention that sees nothing would be NaN.
+    """
+    device = positions.device
+    if slots is None:
+        if documents is None and (window is None or length <= window):
             return None
-        distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None]
-        return (distance >= 0) & (distance < window)
+        index = torch.arange(length, device=device)
+        distance = (index[:, None] - index)[None]
+    else:
+        distance = positions[:, :, None] - torch.arange(slots, device=device)
+    mask = distance >= 0
+    if window is not None:
+        mask = mask & (distance < window)
+    if documents is not None:
+        mask = mask & (documents[:, :, None] == documents[:, None, :])
+    return mask[:, None]

@@ -1,99 +1,100 @@
-"""Architectures and sizes as data: what `config.json` may say, and the published sizes for random weights."""
+"""Architectures as data: what a config.json may say, and what it comes to."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from titan_hd.config.errors import UserError
+from titan_hd.models.flavors import FLAVORS
 
-_LLAMA31_ROPE = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-    "rope_type": "llama3",
-}
-_LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-_MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu"}
-_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
 
-# family -> flavor -> the keys of the published config.json
-FLAVORS: dict[str, dict[str, dict[str, Any]]] = {
-    "llama2": {
-        "7B": {
-            **_LLAMA,
-            **_8B,
-            "vocab_size": 32000,
-            "intermediate_size": 11008,
-            "num_key_value_heads": 32,
-            "max_position_embeddings": 4096,
-            "rope_theta": 10000.0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-    },
-    "llama3": {
-        "debugmodel": {
-            **_LLAMA,
-            "vocab_size": 256,
-            "hidden_size": 64,
-            "intermediate_size": 160,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 512,
-            "rope_theta": 10000.0,
-            "tie_word_embeddings": False,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-        "8B": {
-            **_LLAMA,
-            **_8B,
-            "vocab_size": 128256,
-            "max_position_embeddings": 131072,
-            "rope_theta": 500000.0,
-            "rope_scaling": _LLAMA31_ROPE,
-            "bos_token_id": 128000,
-            "eos_token_id": 128001,
-        },
-    },
-    "mistral": {
-        "7B": {
-            **_MISTRAL,
-            **_8B,
-            "vocab_size": 32000,
-            "max_position_embeddings": 32768,
-            "sliding_window": 4096,
-            "rope_theta": 10000.0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-    },
+@dataclass(frozen=True)
+class Architecture:
+    """How the decoder's variants follow from the keys of a config.json.
+
+    families: names that `model.name` may have for it.
+    qkv_bias, o_bias, mlp_bias: True or False, or the key that says so (False where it is missing).
+    windows: "none", "all" (Mistral: `sliding_window` holds for every layer), or "some" (Qwen: `use_sliding_window`,
+        from layer `max_window_layers` on, or by `layer_types`).
+    """
+
+    families: tuple[str, ...]
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    windows: str = "none"
+
+
+_WINDOW_KEYS = {
+    "none": (),
+    "all": ("sliding_window",),
+    "some": ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+}
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture(("llama2", "llama3", "smollm2"), "attention_bias", "attention_bias", "mlp_bias"),
+    "MistralForCausalLM": Architecture(("mistral",), windows="all"),
+    "Qwen2ForCausalLM": Architecture(("qwen2",), qkv_bias=True, windows="some"),
+    "Qwen3ForCausalLM": Architecture(("qwen3",), "attention_bias", "attention_bias", qk_norm=True, windows="some"),
 }
 
 _ROPE_KEYS = {
+    "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-_ARCHITECTURES = {"LlamaForCausalLM": ("llama2", "llama3"), "MistralForCausalLM": ("mistral",)}
+_ROPE_REASONS = {
+    "dynamic": "its frequencies depend on the length of each sequence, so that training and generation would differ",
+    "yarn": "it also scales the attention",
+    "longrope": "it also scales the attention",
+}
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_READ = {
+    *_SIZES,
+    *("architectures", "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"),
+    *("tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters"),
+}
+# Keys that change what a model computes, with the values that mean "not used".
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "quantization_config": (None, {}),
+    "partial_rotary_factor": (None, 1.0),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1.0),
+    "logits_scaling": (None, 1.0),
+    "embedding_multiplier": (None, 1.0),
+    "residual_multiplier": (None, 1.0),
+    "attention_multiplier": (None,),
+    "clip_qkv": (None,),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+}
+# Keys that say nothing about the computation.
+_HARMLESS = {
+    *("model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "initializer_range", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "pretraining_tp", "return_dict", "id2label"),
+    *("label2id", "problem_type", "output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
+    *("is_decoder", "is_llama_config", "rope_interleaved", "transformers.js_config", "attn_implementation"),
+    *("_attn_implementation_autoset", "use_mrope"),
+}
+_LARGEST = 2**31  # no size of a model; a larger one is a broken or a hostile file
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a Llama-family decoder, in HF's names. `hf` keeps the whole config.json for the export."""
+    """Sizes and variants of a Llama-family decoder, in HF's names.
+
+    layer_windows: for each layer how many positions a token sees, itself included; None: all.
+    ignored: keys of the config.json that have an unknown meaning, or one for training alone; the decoder ignores them.
+    hf: the whole config.json, for the export.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -107,9 +108,12 @@ class DecoderConfig:
     rope_scaling: dict[str, Any] | None
     max_position_embeddings: int
     tie_word_embeddings: bool
-    attention_bias: bool
+    qkv_bias: bool
+    o_bias: bool
     mlp_bias: bool
-    sliding_window: int | None
+    qk_norm: bool
+    layer_windows: tuple[int | None, ...]
+    ignored: tuple[str, ...] = field(repr=False, compare=False)
     hf: dict[str, Any] = field(repr=False, compare=False)
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -137,7 +141,7 @@ def flavor_config(name: str, flavor: str) -> DecoderConfig:
 
 
 def read_hf_config(directory: str | Path, name: str = "") -> DecoderConfig:
-    """Read `config.json` of a HF directory; `name`, if given, must be the family that it belongs to.
+    """Read `config.json` of a HF directory; `name`, if given, must be a family of its architecture.
 
     Raises:
         ValueError: missing or unreadable file, or an architecture or feature that is not supported, by name.
@@ -147,69 +151,134 @@ def read_hf_config(directory: str | Path, name: str = "") -> DecoderConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"model.hf_assets_path: cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: must be a JSON object")
     config = parse_hf_config(raw, str(path))
-    families = _ARCHITECTURES[raw["architectures"][0]]
+    families = ARCHITECTURES[raw["architectures"][0]].families
     if name and name not in families:
         raise UserError(f"model.name: {path} is of the family {' or '.join(families)}, not {name!r}")
     return config
 
 
 def parse_hf_config(raw: dict[str, Any], where: str) -> DecoderConfig:
-    """Turn the keys of a config.json into a DecoderConfig; refuse by name what the decoder would compute wrongly."""
-    architectures = raw.get("architectures") or []
-    if len(architectures) != 1 or architectures[0] not in _ARCHITECTURES:
-        known = ", ".join(_ARCHITECTURES)
-        raise UserError(f"{where}: architectures: {architectures} is not supported; supported are {known}")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{where}: hidden_act: {raw['hidden_act']!r} is not supported; only silu")
-    if raw.get("quantization_config"):
-        raise UserError(f"{where}: quantization_config: quantized weights are not supported")
-    rope = _rope_parameters(raw, where)
-    try:
-        heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
-        config = DecoderConfig(
-            vocab_size=int(raw["vocab_size"]),
-            hidden_size=hidden,
-            intermediate_size=int(raw["intermediate_size"]),
-            num_hidden_layers=int(raw["num_hidden_layers"]),
-            num_attention_heads=heads,
-            num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or hidden // heads),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope.pop("rope_theta", 10000.0)),
-            rope_scaling=rope if rope.get("rope_type", "default") != "default" else None,
-            max_position_embeddings=int(raw.get("max_position_embeddings", 2048)),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=bool(raw.get("attention_bias", False)),
-            mlp_bias=bool(raw.get("mlp_bias", False)),
-            sliding_window=raw.get("sliding_window") if raw.get("model_type") == "mistral" else None,
-            hf=dict(raw),
-        )
-    except KeyError as error:
-        raise UserError(f"{where}: {error.args[0]}: is missing") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: a size is no number: {error}") from None
-    if config.num_attention_heads % config.num_key_value_heads:
+    """Turn the keys of a config.json into a DecoderConfig; refuse by name what the decoder would compute wrongly.
+
+    where: the file, or what stands for it, in front of every error.
+    """
+    architecture = _architecture(raw, where)
+    for key, unused in _UNSUPPORTED.items():
+        if key in raw and raw[key] not in unused:
+            shown = "" if isinstance(raw[key], (dict, list)) else f" {raw[key]!r}"
+            only = f"; only {unused[0]} is" if isinstance(unused[0], str) else ""
+            raise UserError(f"{where}: {key}:{shown} is not supported{only}")
+    sizes = {key: _size(raw, key, where) for key in _SIZES}
+    hidden, heads, layers = (sizes[key] for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    # Where the key is missing transformers assumes one head each for Llama, and other numbers for the others.
+    llama = raw["architectures"][0] == "LlamaForCausalLM"
+    kv_heads = _size(raw, "num_key_value_heads", where, heads if llama else None)
+    if heads % kv_heads:
         raise UserError(f"{where}: num_key_value_heads: must divide num_attention_heads ({heads})")
-    return config
+    head_dim = _size(raw, "head_dim", where, 128 if architecture.qk_norm else max(1, hidden // heads))
+    if head_dim % 2:
+        raise UserError(f"{where}: head_dim: must be even for rotary embeddings, not {head_dim}")
+    rope = _rope_parameters(raw, where)
+    bias = {
+        key: _flag(raw, said, where) if isinstance(said := getattr(architecture, key), str) else said
+        for key in ("qkv_bias", "o_bias", "mlp_bias")
+    }
+    return DecoderConfig(
+        **sizes,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=_number(raw, "rms_norm_eps", where, 1e-6),
+        rope_theta=rope.pop("rope_theta"),
+        rope_scaling=rope if rope["rope_type"] != "default" else None,
+        max_position_embeddings=_size(raw, "max_position_embeddings", where, 2048),
+        tie_word_embeddings=_flag(raw, "tie_word_embeddings", where),
+        **bias,
+        qk_norm=architecture.qk_norm,
+        layer_windows=_layer_windows(raw, architecture.windows, layers, where),
+        ignored=_ignored(raw, architecture),
+        hf=dict(raw),
+    )
+
+
+def _architecture(raw: dict[str, Any], where: str) -> Architecture:
+    names = raw.get("architectures") or []
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
+        raise UserError(f"{where}: architectures: {names} is not supported; supported are {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[names[0]]
+
+
+def _number(raw: dict[str, Any], key: str, where: str, default: float | None = None) -> float:
+    value = raw.get(key)
+    if value is None:
+        if default is None:
+            raise UserError(f"{where}: {key}: is missing")
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise UserError(f"{where}: {key}: must be a number above 0, not {value!r}")
+    return float(value)
+
+
+def _size(raw: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
+    value = _number(raw, key, where, default)
+    if value != int(value) or value >= _LARGEST:
+        raise UserError(f"{where}: {key}: must be a whole number above 0, not {raw[key]!r}")
+    return int(value)
+
+
+def _flag(raw: dict[str, Any], key: str, where: str) -> bool:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise UserError(f"{where}: {key}: must be true or false, not {value!r}")
+    return bool(value)
+
+
+def _layer_windows(raw: dict[str, Any], rule: str, layers: int, where: str) -> tuple[int | None, ...]:
+    """Sliding windows as transformers derives them, its defaults for missing keys included."""
+    window: int | None = None
+    # A key that is there and null says "no window"; only a missing one has transformers' default.
+    if rule == "all" or (rule == "some" and _flag(raw, "use_sliding_window", where)):
+        given = {"sliding_window": raw.get("sliding_window", 4096)}
+        window = None if given["sliding_window"] is None else _size(given, "sliding_window", where)
+    if rule != "some":
+        return (window,) * layers
+    types = raw.get("layer_types")
+    if types is None:
+        first = raw.get("max_window_layers", 28)
+        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+            raise UserError(f"{where}: max_window_layers: must be a whole number, not {first!r}")
+        types = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
+        raise UserError(f"{where}: layer_types: must name {' or '.join(known)} for each of the {layers} layers")
+    return tuple(window if t == "sliding_attention" else None for t in types)
+
+
+def _ignored(raw: dict[str, Any], architecture: Architecture) -> tuple[str, ...]:
+    read = _READ | _HARMLESS | _UNSUPPORTED.keys() | set(_WINDOW_KEYS[architecture.windows])
+    read |= {key for key in (architecture.qkv_bias, architecture.mlp_bias) if isinstance(key, str)}
+    return tuple(sorted(key for key, value in raw.items() if value and key not in read))
 
 
 def _rope_parameters(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """RoPE settings from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
-    rope.setdefault("rope_theta", raw.get("rope_theta") or 10000.0)
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise UserError(f"{where}: rope_parameters: must be one table of numbers for all layers")
+    rope = dict(given)
+    kind = rope.pop("type", None) or rope.get("rope_type") or "default"
+    if kind not in _ROPE_KEYS:
+        reason = f" ({_ROPE_REASONS[kind]})" if kind in _ROPE_REASONS else ""
         raise UserError(
-            f"{where}: rope_scaling: type {rope['rope_type']!r} is not supported; supported are default, linear, llama3"
+            f"{where}: rope_scaling: type {kind!r} is not supported{reason}; supported are {', '.join(_ROPE_KEYS)}"
         )
-    missing = [key for key in _ROPE_KEYS.get(rope["rope_type"], ()) if not isinstance(rope.get(key), (int, float))]
-    if missing:
-        raise UserError(f"{where}: rope_scaling: {missing[0]}: is missing or no number")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"{where}: partial_rotary_factor: is not supported")
-    return rope
+    for key in _ROPE_KEYS[kind]:
+        _number(rope, key, f"{where}: rope_scaling")
+    theta = _number({"rope_theta": rope.get("rope_theta") or raw.get("rope_theta")}, "rope_theta", where, 10000.0)
+    return {**rope, "rope_type": kind, "rope_theta": theta}

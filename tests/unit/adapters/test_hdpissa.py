@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from titan_hd.adapters.hdpissa import HDPissa, HDPissaLinear, check_rank, exact_mute
+from titan_hd.adapters.hdpissa import HDPissa, HDPissaLinear, Operands, check_rank, exact_mute, project_together
 from titan_hd.adapters.svd import cut_slices, principal_factors
 from titan_hd.config.job_config import LINEAR_LAYERS
-from titan_hd.models.decoder import Decoder
+from titan_hd.models.decoder import Decoder, project_each
 from titan_hd.models.registry import flavor_config
 
 # Gradients are compared relative to their largest element: fp32 sums of some tens of terms against float64.
@@ -138,7 +139,7 @@ class TestExactMute:
         module, x = layer(), inputs((2, 4, IN))
         a, b, da, db = module.bound
         x16, w16, bias16 = (t.detach().bfloat16() for t in (x, module.weight, module.bias))
-        y = exact_mute(x16.requires_grad_(True), w16, bias16, x16, a, b, da, db, SCALE)
+        (y,) = exact_mute(x16.requires_grad_(True), [Operands(w16, bias16, a, b, da, db)], SCALE)
         y.backward(gy := torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).bfloat16())
         assert (y.dtype, x16.grad.dtype) == (torch.bfloat16, torch.bfloat16)
         assert (da.grad.dtype, db.grad.dtype) == (torch.float32, torch.float32)
@@ -153,6 +154,87 @@ class TestExactMute:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(tuple(t.shape)) or t, lambda t: t):
             module(x)
         assert sorted(sizes) == sorted([(OUT, IN), (5, IN), (RANK, IN), (OUT, RANK)])
+
+
+class TestTogether:
+    """Layers of one input: the same gradients as each by itself, with fewer products."""
+
+    def layers(self, **changes) -> list[HDPissaLinear]:
+        """Three layers of one input and unequal outputs."""
+        made = []
+        for seed, out in enumerate((OUT, OUT - 4, OUT + 2)):
+            wrapped = layer(seed=seed, **changes)
+            torch.manual_seed(seed)
+            linear = nn.Linear(IN, out).requires_grad_(False)
+            a, b = cut_slices(*principal_factors(linear.weight, 2 * RANK), 2, RANK, "orthogonal")
+            wrapped.weight, wrapped.bias, wrapped.out_features = linear.weight, linear.bias, out
+            zeros = torch.zeros(RANK, IN, requires_grad=True), torch.zeros(out, RANK, requires_grad=True)
+            wrapped.bind(a[1].contiguous(), b[1].contiguous(), *zeros)
+            made.append(wrapped)
+        return made
+
+    def run(self, project, x: torch.Tensor, modules: list[nn.Module]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        ys = project(x, *modules)
+        sum(loss_of(y) * (i + 1) for i, y in enumerate(ys)).backward()
+        return list(ys), x.grad
+
+    @pytest.mark.parametrize("shape", INPUTS)
+    def test_equal_to_each_by_itself(self, shape: tuple[int, ...]):
+        together, apart = self.layers(), self.layers()
+        ys, dx = self.run(project_together, inputs(shape), together)
+        plain_ys, plain_dx = self.run(project_each, inputs(shape), apart)
+        assert_gradient(dx, plain_dx)
+        for y, plain_y, one, other in zip(ys, plain_ys, together, apart):
+            assert torch.equal(y, plain_y)
+            assert_gradient(one.bound[2].grad, other.bound[2].grad)
+            assert_gradient(one.bound[3].grad, other.bound[3].grad)
+
+    def test_layers_that_are_not_adapted_may_stand_between(self):
+        one, _, three = self.layers()
+        plain = nn.Linear(IN, OUT - 4).requires_grad_(False)
+        x = inputs((2, 4, IN))
+        ys, dx = self.run(project_together, x, [one, plain, three])
+        assert [y.shape[-1] for y in ys] == [OUT, OUT - 4, OUT + 2]
+        assert torch.equal(ys[1], plain(x))
+        apart, again = self.layers(), inputs((2, 4, IN))
+        _, plain_dx = self.run(project_each, again, [apart[0], plain, apart[2]])
+        assert_gradient(dx, plain_dx)
+
+    def test_one_product_with_the_input_for_all(self):
+        """Of the twelve skinny products of three layers, two with x (for all) and six with gy are left."""
+        counted = []
+
+        class Count(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+                    counted.append(func)
+                return func(*args, **(kwargs or {}))
+
+        x, modules = inputs((5, IN)), self.layers()
+        ys = project_together(x, *modules)
+        gradients = [torch.ones_like(y) for y in ys]
+        with Count():
+            torch.autograd.backward(ys, gradients)
+        assert len(counted) == 3 + 2 + 6  # dx, with x, with gy
+
+    @pytest.mark.parametrize("changes", [{"dropout": 0.5}, {"mute_scalar": 1e-16}])
+    def test_dropout_and_the_mute_scalar_keep_the_layers_apart(self, changes: dict):
+        modules = self.layers(**changes)
+        torch.manual_seed(3)
+        ys, _ = self.run(project_together, inputs((5, IN)), modules)
+        torch.manual_seed(3)
+        apart = self.layers(**changes)
+        torch.manual_seed(3)
+        plain, _ = self.run(project_each, inputs((5, IN)), apart)
+        for y, other, one, two in zip(ys, plain, modules, apart):
+            assert torch.equal(y, other)
+            assert torch.equal(one.bound[2].grad, two.bound[2].grad)
+
+    def test_the_method_gives_it_to_attention_and_mlp(self):
+        with torch.device("meta"):
+            model = Decoder(flavor_config("llama3", "debugmodel"))
+        HDPissa(2, 4).apply(model, ["q_proj", "k_proj", "up_proj"])
+        assert all(part.project is project_together for b in model.model.layers for part in (b.self_attn, b.mlp))
 
 
 class TestDropout:

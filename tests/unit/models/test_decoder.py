@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from titan_hd.models.decoder import Decoder
+from titan_hd.models.decoder import Decoder, KVCache
 from titan_hd.models.registry import DecoderConfig, parse_hf_config, read_hf_config
 
 # Largest difference of two logits of size about 1. Both sides are fp32 sums of at most a few hundred terms in an order
@@ -31,6 +31,15 @@ SIZES = {
 }
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SIZES}
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None, **SIZES}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **SIZES, "num_key_value_heads": 2}
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "head_dim": 12,
+    **SIZES,
+    "num_key_value_heads": 2,
+}
+WINDOWED = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 # Wavelengths of head_dim 8 are 6.3, 63, 628 and 6283 positions: kept, interpolated, divided, divided.
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -56,6 +65,14 @@ VARIANTS: dict[str, tuple[dict, dict | None]] = {
     "mistral-window": ({**MISTRAL, "sliding_window": 5}, MISTRAL),
     "mistral-window-of-the-length": ({**MISTRAL, "sliding_window": 24}, None),
     "mistral-window-one-less": ({**MISTRAL, "sliding_window": 23}, MISTRAL),
+    "mistral-rope": ({**MISTRAL, "rope_theta": 1e6, "head_dim": 12}, None),
+    "qwen2": (QWEN2, None),
+    "qwen2-tied": ({**QWEN2, "tie_word_embeddings": True}, None),
+    "qwen2-window": ({**QWEN2, **WINDOWED}, QWEN2),
+    "qwen3": (QWEN3, None),
+    "qwen3-tied-biases": ({**QWEN3, "tie_word_embeddings": True, "attention_bias": True}, None),
+    "qwen3-layer-types": ({**QWEN3, **WINDOWED, "layer_types": ["sliding_attention", "full_attention"]}, QWEN3),
+    "qwen3-llama3-rope": ({**QWEN3, "rope_scaling": LLAMA3_ROPE}, QWEN3),
 }
 LENGTH = 24
 
@@ -78,7 +95,9 @@ def ids(config: DecoderConfig, batch: int = 2, length: int = LENGTH) -> torch.Te
     return torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def transformers_logits(raw: dict, weights: dict[str, torch.Tensor], input_ids: torch.Tensor) -> torch.Tensor:
+def transformers_logits(
+    raw: dict, weights: dict[str, torch.Tensor], input_ids: torch.Tensor, **inputs: torch.Tensor
+) -> torch.Tensor:
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(**copy.deepcopy(raw))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
@@ -86,7 +105,7 @@ def transformers_logits(raw: dict, weights: dict[str, torch.Tensor], input_ids: 
     assert not unexpected
     assert set(missing) <= ({"lm_head.weight"} if raw.get("tie_word_embeddings") else set())
     model.tie_weights()
-    return model(input_ids=input_ids, use_cache=False).logits
+    return model(input_ids=input_ids, use_cache=False, **inputs).logits
 
 
 class TestAgainstTransformers:
@@ -106,7 +125,44 @@ class TestAgainstTransformers:
             plain.load_state_dict(model.state_dict())
             assert (plain(input_ids) - reference).abs().max() > 1000 * LOGIT_TOLERANCE
 
-    @pytest.mark.parametrize("variant", ["llama3-rope", "linear-rope", "theta", "mistral-window"])
+    @pytest.mark.parametrize("variant", ["grouped-query", "mistral-window", "qwen2-window", "qwen3"])
+    @torch.no_grad()
+    def test_logits_with_padding_at_the_left(self, variant: str):
+        """Padding is a document of its own; what it computes for itself is nobody's concern."""
+        raw = VARIANTS[variant][0]
+        model = random_decoder(raw)
+        input_ids = ids(model.config)
+        real = torch.ones_like(input_ids)
+        real[0, :7] = 0
+        positions = (real.cumsum(1) - 1).clamp(min=0)
+        logits = model(input_ids, positions, documents=real)
+        assert logits.isfinite().all()
+        reference = transformers_logits(raw, model.state_dict(), input_ids, attention_mask=real, position_ids=positions)
+        torch.testing.assert_close(logits[real.bool()], reference[real.bool()], rtol=0, atol=LOGIT_TOLERANCE)
+
+    @pytest.mark.parametrize(
+        "variant", ["grouped-query", "llama3-rope", "mistral-window", "qwen2", "qwen3-layer-types"]
+    )
+    @torch.no_grad()
+    def test_logits_of_packed_documents(self, variant: str):
+        """transformers tells packed documents by positions that restart, and needs each row by itself for it."""
+        raw = VARIANTS[variant][0]
+        model = random_decoder(raw)
+        input_ids = ids(model.config)
+        lengths = [[9, 1, 14], [3, 21]]
+        positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+        documents = torch.stack([torch.repeat_interleave(torch.arange(len(r)), torch.tensor(r)) for r in lengths])
+        packed = model(input_ids, positions, documents)
+        for row, pieces in enumerate(lengths):
+            alone = [model(piece[None]) for piece in input_ids[row].split(pieces)]
+            torch.testing.assert_close(packed[row], torch.cat(alone, 1)[0], rtol=0, atol=LOGIT_TOLERANCE)
+            reference = [transformers_logits(raw, model.state_dict(), p[None]) for p in input_ids[row].split(pieces)]
+            torch.testing.assert_close(packed[row], torch.cat(reference, 1)[0], rtol=0, atol=LOGIT_TOLERANCE)
+        assert (packed - model(input_ids)).abs().max() > 1000 * LOGIT_TOLERANCE  # packing matters
+
+    @pytest.mark.parametrize(
+        "variant", ["llama3-rope", "linear-rope", "theta", "mistral-window", "qwen2-window", "qwen3"]
+    )
     @torch.no_grad()
     def test_logits_by_the_config_that_transformers_writes(self, variant: str):
         """transformers 5 writes rope_parameters; the decoder built from its file is the decoder built from ours."""
@@ -177,6 +233,39 @@ class TestBuffers:
         model.reset_buffers(torch.device("cpu"))
         model.load_state_dict(direct.state_dict())
         assert torch.equal(model(ids(direct.config)), direct(ids(direct.config)))
+
+
+class TestCache:
+    """Token by token with a cache gives the logits of the whole sequence."""
+
+    @pytest.mark.parametrize(
+        "variant", ["grouped-query", "tied", "mistral-window", "qwen2-window", "qwen3-layer-types"]
+    )
+    @torch.no_grad()
+    def test_prompt_then_single_tokens(self, variant: str):
+        model = random_decoder(VARIANTS[variant][0])
+        input_ids = ids(model.config)
+        whole, cache = model(input_ids), KVCache(model.config.num_hidden_layers, LENGTH)
+        parts = [model(input_ids[:, :7], cache=cache)]
+        for t in range(7, LENGTH):
+            parts.append(model(input_ids[:, t : t + 1], torch.full((2, 1), t), cache=cache))
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=LOGIT_TOLERANCE)
+
+    @pytest.mark.parametrize("variant", ["grouped-query", "mistral-window"])
+    @torch.no_grad()
+    def test_prompts_of_unequal_lengths_padded_at_the_right(self, variant: str):
+        model = random_decoder(VARIANTS[variant][0])
+        input_ids, lengths = ids(model.config), torch.tensor([5, 11])
+        prompts = torch.where(torch.arange(11) < lengths[:, None], input_ids[:, :11], 0)
+        cache = KVCache(model.config.num_hidden_layers, LENGTH)
+        last = model(prompts, cache=cache, select=lengths - 1)
+        whole, rows = model(input_ids), torch.arange(2)
+        assert last.shape == (2, 1, SIZES["vocab_size"])
+        torch.testing.assert_close(last[:, 0], whole[rows, lengths - 1], rtol=0, atol=LOGIT_TOLERANCE)
+        for step in range(8):
+            at = lengths + step
+            logits = model(input_ids[rows, at][:, None], at[:, None], cache=cache)
+            torch.testing.assert_close(logits[:, 0], whole[rows, at], rtol=0, atol=LOGIT_TOLERANCE)
 
 
 class TestInvariants:

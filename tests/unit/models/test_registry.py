@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+TYPES = ["sliding_attention", "full_attention"]
 
 
 def parse(**changes):
@@ -101,8 +108,17 @@ class TestRefusals:
             parse(hidden_act="gelu")
 
     def test_quantization(self):
-        with pytest.raises(ValueError, match=r"here/config.json: quantization_config: quantized weights are not supp"):
+        with pytest.raises(ValueError, match=r"here/config.json: quantization_config: is not supported"):
             parse(quantization_config={"quant_method": "bitsandbytes"})
+
+    @pytest.mark.parametrize(
+        "key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    )
+    def test_sizes_are_numbers(self, key: str):
+        """config.json comes with somebody's weights: no size of it may reach an allocation unchecked."""
+        for wrong in (0, -1, 1.5, True, "many", [4], 2**40, float("inf"), float("nan")):
+            with pytest.raises(ValueError, match=rf"^here/config.json: {key}: must be "):
+                parse(**{key: wrong})
 
     @pytest.mark.parametrize(
         "key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
@@ -115,13 +131,26 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"here/config.json: num_key_value_heads: must divide .*\(4\)"):
             parse(num_key_value_heads=3)
 
-    def test_null_says_where(self):
-        with pytest.raises(ValueError, match=r"here/config.json: "):
-            parse(vocab_size=None)
-
-    def test_a_word_for_a_number_says_where(self):
-        with pytest.raises(ValueError, match=r"here/config.json: "):
-            parse(vocab_size="many")
+    @pytest.mark.parametrize(
+        ("changes", "says"),
+        [
+            ({"vocab_size": None}, "vocab_size: is missing"),
+            ({"head_dim": 5}, "head_dim: must be even for rotary embeddings, not 5"),
+            ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: must be true or false, not 'yes'"),
+            ({"rms_norm_eps": -1.0}, "rms_norm_eps: must be a number above 0"),
+            ({"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0 is not supported"),
+            ({"num_local_experts": 8}, "num_local_experts: 8 is not supported"),
+            ({"rope_scaling": [1]}, "rope_parameters: must be one table"),
+            ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope_parameters: must be one table"),
+            ({"rope_theta": "ten"}, "rope_theta: must be a number above 0"),
+            ({**QWEN3, "layer_types": ["full_attention"]}, "layer_types: must name full_attention or sliding_attent"),
+            ({**QWEN3, "layer_types": ["full_attention", "linear_attention"]}, "layer_types: must name full_attention"),
+            ({**QWEN2, "use_sliding_window": True, "max_window_layers": "x"}, "max_window_layers: must be a whole num"),
+        ],
+    )
+    def test_one_line_with_the_key(self, changes: dict, says: str):
+        with pytest.raises(ValueError, match=rf"^here/config.json: {re.escape(says)}"):
+            parse(**changes)
 
 
 class TestDefaults:
@@ -131,13 +160,75 @@ class TestDefaults:
         assert config.head_dim == 16
         assert config.rope_theta == 10000.0
         assert config.rms_norm_eps == 1e-6
-        assert (config.tie_word_embeddings, config.attention_bias, config.mlp_bias) == (False, False, False)
+        assert not any((config.tie_word_embeddings, config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm))
 
-    def test_window_belongs_to_mistral(self):
-        assert parse(sliding_window=8).sliding_window is None
-        mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-        assert parse(sliding_window=8, **mistral).sliding_window == 8
-        assert parse(sliding_window=None, **mistral).sliding_window is None
+
+class TestVariants:
+    @pytest.mark.parametrize(
+        ("changes", "windows"),
+        [
+            ({"sliding_window": 8}, (None, None)),  # Llama has none
+            ({**MISTRAL, "sliding_window": 8}, (8, 8)),
+            ({**MISTRAL, "sliding_window": None}, (None, None)),
+            (MISTRAL, (4096, 4096)),
+            ({**QWEN2, "sliding_window": 8}, (None, None)),
+            ({**QWEN2, "sliding_window": 8, "use_sliding_window": True}, (None, None)),  # from layer 28 on
+            ({**QWEN2, "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}, (None, 8)),
+            ({**QWEN3, "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, (8, 8)),
+            ({**QWEN3, "sliding_window": 8, "use_sliding_window": True, "layer_types": TYPES}, (8, None)),
+            ({**QWEN3, "sliding_window": None, "use_sliding_window": False, "layer_types": TYPES}, (None, None)),
+        ],
+    )
+    def test_windows(self, changes: dict, windows: tuple):
+        """As transformers derives them; the decoder's tests compare the logits."""
+        assert parse(**changes).layer_windows == windows
+
+    @pytest.mark.parametrize(
+        ("changes", "biases"),
+        [
+            ({}, (False, False, False)),
+            ({"attention_bias": True}, (True, True, False)),
+            ({"mlp_bias": True}, (False, False, True)),
+            (MISTRAL, (False, False, False)),
+            (QWEN2, (True, False, False)),
+            (QWEN3, (False, False, False)),
+            ({**QWEN3, "attention_bias": True}, (True, True, False)),
+        ],
+    )
+    def test_biases(self, changes: dict, biases: tuple):
+        config = parse(**changes)
+        assert (config.qkv_bias, config.o_bias, config.mlp_bias) == biases
+
+    def test_qwen3s_heads_have_128_channels_unless_said(self):
+        assert parse(**QWEN3).head_dim == 128
+        assert parse(**QWEN3, head_dim=16).head_dim == 16
+
+    @pytest.mark.parametrize("family", [MISTRAL, QWEN2, QWEN3])
+    def test_others_than_llama_must_say_their_key_heads(self, family: dict):
+        """transformers' defaults for a missing key are no function of the other keys."""
+        with pytest.raises(ValueError, match="num_key_value_heads: is missing"):
+            parse(**family, num_key_value_heads=...)
+
+
+class TestIgnored:
+    def test_what_is_ignored_is_named(self):
+        config = parse(attention_dropout=0.1, auto_map={"AutoModel": "code.py"}, something_new=3, use_cache=True)
+        assert config.ignored == ("attention_dropout", "auto_map", "something_new")
+
+    def test_windows_of_a_family_that_has_none(self):
+        assert parse(sliding_window=8, use_sliding_window=True).ignored == ("sliding_window", "use_sliding_window")
+        assert parse(**QWEN2, sliding_window=8, use_sliding_window=False).ignored == ()
+
+    def test_biases_that_mistral_never_reads(self):
+        assert parse(**MISTRAL, attention_bias=True).ignored == ("attention_bias",)
+
+    @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+    def test_nothing_that_transformers_writes_by_itself(self, model_type: str):
+        transformers = pytest.importorskip("transformers")
+        written = json.loads(transformers.AutoConfig.for_model(model_type).to_json_string(use_diff=False))
+        architecture = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type]
+        written["architectures"] = [f"{architecture}ForCausalLM"]
+        assert parse_hf_config(written, "x").ignored == ()
 
 
 class TestReading:
@@ -148,7 +239,9 @@ class TestReading:
     def test_family_by_name(self, tmp_path: Path):
         folder = self.write(tmp_path, json.dumps(SMALL))
         assert read_hf_config(folder) == read_hf_config(folder, "llama3") == read_hf_config(folder, "llama2")
-        with pytest.raises(ValueError, match=r"model.name: .* is of the family llama2 or llama3, not 'mistral'"):
+        with pytest.raises(
+            ValueError, match=r"model.name: .* is of the family llama2 or llama3 or smollm2, not 'mistral'"
+        ):
             read_hf_config(folder, "mistral")
 
     def test_missing_file(self, tmp_path: Path):
@@ -164,7 +257,25 @@ class TestReading:
 class TestFlavors:
     @pytest.mark.parametrize(
         ("name", "flavor", "count"),
-        [("llama2", "7B", 6738415616), ("llama3", "8B", 8030261248), ("mistral", "7B", 7241732096)],
+        [
+            ("llama2", "7B", 6738415616),
+            ("llama2", "13B", 13015864320),
+            ("llama2", "70B", 68976648192),
+            ("llama3", "1B", 1235814400),
+            ("llama3", "3B", 3212749824),
+            ("llama3", "8B", 8030261248),
+            ("llama3", "70B", 70553706496),
+            ("mistral", "7B", 7241732096),
+            ("qwen2", "0.5B", 494032768),
+            ("qwen2", "1.5B", 1543714304),
+            ("qwen2", "7B", 7615616512),
+            ("qwen3", "0.6B", 596049920),
+            ("qwen3", "4B", 4022468096),
+            ("qwen3", "8B", 8190735360),
+            ("smollm2", "135M", 134515008),
+            ("smollm2", "360M", 361821120),
+            ("smollm2", "1.7B", 1711376384),
+        ],
     )
     def test_published_parameter_counts(self, name: str, flavor: str, count: int):
         """The counts that the model cards' checkpoints have, on the meta device."""
