@@ -96,7 +96,7 @@ def authors_fold(registry: AdapterRegistry, dims: ParallelDims, coefficient: flo
         for a, b, da, db in zip(*gathered):
             update += (b + db) @ (a + da) - b @ a
         rows = entry.weight_rows()
-        first = dims.shard_rank * -(-entry.shape[0] // dims.dp_shard)
+        first = dims.place(dims.rank)[1] * -(-entry.shape[0] // dims.dp_shard)
         rows.add_(update[first : first + len(rows)], alpha=coefficient)
         for delta in factors(entry)[2:]:
             delta.zero_()

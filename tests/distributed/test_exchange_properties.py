@@ -108,7 +108,7 @@ def peak_of_fold(num_adapters, exchange, cache_gb, in_flight):
     gc.collect()
     with LiveBytes() as memory:
         fold(lr=0.1, step=0)
-    held, computing = zip(*(bucket_bytes(fold.plan, b, 4) for b in fold.plan.buckets))
+    held, computing = zip(*(bucket_bytes(fold.plan, b, 4, "cpu") for b in fold.plan.buckets))
     return memory.peak, sum(sorted(held)[-in_flight:]) + max(computing)
 
 

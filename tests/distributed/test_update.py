@@ -8,6 +8,8 @@ workers  K     mesh            what it reaches
 4        4, 2  2 x 2           HSDP
 """
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -65,7 +67,16 @@ def build(num_adapters: int, replicate: int, shard: int, rank: int = 1, dtype: t
     return registry, dims
 
 
-def fold_once(num_adapters: int, replicate: int, shard: int, aggregate: str, decay: float, exchange: str) -> dict:
+def fold_once(
+    num_adapters: int, replicate: int, shard: int, aggregate: str, decay: float, exchange: str, piece_bytes: int | None
+) -> dict:
+    from titan_hd.distributed.update import dense
+
+    with mock.patch.object(dense, "_PIECE_BYTES", {"cpu": piece_bytes} if piece_bytes else dense._PIECE_BYTES):
+        return _fold_once(num_adapters, replicate, shard, aggregate, decay, exchange)
+
+
+def _fold_once(num_adapters: int, replicate: int, shard: int, aggregate: str, decay: float, exchange: str) -> dict:
     registry, dims = build(num_adapters, replicate, shard)
     topology = Topology(num_adapters, 1, replicate, shard)
     plan = plan_update({n: e.shape for n, e in registry.entries.items()}, topology, exchange)
@@ -86,15 +97,19 @@ def fold_once(num_adapters: int, replicate: int, shard: int, aggregate: str, dec
     return result
 
 
-@pytest.mark.parametrize(("exchange", "aggregate"), [("factors", "mean"), ("dense", "sum"), ("auto", "mean")])
+@pytest.mark.parametrize(
+    ("exchange", "aggregate", "piece_bytes"),
+    # 400 bytes: dense in several pieces, some of one row, the last ones smaller
+    [("factors", "mean", None), ("dense", "sum", None), ("dense", "mean", 400), ("auto", "mean", None)],
+)
 @pytest.mark.parametrize(
     ("world_size", "num_adapters", "replicate"),
     [(1, 1, 1), (1, 4, 1), (2, 2, 1), (2, 4, 1), (4, 4, 1), (4, 8, 1), (4, 2, 1), (4, 1, 1), (4, 4, 2), (4, 2, 2)],
 )
-def test_fold_equals_the_reference(world_size, num_adapters, replicate, exchange, aggregate, workers):
-    decay = 0.1
+def test_fold_equals_the_reference(world_size, num_adapters, replicate, exchange, aggregate, piece_bytes, workers):
+    decay, shard = 0.1, world_size // replicate
     results = workers.run(
-        world_size, fold_once, num_adapters, replicate, world_size // replicate, aggregate, decay, exchange
+        world_size, fold_once, num_adapters, replicate, shard, aggregate, decay, exchange, piece_bytes
     )
     for name, (out, width) in SHAPES.items():
         start = draw(name, (out, width)).double()

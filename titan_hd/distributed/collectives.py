@@ -72,9 +72,30 @@ def all_to_all(lines: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Ten
     return out, work
 
 
-def reduce_scatter(full: torch.Tensor, size: int, group: dist.ProcessGroup) -> tuple[torch.Tensor, dist.Work]:
-    """Start summing [size * n, ...] over the members; returns this member's [n, ...] and what to wait for."""
+class _SumOfLines:
+    """Waits for lines to arrive, then adds them up, in the members' order."""
+
+    def __init__(self, lines: torch.Tensor, work: dist.Work, out: torch.Tensor):
+        self._lines, self._work, self._out = lines, work, out
+
+    def wait(self) -> None:
+        self._work.wait()
+        torch.sum(self._lines, 0, out=self._out)
+        self._lines = None
+
+
+def reduce_scatter(
+    full: torch.Tensor, size: int, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, dist.Work | _SumOfLines]:
+    """Start summing [size * n, ...] over the members; returns this member's [n, ...] and what to wait for.
+
+    gloo's own reduce-scatter first copies its whole input, in the caller's thread. There the parts travel by all-to-all
+    and are summed here, for a second [size * n, ...].
+    """
     out = full.new_empty(full.shape[0] // size, *full.shape[1:])
+    if dist.get_backend(group) == "gloo":
+        lines, work = all_to_all(full.view(size, -1), group)
+        return out, _SumOfLines(lines.view(size, *out.shape), work, out)
     work = _reduce_scatter_single(out, full, group=group, async_op=True)
     TRAFFIC.received += (size - 1) * out.nbytes
     return out, work

@@ -6,19 +6,14 @@ Wrapping replaces `block.forward`, never a module, so parameter names stay those
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from titan_hd.config.seeding import stable_seed
-from titan_hd.distributed.parallel_dims import Block, ParallelDims, owned_block
-from titan_hd.models.decoder import Decoder, RMSNorm
-from titan_hd.models.hf_weights import WeightFiles, plan_files, write_headers, write_rows
+from titan_hd.distributed.parallel_dims import ParallelDims
+from titan_hd.models.decoder import Decoder
 
 
 def parallelize(
@@ -120,96 +115,3 @@ def reshard(model: Decoder) -> None:
     """
     for modules, _ in fsdp_groups(model):
         modules[0].reshard()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights into and out of the shards
-
-
-def materialize(model: Decoder, device: torch.device) -> None:
-    """Give a parallelised meta model real memory on `device`: shards only, values not set."""
-    model.to_empty(device=device)
-    model.reset_buffers(device)
-
-
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, DTensor]]:
-    """The model's own parameters under their HF names, without the adapters' ones."""
-    for name, parameter in model.named_parameters():
-        if not name.endswith((".delta_A", ".delta_B")):
-            yield name, parameter
-
-
-def _block(parameter: DTensor, dims: ParallelDims) -> Block:
-    """The rectangle of a parameter that this rank holds."""
-    return owned_block(tuple(parameter.shape), _tp_split(parameter), dims.place(dims.rank), dims)
-
-
-def _tp_split(parameter: DTensor) -> int | None:
-    """The dimension in which tensor parallelism splits a parameter: that of the last placement of a two-dimensional
-    sharding (FSDP2 puts the data-parallel dimensions first)."""
-    names = parameter.device_mesh.mesh_dim_names
-    return parameter.placements[-1].dim if "tp" in names and parameter.placements[-1].is_shard() else None
-
-
-@torch.no_grad()
-def load_weights(model: Decoder, dims: ParallelDims, directory: str) -> None:
-    """Fill the shards from a HF directory; every rank reads only what it holds, one tensor at a time.
-
-    Does not communicate. ValueError lists everything that is wrong with the files, before anything is loaded.
-    """
-    parameters = dict(base_parameters(model))
-    expected = {name: p.shape for name, p in parameters.items()}
-    files = WeightFiles(directory, expected, tied_head=model.lm_head is None)
-    for name, parameter in parameters.items():
-        block = _block(parameter, dims)
-        if block.rows:
-            columns = None if parameter.dim() == 1 else (block.column, block.column + block.columns)
-            values = files.read_rows(name, block.row, block.row + block.rows, columns)
-            parameter.to_local().copy_(values)
-
-
-_INIT_ROWS = 1024
-
-
-@torch.no_grad()
-def init_weights(model: Decoder, dims: ParallelDims, seed: int, std: float = 0.02) -> None:
-    """Random weights: norms 1, biases 0, the rest normal. Drawn on the host in blocks of rows, each with a generator
-    keyed by (seed, name, block), so that the model is the same on any number of workers and any device."""
-    norms = {f"{n}.weight" for n, module in model.named_modules() if isinstance(module, RMSNorm)}
-    for name, parameter in base_parameters(model):
-        local = parameter.to_local()
-        if parameter.dim() == 1:
-            local.fill_(1.0 if name in norms else 0.0)
-            continue
-        mine = _block(parameter, dims)
-        for number in range(mine.row // _INIT_ROWS, -(-(mine.row + mine.rows) // _INIT_ROWS)):
-            lo, hi = number * _INIT_ROWS, min(parameter.shape[0], (number + 1) * _INIT_ROWS)
-            generator = torch.Generator().manual_seed(stable_seed("init", seed, name, number))
-            drawn = torch.empty(hi - lo, parameter.shape[1]).normal_(0.0, std, generator=generator)
-            first, last = max(lo, mine.row), min(hi, mine.row + mine.rows)
-            if first < last:
-                part = drawn[first - lo : last - lo, mine.column : mine.column + mine.columns]
-                local[first - mine.row : last - mine.row].copy_(part)
-
-
-@torch.no_grad()
-def write_weights(
-    model: Decoder, dims: ParallelDims, directory: Path, dtype: torch.dtype, barrier: Callable[[], None]
-) -> None:
-    """Write safetensors files; every rank writes what it holds in place, no rank gathers a tensor.
-
-    The directory must exist on a file system that all ranks share. Every rank calls this; on return all have written.
-    """
-    parameters = dict(base_parameters(model))
-    slots, headers = plan_files(directory, {name: p.shape for name, p in parameters.items()}, dtype)
-    if dims.rank == 0:
-        write_headers(slots, headers)
-    barrier()
-    for name, parameter in parameters.items():
-        # Replicas, and tp ranks of a parameter that is not split, hold the same.
-        writes = dims.dp_rank < dims.dp_shard and (_tp_split(parameter) is not None or dims.tp_rank == 0)
-        local = parameter.to_local()
-        if writes and local.numel():
-            block = _block(parameter, dims)
-            write_rows(slots[name], block.row, local.to("cpu", dtype), block.column)
-    barrier()

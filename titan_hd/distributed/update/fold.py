@@ -12,7 +12,7 @@ from titan_hd.config.errors import UserError
 from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.update.apply import Rounding, add_product, add_rows, factored_update
-from titan_hd.distributed.update.dense import DenseGroups, exchange_dense
+from titan_hd.distributed.update.dense import DenseGroups, exchange_dense, rows_at_a_time
 from titan_hd.distributed.update.factors import ExchangeGroup, exchange_factors
 from titan_hd.distributed.update.plan import UpdatePlan
 from titan_hd.distributed.update.rounding import rounding_key
@@ -168,12 +168,15 @@ def check_finite(registry: AdapterRegistry, what: str, step: int) -> None:
         raise FloatingPointError(f"step {step + 1}: the {what} of {name} is not finite; W is as it was before the step")
 
 
-def bucket_bytes(plan: UpdatePlan, names: tuple[str, ...], wire_bytes: int) -> tuple[int, int]:
+def bucket_bytes(
+    plan: UpdatePlan, names: tuple[str, ...], wire_bytes: int, device_type: str = "cuda"
+) -> tuple[int, int]:
     """Most memory in bytes that one bucket's task holds while it is under way, and what it needs besides to compute.
 
     All started tasks hold the first; one task at a time computes, so a fold needs at most the first of `in_flight`
     buckets and the second of one. Factors hold what is sent and received; computing unpacks it to fp32 and stacks left
-    and right of one weight's product. Dense holds [out, in] and its own rows; computing stacks left and right.
+    and right of one weight's product. Dense holds left and right, its rows of the update, and the piece that travels:
+    what is sent, over gloo as much that is received, and the sum.
     """
     t = plan.topology
     weights = {w.name: w for w in plan.weights}
@@ -181,9 +184,11 @@ def bucket_bytes(plan: UpdatePlan, names: tuple[str, ...], wire_bytes: int) -> t
     converts = wire_bytes != 4
     if weights[names[0]].route == "dense":
         out, width = weights[names[0]].shape
-        held = (t.chunk(out) * t.dp_shard + t.chunk(out)) * width * wire_bytes
-        product = 4 * local * (5 * out + 3 * width)
-        return held, product + converts * 4 * out * width
+        chunk = t.chunk(out)
+        step = rows_at_a_time(chunk, width, t.dp_shard, device_type)
+        piece = step * t.dp_shard * width
+        held = 8 * local * (chunk * t.dp_shard + width) + 4 * chunk * width + (2 * piece + step * width) * wire_bytes
+        return held, 4 * local * (5 * out + 2 * step * t.dp_shard) + converts * 4 * piece
     held = unpacked = largest = 0
     for name in names:
         out, width = weights[name].shape

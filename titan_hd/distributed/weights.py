@@ -1,0 +1,152 @@
+"""Weights into and out of the shards: every rank reads and writes what it holds, nobody gathers a tensor."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from titan_hd.config.seeding import stable_seed
+from titan_hd.distributed.collectives import together
+from titan_hd.distributed.parallel_dims import Block, ParallelDims, owned_block
+from titan_hd.models.decoder import Decoder, RMSNorm
+from titan_hd.models.hf_weights import (
+    WeightFiles,
+    check_space,
+    disk_faults,
+    plan_files,
+    sync_files,
+    write_headers,
+    write_rows,
+)
+
+logger = logging.getLogger("titan_hd")
+
+_INIT_ROWS = 1024
+
+
+def materialize(model: Decoder, device: torch.device) -> None:
+    """Give a parallelised meta model real memory on `device`: shards only, values not set."""
+    model.to_empty(device=device)
+    model.reset_buffers(device)
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, DTensor]]:
+    """The model's own parameters under their HF names, without the adapters' ones."""
+    for name, parameter in model.named_parameters():
+        if not name.endswith((".delta_A", ".delta_B")):
+            yield name, parameter
+
+
+def _block(parameter: DTensor, dims: ParallelDims) -> Block:
+    """The rectangle of a parameter that this rank holds."""
+    return owned_block(tuple(parameter.shape), _tp_split(parameter), dims.place(dims.rank), dims)
+
+
+def _tp_split(parameter: DTensor) -> int | None:
+    """The dimension in which tensor parallelism splits a parameter: that of the last placement of a two-dimensional
+    sharding (FSDP2 puts the data-parallel dimensions first)."""
+    names = parameter.device_mesh.mesh_dim_names
+    return parameter.placements[-1].dim if "tp" in names and parameter.placements[-1].is_shard() else None
+
+
+@torch.no_grad()
+def load_weights(model: Decoder, dims: ParallelDims, directory: str, progress: bool = False) -> int:
+    """Fill the shards from a HF directory; every rank reads only the byte ranges of what it holds. Collective.
+
+    progress: show a bar, on rank 0, if the standard error is a terminal.
+
+    Returns:
+        bytes of tensors that this rank read.
+
+    Raises:
+        UserError: one line for everything that is wrong with the files, on every rank, before any rank loads anything.
+    """
+    started = time.perf_counter()
+    parameters = dict(base_parameters(model))
+    with together("checking the weights"):
+        expected = {name: p.shape for name, p in parameters.items()}
+        files = WeightFiles(directory, expected, tied_head=model.lm_head is None)
+    parts = {name: p.to_local().numel() / p.numel() for name, p in parameters.items()}
+    total = round(sum(files.nbytes(name) * part for name, part in parts.items()))
+    hidden = not (progress and dims.rank == 0 and sys.stderr.isatty())
+    with (
+        together("reading the weights"),
+        tqdm(total=total, unit="B", unit_scale=True, desc="reading the weights", disable=hidden) as bar,
+    ):
+        for name, parameter in parameters.items():
+            block = _block(parameter, dims)
+            if block.rows:
+                files.read_into(name, parameter.to_local(), block.row, block.column)
+                bar.update(files.bytes_read - bar.n)
+    read = [0] * dist.get_world_size()
+    dist.all_gather_object(read, files.bytes_read)
+    seconds, size = time.perf_counter() - started, sum(map(files.nbytes, parameters))
+    logger.info(
+        "read %.3f GiB of %.3f GiB in %.1f s (%.2f GB/s), all workers together",
+        sum(read) / 2**30,
+        size / 2**30,
+        seconds,
+        sum(read) / 1e9 / seconds,
+    )
+    return files.bytes_read
+
+
+@torch.no_grad()
+def init_weights(model: Decoder, dims: ParallelDims, seed: int, std: float = 0.02) -> None:
+    """Random weights: norms 1, biases 0, the rest normal. Drawn on the host in blocks of rows, each with a generator
+    keyed by (seed, name, block), so that the model is the same on any number of workers and any device."""
+    norms = {f"{n}.weight" for n, module in model.named_modules() if isinstance(module, RMSNorm)}
+    for name, parameter in base_parameters(model):
+        local = parameter.to_local()
+        if parameter.dim() == 1:
+            local.fill_(1.0 if name in norms else 0.0)
+            continue
+        mine = _block(parameter, dims)
+        for number in range(mine.row // _INIT_ROWS, -(-(mine.row + mine.rows) // _INIT_ROWS)):
+            lo, hi = number * _INIT_ROWS, min(parameter.shape[0], (number + 1) * _INIT_ROWS)
+            generator = torch.Generator().manual_seed(stable_seed("init", seed, name, number))
+            drawn = torch.empty(hi - lo, parameter.shape[1]).normal_(0.0, std, generator=generator)
+            first, last = max(lo, mine.row), min(hi, mine.row + mine.rows)
+            if first < last:
+                part = drawn[first - lo : last - lo, mine.column : mine.column + mine.columns]
+                local[first - mine.row : last - mine.row].copy_(part)
+
+
+@torch.no_grad()
+def write_weights(
+    model: Decoder, dims: ParallelDims, directory: Path, dtype: torch.dtype, max_file_bytes: float
+) -> None:
+    """Write safetensors files of bounded size; every rank writes what it holds in place. Collective.
+
+    The directory must exist on a file system that all ranks share. On return everything is on the disk.
+
+    Raises:
+        UserError: the disk is full or fails, on any rank.
+    """
+    parameters = dict(base_parameters(model))
+    shapes = {name: p.shape for name, p in parameters.items()}
+    slots, headers = plan_files(directory, shapes, dtype, max_file_bytes)
+    with together("writing the headers"), disk_faults(directory):
+        if dims.rank == 0:
+            check_space(directory, slots, shapes)
+            write_headers(slots, headers)
+    with together("writing the weights"), disk_faults(directory):
+        written = set()
+        for name, parameter in parameters.items():
+            # Replicas, and tp ranks of a parameter that is not split, hold the same.
+            writes = dims.dp_rank < dims.dp_shard and (_tp_split(parameter) is not None or dims.tp_rank == 0)
+            local = parameter.to_local()
+            if writes and local.numel():
+                block = _block(parameter, dims)
+                write_rows(slots[name], block.row, local, block.column)
+                written.add(slots[name].file)
+        sync_files(sorted(written))
