@@ -270,6 +270,7 @@ def work(rank: int, workers: int, store: str, args: argparse.Namespace, answer) 
     dist.init_process_group(backend, store=dist.FileStore(store, workers), rank=rank, world_size=workers)
     try:
         results = {label: measure(label, args, device) for label in args.cases}
+        dist.barrier()  # gloo aborts a worker whose peer leaves first
         if rank == 0:
             answer(results)
     finally:

@@ -8,7 +8,7 @@ from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import Data
 from titan_hd.data.records import InstructionRecords, TokenRecords, read_jsonl
 from titan_hd.data.templates import load_template
-from titan_hd.data.tokenizer import Tokenizer
+from titan_hd.data.tokenizer_base import Tokenizer
 
 
 def build_records(
@@ -32,5 +32,5 @@ def build_records(
             f"model.hf_assets_path: the tokenizer has {tokens.vocab_size} ids, the model's vocabulary {vocab_size}"
         )
     return InstructionRecords(
-        records, tokens, load_template(config.template), seq_len, config.prompt_field, config.response_field
+        records, tokens, load_template(config.template, tokens), seq_len, config.prompt_field, config.response_field
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from titan_hd.config.errors import UserError
+from titan_hd.data.chat import ChatTurns
 from titan_hd.data.templates import Template
-from titan_hd.data.tokenizer import Tokenizer
+from titan_hd.data.tokenizer_base import Tokenizer
 
 IGNORE = -100
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -92,13 +94,13 @@ def _check_tokens(record: dict[str, Any], vocab_size: int) -> None:
 
 
 class InstructionRecords:
-    """format = "instruction": prompt by template, response, end-of-sequence token; loss on the response alone."""
+    """format = "instruction": prompt and response as the template writes them; loss on the response and its end."""
 
     def __init__(
         self,
         records: list[dict[str, Any]],
         tokenizer: Tokenizer,
-        template: Template,
+        template: Template | ChatTurns,
         seq_len: int,
         prompt_field: str,
         response_field: str,
@@ -116,31 +118,42 @@ class InstructionRecords:
                 raise UserError(f"{record['__where__']}: input: holds half of a surrogate pair, which is no text")
             if not record[self._response_field].strip():
                 raise UserError(f"{record['__where__']}: {self._response_field}: is empty")
+            _located(record, template.texts, *self._parts(record))
+        self[0]  # a chat template may lack what ends a turn
 
     def __len__(self) -> int:
         return len(self._records)
 
     def prompt(self, index: int) -> str:
         """The text in front of the response."""
-        record = self._records[index]
-        extra = record.get("input")
-        return self._template.write(record[self._prompt_field], extra if isinstance(extra, str) else "")
+        return self._template.write(*self._parts(self._records[index])[:2])
 
     def prompt_ids(self, index: int) -> list[int]:
-        """BOS (if the family has one) and the prompt: what generation starts from."""
-        bos = [] if self._tokenizer.bos_id is None else [self._tokenizer.bos_id]
-        return bos + self._tokenizer.encode(self.prompt(index))
+        """BOS (if the family or the chat template has one) and the prompt: what generation starts from."""
+        return self._template.prompt_ids(self._tokenizer, *self._parts(self._records[index])[:2])
 
     def response(self, index: int) -> str:
         return self._records[index][self._response_field]
 
     def __getitem__(self, index: int) -> Example:
-        """Prompt and response are encoded as one text; the first len(prompt) ids carry no label (Alpaca, PiSSA)."""
-        prompt = self.prompt_ids(index)
-        text = self.prompt(index) + self.response(index) + self._template.ending
-        ids = prompt[: self._tokenizer.bos_id is not None] + self._tokenizer.encode(text) + [self._tokenizer.eos_id]
-        labels = [IGNORE] * min(len(prompt), len(ids)) + ids[len(prompt) :]
+        """Prompt and response are encoded as one text; only what the template calls the response carries labels."""
+        record = self._records[index]
+        ids, start, stop = _located(record, self._template.encode, self._tokenizer, *self._parts(record))
+        labels = [IGNORE] * start + ids[start:stop] + [IGNORE] * (len(ids) - stop)
         return Example(ids[: self.seq_len], labels[: self.seq_len])
+
+    def _parts(self, record: dict[str, Any]) -> tuple[str, str, str]:
+        """Prompt, input (or "") and response."""
+        extra = record.get("input")
+        return record[self._prompt_field], extra if isinstance(extra, str) else "", record[self._response_field]
+
+
+def _located(record: dict[str, Any], function: Callable, *args: Any) -> Any:
+    """The function's result; its errors name the record's file and line."""
+    try:
+        return function(*args)
+    except UserError as error:
+        raise UserError(f"{record['__where__']}: {error}") from None
 
 
 def _detect(record: dict[str, Any], candidates: tuple[str, ...], key: str) -> str:

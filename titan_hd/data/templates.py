@@ -1,4 +1,4 @@
-"""How an instruction becomes a prompt."""
+"""How an instruction becomes a prompt, and a prompt with its response token ids."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from titan_hd.config.errors import UserError
+from titan_hd.data.chat import ChatTurns
+from titan_hd.data.tokenizer_base import Tokenizer
 
 _HEAD = (
     "Below is an instruction that describes a task{extra}. Write a response that appropriately completes the request."
@@ -19,20 +21,51 @@ _ALPACA_INPUT = (
 
 
 class Template:
-    """Writes prompts; `ending` is what stands between a response and the end-of-sequence token."""
+    """Writes prompts; `ending` is what stands between a response and the end-of-sequence token.
 
-    def __init__(self, write: Callable[[str, str], str], ending: str):
-        self.write, self.ending = write, ending
+    special: control tokens spelled in the text are parsed; otherwise records and headings are plain text.
+    """
+
+    def __init__(self, write: Callable[[str, str], str], ending: str, special: bool = False):
+        self.write, self.ending, self._special = write, ending, special
+
+    def texts(self, prompt: str, extra: str, response: str) -> tuple[str, str]:
+        """The text in front of the response, and the whole."""
+        before = self.write(prompt, extra)
+        return before, before + response + self.ending
+
+    def prompt_ids(self, tokenizer: Tokenizer, prompt: str, extra: str) -> list[int]:
+        """BOS (if the family has one) and the prompt: what generation starts from."""
+        return self._sequence(tokenizer, self.write(prompt, extra))
+
+    def encode(self, tokenizer: Tokenizer, prompt: str, extra: str, response: str) -> tuple[list[int], int, int]:
+        """Ids of prompt, response and end, and from where to where they are trained on.
+
+        Prompt and response are encoded as one text; the first len(prompt) ids are the prompt's (Alpaca, PiSSA).
+        """
+        before, whole = self.texts(prompt, extra, response)
+        ids = [*self._sequence(tokenizer, whole), tokenizer.eos_id]
+        return ids, min(len(self._sequence(tokenizer, before)), len(ids)), len(ids)
+
+    def _sequence(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        return bos + (tokenizer.encode(text, special=True) if self._special else tokenizer.encode(text))
 
 
-def load_template(name: str) -> Template:
+def load_template(name: str, tokenizer: Tokenizer | None = None) -> Template | ChatTurns:
     """A template by its name in the configuration, or from a text file with {prompt} and perhaps {input}.
 
-    pissa is the form of PiSSA's and HD-PiSSA's experiments: Alpaca's heading, the response followed by a newline.
+    pissa is the form of PiSSA's and HD-PiSSA's experiments: Alpaca's heading, the response followed by a newline. chat
+    is the model's own chat template, which is found beside the tokenizer. A file may spell control tokens such as
+    <|im_start|>; then they are parsed in the whole text, records included.
+
+    tokenizer: without it (before it is read) only the name is checked.
 
     Raises:
-        ValueError: neither a known name nor a readable file with {prompt}.
+        UserError: neither a known name nor a readable file with {prompt}.
     """
+    if name == "chat":
+        return ChatTurns(tokenizer)
     if name == "none":
         return Template(lambda prompt, extra: f"{prompt}\n{extra}" if extra else prompt, "")
     if name in ("alpaca", "pissa"):
@@ -41,13 +74,19 @@ def load_template(name: str) -> Template:
             return _fill(_ALPACA_INPUT if extra else _ALPACA, prompt, extra)
 
         return Template(write, "\n" if name == "pissa" else "")
+    text = _read(name)
+    special = tokenizer is not None and not tokenizer.control_ids.isdisjoint(tokenizer.encode(text, special=True))
+    return Template(lambda prompt, extra: _fill(text, prompt, extra), "", special)
+
+
+def _read(name: str) -> str:
     try:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        raise UserError(f"data.template: {name!r} is neither alpaca, pissa or none nor a text file") from None
+        raise UserError(f"data.template: {name!r} is neither alpaca, pissa, chat or none nor a text file") from None
     if "{prompt}" not in text:
         raise UserError(f"data.template: {name} holds no {{prompt}}")
-    return Template(lambda prompt, extra: _fill(text, prompt, extra), "")
+    return text
 
 
 def _fill(text: str, prompt: str, extra: str) -> str:

@@ -8,12 +8,18 @@ from typing import ClassVar
 
 import pytest
 
+from tests.unit.data.test_tokenizer import pieces_directory
 from titan_hd.config.job_config import Data
 from titan_hd.data.dataset import build_records
 from titan_hd.data.loader import collate
 from titan_hd.data.records import IGNORE, Example, InstructionRecords, TokenRecords, read_jsonl
 from titan_hd.data.templates import load_template
-from titan_hd.data.tokenizer import Tokenizer
+from titan_hd.data.tokenizer import Tokenizer, load_tokenizer
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 class Letters(Tokenizer):
@@ -274,6 +280,55 @@ class TestInstructionRecords:
     def test_an_input_that_no_tokenizer_takes(self, jsonl):
         path = jsonl({"prompt": "a", "response": "b"}, '{"prompt": "a", "input": "\\ud800", "response": "b"}')
         assert message(instruction, path).startswith(f"{path}:2: input: ")
+
+
+class TestChatRecords:
+    """data.template = "chat", with a real tokenizer and a template in the manner of ChatML."""
+
+    def build(self, path: str, folder: Path, template: str = CHAT, seq_len: int = 64):
+        tokenizer = load_tokenizer(pieces_directory(folder, chat_template=template, bos_token="</s>"))
+        data = Data(train=path, template="chat")
+        return tokenizer, build_records(data, "train", tokenizer.vocab_size, seq_len, lambda: tokenizer)
+
+    def test_labels(self, jsonl, tmp_path: Path):
+        tokenizer, records = self.build(jsonl({"prompt": "the fox", "response": "1 + 2"}), tmp_path)
+        before = "<|im_start|>user\nthe fox<|im_end|>\n<|im_start|>assistant\n"
+        assert records.prompt(0) == before
+        assert records.prompt_ids(0) == tokenizer.encode(before, special=True)
+        (example,) = records
+        assert example.input_ids == tokenizer.encode(before + "1 + 2<|im_end|>\n", special=True)
+        prompt, end = len(records.prompt_ids(0)), tokenizer.encode("<|im_end|>", special=True)
+        assert example.labels[:prompt] == [IGNORE] * prompt
+        assert example.labels[prompt:] == [*tokenizer.encode("1 + 2"), *end, IGNORE]
+        assert len(example.labels) == len(example.input_ids)
+
+    @pytest.mark.parametrize("seq_len", [1, 20, 40, 50])
+    def test_cut_at_the_right(self, jsonl, tmp_path: Path, seq_len: int):
+        path = jsonl({"prompt": "the fox", "response": "1 + 2"})
+        (whole,), (cut,) = self.build(path, tmp_path)[1], self.build(path, tmp_path, seq_len=seq_len)[1]
+        assert (cut.input_ids, cut.labels) == (whole.input_ids[:seq_len], whole.labels[:seq_len])
+
+    def test_a_bos_of_the_template_is_the_only_one(self, jsonl, tmp_path: Path):
+        path = jsonl({"prompt": "a", "response": "b"})
+        tokenizer, records = self.build(path, tmp_path, "{{ bos_token }}" + CHAT)
+        bos = tokenizer.encode("</s>", special=True)[0]
+        assert records[0].input_ids.count(bos) == 1
+        assert records[0].input_ids[0] == records.prompt_ids(0)[0] == bos
+
+    def test_a_refused_record_is_named_at_the_start(self, jsonl, tmp_path: Path):
+        refuses = "{% if messages[0].content == 'x' %}{{ raise_exception('no x') }}{% endif %}" + CHAT
+        path = jsonl({"prompt": "a", "response": "b"}, {"prompt": "x", "response": "b"})
+        where = f"{path}:2: {tmp_path / 'tokenizer_config.json'}: chat template: no x"
+        assert message(self.build, path, tmp_path, refuses) == where
+
+    def test_a_template_without_an_end_is_refused_at_the_start(self, jsonl, tmp_path: Path):
+        path = jsonl({"prompt": "a", "response": "b"})
+        text = message(self.build, path, tmp_path, "{% for m in messages %}{{ m.content }}\n{% endfor %}")
+        assert text == f"{path}:1: data.template: chat: the template ends an answer with no special token"
+
+    def test_no_template(self, jsonl, tmp_path: Path):
+        text = message(self.build, jsonl({"prompt": "a", "response": "b"}), tmp_path, None)
+        assert f"data.template: chat: {tmp_path} has no chat template" in text
 
 
 class TestBuildRecords:

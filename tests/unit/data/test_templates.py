@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.data.test_tokenizer import pieces_directory
+from titan_hd.data.chat import ChatTurns
 from titan_hd.data.templates import load_template
+from titan_hd.data.tokenizer import load_tokenizer
 
 PLAIN = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -51,8 +54,35 @@ def test_a_file_without_the_prompt_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["Alpaca", "nowhere.txt", "", "."])
 def test_neither_a_name_nor_a_file(name: str):
-    with pytest.raises(ValueError, match=r"data.template: .* is neither alpaca, pissa"):
+    with pytest.raises(ValueError, match=r"data.template: .* is neither alpaca, pissa, chat or none nor a text"):
         load_template(name)
+
+
+def test_chat_is_known_before_there_is_a_tokenizer():
+    assert isinstance(load_template("chat"), ChatTurns)
+
+
+def test_encodes_prompt_and_response_as_one_text(tmp_path: Path):
+    tokenizer = load_tokenizer(pieces_directory(tmp_path))
+    ids, start, stop = load_template("pissa", tokenizer).encode(tokenizer, "Add 1 and 2.", "", "3")
+    assert ids == [*tokenizer.encode(PLAIN + "3\n"), tokenizer.eos_id]
+    assert (start, stop) == (len(tokenizer.encode(PLAIN)), len(ids))
+    assert tokenizer.decode(ids[start:stop]) == "3\n"
+
+
+def test_a_record_cannot_forge_the_end(tmp_path: Path):
+    tokenizer = load_tokenizer(pieces_directory(tmp_path))
+    ids, _, _ = load_template("alpaca", tokenizer).encode(tokenizer, "a</s>b", "<|im_end|>", "c</s>d")
+    assert [i for i in ids if i in tokenizer.control_ids] == [tokenizer.eos_id]
+
+
+def test_a_file_that_spells_control_tokens(tmp_path: Path):
+    tokenizer = load_tokenizer(pieces_directory(tmp_path))
+    path, end = tmp_path / "t.txt", tokenizer.encode("<|im_end|>", special=True)[0]
+    path.write_text("{prompt}<|im_end|>")
+    assert load_template(str(path), tokenizer).prompt_ids(tokenizer, "dog", "") == [*tokenizer.encode("dog"), end]
+    path.write_text("{prompt}|")
+    assert end not in load_template(str(path), tokenizer).prompt_ids(tokenizer, "dog<|im_end|>", "")
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path: Path):

@@ -1,16 +1,105 @@
-"""Tokenizers: a tiny SentencePiece model trained here, tokenizer.json files made here, and the real ones."""
+"""Tokenizers: small ones trained here (SentencePiece, tokenizer.json, tiktoken), and the real ones.
+
+What a tokenizer gives is compared with transformers on TORTURE, which holds what tokenizers get wrong.
+"""
 
 from __future__ import annotations
 
+import base64
 import json
+import pickle
+import random
+import shutil
+import unicodedata
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 from titan_hd.data.tokenizer import Tokenizer, load_tokenizer
+from titan_hd.data.tokenizer_model import llama3_control_tokens
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs", "1 + 2 = 3\n"] * 5
+
+CONTROL = ["<s>", "</s>", "<unk>", "<|begin_of_text|>", "<|eot_id|>", "<|im_end|>", "<|endoftext|>", "<|im_start|>"]
+TORTURE = [
+    "",
+    "Hello world",
+    " leading",
+    "  two leading",
+    "trailing  ",
+    " ",
+    "    ",
+    "\n",
+    "\n\n\n",
+    " \n \n",
+    "\r\n\r\n",
+    "\t\ttabs\t\t",
+    "a\tb\nc\rd\x0be\x0cf",
+    "\u00a0no\u00a0break\u2003em\u3000ideographic\u200bzero\u2028line\u2029paragraph\x85next",
+    "Größe, naïve, Ærøskøbing, İstanbul, ﬁne, ǅ, ß, ẞ",
+    "Привет, мир! Ελληνικά; Հայերեն ქართული",
+    "日本語のテキスト、漢字とカタカナ。한국어 텍스트 中文混合English",
+    "שלום עולם مرحبا بالعالم ١٢٣ ۴۵۶ \u202eRTL override\u202c",
+    "हिन्दी पाठ, ไทยไม่มีช่องว่าง, தமிழ், አማርኛ, ᏣᎳᎩ",
+    "e\u0301 vs é, a\u0323\u0307 vs a\u0307\u0323, Å Å Å, \u1100\u1161\u11a8 vs 각, Z\u0351\u0352\u0353a\u0334lgo",
+    "\U0001f44d\U0001f3fd \U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 \U0001f3f3\ufe0f\u200d\U0001f308",
+    "🇩🇪🇫🇷 \u263a\ufe0f ☺ 1\ufe0f\u20e3 \U0001f9d1\U0001f3ff\u200d\U0001f680\U0001fae8",
+    "\U0001d573\U0001d58a\U0001d591\U0001d591\U0001d594 𒀀𒀁 𐍈 \U0010ffff \ue000 \ufeff \ufffd",
+    "\x00\x01\x02\x1b[31mred\x1b[0m\x7f\x80\x9f",
+    "0 12 123 1234 12345 1,234,567.89 3.14e-10 0xDEADBEEF ½ ² ₃ Ⅷ 二〇二四 1st 2nd",
+    "it's we're I'VE you'll 'Tis don'T ''quoted'' “curly\u2019s”",
+    "def f(x):\n    if x:\n\treturn {'a': [1, 2], \"b\": x**2}  # comment\n\n\n    return None\n",
+    "<html>&amp;<!-- x --></html> $\\frac{a}{b}$ C:\\path\\n https://a.b/c?d=e&f=g#h user@host -->>> ==!= ..... ----",
+    "a.b.c... !!! ??? ,,, ;:;: (((nested))) [[x]] {{y}} ~`@#$%^&*_+|",
+    "▁▁ already ▁ there▁",
+    "x" * 3000,
+    " " * 3000,
+    "ab" * 2000 + "\n" * 500,
+    "日" * 1500,
+    "🚀" * 400,
+    "1" * 1000,
+    "word " * 1000,
+    "no" + "space" * 1500,
+    *(f"before {c} after{c}{c}\n{c}" for c in CONTROL),
+    "<|eot_id|", "<|eot_id |>", "< s>", "<|im_start|>user\nhi<|im_end|>\n", "[INST] x [/INST]", "<<SYS>>",
+]  # fmt: skip
+_RANDOM = random.Random(0)
+TORTURE += ["".join(_RANDOM.choices("aZ é日\n\t 1🚀'<|>/s_▁\u0301", k=40)) for _ in range(60)]
+
+
+def pieces_directory(folder: Path, **settings) -> Path:
+    """A byte-level BPE tokenizer.json, trained on TEXT, with GPT-2's pieces and two special tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["</s>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(TEXT, trainer)
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast", **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def tiktoken_lines(tokens: list[bytes]) -> bytes:
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+
+
+TINY = [bytes([i]) for i in range(256)] + [b"th", b"the", b" the", b"  ", b"\n\n", b"12", b"123", "é".encode()]
+
+
+def tiktoken_directory(folder: Path, content: bytes = tiktoken_lines(TINY), **settings) -> Path:
+    (folder / "tokenizer.model").write_bytes(content)
+    if settings:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +160,7 @@ class TestSentencePiece:
             assert not {1, 2} & set(ids)
             assert all(0 <= i < tokenizer.vocab_size for i in ids)
             assert tokenizer.decode(ids) == text
-            assert tokenizer.decode([1, *ids, 2]) == text
+            assert tokenizer.decode([1, *ids, 0, 2]) == text
         assert tokenizer.encode("") == []
 
     def test_special_tokens_in_a_text_are_text(self, tmp_path: Path, trained: Path):
@@ -82,11 +171,45 @@ class TestSentencePiece:
         assert load_tokenizer(sentencepiece_directory(tmp_path, trained, add_bos_token=False)).bos_id is None
         assert load_tokenizer(sentencepiece_directory(tmp_path, trained, add_bos_token=True)).bos_id == 1
 
-    @pytest.mark.parametrize("content", [b"", b"no model at all", b"\x00" * 64])
+    @pytest.mark.parametrize("content", [b"", b"no model at all", b"\x00" * 64, b"{}", b"IQ== x\n"])
     def test_another_file_under_its_name(self, tmp_path: Path, content: bytes):
         (tmp_path / "tokenizer.model").write_bytes(content)
-        with pytest.raises(ValueError, match=r"tokenizer.model: (is no SentencePiece model|has no end-of-sequence)"):
+        with pytest.raises(ValueError, match=r"tokenizer.model: is neither a SentencePiece model nor tiktoken's ranks"):
             load_tokenizer(tmp_path)
+
+    def test_special_parses_control_tokens(self, tmp_path: Path, trained: Path):
+        """Each stretch between them is encoded as a text of its own, as Meta's code encodes turns."""
+        tokenizer = load_tokenizer(sentencepiece_directory(tmp_path, trained))
+        fox, dog = tokenizer.encode("the fox"), tokenizer.encode("dog")
+        assert tokenizer.encode("<s>the fox</s><s>dog", special=True) == [1, *fox, 2, 1, *dog]
+        assert tokenizer.decode([1, *fox, 2]) == "the fox"
+
+    def test_added_control_tokens(self, tmp_path: Path, trained: Path):
+        plain = load_tokenizer(sentencepiece_directory(tmp_path, trained))
+        size = plain.vocab_size
+        added = {str(size): {"content": "<|im_end|>", "special": True}, "2": {"content": "</s>", "special": True}}
+        folder = sentencepiece_directory(
+            tmp_path, trained, added_tokens_decoder=added, eos_token="<|im_end|>", pad_token="<s>"
+        )
+        tokenizer = load_tokenizer(folder)
+        assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id) == (size + 1, size, 1)
+        assert tokenizer.encode("dog<|im_end|>", special=True) == [*plain.encode("dog"), size]
+        assert tokenizer.encode("dog<|im_end|>") == plain.encode("dog<|im_end|>")
+        assert tokenizer.decode([*plain.encode("dog"), size]) == "dog"
+
+    def test_added_words_need_tokenizer_json(self, tmp_path: Path, trained: Path):
+        added = {"1000": {"content": "word", "special": False}}
+        with pytest.raises(ValueError, match=r"adds 'word', which is not marked special; save the tokenizer as tok"):
+            load_tokenizer(sentencepiece_directory(tmp_path, trained, added_tokens_decoder=added))
+
+    @pytest.mark.parametrize("added", [[], {"x": {"content": "a"}}, {"3": "a"}, {"3": {"content": 1}}])
+    def test_added_tokens_of_another_shape(self, tmp_path: Path, trained: Path, added):
+        added = added or [1]
+        with pytest.raises(ValueError, match=r"tokenizer_config.json: added_tokens_decoder: must map"):
+            load_tokenizer(sentencepiece_directory(tmp_path, trained, added_tokens_decoder=added))
+
+    def test_encodes_as_the_published_pipeline(self, tmp_path: Path, trained: Path):
+        check_sentencepiece(sentencepiece_directory(tmp_path, trained))
 
 
 class TestTokenizerJson:
@@ -99,9 +222,47 @@ class TestTokenizerJson:
         tokenizer = load_tokenizer(word_directory(tmp_path, WORDS, bos=False, **SPECIAL))
         assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 2)
 
-    def test_bos_where_the_settings_ask_for_it(self, tmp_path: Path):
-        folder = word_directory(tmp_path, WORDS, bos=False, add_bos_token=True, **SPECIAL)
-        assert load_tokenizer(folder).bos_id == 1
+    @pytest.mark.parametrize("flag", [True, False])
+    @pytest.mark.parametrize("bos", [True, False])
+    def test_the_post_processor_decides_as_in_transformers(self, tmp_path: Path, bos: bool, flag: bool):
+        transformers = pytest.importorskip("transformers", minversion="5")
+        settings = {"add_bos_token": flag, "add_eos_token": flag, "tokenizer_class": "PreTrainedTokenizerFast"}
+        folder = word_directory(tmp_path, WORDS, bos=bos, **SPECIAL, **settings)
+        tokenizer = load_tokenizer(folder)
+        prefix = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        reference = transformers.AutoTokenizer.from_pretrained(folder)
+        assert reference("one two")["input_ids"] == prefix + tokenizer.encode("one two")
+        assert prefix == ([1] if bos else [])
+
+    def test_encodes_as_transformers(self, tmp_path: Path):
+        check_json(pieces_directory(tmp_path))
+
+    def test_text_cannot_forge_the_end(self, tmp_path: Path):
+        tokenizer = load_tokenizer(pieces_directory(tmp_path))
+        assert tokenizer.control_ids == {0, 1}
+        for text in ("</s>", "a</s>b", "<|im_end|>\n"):
+            assert not {0, 1} & set(tokenizer.encode(text))
+            assert {0, 1} & set(tokenizer.encode(text, special=True))
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    def test_truncation_and_padding_left_in_the_file(self, tmp_path: Path):
+        import tokenizers
+
+        folder = word_directory(tmp_path, WORDS, bos=False, **SPECIAL)
+        kept = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        kept.enable_truncation(2)
+        kept.enable_padding(length=8)
+        kept.save(str(folder / "tokenizer.json"))
+        assert load_tokenizer(folder).encode("one two three one") == [3, 4, 5, 3]
+
+    def test_special_tokens_map_where_tokenizer_config_is_silent(self, tmp_path: Path):
+        word_directory(tmp_path, WORDS, bos=True)
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "</s>"}}))
+        assert load_tokenizer(tmp_path).eos_id == 2
+
+    def test_a_token_of_another_type(self, tmp_path: Path):
+        with pytest.raises(ValueError, match=r"tokenizer_config.json: eos_token: must be a string"):
+            load_tokenizer(word_directory(tmp_path, WORDS, bos=True, eos_token=2))
 
     def test_encode_adds_nothing_and_decode_leaves_special_tokens_out(self, tmp_path: Path):
         tokenizer = load_tokenizer(word_directory(tmp_path, WORDS, bos=True, **SPECIAL))
@@ -144,6 +305,204 @@ class TestTokenizerJson:
         assert max(tokenizer.encode("one ten")) < tokenizer.vocab_size
 
 
+class TestTiktoken:
+    def test_ids(self, tmp_path: Path):
+        tokenizer = load_tokenizer(tiktoken_directory(tmp_path))
+        size = len(TINY)
+        assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (size, size + 1, size + 256)
+        assert tokenizer.encode("the the") == [257, 258]
+        assert tokenizer.special_tokens == {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+
+    def test_encodes_as_transformers(self, tmp_path: Path):
+        """The same ranks and pieces as a tokenizer.json, by the tokenizers library."""
+        tokenizers = pytest.importorskip("tokenizers")
+        pytest.importorskip("transformers")
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+
+        tokenizer = load_tokenizer(tiktoken_directory(tmp_path))
+        names = llama3_control_tokens(False)
+        reference = TikTokenConverter(str(tmp_path / "tokenizer.model"), extra_special_tokens=names).converted()
+        assert isinstance(reference, tokenizers.Tokenizer)
+        for text in TORTURE:
+            for special in (False, True):
+                reference.encode_special_tokens = not special
+                assert tokenizer.encode(text, special) == reference.encode(text, add_special_tokens=False).ids
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    def test_control_tokens_are_text_unless_special(self, tmp_path: Path):
+        """tiktoken itself raises on a text that spells one."""
+        tokenizer = load_tokenizer(tiktoken_directory(tmp_path))
+        end = len(TINY) + 9
+        assert tokenizer.encode("<|eot_id|>", special=True) == [end]
+        assert tokenizer.decode(tokenizer.encode("<|eot_id|>")) == "<|eot_id|>"
+        assert not tokenizer.control_ids & set(tokenizer.encode("a<|eot_id|>"))
+        assert tokenizer.decode([257, end, 10**9, -1]) == "the"
+
+    def test_256_control_tokens(self):
+        """Meta's order: ids 128000, ... in Llama 3 and in 3.1."""
+        old, new = llama3_control_tokens(False), llama3_control_tokens(True)
+        for names in (old, new):
+            assert len(names) == len(set(names)) == 256
+            assert names[:4] == [
+                "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"
+            ]  # fmt: skip
+            assert names[6:8] == ["<|start_header_id|>", "<|end_header_id|>"]
+            assert names[9] == "<|eot_id|>"
+        assert (old[4], old[8], old[10]) == tuple(f"<|reserved_special_token_{i}|>" for i in (2, 4, 5))
+        assert old[255] == "<|reserved_special_token_250|>"
+        assert new[4:6] == ["<|finetune_right_pad_id|>", "<|step_id|>"]
+        assert (new[8], new[10], new[11]) == ("<|eom_id|>", "<|python_tag|>", "<|reserved_special_token_2|>")
+
+    @pytest.mark.parametrize(
+        ("file", "content"),
+        [
+            ("config.json", {"rope_scaling": {"rope_type": "llama3"}}),
+            ("config.json", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}),
+            ("params.json", {"use_scaled_rope": True}),
+        ],
+    )
+    def test_llama_3_1_is_seen_by_its_rope(self, tmp_path: Path, file: str, content: dict):
+        python = len(TINY) + 10
+        assert load_tokenizer(tiktoken_directory(tmp_path)).encode("<|python_tag|>", special=True) != [python]
+        (tmp_path / file).write_text(json.dumps(content))
+        assert load_tokenizer(tmp_path).encode("<|python_tag|>", special=True) == [python]
+
+    def test_tokenizer_config_renames(self, tmp_path: Path):
+        added = {str(len(TINY) + 5): {"content": "<|mine|>", "special": True}}
+        folder = tiktoken_directory(tmp_path, added_tokens_decoder=added, eos_token="<|eot_id|>", pad_token="<|mine|>")
+        tokenizer = load_tokenizer(folder)
+        assert tokenizer.encode("<|mine|>", special=True) == [len(TINY) + 5]
+        assert (tokenizer.eos_id, tokenizer.pad_id) == (len(TINY) + 9, len(TINY) + 5)
+
+    def test_metas_folder(self, tmp_path: Path):
+        (tmp_path / "original").mkdir()
+        tiktoken_directory(tmp_path / "original")
+        assert load_tokenizer(tmp_path).bos_id == len(TINY)
+
+    @pytest.mark.parametrize(
+        ("content", "says"),
+        [
+            (tiktoken_lines(TINY) + b"IQ== 5\n", r"tokenizer.model:265: must be a new token in base64 and rank 264"),
+            (tiktoken_lines(TINY) + b"IQ== 264\n", r"tokenizer.model:265: must be a new token"),
+            (tiktoken_lines(TINY) + b"I!Q== 264\n", r"tokenizer.model:265: must be a new token"),
+            (tiktoken_lines(TINY) + b"nothing\n", r"tokenizer.model:265: must be a new token"),
+            (tiktoken_lines(TINY[1:]), r"tokenizer.model: must hold each of the 256 bytes"),
+        ],
+    )
+    def test_broken_ranks(self, tmp_path: Path, content: bytes, says: str):
+        with pytest.raises(ValueError, match=says):
+            load_tokenizer(tiktoken_directory(tmp_path, content))
+
+    def test_long_runs_are_cut_as_metas_tokenizer_cuts_them(self, tmp_path: Path):
+        """At 25,000 characters of a run, counted anew in every 400,000 of the text: "aa" is never across a cut."""
+        tokenizer = load_tokenizer(tiktoken_directory(tmp_path, tiktoken_lines([*TINY, b"aa", b"aaaa"])))
+        pair, four = len(TINY), len(TINY) + 1
+        assert tokenizer.encode("a" * 25_002) == [four] * 6_250 + [pair]
+        assert tokenizer.encode("b" + "a" * 25_001) == [98] + [four] * 6_249 + [pair, 97] + [pair]
+        text = "b " * 199_999 + "baa"  # the 400,000th character is the first a
+        assert tokenizer.encode(text)[-3:] == [98, 97, 97]
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    def test_a_million_equal_characters_take_no_time(self, tmp_path: Path):
+        tokenizer = load_tokenizer(tiktoken_directory(tmp_path))
+        for character in ("a", " ", "é"):
+            assert tokenizer.decode(tokenizer.encode(character * 200_000)) == character * 200_000
+
+
+class TestEveryKind:
+    @pytest.fixture(params=["sentencepiece", "json", "tiktoken"])
+    def tokenizer(self, request, tmp_path: Path, trained: Path) -> Tokenizer:
+        if request.param == "sentencepiece":
+            return load_tokenizer(sentencepiece_directory(tmp_path, trained))
+        return load_tokenizer((pieces_directory if request.param == "json" else tiktoken_directory)(tmp_path))
+
+    def test_half_a_surrogate_pair(self, tokenizer: Tokenizer):
+        with pytest.raises(ValueError, match=r"character 2 is half of a surrogate pair, which no tokenizer takes"):
+            tokenizer.encode("ab\ud800")
+
+    def test_round_trip(self, tokenizer: Tokenizer):
+        for text in TORTURE:
+            if "▁" not in text:
+                assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    def test_no_control_token_in_any_text(self, tokenizer: Tokenizer):
+        for text in TORTURE:
+            assert not tokenizer.control_ids & set(tokenizer.encode(text))
+
+    def test_ids_beyond_the_vocabulary_are_left_out(self, tokenizer: Tokenizer):
+        ids = tokenizer.encode("the dog")
+        assert tokenizer.decode([*ids, tokenizer.vocab_size + 5, tokenizer.eos_id]) == "the dog"
+
+    def test_it_can_be_pickled(self, tokenizer: Tokenizer):
+        copy = pickle.loads(pickle.dumps(tokenizer))
+        for text in TORTURE[-30:]:
+            assert copy.encode(text) == tokenizer.encode(text)
+            assert copy.encode(text, special=True) == tokenizer.encode(text, special=True)
+
+    def test_padding_and_stops(self, tokenizer: Tokenizer):
+        assert tokenizer.pad_id == tokenizer.eos_id
+        assert tokenizer.stop_ids == {tokenizer.eos_id}
+        folder = tokenizer.directory
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_id, 7]}))
+        assert load_tokenizer(folder).stop_ids == {tokenizer.eos_id, 7}
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+        assert load_tokenizer(folder).stop_ids == {tokenizer.eos_id, 7}
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ["7"]}))
+        with pytest.raises(ValueError, match=r"generation_config.json: token ids must be whole numbers"):
+            load_tokenizer(folder)
+
+
+def check_json(folder: Path, kept: Callable[[str], str] = str) -> None:
+    """tokenizer.json: plain and special against transformers, BOS too, and what the round trip keeps of a text."""
+    transformers = pytest.importorskip("transformers")
+    reference, tokenizer = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    for text in TORTURE:
+        plain = reference(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert tokenizer.encode(text) == plain, text
+        special = reference(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.encode(text, special=True) == special, text
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        assert reference(text)["input_ids"] == bos + special, text
+        assert tokenizer.decode(tokenizer.encode(text)) == kept(text)
+
+
+def check_sentencepiece(folder: Path) -> None:
+    """tokenizer.model against the pipeline of Llama 2's published tokenizer.json, and transformers where it agrees.
+
+    That pipeline puts a space in front, always, and merges by the pieces' scores: so does sentencepiece, and so were
+    the models trained. What transformers 5 makes of a bare tokenizer.model does neither (no space in front of a space;
+    merges by id, which joins runs of spaces otherwise); on all other texts it must agree.
+    """
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    import sentencepiece
+
+    tokenizer = load_tokenizer(folder)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    score = {processor.id_to_piece(i): processor.get_score(i) for i in range(processor.vocab_size())}
+    merges = [(p[:i], p[i:]) for p in score for i in range(1, len(p)) if p[:i] in score and p[i:] in score]
+    merges.sort(key=lambda m: (score[m[0] + m[1]], len(m[0]), len(m[1])), reverse=True)
+    published = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            {piece: i for i, piece in enumerate(score)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        )
+    )
+    published.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    published.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in ("<s>", "</s>")])
+    fast = transformers.LlamaTokenizer.from_pretrained(folder)
+    for text in TORTURE:
+        for special in (False, True):
+            published.encode_special_tokens = not special
+            ids = published.encode(text, add_special_tokens=False).ids
+            assert tokenizer.encode(text, special) == ids, (text, special)
+        spaced = text.replace("▁", " ")
+        if not spaced.startswith(" ") and "  " not in spaced:
+            plain = fast(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            assert tokenizer.encode(text) == plain, text
+        assert tokenizer.decode(tokenizer.encode(text)) == spaced
+
+
 class TestDirectory:
     def test_no_tokenizer(self, tmp_path: Path):
         with pytest.raises(
@@ -182,6 +541,26 @@ class TestRealTokenizers:
         if not path.is_dir():
             pytest.skip(f"no {path}")
         self.check(load_tokenizer(path), size, bos, eos, hello)
+        check_json(path, partial(unicodedata.normalize, "NFC") if folder == "qwen2_5_hf" else str)
+
+    def test_a_small_tokenizer_json(self, shared_data: Path):
+        path = shared_data / "stories260k-hf"
+        if not path.is_dir():
+            pytest.skip(f"no {path}")
+        check_json(path, lambda text: text.replace("▁", " "))
+
+    def test_llama3_from_meta_is_llama3_from_hugging_face(self, shared_data: Path, tmp_path: Path):
+        folder = shared_data / "tokenizers"
+        if not (folder / "llama3_tokenizer.model").is_file() or not (folder / "llama3_1_hf").is_dir():
+            pytest.skip(f"no Llama 3 in {folder}")
+        shutil.copyfile(folder / "llama3_tokenizer.model", tmp_path / "tokenizer.model")
+        meta, hub = load_tokenizer(tmp_path), load_tokenizer(folder / "llama3_1_hf")
+        assert (meta.bos_id, meta.eos_id, meta.vocab_size) == (128000, 128001, 128256)
+        assert meta.control_ids == hub.control_ids
+        for text in [*TORTURE, *llama3_control_tokens(False)]:
+            assert meta.encode(text) == hub.encode(text), text
+            assert meta.encode(text, special=True) == hub.encode(text, special=True), text
+            assert meta.decode(hub.encode(text)) == hub.decode(hub.encode(text)) == text
 
     @pytest.mark.parametrize(
         ("file", "hello"),
@@ -192,3 +571,4 @@ class TestRealTokenizers:
         if not path.is_file():
             pytest.skip(f"no {path}")
         self.check(load_tokenizer(sentencepiece_directory(tmp_path, path)), 32000, 1, 2, hello)
+        check_sentencepiece(tmp_path)

@@ -1,0 +1,37 @@
+"""The benchmarks run, at sizes that say nothing about speed, and their variants agree with each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TINY = {
+    "linear": "--in-features 24 --out-features 16 --tokens 32 --hidden 64 --intermediate 48 --head-dim 8 --seq-len 16 "
+    "--rank 2 --threads 1 --repetitions 1",
+    "update": "--cases 24x40k8r2 --workers 2 --repetitions 1",
+    "svd": "--sizes 48x32 --count 8 --threads 1 --repetitions 1",
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_it_runs_and_ends_with_a_line_for_machines(name: str):
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.bench_{name}", *TINY[name].split()],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    said = json.loads(done.stdout.strip().splitlines()[-1])
+    if name == "update":
+        for variant, result in said["cases"]["24x40k8r2"].items():
+            assert result["difference"] < 1e-5, f"{variant} is another update than the authors'"
