@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from titan_hd.adapters.hdpissa import check_rank
+from titan_hd.components.checkpoint import Checkpointer
+from titan_hd.components.export import check_folder, export_folder
 from titan_hd.components.optimizer import optimizer_class
 from titan_hd.config.job_config import LINEAR_LAYERS, JobConfig
 from titan_hd.config.manager import ConfigError
@@ -13,6 +17,8 @@ from titan_hd.data.templates import load_template
 from titan_hd.distributed.parallel_dims import placement_error, resolve_shard_degree
 from titan_hd.distributed.tensor_parallel import ROW_WISE, tensor_parallel_errors
 from titan_hd.distributed.update.plan import Topology, UpdatePlan, plan_update
+from titan_hd.models.decoder import Decoder
+from titan_hd.models.hf_weights import WeightFiles
 from titan_hd.models.registry import DecoderConfig, flavor_config, read_hf_config
 
 
@@ -40,7 +46,7 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> Ru
         try:
             return function(*args)
         except ValueError as error:
-            errors.append(str(error))
+            errors.extend(str(error).splitlines())
             return None
 
     parallelism, training = config.parallelism, config.training
@@ -55,6 +61,10 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> Ru
         path = getattr(config.data, key)
         if path and not Path(path).is_file():
             errors.append(f"data.{key}: no such file: {path}")
+    if config.export.enable and needs_files:
+        attempt(check_folder, export_folder(config), config.model.hf_assets_path)
+    if decoder and needs_files:
+        attempt(_check_start, config, decoder)
     hdpissa = config.adapter.method == "hdpissa"
     num_adapters = (config.hdpissa.num_adapters or workers) if hdpissa else 1
     global_batch = training.global_batch_size
@@ -89,6 +99,21 @@ def update_plan(config: JobConfig, plan: RunPlan, shapes: dict[str, tuple[int, i
 
 def _tp_local(name: str, shape: tuple[int, int], tp: int) -> tuple[int, int]:
     return (shape[0], shape[1] // tp) if name in ROW_WISE else (shape[0] // tp, shape[1])
+
+
+def _check_start(config: JobConfig, decoder: DecoderConfig) -> None:
+    """What the run starts from is there: the checkpoint, or weight files whose headers have the model's shapes.
+
+    Before any memory is allocated for a model whose sizes somebody else's config.json says.
+    """
+    c = config.checkpoint
+    checkpointer = Checkpointer(Path(config.job.dump_folder) / c.folder, c.keep_latest_k)
+    if (c.enable and checkpointer.choose(c.load_step) is not None) or config.model.flavor:
+        return
+    with torch.device("meta"):
+        model = Decoder(decoder)
+    expected = {name: p.shape for name, p in model.named_parameters()}
+    WeightFiles(config.model.hf_assets_path, expected, tied_head=model.lm_head is None)
 
 
 def decoder_config(config: JobConfig) -> DecoderConfig:

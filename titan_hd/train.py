@@ -27,12 +27,13 @@ from titan_hd.adapters.svd import SvdSettings
 from titan_hd.components import checkpoint as ckpt
 from titan_hd.components.export import export_hf
 from titan_hd.components.flops import flops_per_token
+from titan_hd.components.generation import generate
 from titan_hd.components.loss import token_loss_sum
 from titan_hd.components.lr_scheduler import lr_factor
 from titan_hd.components.metrics import MetricsLogger, init_logging, peak_memory_gib, write_svd_report
 from titan_hd.components.optimizer import build_optimizer, clip_gradients
 from titan_hd.components.profiling import build_profiler
-from titan_hd.components.validation import exact_match, greedy, validation_loss
+from titan_hd.components.validation import exact_match, validation_loss
 from titan_hd.config import manager
 from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
@@ -44,10 +45,11 @@ from titan_hd.data.tokenizer import load_tokenizer
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.collectives import same_everywhere, together
 from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims
-from titan_hd.distributed.parallelize import init_weights, load_weights, materialize, parallelize, reshard
+from titan_hd.distributed.parallelize import parallelize, reshard
 from titan_hd.distributed.slices import SliceSettings, compute_factors
 from titan_hd.distributed.tensor_parallel import apply_tensor_parallel
 from titan_hd.distributed.update.fold import Fold, check_finite
+from titan_hd.distributed.weights import init_weights, load_weights, materialize
 from titan_hd.models.decoder import Decoder
 from titan_hd.preflight import RunPlan, plan_run, update_plan
 
@@ -174,8 +176,7 @@ class Trainer:
             logger.info("random weights: model.flavor is set")
             init_weights(self.model, self.dims, c.training.seed)
         else:
-            with together("loading the weights"):
-                load_weights(self.model, self.dims, c.model.hf_assets_path)
+            load_weights(self.model, self.dims, c.model.hf_assets_path, c.metrics.progress_bar)
         if self.registry:
             if not self.step:
                 self._compute_factors()
@@ -307,9 +308,7 @@ class Trainer:
                 _set_timeout(self.config.comm.train_timeout_seconds)
         gc.enable()
         if self.config.export.enable:
-            folder = Path(self.config.job.dump_folder) / self.config.export.folder
-            dtype = getattr(torch, self.config.export.dtype)
-            export_hf(self.model, self.dims, folder, dtype, self.config.model.hf_assets_path)
+            export_hf(self.model, self.dims, self.config)
 
     # --------------------------------------------------------------------------------------------------- periodic
 
@@ -366,7 +365,15 @@ class Trainer:
                 v.answer_marker,
                 worker,
                 workers,
-                lambda ids: greedy(self.model, ids, tokenizer.eos_id, v.max_new_tokens, self.pad_to, self.device),
+                lambda prompts: generate(
+                    self.model,
+                    prompts,
+                    self.validation_records.stop_ids(),
+                    v.max_new_tokens,
+                    self.device,
+                    group=dist.group.WORLD,
+                    tp_group=self.dims.world["tp"].get_group() if self.dims.tp > 1 else None,
+                ),
                 self.device,
                 group,
                 c.training.local_batch_size,

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs import write_model
+from titan_hd.components.checkpoint import STATE_FILE
 from titan_hd.config.job_config import JobConfig
 from titan_hd.config.manager import ConfigError, load
-from titan_hd.models.registry import FLAVORS
 from titan_hd.preflight import plan_run
 
 
@@ -92,10 +93,39 @@ def test_full_fine_tuning_knows_no_rank(config):
 
 
 def test_the_model_directory_is_read(config, tmp_path: Path):
-    (tmp_path / "config.json").write_text(json.dumps({**FLAVORS["llama3"]["debugmodel"], "vocab_size": 77}))
-    plan = plan_run(config(model=("--model.hf_assets_path", str(tmp_path))), 1)
-    assert plan.decoder.vocab_size == 77
+    write_model(tmp_path / "model", vocab_size=77)
+    model = ("--model.hf_assets_path", str(tmp_path / "model"))
+    assert plan_run(config(model=model), 1).decoder.vocab_size == 77
     (line,) = errors_of(config(model=("--model.hf_assets_path", str(tmp_path / "no"))), 1)
     assert line.startswith("model.hf_assets_path: cannot read")
-    (line,) = errors_of(config(model=("--model.hf_assets_path", str(tmp_path), "--model.name", "mistral")), 1)
+    (line,) = errors_of(config(model=(*model, "--model.name", "mistral")), 1)
     assert line.startswith("model.name: ")
+
+
+def test_weights_are_checked_before_anything_is_allocated(config, tmp_path: Path):
+    """config.json is somebody else's: a size that it claims is believed when the weight files have it, too."""
+    said, _ = write_model(tmp_path / "model")
+    model = ("--model.hf_assets_path", str(tmp_path / "model"))
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**said, "intermediate_size": 2**30}))
+    errors = errors_of(config(model=model), 1)
+    assert len(errors) == 3 * said["num_hidden_layers"]
+    assert all("mlp." in line and f"{2**30}" in line for line in errors)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(said))
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (line,) = errors_of(config(model=model), 1)
+    assert "holds no model.safetensors" in line
+    plan_run(config(model=model), 1, needs_files=False)  # job.print_plan
+
+
+def test_a_run_that_resumes_needs_no_weights(config, tmp_path: Path):
+    write_model(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "checkpoint" / "step-3").mkdir(parents=True)
+    (tmp_path / "checkpoint" / "step-3" / STATE_FILE).write_text("{}")
+    argv = ("--job.dump_folder", str(tmp_path), "--checkpoint.enable")
+    model = ("--model.hf_assets_path", str(tmp_path / "model"))
+    plan_run(config(*argv, model=model), 1)
+    (line,) = errors_of(config(*argv, "--checkpoint.load_step", "2", model=model), 1)
+    assert line.startswith("checkpoint.load_step: ")
+    (line,) = errors_of(config(*argv, "--checkpoint.load_step", "0", model=model), 1)
+    assert "holds no model.safetensors" in line

@@ -25,10 +25,42 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from titan_hd.config.errors import UserError
 from titan_hd.distributed.adapter_registry import AdapterRegistry
-from titan_hd.distributed.parallelize import base_parameters
+from titan_hd.distributed.weights import base_parameters
 
 logger = logging.getLogger("titan_hd")
-_STATE_FILE = "train_state.json"
+STATE_FILE = "train_state.json"  # what a run's checkpoint has beside DCP's files
+
+
+def read_metadata(folder: Path, reader: dcp.FileSystemReader) -> Metadata:
+    """DCP's table of contents. A pickle: the caller has seen that a run wrote the folder, or was told to trust it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return reader.read_metadata()
+    except Exception as error:  # a torn pickle can raise anything
+        raise UserError(f"{folder}: .metadata cannot be read: {type(error).__name__}: {error}") from None
+
+
+def check_stored(folder: Path, metadata: Metadata, shapes: dict[str, torch.Size]) -> set[torch.dtype]:
+    """The dtypes of the weights in a checkpoint, by HF name -> shape.
+
+    Raises:
+        UserError: a line for every weight that is missing or misshapen, or no part of the model.
+    """
+    stored = {k: e for k, e in metadata.state_dict_metadata.items() if k.startswith("model.")}
+    expected = {f"model.{name}": shape for name, shape in shapes.items()}
+    errors = [f"{folder}: {key}: is not part of the model" for key in sorted(stored.keys() - expected.keys())]
+    for key, shape in expected.items():
+        entry = stored.get(key)
+        if not isinstance(entry, TensorStorageMetadata):
+            errors.append(f"{folder}: {key}: is missing")
+        elif entry.size != shape:
+            errors.append(f"{folder}: {key}: has shape {list(entry.size)}, must be {list(shape)}")
+    if errors:
+        raise UserError("\n".join(errors))
+    return {entry.properties.dtype for entry in stored.values()}
 
 
 def model_state(model: nn.Module, registry: AdapterRegistry | None) -> dict[str, torch.Tensor]:
@@ -86,7 +118,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        found = [re.fullmatch(r"step-(\d+)", p.parent.name) for p in self.folder.glob(f"step-*/{_STATE_FILE}")]
+        found = [re.fullmatch(r"step-(\d+)", p.parent.name) for p in self.folder.glob(f"step-*/{STATE_FILE}")]
         return sorted(int(m[1]) for m in found if m)
 
     def choose(self, load_step: int) -> int | None:
@@ -114,7 +146,7 @@ class Checkpointer:
         dist.barrier()
         dcp.save(tensors, checkpoint_id=str(partial))
         if dist.get_rank() == 0:
-            with open(partial / _STATE_FILE, "w", encoding="utf-8") as file:
+            with open(partial / STATE_FILE, "w", encoding="utf-8") as file:
                 json.dump(train_state, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
@@ -126,7 +158,7 @@ class Checkpointer:
         dist.barrier()
 
     def train_state(self, step: int) -> dict[str, Any]:
-        return json.loads((self.folder / f"step-{step}" / _STATE_FILE).read_text())
+        return json.loads((self.folder / f"step-{step}" / STATE_FILE).read_text())
 
     def metadata(self, step: int) -> Metadata:
         return dcp.FileSystemReader(str(self.folder / f"step-{step}")).read_metadata()

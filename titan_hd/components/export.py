@@ -1,56 +1,137 @@
-"""Writes the model as a Hugging Face directory that transformers, vLLM and lm-eval open."""
+"""Writes the model as a Hugging Face directory that transformers, vLLM and lm-eval open.
+
+The directory is written beside its place and renamed when everything is on the disk: what was there before stays until
+then, and a crash leaves it alone.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from titan_hd.components.model_card import final_metrics, model_card
 from titan_hd.config.errors import UserError
+from titan_hd.config.job_config import JobConfig
 from titan_hd.data.tokenizer import TOKENIZER_FILES
 from titan_hd.distributed.collectives import together
 from titan_hd.distributed.parallel_dims import ParallelDims
-from titan_hd.distributed.parallelize import write_weights
+from titan_hd.distributed.weights import write_weights
 from titan_hd.models.decoder import Decoder
+from titan_hd.models.hf_weights import disk_faults
 
 logger = logging.getLogger("titan_hd")
 
+# Copied from the base model where it has them, beside the files that our own tokenizers read.
+_ASSET_FILES = (
+    *TOKENIZER_FILES,
+    "generation_config.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "original/tokenizer.model",
+)
+_GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-def export_hf(model: Decoder, dims: ParallelDims, folder: Path, dtype: torch.dtype, assets: str) -> None:
-    """Write config.json, safetensors in `dtype` and the tokenizer files of `assets` beside, then rename to `folder`.
 
-    Every rank calls this; each writes the rows that it owns. fp32 masters are rounded once.
+def export_hf(model: Decoder, dims: ParallelDims, config: JobConfig) -> None:
+    """Write the model to export.folder. Collective; each rank writes the rows that it owns, rounded once from the
+    masters to export.dtype.
+
+    Raises:
+        UserError: the folder holds something else, or the disk fails; on every rank.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    folder, assets = export_folder(config), config.model.hf_assets_path
+    partial, dtype = beside(folder), getattr(torch, config.export.dtype)
     with together("looking at the export folder"):
-        if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
-            raise UserError(f"export.folder: {folder} is there and holds no model; name another folder")
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        (partial / "config.json").write_text(json.dumps(_hf_config(model, dtype), indent=2) + "\n")
-        for name in TOKENIZER_FILES if assets else ():
-            if (Path(assets) / name).exists():
-                shutil.copyfile(Path(assets) / name, partial / name)
-    dist.barrier()
-    write_weights(model, dims, partial, dtype, dist.barrier)
-    if dist.get_rank() == 0:
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-        logger.info("exported the model to %s", folder)
-    dist.barrier()
+        check_folder(folder, assets)
+    with together("starting the export"), disk_faults(partial):
+        if dist.get_rank() == 0:
+            dump = Path(config.job.dump_folder)
+            base = "" if config.model.flavor else assets
+            card = model_card(model.config.hf, base, dataclasses.asdict(config), final_metrics(dump / "metrics.jsonl"))
+            start_folder(partial)
+            write_assets(partial, model.config.hf, dtype, assets, card)
+    write_weights(model, dims, partial, dtype, config.export.max_shard_size_gb * 1e9)
+    with together("finishing the export"), disk_faults(folder):
+        if dist.get_rank() == 0:
+            publish(partial, folder)
+            logger.info("exported the model to %s", folder)
 
 
-def _hf_config(model: Decoder, dtype: torch.dtype) -> dict:
-    config = dict(model.config.hf)
+def export_folder(config: JobConfig) -> Path:
+    return Path(config.job.dump_folder) / config.export.folder
+
+
+def beside(folder: Path) -> Path:
+    """Where a folder is written until it is complete."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def check_folder(folder: Path, assets: str) -> None:
+    """UserError unless `folder`, and the names beside it that are needed, are free, empty or hold a model that is not
+    the base model: an export never deletes anything else."""
+    if assets and folder.resolve() == Path(assets).resolve():
+        raise UserError(f"export.folder: {folder} is model.hf_assets_path; name another folder")
+    for path in (folder, beside(folder), _old(folder)):
+        if not os.path.lexists(path):
+            continue
+        if not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").exists()):
+            raise UserError(f"export.folder: {path} is there and holds no model; name another folder")
+
+
+def start_folder(partial: Path) -> None:
+    """An empty folder; what an export that was cut off left there goes."""
+    _remove(partial)
+    partial.mkdir(parents=True)
+
+
+def write_assets(partial: Path, hf_config: dict[str, Any], dtype: torch.dtype, assets: str, card: str) -> None:
+    """Everything but the weights: config.json first (by which `check_folder` knows the folder), generation config,
+    tokenizer files and model card."""
+    config = {key: value for key, value in hf_config.items() if key != "_name_or_path"}  # may be a path of a machine
     # transformers 5 reads `dtype`, older versions and vLLM `torch_dtype`.
     config["torch_dtype"] = config["dtype"] = str(dtype).removeprefix("torch.")
-    return config
+    _write_json(partial / "config.json", config)
+    for name in dict.fromkeys(_ASSET_FILES) if assets else ():
+        if (Path(assets) / name).is_file():
+            (partial / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(Path(assets) / name, partial / name)
+    generation = {key: config[key] for key in _GENERATION_KEYS if config.get(key) is not None}
+    if generation and not (partial / "generation_config.json").exists():
+        _write_json(partial / "generation_config.json", {"_from_model_config": True, **generation})
+    (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Put the complete folder into its place. What was there is moved aside first and removed last."""
+    if os.path.lexists(folder):
+        _remove(_old(folder))
+        folder.rename(_old(folder))
+    partial.rename(folder)
+    _remove(_old(folder))
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

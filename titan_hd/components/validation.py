@@ -38,40 +38,6 @@ def validation_loss(
     return (totals[0] / totals[1].clamp(min=1)).item()
 
 
-@torch.no_grad()
-def greedy(
-    model: nn.Module,
-    prompts: list[list[int]],
-    eos_id: int,
-    max_new_tokens: int,
-    pad_to: int | None,
-    device: torch.device,
-) -> list[list[int]]:
-    """Greedy continuations of one worker's prompts, cut before the end-of-sequence token.
-
-    Runs without a cache (causal attention makes right padding harmless). Every forward pass gathers shards, so workers
-    go on until the last one of them is done.
-    """
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    width = max(pad_to or 0, int(lengths.max()) + max_new_tokens)
-    ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
-    rows, start = torch.arange(len(prompts), device=device), lengths.clone()
-    running = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    for _ in range(max_new_tokens):
-        alive = running.any().int()
-        dist.all_reduce(alive, op=dist.ReduceOp.MAX)
-        if not alive:
-            break
-        logits = model(ids if pad_to else ids[:, : int(lengths.max())])
-        token = logits[rows, lengths - 1].argmax(-1)
-        running &= token != eos_id
-        ids[rows[running], lengths[running]] = token[running]
-        lengths += running
-    return [ids[i, start[i] : lengths[i]].tolist() for i in range(len(prompts))]
-
-
 def final_answer(text: str, marker: str) -> str | None:
     """What follows the last marker, up to the end of the line; None where the marker is missing."""
     _, found, answer = text.rpartition(marker)
@@ -92,7 +58,10 @@ def exact_match(
     group: dist.ProcessGroup,
     batch_size: int,
 ) -> float:
-    """Share of the first `samples` records whose generated final answer equals the reference's."""
+    """Share of the first `samples` records whose generated final answer equals the reference's.
+
+    generate: continues a batch of prompts; all workers call it equally often.
+    """
     samples = min(samples, len(records))
     mine = list(range(worker, samples, workers))
     per_worker = -(-samples // workers)

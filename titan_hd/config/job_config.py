@@ -31,7 +31,8 @@ class Model:
     hf_assets_path: str = ""
     """Directory in the Hugging Face layout: config.json, *.safetensors, tokenizer files."""
     name: str = ""
-    """Model family (llama2, llama3, mistral). Empty: read from config.json; if both are given they must agree."""
+    """Model family (llama2, llama3, mistral, qwen2, qwen3, smollm2). Empty: read from config.json; if both are given
+    they must agree."""
     flavor: str = ""
     """Size within the family (for example debugmodel, 8B). With a flavor the weights are random, and hf_assets_path
     serves for the tokenizer alone."""
@@ -52,7 +53,8 @@ class Data:
     """Field with the response. Empty: the first of output, response, answer, completion that the first record has."""
     template: str = "pissa"
     """How a prompt is written: alpaca, pissa, none, or the path of a text file that holds {prompt} (and may hold
-    {input}); the response follows it."""
+    {input}); the response follows it, and an end-of-sequence token. chat: the model's own chat template, with the
+    prompt as the user's turn and the response as the assistant's; nothing is added to what it writes."""
     shuffle: bool = True
     """Permute the records anew in every epoch, as a function of (training.seed, epoch) alone."""
 
@@ -222,6 +224,8 @@ class Export:
     """Folder of the exported model inside job.dump_folder."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """dtype of the exported weights."""
+    max_shard_size_gb: float = 5.0
+    """Largest size of an exported file in GB (10^9 bytes); a tensor that is larger gets a file of its own."""
 
 
 @dataclass

@@ -327,6 +327,8 @@ def check_combinations(config: JobConfig) -> list[str]:
         value = getattr(getattr(config, section), name)
         require(0 <= value < 1, f"{key}: must be at least 0 and below 1, not {value}")
     require(c.adapter.alpha is None or c.adapter.alpha > 0, f"adapter.alpha: must be above 0, not {c.adapter.alpha}")
+    size = c.export.max_shard_size_gb
+    require(size > 0, f"export.max_shard_size_gb: must be above 0, not {size}")
     require(c.adapter.target_modules != [], "adapter.target_modules: names no layer; leave it out for all")
     require(
         c.parallelism.tensor_parallel_degree == 1 or c.adapter.dropout == 0,

@@ -118,6 +118,11 @@ class ChatTurns:
             raise UserError("data.template: chat: the template ends an answer with no special token")
         return ids, start, stop
 
+    def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """What ends a generated response: the template's end-of-turn token, which a base model's stop_ids may lack."""
+        ids, _, stop = self.encode(tokenizer, "question", "", "answer")
+        return tokenizer.stop_ids | {ids[stop - 1]}
+
 
 def _user_turn(prompt: str, extra: str) -> dict[str, str]:
     return {"role": "user", "content": f"{prompt}\n{extra}" if extra else prompt}

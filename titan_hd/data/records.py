@@ -132,6 +132,10 @@ class InstructionRecords:
         """BOS (if the family or the chat template has one) and the prompt: what generation starts from."""
         return self._template.prompt_ids(self._tokenizer, *self._parts(self._records[index])[:2])
 
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end a generated response."""
+        return self._template.stop_ids(self._tokenizer)
+
     def response(self, index: int) -> str:
         return self._records[index][self._response_field]
 

@@ -47,6 +47,10 @@ class Template:
         ids = [*self._sequence(tokenizer, whole), tokenizer.eos_id]
         return ids, min(len(self._sequence(tokenizer, before)), len(ids)), len(ids)
 
+    def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """What ends a generated response."""
+        return tokenizer.stop_ids
+
     def _sequence(self, tokenizer: Tokenizer, text: str) -> list[int]:
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         return bos + (tokenizer.encode(text, special=True) if self._special else tokenizer.encode(text))

@@ -1,138 +1,217 @@
-"""Hugging Face weight files: which tensor lies where, rows read one slice at a time, files written in place by many.
+"""Hugging Face weight files: which tensor lies where, blocks read one at a time, files written in place by many.
 
 Parameter names are HF's own, so there is no renaming in either direction. Nothing here knows of meshes: callers ask
-for a range of rows and write a range of rows.
+for a block of rows and columns, and write one.
+
+Reading is positional (`preadv`) into one small buffer, not through a memory map: the pages of a map count as resident
+memory of the process, for whole files once every row was touched, and a file that shrinks meanwhile is an error and not
+a SIGBUS.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
+import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from titan_hd.config.errors import UserError
+from titan_hd.models.hf_index import INDEX, SINGLE, find_files
+from titan_hd.models.safetensors_header import DTYPES, Entry, build_header, read_header, shown
 
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_LOADABLE = set(_DTYPE_NAMES.values()) | {"F64"}
+logger = logging.getLogger("titan_hd")
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Buffers that old Llama checkpoints carry and that the decoder computes by itself.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+_PIECE_BYTES = 16 * 2**20  # what is on the way between a file and the tensor it goes to
 
 
 class WeightFiles:
     """The safetensors files of a HF directory, checked against the shapes that a model expects.
 
+    Attributes:
+        bytes_read: of tensors, so far.
+
     Raises:
-        ValueError: with one line for every missing, unexpected or misshapen tensor, before anything is loaded.
+        UserError: with one line for every fault of the directory, an index, a header or a tensor; nothing is read then.
     """
 
     def __init__(self, directory: str | Path, expected: dict[str, torch.Size], tied_head: bool):
         self.directory = Path(directory)
-        self._handles: dict[str, safe_open] = {}
-        self._file_of = self._locate()
-        if tied_head:  # some exporters repeat the tied matrix
-            self._file_of.pop("lm_head.weight", None)
-        errors = self._check(expected)
+        self.bytes_read = 0
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._places: dict[str, tuple[Path, Entry]] = {}
+        errors = self._locate(expected, tied_head)
         if errors:
-            raise UserError("\n".join(errors))
+            raise UserError("\n".join(sorted(errors)))
 
-    def read_rows(self, name: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> torch.Tensor:
-        """Rows start..stop of a tensor (and of a matrix columns from..to) on the host, in the file's dtype; only these
-        are read."""
-        values = self._handle(self._file_of[name]).get_slice(name)
-        return values[start:stop] if columns is None else values[start:stop, columns[0] : columns[1]]
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor in its file."""
+        return self._places[name][1].nbytes
 
-    def _handle(self, file: str) -> safe_open:
-        if file not in self._handles:
+    def dtype(self, name: str) -> torch.dtype:
+        """dtype of a tensor in its file."""
+        return DTYPES[self._places[name][1].dtype]
+
+    @torch.no_grad()
+    def read_into(self, name: str, out: torch.Tensor, row: int = 0, column: int = 0) -> None:
+        """Fill `out` [rows, columns] (or [rows] of a vector), of any device and floating dtype, with the block of a
+        tensor that begins at (row, column). Only that block is read, in pieces of at most 16 MiB or one row."""
+        path, entry = self._places[name]
+        item = DTYPES[entry.dtype].itemsize
+        width = entry.nbytes // max(1, entry.shape[0])  # bytes of a row in the file
+        wanted = out[0].numel() * item if len(out) else 0  # bytes of a row of the block
+        step = max(1, _PIECE_BYTES // max(1, wanted))
+        if self._scratch.numel() < min(step, len(out)) * wanted:
+            self._scratch = torch.empty(min(step, len(out)) * wanted, dtype=torch.uint8)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                for start in range(0, len(out), step):
+                    target = out[start : start + step]
+                    piece = self._scratch[: len(target) * wanted]
+                    offset = entry.offset + (row + start) * width + column * item
+                    _read_strided(file.fileno(), memoryview(piece.numpy()), offset, wanted, width)
+                    target.copy_(piece.view(DTYPES[entry.dtype]).view(target.shape))
+                    self.bytes_read += len(piece)
+        except (OSError, EOFError) as error:
+            raise UserError(f"{path}: {name}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop of a tensor on the host, in the file's dtype."""
+        out = torch.empty(stop - start, *self._places[name][1].shape[1:], dtype=self.dtype(name))
+        self.read_into(name, out, start)
+        return out
+
+    # ------------------------------------------------------------------------------------------------------ checking
+
+    def _locate(self, expected: dict[str, torch.Size], tied_head: bool) -> list[str]:
+        """Find every expected tensor; returns what is wrong."""
+        weight_map = find_files(self.directory)
+        errors: list[str] = []
+        headers: dict[str, dict[str, Entry]] = {}
+        files = sorted(set(weight_map.values())) if weight_map else [SINGLE]
+        for file in files:
             try:
-                self._handles[file] = safe_open(self.directory / file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{self.directory / file}: cannot be read as safetensors: {error}") from None
-        return self._handles[file]
+                headers[file] = read_header(self.directory / file)
+            except UserError as error:
+                errors += str(error).splitlines()
+        if not headers:
+            return errors
+        for file, entries in headers.items():
+            for name, entry in entries.items():
+                if not name.endswith(_IGNORED_SUFFIXES):
+                    if name in self._places:
+                        errors.append(f"{self.directory / file}: {shown(name)}: is in {self._places[name][0].name} too")
+                    self._places[name] = self.directory / file, entry
+        if weight_map:
+            errors += self._contradictions(weight_map, headers.keys())
+            not_named = (expected.keys() & self._places.keys()) - weight_map.keys()
+            errors += [f"{self._places[n][0]}: {n}: is in this file, the index does not name it" for n in not_named]
+        if tied_head:
+            errors += self._drop_head(expected)
+        if self._places and all(f"model.{name}" in expected for name in self._places):
+            line = "the names lack the prefix 'model.', as those of a model without its head; save the ...ForCausalLM"
+            return [*errors, f"{self.directory}: {line}"]
+        for name in expected.keys() - self._places.keys() - (weight_map or {}).keys():
+            errors.append(f"{self.directory}: {name}: is missing")
+        for name in self._places.keys() - expected.keys():
+            errors.append(f"{self._places[name][0]}: {shown(name)}: is not part of the model")
+        for name in expected.keys() & self._places.keys():
+            errors += self._misfits(name, tuple(expected[name]))
+        return errors
 
-    def _locate(self) -> dict[str, str]:
-        index = self.directory / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                file_of = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{index}: must be a JSON object with a weight_map") from None
-            if not isinstance(file_of, dict) or not all(isinstance(f, str) for f in file_of.values()):
-                raise UserError(f"{index}: weight_map: must be an object of file names")
-            outside = [f for f in set(file_of.values()) if Path(f).name != f]
-            if outside:
-                raise UserError(f"{index}: weight_map: {outside[0]!r} is not a file of the directory")
-        elif (self.directory / "model.safetensors").exists():
-            file_of = dict.fromkeys(self._handle("model.safetensors").keys(), "model.safetensors")
-        else:
-            raise UserError(f"model.hf_assets_path: {self.directory} holds no model.safetensors and no index of it")
-        return {name: file for name, file in file_of.items() if not name.endswith(_IGNORED_SUFFIXES)}
+    def _contradictions(self, weight_map: dict[str, str], readable: Iterable[str]) -> list[str]:
+        """Where the index and the headers of the files that could be read do not agree."""
+        errors = []
+        for name, file in weight_map.items():
+            path = self._places[name][0] if name in self._places else None
+            if file in readable and not name.endswith(_IGNORED_SUFFIXES) and (path is None or path.name != file):
+                holder = f"; {path.name} holds it" if path else ""
+                errors.append(f"{self.directory / file}: {shown(name)}: the index names it, the file lacks it{holder}")
+        return errors
 
-    def _check(self, expected: dict[str, torch.Size]) -> list[str]:
-        errors = [f"{self.directory}: {name}: is missing" for name in expected if name not in self._file_of]
-        errors += [f"{self.directory}: {name}: is not part of the model" for name in self._file_of.keys() - expected]
-        for name in expected.keys() & self._file_of.keys():
-            where = self.directory / self._file_of[name]
-            if name not in set(self._handle(self._file_of[name]).keys()):
-                errors.append(f"{where}: {name}: the index names it, the file does not hold it")
-                continue
-            info = self._handle(self._file_of[name]).get_slice(name)
-            if list(info.get_shape()) != list(expected[name]):
-                errors.append(f"{where}: {name}: has shape {info.get_shape()}, must be {list(expected[name])}")
-            if info.get_dtype() not in _LOADABLE:
-                errors.append(f"{where}: {name}: has dtype {info.get_dtype()}, must be a floating-point type")
-        return sorted(errors)
+    def _drop_head(self, expected: dict[str, torch.Size]) -> list[str]:
+        """Some exporters repeat the tied matrix. It is passed over, if it can be the same at all."""
+        if _HEAD not in self._places:
+            return []
+        path, entry = self._places.pop(_HEAD)
+        if entry.shape != tuple(expected[_EMBEDDING]):
+            return [f"{path}: {_HEAD}: has shape {list(entry.shape)}, the tied embedding {list(expected[_EMBEDDING])}"]
+        logger.info("%s: %s is ignored: tie_word_embeddings is set", path, _HEAD)
+        return []
+
+    def _misfits(self, name: str, shape: tuple[int, ...]) -> list[str]:
+        path, entry = self._places[name]
+        errors = []
+        if entry.shape != shape:
+            errors.append(f"{path}: {name}: has shape {list(entry.shape)}, must be {list(shape)}")
+        if entry.dtype not in DTYPES:
+            errors.append(f"{path}: {name}: has dtype {entry.dtype}, must be one of {', '.join(DTYPES)}")
+        return errors
+
+
+def _read_strided(file: int, out: memoryview, offset: int, wanted: int, width: int) -> None:
+    """Fill `out` with pieces of `wanted` bytes that lie `width` bytes apart; in one go where they touch."""
+    if wanted == width:
+        wanted = width = max(1, len(out))
+    for start in range(0, len(out), max(1, wanted)):
+        _read_exactly(file, out[start : start + wanted], offset + start // wanted * width)
+
+
+def _read_exactly(file: int, out: memoryview, offset: int) -> None:
+    while len(out):
+        count = os.preadv(file, [out], offset)  # at most 2 GiB a call, and fewer where a file ends
+        if count == 0:
+            raise EOFError("the file ends before it; did something write to it meanwhile?")
+        out, offset = out[count:], offset + count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
 
 
 @dataclass(frozen=True)
 class TensorSlot:
-    """Where one tensor lies: file, byte offset of its first row, bytes per row."""
+    """Where one tensor is to lie: file, byte offset of its first row, bytes per row, dtype."""
 
     file: Path
     offset: int
     row_bytes: int
+    dtype: torch.dtype
 
 
 def plan_files(
-    directory: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, max_file_bytes: int = 5 * 2**30
+    directory: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, max_file_bytes: float = 5e9
 ) -> tuple[dict[str, TensorSlot], dict[Path, bytes]]:
-    """Lay tensors out over safetensors files of bounded size.
+    """Lay tensors out over safetensors files of bounded size; a larger tensor gets a file of its own.
 
     Returns:
         slots by tensor name, and for each file its header (length prefix included). A file is its header followed by
         its tensors, so any number of writers can fill it once the header is there.
     """
-    size = torch.empty(0, dtype=dtype).element_size()
-    groups: list[list[str]] = [[]]
+    groups: list[dict[str, torch.Size]] = [{}]
     filled = 0
     for name, shape in shapes.items():
-        nbytes = shape.numel() * size
+        nbytes = shape.numel() * dtype.itemsize
         if groups[-1] and filled + nbytes > max_file_bytes:
-            groups.append([])
+            groups.append({})
             filled = 0
-        groups[-1].append(name)
+        groups[-1][name] = shape
         filled += nbytes
     slots, headers = {}, {}
-    for i, names in enumerate(groups):
-        file_name = "model.safetensors" if len(groups) == 1 else f"model-{i + 1:05}-of-{len(groups):05}.safetensors"
-        path, end, entries = directory / file_name, 0, {"__metadata__": {"format": "pt"}}
-        for name in names:
-            begin, end = end, end + shapes[name].numel() * size
-            entries[name] = {
-                "dtype": _DTYPE_NAMES[dtype],
-                "shape": list(shapes[name]),
-                "data_offsets": [begin, end],
-            }
-        text = json.dumps(entries).encode()
-        text += b" " * (-len(text) % 8)  # data starts at a multiple of eight bytes
-        headers[path] = len(text).to_bytes(8, "little") + text
-        for name in names:
-            offset = len(headers[path]) + entries[name]["data_offsets"][0]
-            slots[name] = TensorSlot(path, offset, shapes[name].numel() * size // max(1, shapes[name][0]))
+    for i, group in enumerate(groups):
+        path = directory / (SINGLE if len(groups) == 1 else f"model-{i + 1:05}-of-{len(groups):05}.safetensors")
+        headers[path], offsets = build_header(group, dtype)
+        for name, shape in group.items():
+            row_bytes = shape.numel() * dtype.itemsize // max(1, shape[0])
+            slots[name] = TensorSlot(path, offsets[name], row_bytes, dtype)
     return slots, headers
 
 
@@ -141,34 +220,61 @@ def write_headers(slots: dict[str, TensorSlot], headers: dict[Path, bytes]) -> N
     for path, header in headers.items():
         path.write_bytes(header)
     if len(headers) > 1:
+        directory = next(iter(headers)).parent
+        sizes = (json.loads(header[8:]) for header in headers.values())
+        total = sum(e["data_offsets"][1] for entries in sizes for e in [list(entries.values())[-1]])
         weight_map = {name: slot.file.name for name, slot in slots.items()}
-        total = sum(sum(e["data_offsets"][1] - e["data_offsets"][0] for e in _entries(h)) for h in headers.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (next(iter(headers)).parent / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _entries(header: bytes) -> list[dict]:
-    return [entry for name, entry in json.loads(header[8:]).items() if name != "__metadata__"]
-
-
+@torch.no_grad()
 def write_rows(slot: TensorSlot, start: int, rows: torch.Tensor, column: int = 0) -> None:
-    """Write host rows, already in the file's dtype, as rows start.. of a tensor; rows narrower than the tensor's begin
-    at `column`."""
-    if rows.dim() == 2 and rows.shape[1] * rows.element_size() < slot.row_bytes:
-        _write_columns(slot, start, rows, column)
+    """Write rows [rows, columns] (or [rows] of a vector) of any device and floating dtype as the block of a tensor that
+    begins at (start, column). Rounded once, to nearest, in pieces of at most 16 MiB or one row."""
+    if not rows.numel():
         return
-    data = rows.contiguous().view(torch.uint8).numpy() if rows.dim() else rows.reshape(1).view(torch.uint8).numpy()
-    with open(slot.file, "r+b") as file:
-        file.seek(slot.offset + start * slot.row_bytes)
-        file.write(memoryview(data).cast("B"))
-        file.flush()
-        os.fsync(file.fileno())
+    item = slot.dtype.itemsize
+    wanted = rows[0].numel() * item if rows.dim() else item
+    step = max(1, _PIECE_BYTES // wanted)
+    with open(slot.file, "r+b", buffering=0) as file:
+        for first in range(0, len(rows), step):
+            piece = rows[first : first + step].to("cpu", slot.dtype).contiguous()
+            data = memoryview(piece.view(torch.uint8).numpy()).cast("B")
+            offset = slot.offset + (start + first) * slot.row_bytes + column * item
+            _write_strided(file.fileno(), data, offset, wanted, slot.row_bytes)
 
 
-def _write_columns(slot: TensorSlot, start: int, rows: torch.Tensor, column: int) -> None:
-    offset = slot.offset + start * slot.row_bytes
-    file = np.memmap(slot.file, np.uint8, "r+", offset, (rows.shape[0], slot.row_bytes))
-    data = rows.contiguous().view(torch.uint8).numpy()
-    first = column * rows.element_size()
-    file[:, first : first + data.shape[1]] = data
-    file.flush()
+def _write_strided(file: int, data: memoryview, offset: int, given: int, width: int) -> None:
+    """Write pieces of `given` bytes so that they lie `width` bytes apart; in one go where they touch."""
+    if given == width:
+        given = width = len(data)
+    for start in range(0, len(data), given):
+        piece, at = data[start : start + given], offset + start // given * width
+        while len(piece):
+            count = os.pwrite(file, piece, at)
+            piece, at = piece[count:], at + count
+
+
+def sync_files(paths: Iterable[Path]) -> None:
+    """Wait until what this process wrote to the files is on the disk: once per file, not once per tensor."""
+    for path in paths:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def disk_faults(directory: Path) -> Iterator[None]:
+    """A failing or full disk is the user's to mend: one line with the file, or the directory where none is named."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or directory}: cannot be written: {error.strerror or error}") from None
+
+
+def check_space(directory: Path, slots: dict[str, TensorSlot], shapes: dict[str, torch.Size]) -> None:
+    """UserError if the tensors do not fit on the disk of `directory`."""
+    needed = sum(shapes[name].numel() * slot.dtype.itemsize for name, slot in slots.items())
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise UserError(f"{directory}: the weights need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")

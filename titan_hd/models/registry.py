@@ -85,6 +85,7 @@ _HARMLESS = {
     *("_attn_implementation_autoset", "use_mrope"),
 }
 _LARGEST = 2**31  # no size of a model; a larger one is a broken or a hostile file
+_MOST_LAYERS = 10_000  # each is a module
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,8 @@ def parse_hf_config(raw: dict[str, Any], where: str) -> DecoderConfig:
             only = f"; only {unused[0]} is" if isinstance(unused[0], str) else ""
             raise UserError(f"{where}: {key}:{shown} is not supported{only}")
     sizes = {key: _size(raw, key, where) for key in _SIZES}
+    if sizes["num_hidden_layers"] > _MOST_LAYERS:
+        raise UserError(f"{where}: num_hidden_layers: must be at most {_MOST_LAYERS}")
     hidden, heads, layers = (sizes[key] for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     # Where the key is missing transformers assumes one head each for Llama, and other numbers for the others.
     llama = raw["architectures"][0] == "LlamaForCausalLM"

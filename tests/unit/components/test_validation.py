@@ -1,10 +1,12 @@
-"""Answers are read off generated text as the evaluation protocols do."""
+"""Answers are read off generated text as the evaluation protocols do, and counted once each."""
 
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from titan_hd.components.validation import final_answer
+from titan_hd.components.validation import exact_match, final_answer
 
 
 @pytest.mark.parametrize(
@@ -23,3 +25,55 @@ from titan_hd.components.validation import final_answer
 def test_final_answer(text: str, answer: str | None):
     """Text after the last marker, up to the end of its line."""
     assert final_answer(text, "The answer is: ") == answer
+
+
+class Numbers:
+    """Seven records, the last of which has no answer; prompt i is the id i, and so is its answer."""
+
+    def __len__(self) -> int:
+        return 7
+
+    def prompt_ids(self, index: int) -> list[int]:
+        return [index]
+
+    def response(self, index: int) -> str:
+        return "unknown" if index == 6 else f"the answer: {index}"
+
+    def decode(self, ids: list[int]) -> str:
+        return f"well, the answer: {ids[0]}"
+
+
+def share_right(samples: int, wrong: tuple[int, ...], batch_size: int) -> tuple[float, list[list[list[int]]]]:
+    """Exact match where generation repeats the prompt, but for some; and what was asked of it on this worker."""
+    asked: list[list[list[int]]] = []
+
+    def generate(prompts: list[list[int]]) -> list[list[int]]:
+        asked.append(prompts)
+        return [[-1] if prompt[0] in wrong else prompt for prompt in prompts]
+
+    worker, workers, numbers = dist.get_rank(), dist.get_world_size(), Numbers()
+    value = exact_match(
+        None,
+        numbers,
+        numbers,
+        samples,
+        "the answer: ",
+        worker,
+        workers,
+        generate,
+        torch.device("cpu"),
+        dist.group.WORLD,
+        batch_size,
+    )
+    return value, asked
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_exact_match(workers, world_size: int):
+    """Records are shared out and scored once each; all workers generate equally often. A record without an answer in
+    its reference cannot be right."""
+    for samples, wrong, right in ((7, (), 6), (7, (0, 3), 4), (5, (4,), 4), (1, (), 1), (100, (), 6)):
+        results = workers.run(world_size, share_right, samples, wrong, 2)
+        assert {value for value, _ in results} == {right / min(samples, 7)}
+        calls = [[len(batch) for batch in asked] for _, asked in results]
+        assert calls == [calls[0]] * world_size

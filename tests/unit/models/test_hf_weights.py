@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from titan_hd.models.hf_weights import WeightFiles, plan_files, write_headers, write_rows
+from titan_hd.config.errors import UserError
+from titan_hd.models import hf_weights
+from titan_hd.models.decoder import Decoder
+from titan_hd.models.hf_weights import WeightFiles, check_space, plan_files, write_headers, write_rows
+from titan_hd.models.registry import flavor_config
+from titan_hd.models.safetensors_header import read_header
 
 INDEX = "model.safetensors.index.json"
 
@@ -46,6 +54,18 @@ def written_index(folder: Path, values: dict[str, torch.Tensor]) -> dict[str, st
         weight_map |= dict.fromkeys(part, f"part{i}.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     return weight_map
+
+
+def entry(offsets: list[int], shape: list[int] | None = None, dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": [2] if shape is None else shape, "data_offsets": offsets}
+
+
+def raw_file(folder: Path, header: object, data: int) -> Path:
+    """model.safetensors with any header (text, or what JSON can say) and so many bytes of data."""
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    path = folder / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(data))
+    return path
 
 
 def errors_of(folder: Path, expected: dict[str, torch.Size], tied_head: bool = False) -> list[str]:
@@ -98,14 +118,55 @@ class TestWriting:
         write_rows(slots["w"], 0, value[:2])
         assert torch.equal(load_file(tmp_path / "model.safetensors")["w"], value)
 
-    def test_a_row_that_nobody_wrote_is_noticed(self, tmp_path: Path):
+    def test_blocks_of_columns(self, tmp_path: Path):
+        """As the ranks of tensor parallelism write and read a weight that is split by columns."""
+        value = torch.randn(5, 7)
+        slots, headers = plan_files(tmp_path, {"w": value.shape}, torch.float32)
+        write_headers(slots, headers)
+        for row, column in ((3, 4), (0, 4), (3, 0), (0, 0)):
+            write_rows(
+                slots["w"],
+                row,
+                value[row : row + 3 if row == 0 else 5, column : column + 4 if not column else 7],
+                column,
+            )
+        assert torch.equal(load_file(tmp_path / "model.safetensors")["w"], value)
+        files = WeightFiles(tmp_path, {"w": value.shape}, tied_head=False)
+        out = torch.empty(2, 3, dtype=torch.float64)
+        files.read_into("w", out, row=3, column=4)
+        assert torch.equal(out, value[3:, 4:].double())
+        assert files.bytes_read == 2 * 3 * 4, "only the block"
+
+    @pytest.mark.parametrize("piece_bytes", [1, 50, 2**24])
+    def test_pieces_of_any_size(self, tmp_path: Path, monkeypatch, piece_bytes: int):
+        monkeypatch.setattr(hf_weights, "_PIECE_BYTES", piece_bytes)
+        values = tensors()
+        write(tmp_path, values, 2**30, 1)
+        files = WeightFiles(tmp_path, shapes_of(values), tied_head=False)
+        assert all(torch.equal(files.read_rows(n, 0, len(v)), v) for n, v in values.items())
+        assert files.bytes_read == sum(v.nbytes for v in values.values())
+
+    def test_rounded_once_to_nearest(self, tmp_path: Path):
+        value = torch.randn(64, 3)
+        slots, headers = plan_files(tmp_path, {"w": value.shape}, torch.bfloat16)
+        write_headers(slots, headers)
+        write_rows(slots["w"], 0, value)
+        assert torch.equal(load_file(tmp_path / "model.safetensors")["w"], value.bfloat16())
+
+    def test_rows_at_the_end_that_nobody_wrote_are_noticed(self, tmp_path: Path):
         """The file is shorter than its header says, so it is no safetensors file."""
         values = tensors()
         slots, headers = plan_files(tmp_path, shapes_of(values), torch.float32)
         write_headers(slots, headers)
         for name, value in list(values.items())[:-1]:
             write_rows(slots[name], 0, value)
-        assert "cannot be read as safetensors" in errors_of(tmp_path, shapes_of(values))[0]
+        assert "is truncated" in errors_of(tmp_path, shapes_of(values))[0]
+
+    def test_a_disk_that_is_too_small(self, tmp_path: Path):
+        shapes = {"w": torch.Size((2**30, 2**30))}
+        slots, _ = plan_files(tmp_path, shapes, torch.float32)
+        with pytest.raises(UserError, match=r"the weights need 4611686018\.43 GB, .* GB are free"):
+            check_space(tmp_path, slots, shapes)
 
     def test_format_metadata_and_alignment(self, tmp_path: Path):
         """transformers insists on the format entry; data starts at a multiple of eight bytes."""
@@ -160,14 +221,22 @@ class TestReading:
     def test_whole_numbers_are_no_weights(self, tmp_path: Path):
         save_file({"w": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "model.safetensors")
         (line,) = errors_of(tmp_path, {"w": torch.Size((2, 2))})
-        assert "w: has dtype I8, must be a floating-point type" in line
+        assert "w: has dtype I8, must be one of F32, BF16, F16, F64" in line
+
+    @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "I64", "BOOL", "U8", "F4"])
+    def test_a_dtype_that_is_refused_is_named(self, tmp_path: Path, dtype: str):
+        bits = {"I64": 64, "F4": 4}.get(dtype, 8)
+        raw_file(tmp_path, {"w": entry([0, 4 * bits // 8], [2, 2], dtype)}, 4 * bits // 8)
+        (line,) = errors_of(tmp_path, {"w": torch.Size((2, 2))})
+        assert f"w: has dtype {dtype}, must be one of F32" in line
 
     def test_the_index_names_what_its_file_does_not_hold(self, tmp_path: Path):
         values = tensors()
         weight_map = written_index(tmp_path, values)
         (tmp_path / INDEX).write_text(json.dumps({"weight_map": {**weight_map, "a.weight": "part1.safetensors"}}))
         (line,) = errors_of(tmp_path, shapes_of(values))
-        assert "part1.safetensors: a.weight: the index names it, the file does not hold it" in line
+        path = tmp_path / "part1.safetensors"
+        assert line == f"{path}: a.weight: the index names it, the file lacks it; part0.safetensors holds it"
 
     @pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/model.safetensors", "sub/part0.safetensors"])
     def test_the_index_must_stay_in_its_directory(self, tmp_path: Path, file: str):
@@ -208,6 +277,110 @@ class TestReading:
         path.write_bytes(path.read_bytes()[:keep])
         assert errors_of(tmp_path, shapes_of(values))[0].startswith(f"{path}: cannot be read as safetensors")
 
+    def test_a_pointer_of_git_lfs_is_called_by_its_name(self, tmp_path: Path):
+        (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\n")
+        (line,) = errors_of(tmp_path, {})
+        assert "git lfs pull" in line
+
+    def test_each_absent_file_is_one_line(self, tmp_path: Path):
+        values = tensors()
+        written_index(tmp_path, values)
+        for i in range(2):
+            (tmp_path / f"part{i}.safetensors").unlink()
+        lines = errors_of(tmp_path, shapes_of(values))
+        assert lines == [
+            f"{tmp_path / f'part{i}.safetensors'}: cannot be read as safetensors: No such file or directory"
+            for i in range(2)
+        ]
+
+    def test_a_broken_file_does_not_hide_the_faults_of_the_others(self, tmp_path: Path):
+        values = tensors()
+        written_index(tmp_path, values)
+        (tmp_path / "part0.safetensors").write_bytes(b"nothing")
+        lines = errors_of(tmp_path, {**shapes_of(values), "b.weight": torch.Size((6, 4)), "lost": torch.Size((1,))})
+        assert [line.rpartition("/")[2] for line in lines] == [
+            "part0.safetensors: cannot be read as safetensors: it is truncated or something else: 7 bytes are too few "
+            "for its header",
+            "part1.safetensors: b.weight: has shape [4, 6], must be [6, 4]",
+            f"{tmp_path.name}: lost: is missing",
+        ]
+
+    def test_files_that_the_index_does_not_name_are_passed_over(self, tmp_path: Path):
+        values = tensors()
+        written_index(tmp_path, values)
+        (tmp_path / "consolidated.safetensors").write_bytes(b"")
+        (tmp_path / "pytorch_model.bin").write_bytes(b"")
+        WeightFiles(tmp_path, shapes_of(values), tied_head=False)
+
+    def test_one_file_and_an_index_of_others(self, tmp_path: Path):
+        values = tensors()
+        written_index(tmp_path, values)
+        save_file(values, tmp_path / "model.safetensors")
+        (line,) = errors_of(tmp_path, shapes_of(values))
+        assert line.startswith(f"{tmp_path}: holds both model.safetensors and an index of other files")
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(values, "model.safetensors")}))
+        WeightFiles(tmp_path, shapes_of(values), tied_head=False)
+
+    def test_a_tensor_in_two_files(self, tmp_path: Path):
+        values = tensors()
+        written_index(tmp_path, values)
+        names = list(values)
+        save_file({name: values[name] for name in names[1:]}, tmp_path / "part1.safetensors")
+        lines = errors_of(tmp_path, shapes_of(values))
+        assert f"{tmp_path / 'part1.safetensors'}: {names[1]}: is in part0.safetensors too" in lines
+
+    def test_a_tensor_that_the_index_forgot(self, tmp_path: Path):
+        values = tensors()
+        weight_map = written_index(tmp_path, values)
+        file = weight_map.pop("a.weight")
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+        (line,) = errors_of(tmp_path, shapes_of(values))
+        assert line == f"{tmp_path / file}: a.weight: is in this file, the index does not name it"
+
+    def test_links_as_in_the_cache_of_the_hub(self, tmp_path: Path):
+        values, snapshot, blobs = tensors(), tmp_path / "snapshots" / "c0ffee", tmp_path / "blobs"
+        for folder in (snapshot, blobs):
+            folder.mkdir(parents=True)
+        written_index(blobs, values)
+        for path in list(blobs.iterdir()):
+            blob = path.rename(blobs / f"{path.name}-blob")
+            (snapshot / path.name).symlink_to(f"../../blobs/{blob.name}")
+        files = WeightFiles(snapshot, shapes_of(values), tied_head=False)
+        assert all(torch.equal(files.read_rows(n, 0, len(v)), v) for n, v in values.items())
+
+    @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
+    def test_pickled_weights_are_refused_by_name(self, tmp_path: Path, name: str):
+        (tmp_path / name).write_bytes(b"")
+        (line,) = errors_of(tmp_path, {})
+        assert str(tmp_path / name) in line
+        assert "convert the weights to safetensors" in line
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"w": name}}))
+        (line,) = errors_of(tmp_path, {})
+        assert f"{name} is pickled" in line
+
+    def test_a_pipe_is_no_file(self, tmp_path: Path):
+        """Opening one would wait for ever."""
+        os.mkfifo(tmp_path / "model.safetensors")
+        (line,) = errors_of(tmp_path, {})
+        assert "it is no regular file" in line
+
+    def test_a_directory_that_is_not_there(self, tmp_path: Path):
+        assert errors_of(tmp_path / "no", {}) == [f"model.hf_assets_path: {tmp_path / 'no'} is no directory"]
+
+    def test_a_model_without_its_head(self, tmp_path: Path):
+        """Its names lack `model.`: one line, not one for every tensor."""
+        save_file(
+            {"embed_tokens.weight": torch.ones(4, 2), "norm.weight": torch.ones(2)}, tmp_path / "model.safetensors"
+        )
+        expected = {"model.embed_tokens.weight": (4, 2), "model.norm.weight": (2,), "lm_head.weight": (4, 2)}
+        (line,) = errors_of(tmp_path, {name: torch.Size(shape) for name, shape in expected.items()})
+        assert "lack the prefix 'model.'" in line
+
+    def test_a_head_is_missing(self, tmp_path: Path):
+        save_file({"model.embed_tokens.weight": torch.ones(4, 2)}, tmp_path / "model.safetensors")
+        expected = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), torch.Size((4, 2)))
+        assert errors_of(tmp_path, expected) == [f"{tmp_path}: lm_head.weight: is missing"]
+
     def test_no_weights_at_all(self, tmp_path: Path):
         (line,) = errors_of(tmp_path, {})
         assert line.startswith(f"model.hf_assets_path: {tmp_path} holds no model.safetensors")
@@ -219,8 +392,119 @@ class TestReading:
         WeightFiles(tmp_path, expected, tied_head=True)
         (line,) = errors_of(tmp_path, expected)
         assert line.endswith("lm_head.weight: is not part of the model")
+        save_file({**values, "lm_head.weight": torch.ones(5, 2)}, tmp_path / "model.safetensors")
+        (line,) = errors_of(tmp_path, expected, tied_head=True)
+        assert line.endswith("lm_head.weight: has shape [5, 2], the tied embedding [4, 2]")
 
     def test_frequencies_of_old_checkpoints_are_passed_over(self, tmp_path: Path):
         name = "model.layers.0.self_attn.rotary_emb.inv_freq"
         save_file({"w": torch.ones(2), name: torch.ones(3)}, tmp_path / "model.safetensors")
         WeightFiles(tmp_path, {"w": torch.Size((2,))}, tied_head=False)
+
+
+class TestHeaders:
+    """A header is checked in itself and against the size of its file, before anything is allocated."""
+
+    @pytest.mark.parametrize(
+        ("header", "data", "reason"),
+        [
+            ("[]", 0, "its header is no JSON object"),
+            ("{", 0, "its header is no valid JSON"),
+            ("[" * 100_000, 0, "its header is no valid JSON"),
+            ('{"w": 1, "w": 2}', 0, "w stands there twice"),
+            ({"w": 3}, 0, "w: its header entry must have dtype, shape and data_offsets"),
+            ({"w": {"dtype": "F32"}}, 0, "w: its header entry must have dtype, shape and data_offsets"),
+            ({"w": entry([0, 8], dtype="F33")}, 8, "w: has the unknown dtype F33"),
+            ({"w": entry([0, 8], dtype=[])}, 8, "w: has the unknown dtype []"),
+            ({"w": entry([0, 8], [-2])}, 8, "w: its shape must be"),
+            ({"w": entry([0, 8], [True])}, 8, "w: its shape must be"),
+            ({"w": entry([0, 8], [2.0])}, 8, "w: its shape must be"),
+            ({"w": entry([0, 8], [1] * 9)}, 8, "w: its shape must be"),
+            ({"w": entry([0, 8], [2**62, 2**62, 0])}, 8, "w: its shape must be"),
+            (
+                {"w": entry([0, 8], [2**32, 2**32])},
+                8,
+                "w: has 8 bytes, shape [4294967296, 4294967296] of F32 needs 7378",
+            ),
+            ({"w": entry([0, 12])}, 12, "w: has 12 bytes, shape [2] of F32 needs 8"),
+            ({"w": entry([8, 0])}, 8, "w: its data_offsets must be a first byte and an end"),
+            ({"w": entry([-8, 0])}, 8, "w: its data_offsets must be a first byte and an end"),
+            ({"w": entry([0])}, 8, "w: its data_offsets must be a first byte and an end"),
+            ({"w": entry([0, 8])}, 7, "it is truncated"),
+            ({"w": entry([0, 8])}, 9, "it has 1 bytes more than its header says"),
+            ({"v": entry([0, 8]), "w": entry([16, 24])}, 24, "there is a gap before the data of w"),
+            ({"v": entry([0, 8]), "w": entry([4, 12])}, 12, "there is an overlap before the data of w"),
+            ({"v": entry([0, 8]), "w": entry([0, 8])}, 8, "there is an overlap before the data of w"),
+        ],
+    )
+    def test_faults(self, tmp_path: Path, header: object, data: int, reason: str):
+        path = raw_file(tmp_path, header, data)
+        (line,) = errors_of(tmp_path, {"w": torch.Size((2,))})
+        assert line.startswith(str(path))
+        assert reason in line
+
+    @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**9, 100])
+    def test_a_length_that_the_file_does_not_have(self, tmp_path: Path, length: int):
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(length.to_bytes(8, "little") + b"{}")
+        (line,) = errors_of(tmp_path, {})
+        assert "10 bytes are too few for its header" in line
+
+    def test_a_header_that_is_too_long(self, tmp_path: Path):
+        path = tmp_path / "model.safetensors"
+        path.write_bytes((10**9).to_bytes(8, "little"))
+        os.truncate(path, 2 * 10**9)  # a sparse file
+        (line,) = errors_of(tmp_path, {})
+        assert "its header of 1000000000 bytes is longer than 100000000" in line
+
+    def test_all_faults_of_a_header_at_once(self, tmp_path: Path):
+        raw_file(tmp_path, {"v": entry([0, 4]), "w": entry([4, 12], dtype="?")}, 12)
+        assert len(errors_of(tmp_path, {})) == 2
+
+    def test_a_name_cannot_forge_a_line(self, tmp_path: Path):
+        raw_file(tmp_path, {"w\ntitan_hd: all is well": entry([0, 8])}, 8)
+        (line, _) = errors_of(tmp_path, {"v": torch.Size((2,))})
+        assert "'w\\ntitan_hd: all is well': is not part of the model" in line
+
+    def test_empty_tensors_take_no_room(self, tmp_path: Path):
+        path = raw_file(tmp_path, {"w": entry([0, 8]), "e": entry([0, 0], [0, 5]), "z": entry([8, 8], [0])}, 8)
+        assert read_header(path).keys() == {"w", "e", "z"}
+
+    @given(st.integers(0, 400), st.binary(min_size=1, max_size=6))
+    def test_whatever_stands_there_is_a_user_error_or_what_the_library_reads(self, tmp_path_factory, place, junk):
+        folder = tmp_path_factory.getbasetemp() / "junk"
+        folder.mkdir(exist_ok=True)
+        path, values = folder / "model.safetensors", tensors()
+        save_file(values, path)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:place] + junk + whole[place + len(junk) :])
+        try:
+            found = read_header(path)
+        except UserError:
+            return
+        with safe_open(path, "pt") as file:
+            assert set(file.keys()) == found.keys()
+            assert all(list(found[n].shape) == file.get_slice(n).get_shape() for n in found)
+
+
+def test_a_large_model_is_planned_and_checked_without_memory(tmp_path: Path):
+    """Llama-3.1-8B on meta: layout, headers (over sparse files of their full size) and the check of all of it."""
+    config = flavor_config("llama3", "8B")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = peak_kib()
+    with torch.device("meta"):
+        shapes = shapes_of(dict(Decoder(config).named_parameters()))
+    slots, headers = plan_files(tmp_path, shapes, torch.bfloat16)
+    write_headers(slots, headers)
+    for path in headers:
+        os.truncate(path, max(s.offset + shapes[n].numel() * 2 for n, s in slots.items() if s.file == path))
+    files = WeightFiles(tmp_path, shapes, tied_head=False)
+    assert sum(map(files.nbytes, shapes)) == 16_060_522_496
+    assert len(headers) == 4
+    grown = (peak_kib() - before) / 1024
+    print(f"peak memory grew by {grown:.1f} MiB")
+    assert grown < 200
+
+
+def peak_kib() -> int:
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

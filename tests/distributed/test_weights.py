@@ -1,0 +1,255 @@
+"""Weights into the shards and out of them: bitwise on every mesh, each byte read once, in bounded memory.
+
+workers  mesh (replicate x shard x tensor)  what it reaches
+1        1 x 1 x 1                          the whole file
+4        1 x 4 x 1                          uneven rows (50, 37, 22) and an empty shard (6 rows on 4: 2, 2, 2, 0)
+4        2 x 2 x 1                          HSDP: each replica reads each byte once, one of them writes
+4        1 x 2 x 2                          blocks of columns of odd widths beside blocks of rows
+2        1 x 1 x 2                          tensor parallelism alone
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import runs
+
+MESHES = [(1, 1, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2), (1, 1, 2)]
+SPLITTABLE = {"num_key_value_heads": 2, "intermediate_size": 38}  # by tensor parallelism
+
+
+def sharded_model(folder: Path, mesh: tuple[int, int, int], dtype: torch.dtype = torch.float32):
+    from titan_hd.distributed.parallel_dims import ParallelDims
+    from titan_hd.distributed.parallelize import parallelize
+    from titan_hd.distributed.tensor_parallel import apply_tensor_parallel
+    from titan_hd.distributed.weights import materialize
+    from titan_hd.models.decoder import Decoder
+    from titan_hd.models.registry import read_hf_config
+
+    replicate, shard, tp = mesh
+    dims = ParallelDims(replicate, shard, "cpu", tp)
+    with torch.device("meta"):
+        model = Decoder(read_hf_config(folder)).to(dtype)
+    if tp > 1:
+        apply_tensor_parallel(model, dims.world["tp"])
+    parallelize(model, dims, set(), torch.float32, "none", False)
+    materialize(model, torch.device("cpu"))
+    return model, dims
+
+
+def load_and_write(
+    folder: Path, out: Path, mesh: tuple[int, int, int], dtype: torch.dtype, master: torch.dtype = torch.float32
+) -> tuple[int, list[str]]:
+    """On each rank: read, write in `dtype`; the bytes read and, on rank 0, the lines of the log."""
+    from titan_hd.distributed.weights import load_weights, write_weights
+
+    lines = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("titan_hd")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        model, dims = sharded_model(folder, mesh, master)
+        for parameter in model.parameters():  # whatever is not read is seen
+            parameter.detach().to_local().fill_(float("nan"))
+        read = load_weights(model, dims, str(folder))
+        write_weights(model, dims, out, dtype, 10_000)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return read, lines
+
+
+def load_directory(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+
+
+def split_in_two(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Replace model.safetensors by two files and an index."""
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    weight_map = {}
+    for file, part in (("a.safetensors", names[::2]), ("b.safetensors", names[1::2])):
+        save_file({name: weights[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_is_bitwise_and_reads_each_byte_once(mesh, tied, dtype, workers, tmp_path):
+    """fp32 -> fp32 masters -> fp32, and bf16 -> fp32 masters -> bf16."""
+    changes = SPLITTABLE if mesh[2] > 1 else {}
+    _, weights = runs.write_model(tmp_path / "model", tie_word_embeddings=tied, **changes)
+    weights = {name: value.to(dtype) for name, value in weights.items()}
+    split_in_two(tmp_path / "model", weights)
+    (tmp_path / "out").mkdir()
+    results = workers.run(
+        mesh[0] * mesh[1] * mesh[2], load_and_write, tmp_path / "model", tmp_path / "out", mesh, dtype
+    )
+
+    got = load_directory(tmp_path / "out")
+    assert got.keys() == weights.keys()
+    for name, value in weights.items():
+        assert got[name].dtype == dtype
+        assert torch.equal(got[name], value), name
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+
+    size = sum(value.nbytes for value in weights.values())
+    whole_on_tp = sum(v.nbytes for n, v in weights.items() if "proj" not in n)  # every tp rank reads what is not split
+    assert sum(read for read, _ in results) == mesh[0] * (size + (mesh[2] - 1) * whole_on_tp)
+    (said,) = [line for line in results[0][1] if line.startswith("read ")]
+    assert f"of {size / 2**30:.3f} GiB in " in said
+
+
+@pytest.mark.parametrize(
+    ("stored", "master"), [("float16", "float32"), ("float64", "float32"), ("float32", "bfloat16")]
+)
+def test_dtypes_are_converted_on_the_way(stored, master, workers, tmp_path):
+    stored, master = getattr(torch, stored), getattr(torch, master)
+    _, weights = runs.write_model(tmp_path / "model")
+    weights = {name: value.to(stored) for name, value in weights.items()}
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "out").mkdir()
+    workers.run(2, load_and_write, tmp_path / "model", tmp_path / "out", (1, 2, 1), master, master)
+    got = load_directory(tmp_path / "out")
+    assert all(torch.equal(got[name], value.to(master)) for name, value in weights.items())
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def bar_of_a_load(folder: Path) -> tuple[str, str]:
+    """What a load writes to a terminal, asked for a bar and not."""
+    from titan_hd.distributed.weights import load_weights
+
+    model, dims = sharded_model(folder, (1, 2, 1))
+    shown, stderr = [], sys.stderr
+    for progress in (True, False):
+        sys.stderr = Terminal()
+        try:
+            load_weights(model, dims, str(folder), progress)
+            shown.append(sys.stderr.getvalue())
+        finally:
+            sys.stderr = stderr
+    return tuple(shown)
+
+
+def test_a_progress_bar_on_the_terminal_of_rank_0(workers, tmp_path):
+    runs.write_model(tmp_path / "model")
+    (asked, not_asked), other_rank = workers.run(2, bar_of_a_load, tmp_path / "model")
+    assert "reading the weights: 100%" in asked
+    assert "reading the weights" not in not_asked
+    assert not any("reading the weights" in text for text in other_rank)
+
+
+def load_expecting_errors(folder: Path) -> tuple[list[str], bool]:
+    from titan_hd.config.errors import UserError
+    from titan_hd.distributed.weights import load_weights
+
+    model, dims = sharded_model(folder, (1, 2, 1))
+    for parameter in model.parameters():
+        parameter.detach().to_local().fill_(7.0)
+    try:
+        load_weights(model, dims, str(folder))
+    except UserError as error:
+        untouched = all(bool((p.detach().to_local() == 7.0).all()) for p in model.parameters())
+        return str(error).splitlines(), untouched
+    return [], False
+
+
+def test_every_rank_says_all_faults_and_loads_nothing(workers, tmp_path):
+    _, weights = runs.write_model(tmp_path / "model")
+    weights.pop("model.norm.weight")
+    weights["lm_head.weight"] = weights["lm_head.weight"][:-1].clone()
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].to(torch.int32)
+    save_file({**weights, "extra": torch.ones(1)}, tmp_path / "model" / "model.safetensors")
+    for lines, untouched in workers.run(2, load_expecting_errors, tmp_path / "model"):
+        assert untouched
+        assert sorted(line.rpartition("/")[2] for line in lines) == [
+            "model.safetensors: extra: is not part of the model",
+            "model.safetensors: lm_head.weight: has shape [49, 22], must be [50, 22]",
+            "model.safetensors: model.embed_tokens.weight: has dtype I32, must be one of F32, BF16, F16, F64",
+            "model: model.norm.weight: is missing",
+        ]
+
+
+def fail_on_rank(rank: int, folder: Path, out: Path) -> str:
+    """Write with a disk that fails on one rank alone; what this rank is told."""
+    import torch.distributed as dist
+
+    from titan_hd.config.errors import UserError
+    from titan_hd.distributed import weights
+
+    model, dims = sharded_model(folder, (1, 2, 1))
+    weights.load_weights(model, dims, str(folder))
+    write_rows = weights.write_rows
+    if dist.get_rank() == rank:
+        weights.write_rows = full_disk
+    try:
+        weights.write_weights(model, dims, out, torch.float32, 5e9)
+    except UserError as error:
+        return str(error)
+    finally:
+        weights.write_rows = write_rows
+    return ""
+
+
+def full_disk(*args) -> None:
+    raise OSError(28, os.strerror(28))
+
+
+def test_a_disk_that_fails_on_one_rank_is_one_line_on_all(workers, tmp_path):
+    runs.write_model(tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    lines = workers.run(2, fail_on_rank, 1, tmp_path / "model", tmp_path / "out")
+    assert (
+        lines
+        == [f"{tmp_path / 'out'}: cannot be written: No space left on device (on rank 1, writing the weights)"] * 2
+    )
+
+
+def peak_of_a_load(folder: Path) -> tuple[float, float]:
+    """MiB by which this process's peak memory grew over the load, and MiB of its shards."""
+    from titan_hd.distributed.weights import load_weights
+
+    model, dims = sharded_model(folder, (1, 2, 1))
+    for parameter in model.parameters():
+        parameter.detach().to_local().zero_()  # the shards are resident; what grows now is the load's
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmHWM")
+    load_weights(model, dims, str(folder))
+    return (_status("VmHWM") - before) / 1024, sum(p.to_local().nbytes for p in model.parameters()) / 2**20
+
+
+def _status(key: str) -> int:
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith(key + ":")))
+
+
+# MiB: one piece of 16 MiB, and what the object collectives and the allocator keep.
+LOAD_SLACK = 24
+
+
+@pytest.mark.parametrize("layers", [1, pytest.param(6, marks=pytest.mark.slow)])
+def test_a_load_needs_the_shards_and_one_piece(layers, workers, tmp_path):
+    """fp32 in one file, 77 or 287 MiB of shards on each of two ranks; the largest tensor has 64 MiB."""
+    sizes = {"hidden_size": 512, "intermediate_size": 6144, "vocab_size": 32_768, "head_dim": 64}
+    runs.write_model(tmp_path / "model", num_hidden_layers=2 * layers, **sizes)
+    for grown, shards in workers.run(2, peak_of_a_load, tmp_path / "model"):
+        print(f"shards {shards:.0f} MiB, peak grew by {grown:.1f} MiB")
+        assert shards > 60
+        assert grown < LOAD_SLACK

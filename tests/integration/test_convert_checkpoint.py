@@ -1,0 +1,107 @@
+"""tools/convert_checkpoint.py as a user runs it: checkpoints become exports, and weights survive both ways."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import runs
+from tests.conftest import REPOSITORY
+
+
+def convert(*arguments) -> subprocess.CompletedProcess:
+    tool = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py"), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(tool, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+def error_lines(result: subprocess.CompletedProcess) -> list[str]:
+    assert result.returncode == 2, result.stderr
+    return [line for line in result.stderr.splitlines() if line.startswith("titan_hd: error: ")]
+
+
+@pytest.fixture
+def run(workers, tmp_path):
+    """A run on four workers (FSDP 2 x tensor 2), with a checkpoint of its last step and an export of it."""
+    runs.write_model(tmp_path / "model", num_key_value_heads=2, intermediate_size=38)
+    runs.write_records(tmp_path / "records.jsonl")
+    changes = {"checkpoint__enable": "true", "parallelism__tensor_parallel_degree": 2, "training__steps": 2}
+    changes |= {"hdpissa__num_adapters": 2, "training__global_batch_size": 2}
+    argv = runs.options(tmp_path / "model", tmp_path / "records.jsonl", tmp_path / "dump", **changes)
+    workers.run(4, runs.train, argv)
+    return tmp_path / "dump"
+
+
+def test_a_checkpoint_becomes_the_export_of_its_run(run, tmp_path):
+    step, out = run / "checkpoint" / "step-2", tmp_path / "out"
+    result = convert("dcp-to-hf", step, out, "--assets", tmp_path / "model")
+    assert result.returncode == 0, result.stderr
+    got, want = load_file(out / "model.safetensors"), runs.exported(run)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert json.loads((out / "config.json").read_text()) == json.loads((run / "hf" / "config.json").read_text())
+    card = (out / "README.md").read_text()
+    assert "| adapter.method | hdpissa |" in card
+    assert "| step | 2 |" in card
+
+    # Again, over itself, in bf16 and small files.
+    result = convert(
+        *("dcp-to-hf", step, out, "--assets", tmp_path / "model"),
+        *("--dtype", "bfloat16", "--max-shard-size-gb", "0.00001"),
+    )
+    assert result.returncode == 0, result.stderr
+    paths = sorted(out.glob("*.safetensors"))
+    assert len(paths) > 1
+    got = {name: value for path in paths for name, value in load_file(path).items()}
+    assert all(torch.equal(got[name], want[name].bfloat16()) for name in want)
+
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**runs.ODD, "num_hidden_layers": 3}))
+    lines = error_lines(convert("dcp-to-hf", step, tmp_path / "other", "--assets", tmp_path / "model"))
+    assert f"titan_hd: error: {step}: model.model.layers.2.mlp.up_proj.weight: is missing" in lines
+    shape = "model.model.layers.0.mlp.up_proj.weight: has shape [38, 22], must be [37, 22]"
+    assert f"titan_hd: error: {step}: {shape}" in lines
+    assert not (tmp_path / "other").exists()
+
+    runs.write_model(tmp_path / "model", num_key_value_heads=2, intermediate_size=38)
+    shard = max(step.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    (line,) = error_lines(convert("dcp-to-hf", step, tmp_path / "other", "--assets", tmp_path / "model"))
+    assert ": cannot be read: " in line
+    assert not (tmp_path / "other").exists()
+    (step / ".metadata").write_bytes(b"torn")
+    (line,) = error_lines(convert("dcp-to-hf", step, tmp_path / "other", "--assets", tmp_path / "model"))
+    assert ".metadata cannot be read" in line
+
+
+def test_weights_survive_both_ways(tmp_path):
+    _, weights = runs.write_model(tmp_path / "model", tie_word_embeddings=True)
+    result = convert("hf-to-dcp", tmp_path / "model", tmp_path / "dcp")
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "dcp").glob("*.distcp"))) == len(weights), "a file for each tensor"
+
+    command = ("dcp-to-hf", tmp_path / "dcp", tmp_path / "hf", "--assets", tmp_path / "model")
+    (line,) = error_lines(convert(*command))
+    assert "holds no train_state.json" in line
+    assert "--trust" in line
+    assert not (tmp_path / "hf").exists()
+
+    result = convert(*command, "--trust")
+    assert result.returncode == 0, result.stderr
+    got = load_file(tmp_path / "hf" / "model.safetensors")
+    assert got.keys() == weights.keys()
+    assert all(torch.equal(got[name], value) for name, value in weights.items())
+
+
+def test_what_is_refused(tmp_path):
+    runs.write_model(tmp_path / "model")
+    (line,) = error_lines(convert("dcp-to-hf", tmp_path / "model", tmp_path / "out", "--assets", tmp_path / "model"))
+    assert "is no checkpoint: it holds no .metadata" in line
+    (line,) = error_lines(convert("hf-to-dcp", tmp_path / "model", tmp_path / "model"))
+    assert "is there already" in line
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
+    (line,) = error_lines(convert("hf-to-dcp", tmp_path / "model", tmp_path / "out"))
+    assert "pytorch_model.bin is pickled" in line

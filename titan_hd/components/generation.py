@@ -1,0 +1,197 @@
+"""Continues prompts token by token, greedily or by sampling, with a key/value cache.
+
+In words: one forward pass over a batch of prompts, padded at the right, fills the cache and gives every row its first
+new token; each further pass takes one token per row. Rows end by themselves, at a stop token.
+
+The model may be the wrapped one of a run. Its forward passes gather shards, so all workers must make the same number of
+them, whatever their prompts: after each pass they agree whether anybody goes on. Workers that hold the same prompts
+(tensor parallelism) take the tokens of the first of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from titan_hd.config.errors import UserError
+from titan_hd.config.seeding import stable_seed
+from titan_hd.data.tokenizer_base import Tokenizer
+from titan_hd.models.decoder import Decoder, KVCache
+
+logger = logging.getLogger("titan_hd")
+
+_DONE, _RUNNING, _BROKEN = range(3)  # a worker's state after a pass; the largest counts
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    temperature: divides the logits; 0: the most probable token, always.
+    top_k: only the k most probable tokens; 0: all.
+    top_p: of these the fewest that have this probability together.
+    seed: a token is a function of (seed, number of the prompt, step) and of its logits.
+
+    Raises:
+        UserError: a value is out of its range; names it.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature: must be a number from 0, not {self.temperature}")
+        if self.top_k < 0:
+            raise UserError(f"top_k: must be a whole number from 0 (all tokens), not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p: must be above 0 and at most 1, not {self.top_p}")
+
+
+GREEDY = Sampling()
+
+
+def generate(model: Decoder, prompts: list[list[int]], *args, **kwargs) -> list[list[int]]:
+    """The new tokens of every prompt, without the stop token; arguments as for `stream`."""
+    rows: list[list[int]] = [[] for _ in prompts]
+    for tokens in stream(model, prompts, *args, **kwargs):
+        for row, token in zip(rows, tokens):
+            if token is not None:
+                row.append(token)
+    return rows
+
+
+@torch.no_grad()
+def stream(
+    model: Decoder,
+    prompts: list[list[int]],
+    stop_ids: Collection[int],
+    max_new_tokens: int,
+    device: torch.device,
+    sampling: Sampling = GREEDY,
+    first_index: int = 0,
+    group: dist.ProcessGroup | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+) -> Iterator[list[int | None]]:
+    """Tokens as they come: for every step a list with the new token of each row, None where the row has ended.
+
+    model: in eval mode, if it has dropout.
+    prompts: token ids, at least one in each.
+    first_index: number of prompts[0] among all prompts; sampled tokens depend on it and not on the batch.
+    group: all workers that share the model. All of them call this, with equal max_new_tokens, and go on to the end.
+    tp_group: those of them that have the same prompts.
+
+    Raises:
+        UserError: a prompt is empty.
+        FloatingPointError: logits of a row that goes on are not finite (on all workers).
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if not all(lengths):
+        raise UserError(f"prompt {first_index + lengths.index(0)}: is empty, and there is nothing to continue")
+    ends = torch.tensor(lengths, device=device)
+    ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+    for row, prompt in zip(ids, prompts):
+        row[: len(prompt)] = torch.tensor(prompt)
+    ids, positions, select = ids.to(device), None, ends - 1
+    cache = KVCache(model.config.num_hidden_layers, max(lengths) + max_new_tokens)
+    running = [True] * len(prompts)
+    for step in range(max_new_tokens):
+        with torch.compiler.set_stance("force_eager"):  # shapes that change in every pass are not worth compiling
+            logits = model(ids, positions, cache=cache, select=select)[:, 0]
+        draws = [_draw(sampling.seed, first_index + row, step) for row in range(len(prompts))]
+        chosen = choose(logits, sampling, draws)
+        if tp_group is not None:
+            dist.broadcast(chosen, group=tp_group, group_src=0)
+        tokens = chosen.tolist()
+        broken = any(token < 0 and goes_on for token, goes_on in zip(tokens, running))
+        running = [goes_on and token not in stop_ids for token, goes_on in zip(tokens, running)]
+        state = _agree(_BROKEN if broken else _RUNNING if any(running) else _DONE, device, group)
+        if state == _BROKEN:
+            raise FloatingPointError(f"new token {step + 1}: the logits are not finite, so there is no next token")
+        if state == _DONE:
+            return
+        new_length = max((n + step + 1 for n, goes_on in zip(lengths, running) if goes_on), default=0)
+        if new_length > model.config.max_position_embeddings:
+            _warn_of_length(model.config.max_position_embeddings)
+        yield [token if goes_on else None for token, goes_on in zip(tokens, running)]
+        # Rows that have ended go on unheeded, whatever they hold.
+        ids, positions, select = chosen.clamp(min=0)[:, None], (ends + step)[:, None], None
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, draws: list[float]) -> torch.Tensor:
+    """The next token [B] of each row of logits [B, vocabulary]; -1 where the largest logit is not finite.
+
+    draws: a number in [0, 1) for each row, where the token lies on the row's cumulative probabilities.
+    """
+    largest = logits.amax(-1, keepdim=True)
+    finite = largest.isfinite()[:, 0]
+    if sampling.temperature == 0:
+        return torch.where(finite, logits.argmax(-1), -1)
+    # float64: temperatures may be tiny, and sums over a large vocabulary must not lose its tail. Stable: equal logits
+    # stay in the order of their ids, on every device and in every batch.
+    scaled = (logits.double() - largest.double()) / sampling.temperature
+    ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k:
+        ordered = ordered[:, : sampling.top_k]
+    mass = ordered.softmax(-1).cumsum(-1)
+    last = (mass < sampling.top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
+    point = torch.tensor(draws, dtype=mass.dtype, device=mass.device)[:, None] * mass.gather(-1, last)
+    place = torch.searchsorted(mass, point, right=True).minimum(last)
+    return torch.where(finite, ids.gather(-1, place)[:, 0], -1)
+
+
+def _draw(seed: int, index: int, step: int) -> float:
+    """A number in [0, 1): the upper 53 bits of a hash."""
+    return (stable_seed("generate", seed, index, step) >> 11) * 2.0**-53
+
+
+def _agree(state: int, device: torch.device, group: dist.ProcessGroup | None) -> int:
+    """The largest state of any worker."""
+    if group is None:
+        return state
+    states = torch.tensor(state, device=device)
+    dist.all_reduce(states, op=dist.ReduceOp.MAX, group=group)
+    return int(states.item())
+
+
+class TextStream:
+    """Text of tokens as they come, in whole characters.
+
+    What a token adds depends on those before it (a space, the first bytes of a character): so the last ones are decoded
+    with and without it, and a text that ends within a character is held back until it is complete.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]):
+        self._tokenizer = tokenizer
+        self._shown, self._new = prompt[-4:], []  # tokens whose text is out, and those whose text is not
+
+    def add(self, token: int) -> str:
+        """The text that this token completes; often one piece, sometimes nothing."""
+        self._new.append(token)
+        text = self._pending()
+        if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._shown, self._new = self._new, []
+        return text
+
+    def end(self) -> str:
+        """What was held back; bytes that are no character are U+FFFD."""
+        text, self._new = self._pending(), []
+        return text
+
+    def _pending(self) -> str:
+        shown = self._tokenizer.decode(self._shown)
+        return self._tokenizer.decode(self._shown + self._new)[len(shown) :]
+
+
+@functools.cache  # once in a process
+def _warn_of_length(limit: int) -> None:
+    logger.warning("the text is longer than max_position_embeddings of config.json, %d tokens", limit)

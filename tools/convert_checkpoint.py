@@ -1,0 +1,191 @@
+"""Converts between titan_hd's checkpoints (torch.distributed.checkpoint) and Hugging Face directories, in one process.
+
+    python tools/convert_checkpoint.py dcp-to-hf outputs/checkpoint/step-500 OUT --assets assets/hf/Llama-3.1-8B
+    python tools/convert_checkpoint.py hf-to-dcp assets/hf/Llama-3.1-8B OUT
+
+`dcp-to-hf` takes the weights of a run's checkpoint, and everything else (config, tokenizer) from the base model.
+Whatever mesh wrote the checkpoint, one tensor and one of its stored shards are in memory at a time. A checkpoint's
+`.metadata` is a pickle, which can run code when it is read: only checkpoints with a run's train_state.json are opened,
+others with --trust.
+
+`hf-to-dcp` writes the weights alone, under the names that a run's checkpoint gives them ("model." and HF's name), one
+file for each tensor, so that one tensor is in memory at a time. For other trainers, and for `dcp-to-hf --trust`; a
+titan_hd run starts from the HF directory itself and does not resume from it (it has no factors and no optimizer).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import WriteItem
+from tqdm import tqdm
+
+from titan_hd.components.checkpoint import STATE_FILE, check_stored, read_metadata
+from titan_hd.components.export import beside, check_folder, publish, start_folder, write_assets
+from titan_hd.components.model_card import model_card
+from titan_hd.config import manager
+from titan_hd.config.errors import UserError
+from titan_hd.models.decoder import Decoder
+from titan_hd.models.hf_weights import (
+    WeightFiles,
+    check_space,
+    disk_faults,
+    plan_files,
+    sync_files,
+    write_headers,
+    write_rows,
+)
+from titan_hd.models.registry import read_hf_config
+
+
+def dcp_to_hf(
+    checkpoint: Path, folder: Path, assets: str, dtype: torch.dtype | None, trust: bool, max_file_bytes: float
+) -> None:
+    """Write beside `folder` and rename. dtype None: that of the checkpoint.
+
+    Raises:
+        UserError: one line for every fault, before anything is written.
+    """
+    state = _train_state(checkpoint, trust)
+    check_folder(folder, assets)
+    model = _meta_model(assets)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    reader = _Reader(str(checkpoint))
+    stored = _one_dtype(checkpoint, check_stored(checkpoint, read_metadata(checkpoint, reader), shapes))
+    dtype = dtype or stored
+    settings = state.get("settings", {})
+    base = "" if settings.get("model", {}).get("flavor") else assets
+    card = model_card(model.config.hf, base, settings, {"step": state["step"]} if state else {})
+    partial = beside(folder)
+    with disk_faults(partial):
+        start_folder(partial)
+        write_assets(partial, model.config.hf, dtype, assets, card)
+        slots, headers = plan_files(partial, shapes, dtype, max_file_bytes)
+        check_space(partial, slots, shapes)
+        write_headers(slots, headers)
+        for name in tqdm(shapes, unit="tensor"):
+            values = torch.empty(shapes[name], dtype=stored)
+            _load(checkpoint, reader, f"model.{name}", values)
+            write_rows(slots[name], 0, values)
+        sync_files(headers)
+        publish(partial, folder)
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the metadata once, not once for every tensor."""
+
+    @functools.cache  # noqa: B019 (one reader in a process)
+    def read_metadata(self, *args, **kwargs) -> Metadata:
+        return super().read_metadata(*args, **kwargs)
+
+
+def _train_state(checkpoint: Path, trust: bool) -> dict:
+    """Step and settings of a run's checkpoint; empty for one that is not of a run and is trusted."""
+    path = checkpoint / STATE_FILE
+    if not (checkpoint / ".metadata").is_file():
+        raise UserError(f"{checkpoint}: is no checkpoint: it holds no .metadata")
+    if not path.is_file():
+        if trust:
+            return {}
+        raise UserError(
+            f"{checkpoint}: holds no {STATE_FILE}, so no run wrote it; its .metadata is a pickle, which can run code "
+            "when it is read; give --trust if you know where it is from"
+        )
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return {"step": state["step"], "settings": manager.tomllib.loads(state["config"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is not the state of a run: {type(error).__name__}: {error}") from None
+
+
+def _load(checkpoint: Path, reader: _Reader, key: str, values: torch.Tensor) -> None:
+    try:
+        dcp.load({key: values}, storage_reader=reader, no_dist=True)
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise UserError(f"{checkpoint}: {key}: cannot be read: {reason}") from None
+
+
+def _meta_model(assets: str) -> Decoder:
+    with torch.device("meta"):
+        return Decoder(read_hf_config(assets))
+
+
+def _one_dtype(checkpoint: Path, dtypes: set[torch.dtype]) -> torch.dtype:
+    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
+        names = ", ".join(sorted(map(str, dtypes)))
+        raise UserError(f"{checkpoint}: the weights must have one floating-point dtype, not {names}")
+    return next(iter(dtypes))
+
+
+def hf_to_dcp(assets: str, folder: Path, dtype: torch.dtype | None) -> None:
+    """Write the weights as a checkpoint, beside and renamed. dtype None: that of each tensor's file."""
+    if folder.exists():
+        raise UserError(f"{folder}: is there already; remove it or name another folder")
+    model = _meta_model(assets)
+    expected = {name: p.shape for name, p in model.named_parameters()}
+    files = WeightFiles(assets, expected, tied_head=model.lm_head is None)
+    tensors = {
+        f"model.{name}": torch.empty(shape, dtype=dtype or files.dtype(name), device="meta")
+        for name, shape in expected.items()
+    }
+    partial = beside(folder)
+    with disk_faults(partial), tqdm(total=len(tensors), unit="tensor") as bar:
+        start_folder(partial)
+        # DCP keeps all tensors of a file in memory until the file is closed: hence one file for each.
+        writer = dcp.FileSystemWriter(str(partial), single_file_per_rank=False)
+        dcp.save(tensors, storage_writer=writer, planner=_FromFiles(files, bar), no_dist=True)
+        publish(partial, folder)
+
+
+class _FromFiles(dcp.DefaultSavePlanner):
+    """Plans with meta tensors, and reads each one's values when it is about to be written."""
+
+    def __init__(self, files: WeightFiles, bar: tqdm):
+        super().__init__()
+        self.files, self.bar = files, bar
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        values = torch.empty_like(self.lookup_object(write_item.index), device="cpu")
+        self.files.read_into(write_item.index.fqn.removeprefix("model."), values)
+        self.bar.update()
+        return values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    to_hf = commands.add_parser("dcp-to-hf", help="a run's checkpoint to a Hugging Face directory")
+    to_hf.add_argument("checkpoint", type=Path, help="the folder step-N")
+    to_hf.add_argument("out", type=Path)
+    to_hf.add_argument("--assets", required=True, help="Hugging Face directory of the base model")
+    to_hf.add_argument("--trust", action="store_true", help="open a checkpoint that no run of titan_hd wrote")
+    to_hf.add_argument("--max-shard-size-gb", type=float, default=5.0, help="largest size of a file in GB")
+    to_dcp = commands.add_parser("hf-to-dcp", help="a Hugging Face directory to a checkpoint of weights")
+    to_dcp.add_argument("assets", help="Hugging Face directory")
+    to_dcp.add_argument("out", type=Path)
+    for command in (to_hf, to_dcp):
+        command.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    try:
+        if args.command == "dcp-to-hf":
+            dcp_to_hf(args.checkpoint, args.out, args.assets, dtype, args.trust, args.max_shard_size_gb * 1e9)
+        else:
+            hf_to_dcp(args.assets, args.out, dtype)
+    except UserError as error:
+        manager.exit_with(str(error).splitlines())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Continues prompts, or chats, with a model: a Hugging Face directory, or a checkpoint of a run.
+
+    python tools/generate.py outputs/quickstart/hf --prompt "..." --template assets/quickstart/template.txt
+    python tools/generate.py outputs/run/checkpoint/step-500 --chat "Why is the sky blue?" --temperature 0.7
+    python tools/generate.py MODEL --file prompts.jsonl --template alpaca > answers.jsonl
+    python tools/generate.py MODEL            a chat; or, if the input is no terminal, its lines are the prompts
+
+Prompts are written by --template; a chat by the chat template that lies beside the tokenizer. The text goes to the
+standard output as it is made, the rate to the standard error. With --file the output is one JSON object a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from titan_hd.components.generation import Sampling, TextStream, generate, stream
+from titan_hd.components.pretrained import load_pretrained
+from titan_hd.config import manager
+from titan_hd.config.errors import UserError
+from titan_hd.data.chat import ChatTemplate, load_chat_template
+from titan_hd.data.records import read_jsonl
+from titan_hd.data.templates import load_template
+from titan_hd.data.tokenizer import Tokenizer, load_tokenizer
+from titan_hd.models.decoder import Decoder
+
+_PROMPT_FIELDS = ("instruction", "query", "question", "prompt")
+
+
+def main() -> None:
+    args = parse_arguments()
+    for pipe in (sys.stdin, sys.stdout):  # what is no text is refused by the tokenizer, or shown as well as can be
+        pipe.reconfigure(errors="surrogateescape" if pipe is sys.stdin else "replace")
+    try:
+        run(args)
+    except (UserError, FloatingPointError) as error:
+        manager.exit_with(str(error).splitlines())
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: manager.exit_with([message])
+    add = parser.add_argument
+    add("model", type=Path, help="a HF directory, or a checkpoint's folder, .../step-N")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", metavar="TEXT")
+    what.add_argument("--chat", metavar="TEXT", help="the user's first message")
+    what.add_argument("--file", type=Path, help="prompts: .jsonl (instruction, query, question or prompt), else lines")
+    add("--system", metavar="TEXT", help="the system message of a chat")
+    add("--template", help="of prompts: alpaca, pissa, chat, none (the default) or a file with {prompt}")
+    add("--assets", default="", help="for a checkpoint: the HF directory with config and tokenizer, if not the run's")
+    add("--max_new_tokens", type=int, default=256)
+    add("--temperature", type=float, default=0.0, help="0, the default: always the most probable token")
+    add("--top_p", type=float, default=1.0)
+    add("--top_k", type=int, default=0, help="0, the default: all")
+    add("--seed", type=int, default=0)
+    add("--batch_size", type=int, default=8, help="prompts of --file at a time")
+    add("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--device", help="default: the GPU if there is one")
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check what is cheap to check, load the model, then do what is asked for."""
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    for name in ("max_new_tokens", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}: must be a whole number above 0, not {getattr(args, name)}")
+    asks_prompts = args.prompt is not None or args.file or (args.chat is None and not sys.stdin.isatty())
+    for key, wrong, use in (("system", asks_prompts, "a chat"), ("template", not asks_prompts, "prompts")):
+        if wrong and getattr(args, key) is not None:
+            raise UserError(f"--{key}: is for {use}")
+    load_template(args.template or "none")
+    records = read_prompts(args.file) if args.file else []
+    device = pick_device(args.device)
+    dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    model, assets = load_pretrained(args.model, args.assets, getattr(torch, dtype), device)
+    tokenizer = load_tokenizer(assets)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        size = model.config.vocab_size
+        raise UserError(f"{assets}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {size}")
+    session = Session(model, tokenizer, sampling, args.max_new_tokens, device)
+    if not asks_prompts:
+        session.chat(args.chat, args.system)
+    elif args.file:
+        session.answer_file(records, args.template or "none", args.batch_size)
+    else:
+        texts = [args.prompt] if args.prompt is not None else (line.rstrip("\n") for line in sys.stdin)
+        template = load_template(args.template or "none", tokenizer)
+        for index, text in enumerate(texts):
+            session.answer(template.prompt_ids(tokenizer, text, ""), template.stop_ids(tokenizer), index)
+
+
+def pick_device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: {name} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device: must be cpu, cuda or cuda:N, not {name}")
+    return device
+
+
+def read_prompts(path: Path) -> list[tuple[str, str]]:
+    """(prompt, input) of each record of a .jsonl file, or of each line that is not empty of any other."""
+    if path.suffix != ".jsonl":
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--file: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        return [(line, "") for line in lines if line.strip()]
+    prompts = []
+    for record in read_jsonl(str(path), "--file"):
+        field = next((name for name in _PROMPT_FIELDS if name in record), None)
+        if field is None or not isinstance(record[field], str):
+            raise UserError(f"{record['__where__']}: needs one of {', '.join(_PROMPT_FIELDS)}, a string")
+        extra = record.get("input")
+        prompts.append((record[field], extra if isinstance(extra, str) else ""))
+    return prompts
+
+
+@dataclass
+class Session:
+    model: Decoder
+    tokenizer: Tokenizer
+    sampling: Sampling
+    max_new_tokens: int
+    device: torch.device
+
+    def answer(self, prompt: list[int], stop_ids: Collection[int], index: int) -> str:
+        """Continue one prompt on the standard output; returns the text."""
+        started = time.perf_counter()
+        text, pieces, times = TextStream(self.tokenizer, prompt), [], []
+        for tokens in stream(
+            self.model, [prompt], stop_ids, self.max_new_tokens, self.device, self.sampling, first_index=index
+        ):
+            times.append(time.perf_counter())
+            pieces.append(text.add(tokens[0]))
+            print(pieces[-1], end="", flush=True)
+        pieces.append(text.end())
+        print(pieces[-1], flush=True)
+        if len(times) > 1:
+            rate = (len(times) - 1) / (times[-1] - times[0])
+            first = times[0] - started
+            report = f"{len(times)} tokens, {rate:.1f} tokens/s; before them a prompt of {len(prompt)} in {first:.2f} s"
+            print(report, file=sys.stderr)
+        return "".join(pieces)
+
+    def answer_file(self, records: list[tuple[str, str]], template_name: str, batch_size: int) -> None:
+        """Continue all prompts, a batch at a time, in their order."""
+        template, started, count = load_template(template_name, self.tokenizer), time.perf_counter(), 0
+        for start in range(0, len(records), batch_size):
+            batch = records[start : start + batch_size]
+            prompts = [template.prompt_ids(self.tokenizer, *record) for record in batch]
+            rows = generate(
+                self.model,
+                prompts,
+                template.stop_ids(self.tokenizer),
+                self.max_new_tokens,
+                self.device,
+                self.sampling,
+                first_index=start,
+            )
+            for (prompt, _), row in zip(batch, rows):
+                response = self.tokenizer.decode(row)
+                print(json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False), flush=True)
+            count += sum(map(len, rows))
+        seconds = time.perf_counter() - started
+        print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
+
+    def chat(self, message: str | None, system: str | None) -> None:
+        """Answer one message; without one, go on asking the terminal for messages until it ends."""
+        template = load_chat_template(self.tokenizer)
+        stop_ids = self._stop_ids()
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        for index, text in enumerate([message] if message is not None else iter(ask, None)):
+            messages.append({"role": "user", "content": text})
+            prompt = chat_prompt(template, self.tokenizer, messages)
+            messages.append({"role": "assistant", "content": self.answer(prompt, stop_ids, index)})
+
+    def _stop_ids(self) -> frozenset[int]:
+        try:
+            return load_template("chat", self.tokenizer).stop_ids(self.tokenizer)
+        except UserError:  # a template that ends its answers with no token of its own
+            return self.tokenizer.stop_ids
+
+
+def chat_prompt(template: ChatTemplate, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    return tokenizer.encode(template.render(messages, add_generation_prompt=True), special=True)
+
+
+def ask() -> str | None:
+    """A line from the terminal; None at its end."""
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return None
+
+
+if __name__ == "__main__":
+    main()
