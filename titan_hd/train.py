@@ -341,6 +341,7 @@ class Trainer:
         """Validation loss and, if asked for, exact match of generated answers; logged under this step."""
         c, v = self.config, self.config.validation
         worker, workers, group = self.dims.dp_rank, self.dims.dp_size, self.dims.dp_mesh.get_group()
+        batch_size = v.batch_size or c.training.local_batch_size
         self.model.eval()
         values = {
             "validation_loss": validation_loss(
@@ -348,7 +349,7 @@ class Trainer:
                 self.validation_records,
                 worker,
                 workers,
-                c.training.local_batch_size,
+                batch_size,
                 self.pad_to,
                 v.steps,
                 self.device,
@@ -376,7 +377,7 @@ class Trainer:
                 ),
                 self.device,
                 group,
-                c.training.local_batch_size,
+                batch_size,
             )
         self.model.train()
         reshard(self.model)

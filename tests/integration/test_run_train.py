@@ -188,6 +188,7 @@ def test_the_quick_start_shortened(tmp_path):
     result = run_train(
         "--training.steps=3",
         "--validation.exact_match_samples=8",
+        "--validation.batch_size=5",
         "--metrics.log_freq=1",
         f"--job.dump_folder={tmp_path / 'quickstart'}",
     )

@@ -255,7 +255,10 @@ class Validation:
     freq: int = 100
     """Steps between two validations."""
     steps: int = -1
-    """Micro-batches per worker and validation. -1: every record."""
+    """Batches per worker and validation. -1: every record."""
+    batch_size: int = 0
+    """Records per worker and batch of a validation. 0: training.local_batch_size. There is no backward pass, so it may
+    be larger."""
     exact_match_samples: int = 0
     """Records to answer by greedy generation, scored by exact match of the final answer. 0: off."""
     answer_marker: str = "The answer is: "

@@ -276,6 +276,7 @@ _AT_LEAST = {
     "metrics.log_freq": 1,
     "validation.freq": 1,
     "validation.exact_match_samples": 0,
+    "validation.batch_size": 0,
     "validation.max_new_tokens": 1,
 }
 
