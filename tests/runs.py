@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from titan_hd.config import manager
+from titan_hd.models.decoder import Decoder
+from titan_hd.models.registry import parse_hf_config
 from titan_hd.preflight import plan_run
 
 # Shapes on purpose odd: 37 and 22 rows divide by neither 2 nor 4 workers; 6 rows of k and v leave the last of four
@@ -45,6 +47,9 @@ def write_model(folder: Path, seed: int = 0, **changes) -> tuple[dict, dict[str,
         shapes |= {f"{p}self_attn.{n}_proj.weight": (kv, d) for n in "kv"}
         shapes |= {f"{p}mlp.{n}_proj.weight": (ffn, d) for n in ("gate", "up")}
         shapes[f"{p}mlp.down_proj.weight"] = (d, ffn)
+    with torch.device("meta"):  # what variants have besides: biases, norms of q and k
+        model = Decoder(parse_hf_config(config, "tests"))
+    shapes |= {name: tuple(w.shape) for name, w in model.named_parameters() if name not in shapes}
     generator = torch.Generator().manual_seed(seed)
     weights = {
         name: 1 + 0.1 * torch.randn(shape, generator=generator)

@@ -9,6 +9,8 @@ from tests import runs
 
 # Runs on other numbers of workers add the same fp32 numbers in another order.
 LOSS_TOLERANCE = 1e-5
+# Change of a weight after three steps, relative; fp32 weights of size 1 that change by 1e-3.
+DELTA_TOLERANCE = 1e-3
 # A bf16 master rounds an element the other way where its fp32 value differs in the last bit: 2^-8 of one weight.
 BF16_LOSS_TOLERANCE = 1e-4
 
@@ -60,6 +62,34 @@ def test_same_losses_on_any_mesh(method, mesh, workers, setup, tmp_path):
     assert exported.keys() == want.keys()
     error = sum((exported[k] - want[k]).norm() ** 2 for k in want) / sum(want[k].norm() ** 2 for k in want)
     assert error.sqrt() < 1e-3
+
+
+VARIANTS = {
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "qwen2-tied": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+    "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 5},
+}
+
+
+@pytest.mark.parametrize("method", ["hdpissa", "full"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_same_weights_of_every_variant_on_any_mesh(variant, method, workers, setup, tmp_path):
+    """Biases (one is added once behind tensor parallelism's sum), norms of a rank's own heads, windows."""
+    _, start = runs.write_model(tmp_path / "model", num_key_value_heads=2, intermediate_size=38, **VARIANTS[variant])
+    changes = {"adapter__method": "full", "hdpissa__num_adapters": 0} if method == "full" else {}
+    # SGD: proportional to the gradients, so that a wrong factor shows; at rates at which fp32 holds the change.
+    rate = 0.1 if method == "full" else 1.0
+    changes |= {"optimizer__name": "SGD", "optimizer__lr": rate, "training__steps": 3}
+    for name, (world_size, tp) in {"one": (1, 1), "fsdp": (4, 1), "tp": (2, 2), "tp-fsdp": (4, 2)}.items():
+        workers.run(world_size, runs.train, setup(name, **changes, parallelism__tensor_parallel_degree=tp))
+    want = runs.exported(tmp_path / "one")
+    if method == "full":
+        assert all(not torch.equal(want[name], start[name]) for name in want), "everything is trained"
+    for name in ("fsdp", "tp", "tp-fsdp"):
+        errors = runs.delta_error(runs.exported(tmp_path / name), want, start)
+        assert errors
+        assert max(errors.values()) < DELTA_TOLERANCE, errors
 
 
 @pytest.mark.parametrize("method", ["hdpissa", "full", "dropout", "random", "mute"])
