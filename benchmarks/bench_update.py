@@ -30,6 +30,7 @@ import argparse
 import os
 import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -299,6 +300,8 @@ def work(rank: int, workers: int, store: str, args: argparse.Namespace, answer) 
 
 def _spawned(rank: int, workers: int, store: str, args: argparse.Namespace, queue) -> None:
     work(rank, workers, store, args, queue.put)
+    sys.stdout.flush()
+    os._exit(0)  # as train.main does, and why
 
 
 def run_workers(args: argparse.Namespace) -> dict[str, dict]:

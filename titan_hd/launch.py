@@ -25,6 +25,7 @@ def main() -> None:
     launcher_args, train_args = sys.argv[1:split], sys.argv[split + 1 :]
     args = run.parse_args([*launcher_args, "-m", "titan_hd.train", *train_args])
     config = manager.load_or_exit(train_args)
+    logging.getLogger("titan_hd").setLevel(logging.ERROR)  # the first worker gives the warnings
     workers = run.determine_local_world_size(args.nproc_per_node) * run.parse_min_max_nnodes(args.nnodes)[1]
     try:
         plan = plan_run(config, workers, needs_files=not config.job.print_plan)

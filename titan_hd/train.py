@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,13 @@ from titan_hd.components.flops import flops_per_token
 from titan_hd.components.generation import generate
 from titan_hd.components.loss import token_loss_sum
 from titan_hd.components.lr_scheduler import lr_factor
-from titan_hd.components.metrics import MetricsLogger, init_logging, peak_memory_gib, write_svd_report
+from titan_hd.components.metrics import (
+    MetricsLogger,
+    finish_failed_run,
+    init_logging,
+    peak_memory_gib,
+    write_svd_report,
+)
 from titan_hd.components.optimizer import build_optimizer, clip_gradients
 from titan_hd.components.profiling import build_profiler
 from titan_hd.components.validation import exact_match, validation_loss
@@ -83,8 +90,6 @@ class Trainer:
         logger.info("titan_hd %s, torch %s, %d x %s", __version__, torch.__version__, w, _device_name(self.device))
         if config.job.print_config:
             logger.info("configuration:\n%s", manager.to_toml(config))
-        if plan.decoder.ignored:
-            logger.warning("config.json: ignored keys: %s", ", ".join(plan.decoder.ignored))
         hosted = f", {self.placement.hosted} on each worker" if plan.num_adapters > 1 else ""
         logger.info(
             "method %s: %d logical adapter(s)%s; global batch %d in %d micro-batch(es) per worker; mesh %d x %d x %d "
@@ -459,7 +464,20 @@ def run(config: JobConfig, plan: RunPlan) -> None:
 
 
 def main() -> None:
-    """Entry point of one worker: status 0, 2 for what the user can mend (one line), or a traceback."""
+    """Entry point of one worker: leaves with status 0, 2 for what the user can mend (one line), or 1 and a traceback.
+
+    It leaves by os._exit: while the interpreter takes itself apart, a thread of gloo may want it once more and abort
+    the process (seen in 2 of about 20 runs on a busy machine), and a run that was complete would have failed.
+    """
+    status = _run_worker()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _run_worker() -> int:
+    """The exit status of this worker; what it had to say is said."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     for key, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}.items():
         os.environ.setdefault(key, str(value))
@@ -472,12 +490,15 @@ def main() -> None:
         run(config, plan_run(config, world_size))
     except Exception as error:
         handler.record_exception(error)
+        finish_failed_run()
         if not isinstance(error, UserError):
-            raise
+            traceback.print_exc()
+            return 1
         # User errors are the same on every rank (see `together`): one says them, all leave with status 2.
         if rank == 0:
             print(*(f"titan_hd: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-        raise SystemExit(2) from None
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -4,19 +4,17 @@
     python tools/convert_checkpoint.py hf-to-dcp assets/hf/Llama-3.1-8B OUT
 
 `dcp-to-hf` takes the weights of a run's checkpoint, and everything else (config, tokenizer) from the base model.
-Whatever mesh wrote the checkpoint, one tensor and one of its stored shards are in memory at a time. A checkpoint's
-`.metadata` is a pickle, which can run code when it is read: only checkpoints with a run's train_state.json are opened,
-others with --trust.
+Whatever mesh wrote the checkpoint, one tensor and one of its stored shards are in memory at a time. No code in it is
+run.
 
 `hf-to-dcp` writes the weights alone, under the names that a run's checkpoint gives them ("model." and HF's name), one
-file for each tensor, so that one tensor is in memory at a time. For other trainers, and for `dcp-to-hf --trust`; a
-titan_hd run starts from the HF directory itself and does not resume from it (it has no factors and no optimizer).
+file for each tensor, so that one tensor is in memory at a time. For other trainers, and for `dcp-to-hf`; a titan_hd run
+starts from the HF directory itself and does not resume from it (it has no factors and no optimizer).
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
 from pathlib import Path
@@ -26,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 from tqdm import tqdm
 
-from titan_hd.components.checkpoint import STATE_FILE, check_stored, read_metadata
+from titan_hd.components.checkpoint import STATE_FILE
+from titan_hd.components.dcp_reader import CheckpointReader
 from titan_hd.components.export import beside, check_folder, publish, start_folder, write_assets
 from titan_hd.components.model_card import model_card
 from titan_hd.config import manager
@@ -48,20 +46,18 @@ from titan_hd.models.hf_weights import (
 from titan_hd.models.registry import read_hf_config
 
 
-def dcp_to_hf(
-    checkpoint: Path, folder: Path, assets: str, dtype: torch.dtype | None, trust: bool, max_file_bytes: float
-) -> None:
+def dcp_to_hf(checkpoint: Path, folder: Path, assets: str, dtype: torch.dtype | None, max_file_bytes: float) -> None:
     """Write beside `folder` and rename. dtype None: that of the checkpoint.
 
     Raises:
         UserError: one line for every fault, before anything is written.
     """
-    state = _train_state(checkpoint, trust)
+    state = _train_state(checkpoint)
     check_folder(folder, assets)
     model = _meta_model(assets)
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    reader = _Reader(str(checkpoint))
-    stored = _one_dtype(checkpoint, check_stored(checkpoint, read_metadata(checkpoint, reader), shapes))
+    reader = CheckpointReader(checkpoint)
+    stored = _one_dtype(checkpoint, reader.weight_dtypes(shapes))
     dtype = dtype or stored
     settings = state.get("settings", {})
     base = "" if settings.get("model", {}).get("flavor") else assets
@@ -81,26 +77,11 @@ def dcp_to_hf(
         publish(partial, folder)
 
 
-class _Reader(dcp.FileSystemReader):
-    """Reads the metadata once, not once for every tensor."""
-
-    @functools.cache  # noqa: B019 (one reader in a process)
-    def read_metadata(self, *args, **kwargs) -> Metadata:
-        return super().read_metadata(*args, **kwargs)
-
-
-def _train_state(checkpoint: Path, trust: bool) -> dict:
-    """Step and settings of a run's checkpoint; empty for one that is not of a run and is trusted."""
+def _train_state(checkpoint: Path) -> dict:
+    """Step and settings of a run's checkpoint; empty for one that no run wrote."""
     path = checkpoint / STATE_FILE
-    if not (checkpoint / ".metadata").is_file():
-        raise UserError(f"{checkpoint}: is no checkpoint: it holds no .metadata")
     if not path.is_file():
-        if trust:
-            return {}
-        raise UserError(
-            f"{checkpoint}: holds no {STATE_FILE}, so no run wrote it; its .metadata is a pickle, which can run code "
-            "when it is read; give --trust if you know where it is from"
-        )
+        return {}
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         return {"step": state["step"], "settings": manager.tomllib.loads(state["config"])}
@@ -108,7 +89,7 @@ def _train_state(checkpoint: Path, trust: bool) -> dict:
         raise UserError(f"{path}: is not the state of a run: {type(error).__name__}: {error}") from None
 
 
-def _load(checkpoint: Path, reader: _Reader, key: str, values: torch.Tensor) -> None:
+def _load(checkpoint: Path, reader: CheckpointReader, key: str, values: torch.Tensor) -> None:
     try:
         dcp.load({key: values}, storage_reader=reader, no_dist=True)
     except CheckpointException as error:
@@ -169,7 +150,6 @@ def main() -> None:
     to_hf.add_argument("checkpoint", type=Path, help="the folder step-N")
     to_hf.add_argument("out", type=Path)
     to_hf.add_argument("--assets", required=True, help="Hugging Face directory of the base model")
-    to_hf.add_argument("--trust", action="store_true", help="open a checkpoint that no run of titan_hd wrote")
     to_hf.add_argument("--max-shard-size-gb", type=float, default=5.0, help="largest size of a file in GB")
     to_dcp = commands.add_parser("hf-to-dcp", help="a Hugging Face directory to a checkpoint of weights")
     to_dcp.add_argument("assets", help="Hugging Face directory")
@@ -180,7 +160,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     try:
         if args.command == "dcp-to-hf":
-            dcp_to_hf(args.checkpoint, args.out, args.assets, dtype, args.trust, args.max_shard_size_gb * 1e9)
+            dcp_to_hf(args.checkpoint, args.out, args.assets, dtype, args.max_shard_size_gb * 1e9)
         else:
             hf_to_dcp(args.assets, args.out, dtype)
     except UserError as error:

@@ -4,7 +4,7 @@ A checkpoint is a folder `step-N` with DCP's files (weights, fixed factors and o
 `train_state.json` (step, wandb run, resolved configuration). The data cursor and the learning rate are functions of the
 step; dA and dB are zero between steps; random numbers are functions of (seed, step, sample): none of them needs saving.
 
-DCP's `.metadata` is a pickle: only folders that the user's own runs wrote are ever opened.
+DCP's `.metadata` is a pickle: `dcp_reader` reads it without running what it says.
 """
 
 from __future__ import annotations
@@ -23,44 +23,13 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from titan_hd.components.dcp_reader import CheckpointReader
 from titan_hd.config.errors import UserError
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.weights import base_parameters
 
 logger = logging.getLogger("titan_hd")
 STATE_FILE = "train_state.json"  # what a run's checkpoint has beside DCP's files
-
-
-def read_metadata(folder: Path, reader: dcp.FileSystemReader) -> Metadata:
-    """DCP's table of contents. A pickle: the caller has seen that a run wrote the folder, or was told to trust it.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        return reader.read_metadata()
-    except Exception as error:  # a torn pickle can raise anything
-        raise UserError(f"{folder}: .metadata cannot be read: {type(error).__name__}: {error}") from None
-
-
-def check_stored(folder: Path, metadata: Metadata, shapes: dict[str, torch.Size]) -> set[torch.dtype]:
-    """The dtypes of the weights in a checkpoint, by HF name -> shape.
-
-    Raises:
-        UserError: a line for every weight that is missing or misshapen, or no part of the model.
-    """
-    stored = {k: e for k, e in metadata.state_dict_metadata.items() if k.startswith("model.")}
-    expected = {f"model.{name}": shape for name, shape in shapes.items()}
-    errors = [f"{folder}: {key}: is not part of the model" for key in sorted(stored.keys() - expected.keys())]
-    for key, shape in expected.items():
-        entry = stored.get(key)
-        if not isinstance(entry, TensorStorageMetadata):
-            errors.append(f"{folder}: {key}: is missing")
-        elif entry.size != shape:
-            errors.append(f"{folder}: {key}: has shape {list(entry.size)}, must be {list(shape)}")
-    if errors:
-        raise UserError("\n".join(errors))
-    return {entry.properties.dtype for entry in stored.values()}
 
 
 def model_state(model: nn.Module, registry: AdapterRegistry | None) -> dict[str, torch.Tensor]:
@@ -161,11 +130,11 @@ class Checkpointer:
         return json.loads((self.folder / f"step-{step}" / STATE_FILE).read_text())
 
     def metadata(self, step: int) -> Metadata:
-        return dcp.FileSystemReader(str(self.folder / f"step-{step}")).read_metadata()
+        return CheckpointReader(self.folder / f"step-{step}").read_metadata()
 
     def load(self, step: int, tensors: dict[str, Any]) -> None:
         """Fill `tensors` in place from `step-N`, whatever mesh wrote it."""
-        dcp.load(tensors, checkpoint_id=str(self.folder / f"step-{step}"))
+        dcp.load(tensors, storage_reader=CheckpointReader(self.folder / f"step-{step}"))
         logger.info("resumed from %s", self.folder / f"step-{step}")
 
     def _set_aside(self, step: int) -> None:

@@ -105,12 +105,22 @@ def write_assets(partial: Path, hf_config: dict[str, Any], dtype: torch.dtype, a
     _write_json(partial / "config.json", config)
     for name in dict.fromkeys(_ASSET_FILES) if assets else ():
         if (Path(assets) / name).is_file():
+            _check_link(Path(assets), name)
             (partial / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(Path(assets) / name, partial / name)
     generation = {key: config[key] for key in _GENERATION_KEYS if config.get(key) is not None}
     if generation and not (partial / "generation_config.json").exists():
         _write_json(partial / "generation_config.json", {"_from_model_config": True, **generation})
     (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def _check_link(assets: Path, name: str) -> None:
+    """UserError if a file of the model directory is a link to somewhere else: whoever made it would have a file of this
+    machine copied into what is published. The hub's cache links from snapshots/COMMIT to blobs."""
+    root = assets.resolve()
+    allowed = root.parent.parent if root.parent.name == "snapshots" else root
+    if not (assets / name).resolve().is_relative_to(allowed):
+        raise UserError(f"{assets / name}: is a link out of the directory; replace it by the file")
 
 
 def publish(partial: Path, folder: Path) -> None:

@@ -29,12 +29,12 @@ class TqdmHandler(logging.StreamHandler):
 
 
 def init_logging(rank: int) -> None:
-    """Rank 0 logs from INFO on, the others warnings and errors only."""
+    """Rank 0 logs from INFO on, the others errors only: what they would warn of, rank 0 has said."""
     handler = TqdmHandler()
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     logger.propagate = False
 
 
@@ -97,6 +97,17 @@ class _Wandb:
     def _give_up(self, error: Exception) -> None:
         self.run = None
         logger.warning("wandb failed (%s); going on without it", " ".join(str(error).split()))
+
+
+def finish_failed_run() -> None:
+    """Tell wandb, if it runs, that the run failed: the process will not end in the way that it waits for."""
+    wandb = sys.modules.get("wandb")
+    if wandb is None or wandb.run is None:
+        return
+    try:
+        wandb.finish(exit_code=1)
+    except Exception as error:
+        logger.warning("wandb failed (%s)", " ".join(str(error).split()))
 
 
 class MetricsLogger:

@@ -38,7 +38,7 @@ def model_card(
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        **({"base_model": base} if base else {}),
+        **({"base_model": base} if _HUB_NAME.fullmatch(base) else {}),  # the hub would look for it
         **_license(assets),
         **({"datasets": hub} if (hub := [name for name in datasets if _HUB_NAME.fullmatch(name)]) else {}),
         "tags": ["titan_hd", *([method] if method else [])],

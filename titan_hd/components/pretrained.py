@@ -12,7 +12,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from titan_hd.components.checkpoint import STATE_FILE, check_stored, read_metadata
+from titan_hd.components.checkpoint import STATE_FILE
+from titan_hd.components.dcp_reader import CheckpointReader
 from titan_hd.config.errors import UserError
 from titan_hd.distributed.weights import materialize
 from titan_hd.models.decoder import Decoder
@@ -44,18 +45,18 @@ def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.d
         raise UserError(f"{path}: holds neither config.json (a HF directory) nor {STATE_FILE} (a checkpoint){hint}")
     if assets:
         raise UserError(f"--assets: {path} is a HF directory and has its own; only a checkpoint needs them")
-    model = _empty_model(read_hf_config(path), dtype, device)
+    model = _meta_model(read_hf_config(path), dtype)
     files = WeightFiles(path, {name: p.shape for name, p in model.named_parameters()}, model.lm_head is None)
+    materialize(model, device)
     for name, parameter in model.named_parameters():
         files.read_into(name, parameter)
     return model, path
 
 
-def _empty_model(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
+def _meta_model(config: DecoderConfig, dtype: torch.dtype) -> Decoder:
+    """Without memory: that comes when the files have been found to have the sizes that the configuration says."""
     with torch.device("meta"):
-        model = Decoder(config).to(dtype).requires_grad_(False).eval()
-    materialize(model, device)
-    return model
+        return Decoder(config).to(dtype).requires_grad_(False).eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,10 +77,10 @@ def _load_checkpoint(folder: Path, assets: str, dtype: torch.dtype, device: torc
         config = read_hf_config(directory)
     if identity.get("model") != repr(config):
         raise UserError(f"--assets: {directory}: its config.json is not that of the checkpoint's model")
-    model = _empty_model(config, dtype, device)
+    model, reader = _meta_model(config, dtype), CheckpointReader(folder)
+    reader.weight_dtypes({name: p.shape for name, p in model.named_parameters()})
+    materialize(model, device)
     tensors = {f"model.{name}": p for name, p in model.named_parameters()}
-    reader = dcp.FileSystemReader(str(folder))
-    check_stored(folder, read_metadata(folder, reader), {name: p.shape for name, p in model.named_parameters()})
     try:
         with warnings.catch_warnings():  # that this is one process
             warnings.simplefilter("ignore")

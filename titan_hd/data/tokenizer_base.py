@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_hd.config.errors import UserError
+from titan_hd.config.small_files import read_small_text
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -20,8 +21,8 @@ class Tokenizer:
             post-processor, as transformers 5 reads it (add_bos_token is ignored beside it); SentencePiece and tiktoken
             models have one unless add_bos_token in tokenizer_config.json is false.
         eos_id: ends every response. That is what add_eos_token asks for, so this key changes nothing.
-        pad_id: pad_token, else eos_id. Padding carries no label and stands to the right of everything that attends, so
-            that its value cannot matter.
+        pad_id: pad_token, else (also where the vocabulary lacks it) eos_id. Padding carries no label and stands to the
+            right of everything that attends, so that its value cannot matter.
         stop_ids: generation ends at any of them: eos_id and what generation_config.json lists.
         control_ids: the tokens that `encode` gives only where `special` is set, and that `decode` leaves out.
         vocab_size: ids are below this.
@@ -69,8 +70,13 @@ class Tokenizer:
     def _set_ends(self, settings: Settings, bos_id: int | None, eos_id: int, pad_id: int | None) -> None:
         self.directory, self.special_tokens = settings.directory, settings.special_tokens
         self.bos_id, self.eos_id = bos_id, eos_id
-        self.pad_id = eos_id if pad_id is None else pad_id
+        self.pad_id = pad_id if pad_id is not None and 0 <= pad_id < self.vocab_size else eos_id
         self.stop_ids = frozenset((eos_id, *settings.stop_ids))
+        for name, value in (("bos_token_id", bos_id), ("eos_token_id", eos_id)):
+            if value is not None and not 0 <= value < self.vocab_size:
+                raise UserError(
+                    f"{self.directory}: {name}: {value} is no id of the tokenizer, which has {self.vocab_size}"
+                )
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ class Settings:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; nothing, if the file is not there."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_small_text(path))
     except FileNotFoundError:
         return {}
     except OSError as error:

@@ -37,8 +37,12 @@ class JsonTokenizer(Tokenizer):
     def _id(self, settings: Settings, name: str) -> int | None:
         """The token that the settings name by its text, else by its id."""
         token = settings.special_tokens.get(name)
-        found = self._tokenizer.token_to_id(token) if token else None
-        return settings.first_id(name + "_id") if found is None else found
+        if not token:
+            return settings.first_id(name + "_id")
+        found = self._tokenizer.token_to_id(token)
+        if found is None and name != "pad_token":  # what is padded with cannot matter
+            raise UserError(f"{settings.directory}: {name}: {token!r} is no token of tokenizer.json")
+        return found
 
     def _encode(self, text: str, special: bool) -> list[int]:
         self._tokenizer.encode_special_tokens = not special

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from titan_hd.config.errors import UserError
+from titan_hd.config.small_files import read_small_text
 from titan_hd.models.flavors import FLAVORS
+
+logger = logging.getLogger("titan_hd")
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,9 @@ _HARMLESS = {
     *("_attn_implementation_autoset", "use_mrope"),
 }
 _LARGEST = 2**31  # no size of a model; a larger one is a broken or a hostile file
-_MOST_LAYERS = 10_000  # each is a module
+_LARGEST_NUMBER = 2.0**100
+_LARGEST_WEIGHT = 2**40  # elements
+_MOST_LAYERS = 1_000  # each is a module; no published model has 200
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ def read_hf_config(directory: str | Path, name: str = "") -> DecoderConfig:
     """
     path = Path(directory) / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(read_small_text(path))
     except OSError as error:
         raise UserError(f"model.hf_assets_path: cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -157,6 +162,8 @@ def read_hf_config(directory: str | Path, name: str = "") -> DecoderConfig:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: must be a JSON object")
     config = parse_hf_config(raw, str(path))
+    if config.ignored:
+        logger.warning("%s: ignored keys: %s", path, ", ".join(config.ignored))
     families = ARCHITECTURES[raw["architectures"][0]].families
     if name and name not in families:
         raise UserError(f"model.name: {path} is of the family {' or '.join(families)}, not {name!r}")
@@ -186,6 +193,8 @@ def parse_hf_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     head_dim = _size(raw, "head_dim", where, 128 if architecture.qk_norm else max(1, hidden // heads))
     if head_dim % 2:
         raise UserError(f"{where}: head_dim: must be even for rotary embeddings, not {head_dim}")
+    if max(sizes["vocab_size"], sizes["intermediate_size"], heads * head_dim) * hidden > _LARGEST_WEIGHT:
+        raise UserError(f"{where}: hidden_size: a weight of more than {_LARGEST_WEIGHT} elements is no model's")
     rope = _rope_parameters(raw, where)
     bias = {
         key: _flag(raw, said, where) if isinstance(said := getattr(architecture, key), str) else said
@@ -210,7 +219,7 @@ def parse_hf_config(raw: dict[str, Any], where: str) -> DecoderConfig:
 
 def _architecture(raw: dict[str, Any], where: str) -> Architecture:
     names = raw.get("architectures") or []
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
+    if not isinstance(names, list) or len(names) != 1 or str(names[0]) not in ARCHITECTURES:
         raise UserError(f"{where}: architectures: {names} is not supported; supported are {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[names[0]]
 
@@ -221,15 +230,15 @@ def _number(raw: dict[str, Any], key: str, where: str, default: float | None = N
         if default is None:
             raise UserError(f"{where}: {key}: is missing")
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise UserError(f"{where}: {key}: must be a number above 0, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST_NUMBER:
+        raise UserError(f"{where}: {key}: must be a number above 0, not {str(value)[:40]}")
     return float(value)
 
 
 def _size(raw: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
     value = _number(raw, key, where, default)
     if value != int(value) or value >= _LARGEST:
-        raise UserError(f"{where}: {key}: must be a whole number above 0, not {raw[key]!r}")
+        raise UserError(f"{where}: {key}: must be a whole number above 0, not {str(raw[key])[:40]}")
     return int(value)
 
 
@@ -269,13 +278,20 @@ def _ignored(raw: dict[str, Any], architecture: Architecture) -> tuple[str, ...]
 
 def _rope_parameters(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """RoPE settings from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
-        raise UserError(f"{where}: rope_parameters: must be one table of numbers for all layers")
-    rope = dict(given)
-    kind = rope.pop("type", None) or rope.get("rope_type") or "default"
-    if kind not in _ROPE_KEYS:
-        reason = f" ({_ROPE_REASONS[kind]})" if kind in _ROPE_REASONS else ""
+    new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    for given in (new, old):
+        if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+            raise UserError(f"{where}: rope_parameters: must be one table of numbers for all layers")
+    # Libraries differ in which of two contradicting keys they take.
+    if new and old and {**old, **new} != {**new, **old}:
+        raise UserError(f"{where}: rope_parameters and rope_scaling contradict each other; keep one of them")
+    rope = {**old, **new}
+    kinds = {key: rope.pop(key) for key in ("type", "rope_type") if rope.get(key)}
+    if len(set(map(str, kinds.values()))) > 1:
+        raise UserError(f"{where}: rope_scaling: type and rope_type contradict each other; keep one of them")
+    kind = next(iter(kinds.values()), "default")
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+        reason = f" ({_ROPE_REASONS[kind]})" if str(kind) in _ROPE_REASONS else ""
         raise UserError(
             f"{where}: rope_scaling: type {kind!r} is not supported{reason}; supported are {', '.join(_ROPE_KEYS)}"
         )

@@ -79,7 +79,7 @@ class TestInTransformers:
             if path.suffix != ".safetensors":
                 assert str(tmp_path) not in path.read_text(), path
         card = (folder / "README.md").read_text()
-        assert 'base_model: "model"' in card
+        assert "base_model" not in card  # a folder's name is no name on the hub
         assert "| loss | " in card
         assert not list((tmp_path / "dump").glob("hf.*"))
 
@@ -220,6 +220,29 @@ def test_a_crash_in_the_middle_leaves_the_old_export(workers, tmp_path: Path):
     assert any(not torch.equal(value, before[name]) for name, value in runs.exported(tmp_path / "dump").items())
 
 
+class TestLinks:
+    """A model directory is somebody else's; an export is published."""
+
+    def test_a_link_out_of_the_directory_is_refused(self, tmp_path: Path):
+        (tmp_path / "secret").write_text("SECRET")
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "vocab.json").symlink_to(tmp_path / "secret")
+        (tmp_path / "out").mkdir()
+        with pytest.raises(UserError, match=r"vocab.json: is a link out of the directory"):
+            write_assets(tmp_path / "out", dict(runs.ODD), torch.float32, str(tmp_path / "model"), "card")
+
+    def test_the_hubs_cache_is_full_of_links(self, tmp_path: Path):
+        snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+        snapshot.mkdir(parents=True)
+        (tmp_path / "models--a--b" / "blobs").mkdir()
+        (tmp_path / "models--a--b" / "blobs" / "77").write_text("{}")
+        (snapshot / "vocab.json").symlink_to("../../blobs/77")
+        (tmp_path / "out").mkdir()
+        write_assets(tmp_path / "out", dict(runs.ODD), torch.float32, str(snapshot), "card")
+        assert not (tmp_path / "out" / "vocab.json").is_symlink()
+        assert (tmp_path / "out" / "vocab.json").read_text() == "{}"
+
+
 class TestCard:
     def card(self, assets: str = "/home/me/models/Tiny-1B", hf: dict | None = None, **sections) -> str:
         return model_card(hf or {}, assets, {**SETTINGS, **sections}, {"step": 100, "loss": 0.123456789})
@@ -230,7 +253,6 @@ class TestCard:
         assert front.splitlines() == [
             'library_name: "transformers"',
             'pipeline_tag: "text-generation"',
-            'base_model: "Tiny-1B"',
             'tags: ["titan_hd", "hdpissa"]',
         ]
         assert "# Tiny-1B, fine-tuned" in body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -135,6 +136,20 @@ class TestRefusals:
         ("changes", "says"),
         [
             ({"vocab_size": None}, "vocab_size: is missing"),
+            ({"architectures": [["x"]]}, "architectures: [['x']] is not supported"),
+            ({"architectures": [{}]}, "architectures: [{}] is not supported"),
+            ({"rope_scaling": {"rope_type": ["x"]}}, "rope_scaling: type ['x'] is not supported"),
+            ({"vocab_size": 10**400}, "vocab_size: must be a number above 0"),
+            ({"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 8}, "hidden_size: a weight of more than"),
+            ({"num_hidden_layers": 10**6}, "num_hidden_layers: must be at most 1000"),
+            (
+                {"rope_parameters": {"rope_type": "default"}, "rope_scaling": LLAMA3_ROPE},
+                "rope_parameters and rope_scaling contradict each other",
+            ),
+            (
+                {"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2.0}},
+                "rope_scaling: type and rope_type contradict each other",
+            ),
             ({"head_dim": 5}, "head_dim: must be even for rotary embeddings, not 5"),
             ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: must be true or false, not 'yes'"),
             ({"rms_norm_eps": -1.0}, "rms_norm_eps: must be a number above 0"),
@@ -247,6 +262,19 @@ class TestReading:
     def test_missing_file(self, tmp_path: Path):
         with pytest.raises(ValueError, match=r"model.hf_assets_path: cannot read .*config.json: No such file"):
             read_hf_config(tmp_path)
+
+    def test_a_pipe_and_a_device_do_not_hang(self, tmp_path: Path):
+        os.mkfifo(tmp_path / "config.json")
+        with pytest.raises(ValueError, match=r"cannot read .*config.json: it is no regular file"):
+            read_hf_config(tmp_path)
+        (tmp_path / "config.json").unlink()
+        (tmp_path / "config.json").symlink_to("/dev/zero")
+        with pytest.raises(ValueError, match=r"cannot read .*config.json: it is no regular file"):
+            read_hf_config(tmp_path)
+
+    def test_ignored_keys_are_named_in_the_log(self, tmp_path: Path, caplog):
+        read_hf_config(self.write(tmp_path, json.dumps({**SMALL, "qk_clip": 3})))
+        assert "config.json: ignored keys: qk_clip" in caplog.text
 
     @pytest.mark.parametrize(("content", "says"), [("{", "not valid JSON"), ("[1]", "must be a JSON object")])
     def test_broken_file(self, tmp_path: Path, content: str, says: str):
