@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from titan_hd.config.errors import UserError
 from titan_hd.models.gguf import GGUFModel
+from titan_hd.models.safetensors_header import shown
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # tokenizer.ggml.token_type
 
@@ -57,24 +58,28 @@ def write_tokenizer(model: GGUFModel, folder: Path) -> None:
     Raises:
         UserError: the kind of tokenizer or its pre-tokenizer is not supported, by name, or its parts do not fit.
     """
-    kind = model.get("tokenizer.ggml.model")
-    tokens, types = model.get("tokenizer.ggml.tokens"), model.get("tokenizer.ggml.token_type")
+    kind = model.get("tokenizer.ggml.model", str)
+    tokens, types = model.get_list("tokenizer.ggml.tokens", str), model.get_list("tokenizer.ggml.token_type", int)
     if kind not in ("gpt2", "llama"):
         known = "gpt2 (byte-level BPE) and llama (SentencePiece)"
-        raise UserError(f"{model.path}: tokenizer.ggml.model: {kind!r} is not supported; supported are {known}")
-    if not tokens or not types or len(types) != len(tokens) or len(tokens) > model.config["vocab_size"]:
+        raise UserError(
+            f"{model.name}: tokenizer.ggml.model: {shown(repr(kind))} is not supported; supported are {known}"
+        )
+    if not tokens or len(types) != len(tokens) or len(tokens) > model.config["vocab_size"]:
         rows = model.config["vocab_size"]
-        raise UserError(f"{model.path}: tokenizer.ggml.tokens: must be at most {rows} tokens, each with a token_type")
+        raise UserError(f"{model.name}: tokenizer.ggml.tokens: must be at most {rows} tokens, each with a token_type")
     if kind == "gpt2":
         tokenizer, add_bos = _byte_level_bpe(model, tokens, types)
     else:
         tokenizer, add_bos = _sentencepiece_bpe(model, tokens, types), True
-    special = _special_tokens(model, tokens)
-    add_bos = model.get("tokenizer.ggml.add_bos_token", add_bos)
-    add_eos = model.get("tokenizer.ggml.add_eos_token", False)
+    ids = _token_ids(model, len(tokens))
+    special = {name: tokens[i] for name, i in ids.items() if name != "eot"}
+    add_bos = model.get("tokenizer.ggml.add_bos_token", bool, add_bos)
+    add_eos = model.get("tokenizer.ggml.add_eos_token", bool, False)
     _add_tokens(tokenizer, tokens, types, set(special.values()))
-    tokenizer.post_processor = _post_processor(model, special, add_bos, add_eos)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = _post_processor(model, tokens, ids, add_bos, add_eos)
+    # Not by save(): that raises a bare Exception on a full disk.
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{name}_token": token for name, token in special.items()},
@@ -83,20 +88,20 @@ def write_tokenizer(model: GGUFModel, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": model.config["max_position_embeddings"],
     }
-    if template := model.get("tokenizer.chat_template"):
+    if template := model.get("tokenizer.chat_template", str):
         settings["chat_template"] = template
     _write_json(folder / "tokenizer_config.json", settings)
-    _write_json(folder / "generation_config.json", _generation(model))
+    _write_json(folder / "generation_config.json", _generation(ids))
 
 
 def _byte_level_bpe(model: GGUFModel, tokens: list[str], types: list[int]) -> tuple[Tokenizer, bool]:
     """The tokenizer, and whether its family puts BOS in front of a text where the file does not say."""
-    pre = model.get("tokenizer.ggml.pre")
+    pre = model.get("tokenizer.ggml.pre", str)
     if pre not in _PRE_TOKENIZERS:
         known = ", ".join(_PRE_TOKENIZERS)
-        raise UserError(f"{model.path}: tokenizer.ggml.pre: {pre!r} is not supported; supported are {known}")
+        raise UserError(f"{model.name}: tokenizer.ggml.pre: {shown(repr(pre))} is not supported; supported are {known}")
     parts = _PRE_TOKENIZERS[pre]()
-    merges = [tuple(merge.split(" ", 1)) for merge in model.get("tokenizer.ggml.merges", [])]
+    merges = [tuple(merge.split(" ", 1)) for merge in model.get_list("tokenizer.ggml.merges", str)]
     vocabulary = _vocabulary(tokens, types)
     ignore_merges = parts.get("ignore_merges", False)
     tokenizer = Tokenizer(_bpe(model, vocabulary, merges, ignore_merges=ignore_merges))
@@ -108,16 +113,16 @@ def _byte_level_bpe(model: GGUFModel, tokens: list[str], types: list[int]) -> tu
 
 
 def _sentencepiece_bpe(model: GGUFModel, tokens: list[str], types: list[int]) -> Tokenizer:
-    scores = model.get("tokenizer.ggml.scores")
-    if not scores or len(scores) != len(tokens):
-        raise UserError(f"{model.path}: tokenizer.ggml.scores: must be one number for each token")
+    scores = model.get_list("tokenizer.ggml.scores", float)
+    if len(scores) != len(tokens):
+        raise UserError(f"{model.name}: tokenizer.ggml.scores: must be one number for each token")
     vocabulary = _vocabulary(tokens, types)
     pieces = {token: scores[i] for token, i in vocabulary.items() if types[i] == _NORMAL}
     unknown = next((token for token, i in vocabulary.items() if types[i] == _UNKNOWN), None)
     tokenizer = Tokenizer(
         _bpe(model, vocabulary, _merges(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=_BYTE in types)
     )
-    prefix = model.get("tokenizer.ggml.add_space_prefix", True)
+    prefix = model.get("tokenizer.ggml.add_space_prefix", bool, True)
     spaces = [normalizers.Replace(" ", "▁")]
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *spaces] if prefix else spaces)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -129,7 +134,7 @@ def _bpe(model: GGUFModel, vocabulary: dict[str, int], merges: list[tuple[str, s
     try:
         return models.BPE(vocabulary, merges, **settings)
     except Exception as error:  # the library raises bare Exceptions
-        raise UserError(f"{model.path}: tokenizer.ggml: tokens and merges do not fit: {error}") from None
+        raise UserError(f"{model.name}: tokenizer.ggml: tokens and merges do not fit: {shown(str(error))}") from None
 
 
 def _vocabulary(tokens: list[str], types: list[int]) -> dict[str, int]:
@@ -148,15 +153,16 @@ def _merges(pieces: dict[str, float]) -> list[tuple[str, str]]:
     ]
 
 
-def _special_tokens(model: GGUFModel, tokens: list[str]) -> dict[str, str]:
-    """bos, eos, unk, pad -> token, of those that the file names."""
+def _token_ids(model: GGUFModel, count: int) -> dict[str, int]:
+    """bos, eos, eot, unk, pad -> id, of those that the file names."""
     found = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        index = model.get(f"tokenizer.ggml.{key}_token_id")
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("eot", "eot"), ("unk", "unknown"), ("pad", "padding")):
+        index = model.get(f"tokenizer.ggml.{key}_token_id", int)
         if index is not None:
-            if not 0 <= index < len(tokens):
-                raise UserError(f"{model.path}: tokenizer.ggml.{key}_token_id: {index} is not below {len(tokens)}")
-            found[name] = tokens[index]
+            if not 0 <= index < count:
+                line = f"{index} is not below {count} and at least 0"
+                raise UserError(f"{model.name}: tokenizer.ggml.{key}_token_id: {line}")
+            found[name] = index
     return found
 
 
@@ -170,29 +176,31 @@ def _add_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int], speci
 
 
 def _post_processor(
-    model: GGUFModel, special: dict[str, str], add_bos: bool, add_eos: bool
+    model: GGUFModel, tokens: list[str], ids: dict[str, int], add_bos: bool, add_eos: bool
 ) -> processors.PostProcessor | None:
     """Puts BOS before and EOS behind a text, where the model was trained so."""
     wanted = [name for name, add in (("bos", add_bos), ("eos", add_eos)) if add]
     for name in wanted:
-        if name not in special:
-            raise UserError(f"{model.path}: tokenizer.ggml.add_{name}_token is set, {name}_token_id is missing")
+        if name not in ids:
+            raise UserError(f"{model.name}: tokenizer.ggml.add_{name}_token is set, {name}_token_id is missing")
     if not wanted:
         return None
-    bos, eos = ([special[name]] if name in wanted else [] for name in ("bos", "eos"))
-    ids = {special[name]: model.get(f"tokenizer.ggml.{name}_token_id") for name in wanted}
+    bos, eos = ([tokens[ids[name]]] if name in wanted else [] for name in ("bos", "eos"))
     pair = [f"{token}:{part}" for part, name in enumerate("AB") for token in (*bos, f"${name}", *eos)]
-    return processors.TemplateProcessing([*bos, "$A", *eos], pair, list(ids.items()))
+    special = [(tokens[ids[name]], ids[name]) for name in wanted]
+    try:
+        return processors.TemplateProcessing([*bos, "$A", *eos], pair, special)
+    except ValueError as error:  # a colon in the token
+        raise UserError(f"{model.name}: tokenizer.ggml.tokens: {shown(str(error))}") from None
 
 
-def _generation(model: GGUFModel) -> dict:
+def _generation(ids: dict[str, int]) -> dict:
     """A chat model may end its turn with another token than its text."""
-    ends = [model.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-    ends = list(dict.fromkeys(i for i in ends if i is not None))
+    ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot") if name in ids))
     values = {
-        "bos_token_id": model.get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": ids.get("bos"),
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-        "pad_token_id": model.get("tokenizer.ggml.padding_token_id"),
+        "pad_token_id": ids.get("pad"),
     }
     return {key: value for key, value in values.items() if value is not None}
 
