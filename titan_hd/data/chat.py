@@ -20,6 +20,7 @@ from titan_hd.data.tokenizer_base import Tokenizer, read_json
 if TYPE_CHECKING:
     import jinja2
 
+MAX_SOURCE = 256 * 1024  # of a template; compiling takes about 12 us and 2 KB for each character
 # What strftime_now gives, on every day: a run can be repeated. It is the date that stands in Llama 3.1's template.
 TODAY = datetime.datetime(2024, 7, 26)
 
@@ -38,6 +39,8 @@ class ChatTemplate:
 
     def __init__(self, source: str, where: str, special_tokens: dict[str, str]):
         self._source, self._where, self._special_tokens = source, where, special_tokens
+        if len(source) > MAX_SOURCE:
+            raise UserError(f"{where}: chat template: longer than {MAX_SOURCE} characters")
         try:
             _compile(source)
         except Exception as error:
@@ -153,10 +156,7 @@ def _find(directory: Path) -> tuple[str | None, str]:
     """(Source, file), or (None, "") where no file has a template."""
     path = directory / "chat_template.jinja"
     if path.exists():
-        try:
-            return path.read_text(encoding="utf-8"), str(path)
-        except (OSError, UnicodeDecodeError):
-            raise UserError(f"{path}: cannot be read as text") from None
+        return _read_source(path), str(path)
     for name in ("chat_template.json", "tokenizer_config.json"):
         path = directory / name
         found = read_json(path).get("chat_template")
@@ -170,6 +170,19 @@ def _find(directory: Path) -> tuple[str | None, str]:
         if found is not None:
             return found, str(path)
     return None, ""
+
+
+def _read_source(path: Path) -> str:
+    if not path.is_file():  # a FIFO would be waited for, a device read without end
+        raise UserError(f"{path}: must be a regular file")
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_SOURCE + 1)
+        if len(content) > MAX_SOURCE:
+            raise UserError(f"{path}: chat template: longer than {MAX_SOURCE} bytes")
+        return content.decode()
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{path}: cannot be read as text") from None
 
 
 @functools.lru_cache(maxsize=8)  # and so a ChatTemplate holds nothing but text and can be pickled

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -195,7 +197,7 @@ class TestBounds:
         "doubling a list": GROW % ("[1]", "{% set ns.s = [ns.s, ns.s] %}"),
         "doubling a mapping": GROW % ("1", "{% set ns.s = {'a': ns.s, 'b': ns.s} %}"),
         "doubling by join": GROW % ("'ab'", "{% set ns.s = ns.s | join(ns.s) %}"),
-        "much output": "{% set s = 'a' * 1500000 %}" + "{{ s }}" * 7,
+        "much output": "{% set s = 'a' * 1500000 %}" + "{{ s }}" * 14,
         "squaring a number": GROW % ("9", "{% set ns.s = ns.s * ns.s %}"),
         "a power": "{{ 9**9**9 ** 9 }}",
         "replace": "{{ ('a' * 9999) | replace('a', 'b' * 9999) }}",
@@ -209,6 +211,36 @@ class TestBounds:
         "a wide date": "{{ strftime_now('%1000000000d') }}",
         "large numbers": "{{ (1).to_bytes(10**9, 'big') }}",
         "lipsum": "{{ lipsum(10**6) }}",
+        "rounding up to a huge precision": "{{ 1.5 | round(300000000, 'ceil') }}",
+        "rounding to a huge power": "{{ 5 | round(-300000000) }}",
+        "rounding, by name": "{{ 5 | round(precision=-300000000) }}",
+        "a long number": "{{ ('f' * 1000000) | int(base=16) is even }}",
+        "a long float": "{{ ('1' * 1000000) | float is none }}",
+        "numbers out of a list": "{{ ['f' * 200] | map('int', base=16) | list is none }}",
+        "a large literal": "{{ 0x" + "f" * 9999 + " // 3 }}",
+        "a large negative": "{{ -0x" + "f" * 9999 + " is none }}",
+        "a power of a power": "{{ 2**64**2 // 3 }}",
+        "dividing large numbers": "{{ (9 ** 63) // (7 ** 60) }}",
+        "the remainder of large numbers": "{{ (9 ** 63) % (7 ** 60) }}",
+        "numbers that collide": "{{ range(0, 0x30D3FFFFFFFFFFFE795D, 0x1FFFFFFFFFFFFFFF) | unique | list | length }}",
+        "many lists": "{% set a = [0] * 100000 %}" * 60,
+        "many sums of lists": "{% set a = [0] * 60000 %}" + "{% set a = a + [1] %}" * 60,
+        "many texts": "{% set a = 'x' * 1500000 %}" * 60,
+        "many slices": "{% set s = 'x' * 1500000 %}" + "{% set a = s[1:] %}" * 60,
+        "many concatenations": "{% set s = 'x' * 1500000 %}" + "{% set a = s ~ 1 %}" * 60,
+        "widths by key": "{{ '%(a)999s' * 3000 % {'a': 'x'} }}",
+        "widths by key, small": "{{ '%(a)99s' * 3000 % {'a': 'x'} }}",
+        "a precision": "{{ '%.999f' % 1.5 }}",
+        "a width given apart": "{{ '%*d' % (999999, 1) }}",
+        "many small widths": "{{ '%99s' * 9000 % (range(9000) | list) }}",
+        "indent of deep JSON": "{% set ns = namespace(s=[1] * 999) %}{% for i in range(99) %}{% set ns.s = [ns.s] %}"
+        "{% endfor %}{{ ns.s | tojson(indent=99) }}",
+        "separators of JSON": "{{ ([1] * 9999) | tojson(separators=('x' * 9999, '')) }}",
+        "a long path": "{{ (['a'] * 9999) | map(attribute='0' ~ '.0' * 9999) | list }}",
+        "searching from the right": "{{ ('a' * 1000000).rfind('ab' ~ 'a' * 9999) }}",
+        "stripping many characters": "{{ ('a' * 1000000).strip('b' * 9999 ~ 'a') }}",
+        "trimming many characters": "{{ ('a' * 1000000) | trim('b' * 9999 ~ 'a') }}",
+        "adding lists up": "{{ ([[1]] * 9999) | sum(start=[]) }}",
         "classes": "{{ ''.__class__.__mro__ }}",
         "one class": "{{ ''.__class__ }}",
         "by filter": "{{ '' | attr('__class__') }}",
@@ -221,24 +253,78 @@ class TestBounds:
         "an import": "{% import 'os' as os %}",
     }
 
+    SLOW: ClassVar = {  # nothing is printed: only what stands in front of {% if %} looks at the clock
+        "comparisons": "{% if s == t %}{% endif %}",
+        "the test of a loop": "{% for x in s if not x %}{% endfor %}",
+        "tests by filter": "{{ [s] | select('none') | first }}",
+        "the items of a filter": "{% for x in [s] | map('length') %}{% break %}{% endfor %}",
+        "arithmetic": "{% set x = 1 - 1 %}",
+        "a sign": "{% set x = -n %}",
+    }
+
+    @pytest.mark.parametrize("source", SLOW.values(), ids=SLOW.keys())
+    def test_every_operation_looks_at_the_clock(self, source: str):
+        from titan_hd.data.chat import _compile
+
+        template = _compile(source)
+        template.environment.start()
+        template.environment._deadline = 0.0
+        with pytest.raises(sandbox.SecurityError, match="too long"):
+            template.render(s="text", t="text", n=1)
+
+    def test_a_long_one_is_not_compiled(self, tmp_path: Path):
+        source = "{{ a }}" * 50_000
+        says = "chat template: longer than 262144"
+        assert fault(ChatTemplate, source, "some/file", {}) == f"some/file: {says} characters"
+        tokenizer = load_tokenizer(directory(tmp_path, None))
+        (tmp_path / "chat_template.jinja").write_text(source)
+        assert fault(load_chat_template, tokenizer) == f"{tmp_path / 'chat_template.jinja'}: {says} bytes"
+
+    @pytest.mark.parametrize("kind", ["fifo", "device", "directory"])
+    def test_only_a_regular_file_is_read(self, tmp_path: Path, kind: str):
+        tokenizer, path = load_tokenizer(directory(tmp_path, "config")), tmp_path / "chat_template.jinja"
+        if kind == "fifo":
+            os.mkfifo(path)
+            writer = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # whoever reads it gets this, and does not hang the test
+            os.write(writer, b"x" * 60_000)
+        elif kind == "device":
+            path.symlink_to("/dev/null")
+        else:
+            path.mkdir()
+        assert fault(load_chat_template, tokenizer) == f"{path}: must be a regular file"
+        path.rmdir() if kind == "directory" else path.unlink()
+        (tmp_path / "elsewhere").write_text("linked")
+        path.symlink_to(tmp_path / "elsewhere")  # as the hub's cache has it
+        assert load_chat_template(tokenizer).render([]) == "linked"
+
     @pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE.keys())
     def test_refused(self, source: str, monkeypatch):
-        monkeypatch.setattr(sandbox, "MAX_SIZE", 2_000_000)  # a fifth of the real one, for the test's time
+        monkeypatch.setattr(sandbox, "MAX_SIZE", 2_000_000)  # half of the real one, for the test's time
 
         def run():
             ChatTemplate(source, "some/file", {}).render([USER])
 
+        start = time.process_time()
         assert fault(run).startswith("some/file: chat template: ")
+        assert time.process_time() - start < 3
 
     def test_a_slow_one_is_stopped_by_the_clock(self, monkeypatch):
         monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.0)
         chat = ChatTemplate("{% for m in messages %}{{ m }}{% endfor %}", "some/file", {})
         assert fault(chat.render, [USER]) == "some/file: chat template: it runs too long or writes too much"
 
-    def test_the_budget_is_anew_for_every_rendering(self):
+    def test_the_budget_is_anew_for_every_rendering(self, monkeypatch):
+        monkeypatch.setattr(sandbox, "MAX_TOTAL", 4_000_000)
         chat = ChatTemplate("{% for i in range(50000) %}{% endfor %}", "some/file", {})
         for _ in range(5):
             assert chat.render([]) == ""
+
+    def test_a_long_chat_is_no_attack(self):
+        chat = ChatTemplate(MANY.replace("[-1].lstrip('\\n')", "[-1].rstrip('\\n').rsplit('</tool_call>')[0]"), "f", {})
+        messages = [
+            {"role": "user" if i % 2 == 0 else "assistant", "content": "some words, " * 500} for i in range(100)
+        ]
+        assert chat.render(messages).count("some words") == 50_500
 
     def test_a_long_document_is_no_attack(self):
         text = "words and\n" * 100_000
