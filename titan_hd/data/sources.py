@@ -76,7 +76,10 @@ def find_files(path: str, key: str) -> list[Path]:
     else:
         files = [Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
         if not files:
-            raise UserError(f"{key}: no {'file matches' if glob.has_magic(path) else 'such file:'} {path}")
+            missing = (
+                f"no file matches {path}" if glob.has_magic(path) else f"cannot read {path}: No such file or directory"
+            )
+            raise UserError(f"{key}: {missing}")
     return sorted(files)
 
 

@@ -377,5 +377,5 @@ class TestBuildRecords:
     def test_the_validation_records(self, jsonl):
         data = Data(train="nowhere", validation=jsonl(self.TOKENS))
         assert len(build_records(data, "validation", 30, 16, Letters)) == 1
-        with pytest.raises(ValueError, match=r"data.train: no such file: nowhere"):
+        with pytest.raises(ValueError, match=r"data.train: cannot read nowhere"):
             build_records(data, "train", 30, 16, Letters)

@@ -92,7 +92,7 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("name", "says"),
         [
-            ("no.jsonl", "data.validation: no such file: {path}"),
+            ("no.jsonl", "data.validation: cannot read {path}: No such file or directory"),
             ("*.jsonl", "data.validation: no file matches {path}"),
             (
                 "",
