@@ -47,7 +47,7 @@ from titan_hd.config.job_config import JobConfig
 from titan_hd.config.seeding import stable_seed
 from titan_hd.data.dataset import build_records
 from titan_hd.data.loader import Batch, SampleOrder, TrainLoader
-from titan_hd.data.records import InstructionRecords
+from titan_hd.data.records import InstructionRecords, statistics_table
 from titan_hd.data.tokenizer import load_tokenizer
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.collectives import same_everywhere, together
@@ -142,12 +142,15 @@ class Trainer:
         self.tokenizer = functools.cache(lambda: load_tokenizer(c.model.hf_assets_path))
         shape = self.plan.decoder.vocab_size, c.training.seq_len
         with together("reading the data"):
-            records = build_records(c.data, "train", *shape, self.tokenizer)
+            bar = c.metrics.progress_bar and self.dims.rank == 0
+            records = build_records(c.data, "train", *shape, self.tokenizer, bar)
             self.validation_records = None
             if c.validation.enable:
-                self.validation_records = build_records(c.data, "validation", *shape, self.tokenizer)
+                self.validation_records = build_records(c.data, "validation", *shape, self.tokenizer, bar)
                 if c.validation.exact_match_samples and not isinstance(self.validation_records, InstructionRecords):
                     raise UserError("validation.exact_match_samples: needs records with a prompt and a response")
+        built = [records, self.validation_records] if self.validation_records else [records]
+        logger.info("%s", statistics_table([r.statistics for r in built]))
         # Compiled blocks want one shape; otherwise padding to the longest record of a micro-batch is enough.
         self.pad_to = c.training.seq_len if c.compile.enable else None
         batch = self.plan.global_batch_size

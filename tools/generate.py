@@ -28,7 +28,7 @@ from titan_hd.components.pretrained import load_pretrained
 from titan_hd.config import manager
 from titan_hd.config.errors import UserError
 from titan_hd.data.chat import ChatTemplate, load_chat_template
-from titan_hd.data.records import read_jsonl
+from titan_hd.data.sources import read_records
 from titan_hd.data.templates import load_template
 from titan_hd.data.tokenizer import Tokenizer, load_tokenizer
 from titan_hd.models.decoder import Decoder
@@ -122,10 +122,10 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
             raise UserError(f"--file: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
         return [(line, "") for line in lines if line.strip()]
     prompts = []
-    for record in read_jsonl(str(path), "--file"):
+    for record in read_records(str(path), "--file"):
         field = next((name for name in _PROMPT_FIELDS if name in record), None)
         if field is None or not isinstance(record[field], str):
-            raise UserError(f"{record['__where__']}: needs one of {', '.join(_PROMPT_FIELDS)}, a string")
+            raise UserError(f"{record.where}: needs one of {', '.join(_PROMPT_FIELDS)}, a string")
         extra = record.get("input")
         prompts.append((record[field], extra if isinstance(extra, str) else ""))
     return prompts

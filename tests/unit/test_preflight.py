@@ -79,6 +79,21 @@ def test_all_faults_at_once(config, tmp_path: Path):
     assert len(lines) == 7
 
 
+def test_data_may_be_a_folder_or_a_glob(config, tmp_path: Path):
+    plan_run(config("--data.validation", str(tmp_path / "*.jsonl")), 1)
+    plan_run(config("--data.validation", str(tmp_path)), 1)
+    (line,) = errors_of(config("--data.train", str(tmp_path / "*.parquet")), 1)
+    assert line == f"data.train: no file matches {tmp_path}/*.parquet"
+
+
+def test_only_instructions_need_the_template(config):
+    for name in ("chat", "text", "tokens"):
+        plan_run(config("--data.format", name, "--data.template", "nowhere.txt"), 1)
+    for name in ("auto", "instruction"):
+        (line,) = errors_of(config("--data.format", name, "--data.template", "nowhere.txt"), 1)
+        assert line.startswith("data.template: ")
+
+
 def test_slices_must_fit_the_smallest_targeted_layer(config):
     """k_proj of the debug model is 32 x 64: four adapters of rank 8 fit, five do not, unless it is no target."""
     plan_run(config("--hdpissa.num_adapters", "4", "--adapter.rank", "8"), 1)

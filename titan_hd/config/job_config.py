@@ -41,20 +41,33 @@ class Model:
 @dataclass
 class Data:
     train: str = ""
-    """Training records: a JSONL file."""
+    """Training records: a file, a directory or a glob, read in the order of names. JSONL, a JSON array (both perhaps
+    .gz or .zst) or Parquet."""
     validation: str = ""
     """Validation records, in the same format as the training records."""
-    format: Literal["auto", "instruction", "tokens"] = "auto"
-    """instruction: a prompt and a response field. tokens: {"input_ids": [...], "labels": [...]}, taken as they are.
-    auto: tokens if the first record has input_ids, else instruction."""
+    format: Literal["auto", "instruction", "chat", "text", "tokens"] = "auto"
+    """instruction: a prompt and a response field. chat: messages [{role, content}, ...] or ShareGPT's conversations
+    [{from, value}, ...], as the model's own chat template writes them; loss on every assistant turn and its end. text:
+    one field, loss on all of it. tokens: {"input_ids": [...], "labels": [...]}, taken as they are. auto: by the fields
+    of the first record; the log says what it found."""
     prompt_field: str = ""
     """Field with the prompt. Empty: the first of instruction, query, question, prompt that the first record has."""
     response_field: str = ""
     """Field with the response. Empty: the first of output, response, answer, completion that the first record has."""
+    text_field: str = "text"
+    """Field with the text of format text."""
+    train_on_prompt: bool = False
+    """Loss on all tokens of a record, not on responses and assistant turns alone (formats instruction and chat)."""
     template: str = "pissa"
     """How a prompt is written: alpaca, pissa, none, or the path of a text file that holds {prompt} (and may hold
     {input}); the response follows it, and an end-of-sequence token. chat: the model's own chat template, with the
-    prompt as the user's turn and the response as the assistant's; nothing is added to what it writes."""
+    prompt as the user's turn and the response as the assistant's; nothing is added to what it writes.
+    Records of format chat are always written by the model's own."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What a bad record does (invalid JSON, a wrong type, an empty response, ...). raise: end the run, naming file and
+    line. skip: leave it out; the log says how many there were, and the first."""
+    max_skipped: int = 100
+    """The most bad records of a data set that data.on_error = "skip" leaves out; one more ends the run."""
     shuffle: bool = True
     """Permute the records anew in every epoch, as a function of (training.seed, epoch) alone."""
 

@@ -46,11 +46,14 @@ class ChatTemplate:
         except Exception as error:
             raise self._error(error) from None
 
-    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool = False, tools: list[Any] | None = None
+    ) -> str:
         """The conversation as text.
 
         messages: {"role": ..., "content": ...} of strings, or what else the template reads, as JSON has it.
         add_generation_prompt: end with what stands in front of the assistant's next answer.
+        tools: descriptions of functions, for templates that write them.
 
         Raises:
             UserError: the template refuses the messages, or cannot be run within its bounds.
@@ -60,7 +63,7 @@ class ChatTemplate:
         try:
             return template.render(
                 messages=messages,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,

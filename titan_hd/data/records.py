@@ -1,22 +1,17 @@
-"""JSONL records: read, checked, and turned into token ids with labels."""
+"""Tokenized records, as the loader and the validation read them."""
 
 from __future__ import annotations
 
-import json
-import re
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from titan_hd.config.errors import UserError
 from titan_hd.data.chat import ChatTurns
+from titan_hd.data.sources import Record
 from titan_hd.data.templates import Template
 from titan_hd.data.tokenizer_base import Tokenizer
 
 IGNORE = -100
-_SURROGATES = re.compile("[\ud800-\udfff]")
-_PROMPT_FIELDS = ("instruction", "query", "question", "prompt")
-_RESPONSE_FIELDS = ("output", "response", "answer", "completion")
 
 
 @dataclass(frozen=True)
@@ -26,143 +21,120 @@ class Example:
     input_ids: list[int]
     labels: list[int]
 
+    @property
+    def trained_tokens(self) -> int:
+        return len(self.labels[1:]) - self.labels[1:].count(IGNORE)
 
-def read_jsonl(path: str, key: str) -> list[dict[str, Any]]:
-    """All records of a JSONL file; empty lines are passed over.
 
-    Raises:
-        ValueError: the file cannot be read (names the config key), or a line is not a JSON object (names file, line).
+@dataclass
+class Statistics:
+    """What became of the records of a data set.
+
+    records, tokens, trained: of what is kept, after the cut. truncated: records that were cut. unlabelled: records
+    left out because no label is within training.seq_len. bad: records left out by data.on_error = "skip". longest:
+    tokens of the longest record before the cut. first_unlabelled: file and line of the first of those.
     """
-    records = []
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    records.append(_parse(line, f"{path}:{number}"))
-    except OSError as error:
-        raise UserError(f"{key}: cannot read {path}: {error.strerror}") from None
-    if not records:
-        raise UserError(f"{key}: {path} holds no record")
-    return records
+
+    name: str
+    format: str
+    records: int = 0
+    tokens: int = 0
+    trained: int = 0
+    truncated: int = 0
+    unlabelled: int = 0
+    bad: int = 0
+    longest: int = 0
+    first_unlabelled: str = ""
 
 
-def _parse(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except UnicodeDecodeError:
-        raise UserError(f"{where}: not valid UTF-8") from None
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON: {error}") from None
-    except RecursionError:
-        raise UserError(f"{where}: not valid JSON: nested too deeply") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: must be a JSON object, not {type(record).__name__}")
-    record["__where__"] = where
-    return record
+def statistics_table(rows: list[Statistics]) -> str:
+    """One line per data set, under a heading."""
+    lines = [
+        f"{'data set':<17}{'format':<12}{'records':>10}{'tokens':>14}{'trained':>14}{'truncated':>11}{'unlabelled':>12}"
+        f"{'bad':>6}{'longest':>9}"
+    ]
+    lines += [
+        f"{s.name:<17}{s.format:<12}{s.records:>10}{s.tokens:>14}{s.trained:>14}{s.truncated:>11}{s.unlabelled:>12}"
+        f"{s.bad:>6}{s.longest:>9}"
+        for s in rows
+    ]
+    return "\n  ".join(lines)
 
 
-class TokenRecords:
-    """format = "tokens": ids and labels as they are, cut at seq_len."""
+class TokenizedRecords:
+    """Ids and labels of all records, one behind the other in two int32 arrays: eight bytes per token."""
 
-    def __init__(self, records: list[dict[str, Any]], vocab_size: int, seq_len: int):
-        self.seq_len = seq_len
-        self._records = records
-        for record in records:
-            _check_tokens(record, vocab_size)
+    def __init__(self, statistics: Statistics, seq_len: int):
+        self.statistics, self.seq_len = statistics, seq_len
+        self._ids, self._labels, self._ends = array("i"), array("i"), array("q", [0])
+
+    def add(self, example: Example, record: Record) -> bool:
+        """Append a record, cut at seq_len; whether it has been taken.
+
+        A record without anything to train on is counted and left out; but in format "tokens", where records are taken
+        as they are, only if the cut took its labels.
+        """
+        s, length = self.statistics, len(example.input_ids)
+        s.longest, is_cut = max(s.longest, length), length > self.seq_len
+        example = Example(example.input_ids[: self.seq_len], example.labels[: self.seq_len])
+        if not example.trained_tokens and (is_cut or s.format != "tokens"):
+            s.unlabelled += 1
+            s.first_unlabelled = s.first_unlabelled or record.where
+            return False
+        s.truncated += is_cut
+        self._ids.extend(example.input_ids)
+        self._labels.extend(example.labels)
+        self._ends.append(len(self._ids))
+        s.records += 1
+        s.tokens += len(example.input_ids)
+        s.trained += example.trained_tokens
+        return True
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> Example:
-        record = self._records[index]
-        return Example(record["input_ids"][: self.seq_len], record["labels"][: self.seq_len])
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        place = slice(self._ends[index], self._ends[index + 1])
+        return Example(self._ids[place].tolist(), self._labels[place].tolist())
 
 
-def _check_tokens(record: dict[str, Any], vocab_size: int) -> None:
-    where, ids, labels = record["__where__"], record.get("input_ids"), record.get("labels")
-    for name, values in (("input_ids", ids), ("labels", labels)):
-        if not isinstance(values, list) or not all(type(v) is int for v in values):
-            raise UserError(f"{where}: {name}: must be a list of whole numbers")
-    if len(ids) != len(labels):
-        raise UserError(f"{where}: labels: has {len(labels)} entries, input_ids has {len(ids)}; they must agree")
-    if not ids:
-        raise UserError(f"{where}: input_ids: is empty")
-    if not all(0 <= v < vocab_size for v in ids):
-        raise UserError(f"{where}: input_ids: must be from 0 to {vocab_size - 1}, the model's vocabulary")
-    if not all(v == IGNORE or 0 <= v < vocab_size for v in labels):
-        raise UserError(f"{where}: labels: must be {IGNORE} or from 0 to {vocab_size - 1}")
+class InstructionRecords(TokenizedRecords):
+    """Records with a prompt and a response whose texts are kept: answers can be generated and compared.
 
-
-class InstructionRecords:
-    """format = "instruction": prompt and response as the template writes them; loss on the response and its end."""
+    parts: prompt, input and response of a record, as the template takes them.
+    """
 
     def __init__(
         self,
-        records: list[dict[str, Any]],
+        statistics: Statistics,
+        seq_len: int,
         tokenizer: Tokenizer,
         template: Template | ChatTurns,
-        seq_len: int,
-        prompt_field: str,
-        response_field: str,
+        parts: Callable[[Record], tuple[str, str, str]],
     ):
-        self._records, self._tokenizer, self._template, self.seq_len = records, tokenizer, template, seq_len
-        self._prompt_field = prompt_field or _detect(records[0], _PROMPT_FIELDS, "data.prompt_field")
-        self._response_field = response_field or _detect(records[0], _RESPONSE_FIELDS, "data.response_field")
-        for record in records:
-            for name in (self._prompt_field, self._response_field):
-                if not isinstance(record.get(name), str):
-                    raise UserError(f"{record['__where__']}: {name}: must be a string")
-                if _SURROGATES.search(record[name]):
-                    raise UserError(f"{record['__where__']}: {name}: holds half of a surrogate pair, which is no text")
-            if isinstance(record.get("input"), str) and _SURROGATES.search(record["input"]):
-                raise UserError(f"{record['__where__']}: input: holds half of a surrogate pair, which is no text")
-            if not record[self._response_field].strip():
-                raise UserError(f"{record['__where__']}: {self._response_field}: is empty")
-            _located(record, template.texts, *self._parts(record))
-        self[0]  # a chat template may lack what ends a turn
+        super().__init__(statistics, seq_len)
+        self._tokenizer, self._template, self._parts = tokenizer, template, parts
+        self._texts: list[tuple[str, str, str]] = []
 
-    def __len__(self) -> int:
-        return len(self._records)
+    def add(self, example: Example, record: Record) -> bool:
+        taken = super().add(example, record)
+        if taken:
+            self._texts.append(self._parts(record))
+        return taken
 
     def prompt(self, index: int) -> str:
         """The text in front of the response."""
-        return self._template.write(*self._parts(self._records[index])[:2])
+        return self._template.write(*self._texts[index][:2])
 
     def prompt_ids(self, index: int) -> list[int]:
         """BOS (if the family or the chat template has one) and the prompt: what generation starts from."""
-        return self._template.prompt_ids(self._tokenizer, *self._parts(self._records[index])[:2])
+        return self._template.prompt_ids(self._tokenizer, *self._texts[index][:2])
 
     def stop_ids(self) -> frozenset[int]:
         """Token ids that end a generated response."""
         return self._template.stop_ids(self._tokenizer)
 
     def response(self, index: int) -> str:
-        return self._records[index][self._response_field]
-
-    def __getitem__(self, index: int) -> Example:
-        """Prompt and response are encoded as one text; only what the template calls the response carries labels."""
-        record = self._records[index]
-        ids, start, stop = _located(record, self._template.encode, self._tokenizer, *self._parts(record))
-        labels = [IGNORE] * start + ids[start:stop] + [IGNORE] * (len(ids) - stop)
-        return Example(ids[: self.seq_len], labels[: self.seq_len])
-
-    def _parts(self, record: dict[str, Any]) -> tuple[str, str, str]:
-        """Prompt, input (or "") and response."""
-        extra = record.get("input")
-        return record[self._prompt_field], extra if isinstance(extra, str) else "", record[self._response_field]
-
-
-def _located(record: dict[str, Any], function: Callable, *args: Any) -> Any:
-    """The function's result; its errors name the record's file and line."""
-    try:
-        return function(*args)
-    except UserError as error:
-        raise UserError(f"{record['__where__']}: {error}") from None
-
-
-def _detect(record: dict[str, Any], candidates: tuple[str, ...], key: str) -> str:
-    for name in candidates:
-        if name in record:
-            return name
-    fields = ", ".join(name for name in record if name != "__where__")
-    raise UserError(f"{record['__where__']}: none of {', '.join(candidates)} is there (found {fields}); set {key}")
+        return self._texts[index][2]

@@ -1,4 +1,4 @@
-"""JSONL records: every fault names the file and its line, every label is where it belongs."""
+"""Records of tokens, and of prompts and responses: every fault names file and line, every label is where it belongs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from tests.unit.data.test_tokenizer import pieces_directory
 from titan_hd.config.job_config import Data
 from titan_hd.data.dataset import build_records
 from titan_hd.data.loader import collate
-from titan_hd.data.records import IGNORE, Example, InstructionRecords, TokenRecords, read_jsonl
-from titan_hd.data.templates import load_template
+from titan_hd.data.records import IGNORE, Example, InstructionRecords, TokenizedRecords, statistics_table
 from titan_hd.data.tokenizer import Tokenizer, load_tokenizer
 
 CHAT = (
@@ -66,15 +65,9 @@ def jsonl(tmp_path: Path):
     return write
 
 
-def instruction(path: str, tokenizer: Tokenizer | None = None, seq_len: int = 64, template: str = "none", **fields):
-    return InstructionRecords(
-        read_jsonl(path, "data.train"),
-        tokenizer or Letters(),
-        load_template(template),
-        seq_len,
-        fields.get("prompt_field", ""),
-        fields.get("response_field", ""),
-    )
+def instruction(path: str, tokenizer: Tokenizer | None = None, seq_len: int = 64, template: str = "none", **settings):
+    data = Data(validation=path, format="instruction", template=template, **settings)
+    return build_records(data, "validation", 30, seq_len, lambda: tokenizer or Letters())
 
 
 def message(call, *args, **kwargs) -> str:
@@ -84,57 +77,11 @@ def message(call, *args, **kwargs) -> str:
     return str(caught.value)
 
 
-class TestReadJsonl:
-    def test_records_in_order(self, jsonl):
-        records = read_jsonl(jsonl({"a": 1}, {"a": "ü"}, '{"a": null}'), "data.train")
-        assert [r["a"] for r in records] == [1, "ü", None]
-
-    def test_empty_lines_are_passed_over_and_counted(self, jsonl):
-        path = jsonl({"a": 1}, "", "   ", "{")
-        assert message(read_jsonl, path, "data.train").startswith(f"{path}:4: not valid JSON")
-
-    def test_no_newline_at_the_end(self, tmp_path: Path):
-        path = tmp_path / "r.jsonl"
-        path.write_bytes(b'{"a": 1}\r\n{"a": 2}')
-        assert [r["a"] for r in read_jsonl(str(path), "data.train")] == [1, 2]
-
-    @pytest.mark.parametrize("line", ["{", '{"a": 1}}', "{'a': 1}", '{"a": }', "words"])
-    def test_bad_json(self, jsonl, line: str):
-        path = jsonl({"a": 1}, line)
-        assert message(read_jsonl, path, "data.train").startswith(f"{path}:2: not valid JSON: ")
-
-    @pytest.mark.parametrize(("line", "kind"), [("[1]", "list"), ('"a"', "str"), ("3", "int"), ("null", "NoneType")])
-    def test_not_an_object(self, jsonl, line: str, kind: str):
-        path = jsonl({"a": 1}, {"a": 2}, line)
-        assert message(read_jsonl, path, "data.train") == f"{path}:3: must be a JSON object, not {kind}"
-
-    def test_invalid_utf8(self, jsonl):
-        path = jsonl({"a": 1}, b'{"a": "\xff\xfe"}')
-        assert message(read_jsonl, path, "data.train") == f"{path}:2: not valid UTF-8"
-
-    @pytest.mark.parametrize("lines", [[], ["", "  "]])
-    def test_no_record(self, jsonl, lines: list[str]):
-        path = jsonl(*lines)
-        assert message(read_jsonl, path, "data.train") == f"data.train: {path} holds no record"
-
-    def test_missing_file(self, tmp_path: Path):
-        path = str(tmp_path / "no.jsonl")
-        expected = f"data.validation: cannot read {path}: No such file or directory"
-        assert message(read_jsonl, path, "data.validation") == expected
-
-    def test_a_folder(self, tmp_path: Path):
-        assert message(read_jsonl, str(tmp_path), "data.train").startswith(f"data.train: cannot read {tmp_path}: ")
-
-    def test_deep_nesting(self, jsonl):
-        path = jsonl({"a": 1}, "[" * 100_000)
-        assert message(read_jsonl, path, "data.train").startswith(f"{path}:2: ")
-
-
 class TestTokenRecords:
     GOOD: ClassVar = {"input_ids": [1, 2, 3], "labels": [IGNORE, 2, 3]}
 
-    def build(self, path: str, seq_len: int = 8) -> TokenRecords:
-        return TokenRecords(read_jsonl(path, "data.train"), vocab_size=10, seq_len=seq_len)
+    def build(self, path: str, seq_len: int = 8) -> TokenizedRecords:
+        return build_records(Data(train=path, format="tokens"), "train", 10, seq_len, None)
 
     def test_taken_as_they_are(self, jsonl):
         records = self.build(jsonl(self.GOOD, {"input_ids": [9], "labels": [0], "more": "x"}))
@@ -201,7 +148,7 @@ class TestInstructionRecords:
         assert batch.targets.tolist() == [[IGNORE, IGNORE, 5, 6, 2, IGNORE, IGNORE, IGNORE]]
         assert batch.trained_tokens == 3
 
-    @pytest.mark.parametrize("seq_len", [2, 3, 4, 5, 6, 7])
+    @pytest.mark.parametrize("seq_len", [4, 5, 6, 7])
     def test_cut_at_the_right(self, jsonl, seq_len: int):
         (example,) = instruction(jsonl({"prompt": "ab", "response": "cd"}), seq_len=seq_len)
         assert example.input_ids == [1, 3, 4, 5, 6, 2][:seq_len]
@@ -220,9 +167,11 @@ class TestInstructionRecords:
         assert example.labels == [IGNORE, IGNORE, IGNORE, 5, 2]
 
     def test_a_merge_that_leaves_fewer_ids_than_the_prompt(self, jsonl):
-        (example,) = instruction(jsonl({"prompt": "abcde", "response": "f"}), Words())
-        assert example.input_ids == [1, 28, 2]
-        assert len(example.labels) == len(example.input_ids)
+        """<s> abcdef </s>: all of it is the prompt's, so that there is nothing to train on."""
+        path = jsonl({"prompt": "abcde", "response": "f"}, {"prompt": "a", "response": "b"})
+        records = instruction(path, Words())
+        assert [e.input_ids for e in records] == [[1, 3, 4, 2]]
+        assert records.statistics.first_unlabelled == f"{path}:1"
 
     def test_the_input_field(self, jsonl):
         records = instruction(
@@ -281,14 +230,79 @@ class TestInstructionRecords:
         path = jsonl({"prompt": "a", "response": "b"}, '{"prompt": "a", "input": "\\ud800", "response": "b"}')
         assert message(instruction, path).startswith(f"{path}:2: input: ")
 
+    def test_loss_on_the_prompt_too(self, jsonl):
+        (example,) = instruction(jsonl({"prompt": "ab", "response": "cd"}), train_on_prompt=True)
+        assert example.labels == example.input_ids == [1, 3, 4, 5, 6, 2]
+
+    def test_texts_are_kept_for_generated_answers_alone(self, jsonl):
+        data = Data(train=jsonl({"prompt": "ab", "response": "cd"}), template="none")
+        data.validation = data.train
+        assert isinstance(build_records(data, "validation", 30, 8, Letters), InstructionRecords)
+        assert not isinstance(build_records(data, "train", 30, 8, Letters), InstructionRecords)
+
+
+class TestWhatIsLeftOut:
+    """<s> a b | c d </s>, and longer prompts."""
+
+    ROWS: ClassVar = [{"prompt": "a" * n, "response": "bb"} for n in (1, 3, 4, 2, 9)]
+
+    def test_a_record_that_the_cut_leaves_no_label(self, jsonl):
+        """seq_len 5: a prompt of three keeps one label, one of four keeps none."""
+        path = jsonl(*self.ROWS)
+        records = instruction(path, seq_len=5)
+        assert [e.trained_tokens for e in records] == [3, 1, 2]
+        assert [records.prompt(i) for i in range(3)] == ["a", "aaa", "aa"]
+        s = records.statistics
+        assert (s.records, s.tokens, s.trained, s.truncated, s.unlabelled, s.bad) == (3, 15, 6, 2, 2, 0)
+        assert (s.longest, s.first_unlabelled) == (13, f"{path}:3")
+
+    def test_nothing_is_left(self, jsonl):
+        path = jsonl(self.ROWS[-1])
+        assert message(instruction, path, seq_len=5) == (
+            "data.validation: no record is left; 1 hold no label within training.seq_len = 5 (the "
+            "longest has 13 tokens)"
+        )
+
+    @pytest.mark.parametrize(("seq_len", "left"), [(2, [[1]]), (3, [[1], [5, 6, 7]])])
+    def test_tokens_without_a_label_are_taken_as_they_are_unless_they_were_cut(self, jsonl, seq_len: int, left: list):
+        cut = {"input_ids": [5, 6, 7], "labels": [IGNORE, IGNORE, 7]}
+        path = jsonl({"input_ids": [1], "labels": [IGNORE]}, cut)
+        records = build_records(Data(train=path, format="tokens"), "train", 10, seq_len, None)
+        assert [e.input_ids for e in records] == left
+
+    def test_bad_records_are_skipped_and_counted(self, jsonl):
+        path = jsonl(
+            {"prompt": "a", "response": "b"}, "{", {"prompt": 1, "response": "b"}, {"prompt": "c", "response": "d"}
+        )
+        records = instruction(path, on_error="skip", max_skipped=2)
+        assert [records.prompt(i) for i in range(len(records))] == ["a", "c"]
+        assert records.statistics.bad == 2
+
+    @pytest.mark.parametrize(("limit", "line"), [(0, 2), (1, 2)])
+    def test_one_bad_record_too_many(self, jsonl, limit: int, line: int):
+        path = jsonl({"prompt": "a", "response": "b"}, {"prompt": 1, "response": "b"}, "{")
+        assert message(instruction, path, on_error="skip", max_skipped=limit) == (
+            f"data.max_skipped: more than {limit} bad records; the first: {path}:{line}: prompt: must be a string"
+        )
+
+    def test_only_bad_records(self, jsonl):
+        text = message(instruction, path := jsonl("{"), on_error="skip")
+        assert text.startswith(f"data.validation: no record is left; 1 are bad, the first: {path}:1: not valid JSON")
+
+    def test_the_table(self, jsonl):
+        statistics = instruction(jsonl(*self.ROWS), seq_len=5).statistics
+        heading, row = statistics_table([statistics]).splitlines()
+        assert " ".join(heading.split()).startswith("data set format records tokens trained truncated unlabelled bad")
+        assert row.split() == ["data.validation", "instruction", "3", "15", "6", "2", "2", "0", "13"]
+
 
 class TestChatRecords:
     """data.template = "chat", with a real tokenizer and a template in the manner of ChatML."""
 
     def build(self, path: str, folder: Path, template: str = CHAT, seq_len: int = 64):
         tokenizer = load_tokenizer(pieces_directory(folder, chat_template=template, bos_token="</s>"))
-        data = Data(train=path, template="chat")
-        return tokenizer, build_records(data, "train", tokenizer.vocab_size, seq_len, lambda: tokenizer)
+        data = Data(validation=path, template="chat")
+        return tokenizer, build_records(data, "validation", tokenizer.vocab_size, seq_len, lambda: tokenizer)
 
     def test_labels(self, jsonl, tmp_path: Path):
         tokenizer, records = self.build(jsonl({"prompt": "the fox", "response": "1 + 2"}), tmp_path)
@@ -302,7 +316,7 @@ class TestChatRecords:
         assert example.labels[prompt:] == [*tokenizer.encode("1 + 2"), *end, IGNORE]
         assert len(example.labels) == len(example.input_ids)
 
-    @pytest.mark.parametrize("seq_len", [1, 20, 40, 50])
+    @pytest.mark.parametrize("seq_len", [44, 46, 48, 60])
     def test_cut_at_the_right(self, jsonl, tmp_path: Path, seq_len: int):
         path = jsonl({"prompt": "the fox", "response": "1 + 2"})
         (whole,), (cut,) = self.build(path, tmp_path)[1], self.build(path, tmp_path, seq_len=seq_len)[1]
@@ -339,8 +353,8 @@ class TestBuildRecords:
         return build_records(Data(train=path, format=format, template="none"), "train", vocab_size, 16, Letters)
 
     def test_auto(self, jsonl):
-        assert isinstance(self.build(jsonl(self.TOKENS)), TokenRecords)
-        assert isinstance(self.build(jsonl(self.WORDS)), InstructionRecords)
+        assert self.build(jsonl(self.TOKENS)).statistics.format == "tokens"
+        assert self.build(jsonl(self.WORDS)).statistics.format == "instruction"
 
     def test_tokens_need_no_tokenizer(self, jsonl):
         def tokenizer():

@@ -1,0 +1,99 @@
+"""Whole runs on data as users have it: chats in several packed files, with bad and overlong ones among them."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import runs
+from tests.conftest import REPOSITORY
+from tests.integration.test_run_train import CPU_ONLY
+from tests.unit.data.test_formats import chat_directory
+from titan_hd.data.tokenizer import load_tokenizer
+
+ANIMALS = ["fox", "dog", "jug", "box"]
+END_LOSS = 0.6  # of the first loss; 12 steps end at 0.41 of it
+
+
+def conversation(place: int) -> list[dict]:
+    animal = ANIMALS[place % 4]
+    say = [("user", f"the {animal}?"), ("assistant", f"brown {animal}"), ("user", "and?"), ("assistant", "lazy")]
+    return [{"role": role, "content": content} for role, content in say[: 2 + place % 3]]
+
+
+@pytest.fixture
+def setup(tmp_path: Path):
+    """A tiny model with a chat template, and 25 records in two files: one is bad, one is cut before its answer."""
+    size = load_tokenizer(chat_directory(tmp_path / "model")).vocab_size
+    runs.write_model(tmp_path / "model", vocab_size=size, hidden_size=24)
+    records = [{"messages": conversation(i)} for i in range(12)]
+    others = [
+        {"conversations": [{"from": m["role"], "value": m["content"]} for m in conversation(i)]} for i in range(11)
+    ]
+    others.insert(3, {"messages": [{"role": "user", "content": "x " * 200}, {"role": "assistant", "content": "y"}]})
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in records).encode()))
+    (data / "b.jsonl").write_text("".join(json.dumps(r) + "\n" for r in others) + "{torn\n")
+
+    def arguments(**overrides) -> list[str]:
+        settings = {
+            "data__format": "auto",
+            "data__on_error": "skip",
+            "data__shuffle": "true",
+            "training__steps": 12,
+            "training__seq_len": 128,
+            "training__global_batch_size": 8,
+            "optimizer__lr": 3e-2,
+            "adapter__rank": 3,
+            "hdpissa__num_adapters": 2,
+        }
+        return runs.options(tmp_path / "model", data, tmp_path / "dump", **{**settings, **overrides})
+
+    return arguments
+
+
+def test_chats_are_learned_the_same_on_any_number_of_workers(workers, setup):
+    (alone,), both = (workers.run(n, runs.train, setup()) for n in (1, 2))
+    assert both[0] == pytest.approx(alone, rel=1e-4)
+    assert alone[-1] < END_LOSS * alone[0]
+    assert sum(b < a for a, b in itertools.pairwise(alone)) >= 8
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "titan_hd.train", *arguments]
+    return subprocess.run(
+        command, env=CPU_ONLY, cwd=REPOSITORY, capture_output=True, text=True, timeout=180, check=False
+    )
+
+
+def test_the_log_says_what_became_of_the_records(setup, tmp_path: Path):
+    data = tmp_path / "data"
+    validation = {"data__validation": data / "a.jsonl.gz", "validation__enable": "true"}
+    result = run(setup(training__steps=1, export__enable="false", **validation))
+    assert result.returncode == 0, result.stderr
+    assert "data.train: format chat, because the first record has messages" in result.stderr
+    assert f"data.train: 1 bad records are skipped; the first: {data}/b.jsonl:13: not valid JSON" in result.stderr
+    assert (
+        f"data.train: 1 records hold no label within training.seq_len = 128 and are skipped; the first: {data}/b"
+        in (result.stderr)
+    )
+    rows = {line.split()[0]: line.split() for line in result.stderr.splitlines() if line.startswith("  data.")}
+    assert rows["data.train"][1:3] == ["chat", "23"]
+    assert rows["data.train"][5:8] == ["0", "1", "1"]
+    assert rows["data.validation"][1:3] == ["chat", "12"]
+    assert "23 training records" in result.stderr
+
+
+def test_a_bad_record_ends_the_run_by_default(setup, tmp_path: Path):
+    result = run(setup(data__on_error="raise"))
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("titan_hd: error: ")]
+    assert line.startswith(f"titan_hd: error: {tmp_path}/data/b.jsonl:13: not valid JSON: ")
+    assert "Traceback" not in result.stderr
