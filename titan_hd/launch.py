@@ -18,6 +18,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from titan_hd.config import manager
 from titan_hd.preflight import plan_run, update_plan
 
+# What gloo and nccl say on the others when a worker has left.
+_PEER_LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exited")
+
 
 def main() -> None:
     """Check, then start the workers; exits with the status of the one that failed first."""
@@ -50,11 +53,11 @@ def main() -> None:
 def _root_cause(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
     """The worker that failed by itself. One that a signal killed (out of memory, say) leaves the others with broken
     connections, the agent ends those with SIGTERM, and a time-out ends waiting ones with SIGABRT: so other signals come
-    first, these two last, then time decides."""
+    first, these last, then time decides (in whole seconds, which is why a lost peer is told by what it said)."""
 
     def order(item: tuple[int, ProcessFailure]) -> tuple[int, int]:
-        code = item[1].exitcode
-        consequence = code in (-signal.SIGTERM, -signal.SIGABRT)
+        code, said = item[1].exitcode, str(item[1].message)
+        consequence = code in (-signal.SIGTERM, -signal.SIGABRT) or any(words in said for words in _PEER_LOST)
         return (2 if consequence else 0 if code < 0 else 1, item[1].timestamp)
 
     return min(failures.items(), key=order)

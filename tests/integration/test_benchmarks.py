@@ -33,6 +33,6 @@ def test_it_runs_and_ends_with_a_line_for_machines(name: str):
     assert done.returncode == 0, done.stderr[-4000:]
     said = json.loads(done.stdout.strip().splitlines()[-1])
     if name == "update":
-        for variant, result in said["cases"]["24x40k8r2"].items():
+        for variant, result in said["results"]["cases"]["24x40k8r2"].items():
             if variant != "products":
                 assert result["difference"] < 1e-5, f"{variant} is another update than the authors'"
