@@ -5,21 +5,16 @@ torchrun --nproc_per_node N -m titan_hd.train --config FILE [--section.key value
 
 from __future__ import annotations
 
-import datetime
 import functools
 import gc
 import logging
 import math
-import os
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from titan_hd import __version__
 from titan_hd.adapters.full import FullFineTuning
@@ -33,8 +28,6 @@ from titan_hd.components.loss import token_loss_sum
 from titan_hd.components.lr_scheduler import lr_factor
 from titan_hd.components.metrics import (
     MetricsLogger,
-    finish_failed_run,
-    init_logging,
     peak_memory_gib,
     write_svd_report,
 )
@@ -58,7 +51,8 @@ from titan_hd.distributed.tensor_parallel import apply_tensor_parallel
 from titan_hd.distributed.update.fold import Fold, check_finite
 from titan_hd.distributed.weights import init_weights, load_weights, materialize
 from titan_hd.models.decoder import Decoder
-from titan_hd.preflight import RunPlan, plan_run, update_plan
+from titan_hd.preflight import RunPlan, update_plan
+from titan_hd.worker import device_name, init_process, run_worker, set_timeout
 
 logger = logging.getLogger("titan_hd")
 
@@ -87,7 +81,7 @@ class Trainer:
 
     def _log_start(self) -> None:
         config, plan, w = self.config, self.plan, dist.get_world_size()
-        logger.info("titan_hd %s, torch %s, %d x %s", __version__, torch.__version__, w, _device_name(self.device))
+        logger.info("titan_hd %s, torch %s, %d x %s", __version__, torch.__version__, w, device_name(self.device))
         if config.job.print_config:
             logger.info("configuration:\n%s", manager.to_toml(config))
         hosted = f", {self.placement.hosted} on each worker" if plan.num_adapters > 1 else ""
@@ -313,7 +307,7 @@ class Trainer:
                     hook()
             if self.step == first_step + 1:
                 self._window.clear()  # warm-up and compilation stay out of the rates
-                _set_timeout(self.config.comm.train_timeout_seconds)
+                set_timeout(self.config.comm.train_timeout_seconds)
         gc.enable()
         if self.config.export.enable:
             export_hf(self.model, self.dims, self.config)
@@ -421,44 +415,9 @@ class Trainer:
             self.profiler.stop()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The process
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def _set_timeout(seconds: int) -> None:
-    """From now on collectives give up after so many seconds: loading and compiling are over."""
-    dist.barrier()
-    for group in dist.distributed_c10d._world.pg_map:
-        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
-
-
-def init_process(config: JobConfig) -> torch.device:
-    """Start the process group (nccl on GPUs, gloo on CPUs) and return this worker's device."""
-    if torch.cuda.is_available():
-        local_rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local_rank >= count:
-            raise UserError(f"NGPU: more workers on this node than its {count} GPU(s)")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
-    timeout = datetime.timedelta(seconds=config.comm.init_timeout_seconds)
-    dist.init_process_group(backend, timeout=timeout)
-    if config.debug.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    return device
-
-
 def run(config: JobConfig, plan: RunPlan) -> None:
     """A whole run of this worker."""
-    device = init_process(config)
-    trainer = Trainer(config, plan, device)
+    trainer = Trainer(config, plan, init_process(config))
     trainer.train()
     # Only after success: a rank that fails alone would wait here for others, which wait for it in a collective.
     dist.barrier()
@@ -467,41 +426,7 @@ def run(config: JobConfig, plan: RunPlan) -> None:
 
 
 def main() -> None:
-    """Entry point of one worker: leaves with status 0, 2 for what the user can mend (one line), or 1 and a traceback.
-
-    It leaves by os._exit: while the interpreter takes itself apart, a thread of gloo may want it once more and abort
-    the process (seen in 2 of about 20 runs on a busy machine), and a run that was complete would have failed.
-    """
-    status = _run_worker()
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def _run_worker() -> int:
-    """The exit status of this worker; what it had to say is said."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    for key, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}.items():
-        os.environ.setdefault(key, str(value))
-    os.environ.setdefault("MASTER_PORT", "29500")
-    init_logging(rank)
-    handler = get_error_handler()
-    handler.initialize()
-    try:
-        config = manager.load_or_exit(sys.argv[1:])
-        run(config, plan_run(config, world_size))
-    except Exception as error:
-        handler.record_exception(error)
-        finish_failed_run()
-        if not isinstance(error, UserError):
-            traceback.print_exc()
-            return 1
-        # User errors are the same on every rank (see `together`): one says them, all leave with status 2.
-        if rank == 0:
-            print(*(f"titan_hd: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-        return 2
-    return 0
+    run_worker(run)
 
 
 if __name__ == "__main__":
