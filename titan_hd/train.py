@@ -40,7 +40,8 @@ from titan_hd.config.job_config import JobConfig
 from titan_hd.config.seeding import stable_seed
 from titan_hd.data.dataset import build_records
 from titan_hd.data.loader import Batch, SampleOrder, TrainLoader
-from titan_hd.data.records import InstructionRecords, statistics_table
+from titan_hd.data.mixture import Mixture
+from titan_hd.data.records import statistics_table
 from titan_hd.data.tokenizer import load_tokenizer
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.collectives import same_everywhere, together
@@ -136,21 +137,23 @@ class Trainer:
         self.tokenizer = functools.cache(lambda: load_tokenizer(c.model.hf_assets_path))
         shape = self.plan.decoder.vocab_size, c.training.seq_len
         with together("reading the data"):
-            bar = c.metrics.progress_bar and self.dims.rank == 0
-            records = build_records(c.data, "train", *shape, self.tokenizer, bar)
+            bar = c.metrics.progress_bar
+            records = build_records(c.data, "train", *shape, self.tokenizer, bar, c.training.seed)
             self.validation_records = None
             if c.validation.enable:
                 self.validation_records = build_records(c.data, "validation", *shape, self.tokenizer, bar)
-                if c.validation.exact_match_samples and not isinstance(self.validation_records, InstructionRecords):
+                if c.validation.exact_match_samples and not self.validation_records.answerable:
                     raise UserError("validation.exact_match_samples: needs records with a prompt and a response")
         built = [records, self.validation_records] if self.validation_records else [records]
-        logger.info("%s", statistics_table([r.statistics for r in built]))
+        logger.info("%s", statistics_table([row for r in built for row in r.rows]))
         # Compiled blocks want one shape; otherwise padding to the longest record of a micro-batch is enough.
         self.pad_to = c.training.seq_len if c.compile.enable else None
         batch = self.plan.global_batch_size
-        order = SampleOrder(len(records), c.data.shuffle, c.training.seed)
+        index = records.index if isinstance(records, Mixture) else None
+        size = records.size if isinstance(records, Mixture) else len(records)
+        order = SampleOrder(size, c.data.shuffle, c.training.seed, index)
         self.loader = TrainLoader(records, order, batch, self.pad_to)
-        self.total_steps = c.training.steps or max(1, int(c.training.epochs * len(records)) // batch)
+        self.total_steps = c.training.steps or max(1, int(c.training.epochs * size) // batch)
         logger.info("%d training records; %d steps of %d", len(records), self.total_steps, batch)
 
     def _build_optimizer(self) -> None:

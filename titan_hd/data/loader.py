@@ -8,7 +8,7 @@ state is the number of optimizer steps done, and the same run sees the same batc
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,15 +41,20 @@ class Batch:
 
 
 class SampleOrder:
-    """Maps a position of the run to the index of a record."""
+    """Maps a position of the run to the index of a record.
 
-    def __init__(self, size: int, shuffle: bool, seed: int):
-        self.size, self.shuffle, self.seed = size, shuffle, seed
+    size: samples of an epoch.
+    index: the record at (epoch, place), for a mixture; without it every record has its own place.
+    """
+
+    def __init__(self, size: int, shuffle: bool, seed: int, index: Callable[[int, int], int] | None = None):
+        self.size, self.shuffle, self.seed, self._index = size, shuffle, seed, index
         self._permutation = functools.lru_cache(maxsize=2)(self._permute)
 
     def __getitem__(self, position: int) -> int:
         epoch, place = divmod(position, self.size)
-        return self._permutation(epoch)[place] if self.shuffle else place
+        place = self._permutation(epoch)[place] if self.shuffle else place
+        return self._index(epoch, place) if self._index else place
 
     def _permute(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(stable_seed("order", self.seed, epoch))

@@ -83,6 +83,11 @@ def load_template(name: str, tokenizer: Tokenizer | None = None) -> Template | C
     return Template(lambda prompt, extra: _fill(text, prompt, extra), "", special)
 
 
+def template_file(name: str) -> Path | None:
+    """The file that a template is read from, if it is none of the known names."""
+    return None if name in ("chat", "none", "alpaca", "pissa") else Path(name)
+
+
 def _read(name: str) -> str:
     try:
         text = Path(name).read_text(encoding="utf-8")
