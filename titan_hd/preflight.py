@@ -66,6 +66,8 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> Ru
     global_batch = training.global_batch_size
     if global_batch == -1:
         global_batch = training.local_batch_size * max(num_adapters, workers)
+    if config.data.streaming and config.data.shuffle_window < global_batch:
+        errors.append(f"data.shuffle_window: must be at least the global batch, {global_batch} records")
     error = placement_error(num_adapters, workers, global_batch, training.local_batch_size)
     if error:
         errors.append(error)

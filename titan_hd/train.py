@@ -38,9 +38,8 @@ from titan_hd.config import manager
 from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
 from titan_hd.config.seeding import stable_seed
-from titan_hd.data.dataset import build_records
-from titan_hd.data.loader import Batch, SampleOrder, TrainLoader
-from titan_hd.data.mixture import Mixture
+from titan_hd.data.dataset import build_records, sample_order
+from titan_hd.data.loader import Batch, TrainLoader
 from titan_hd.data.records import statistics_table
 from titan_hd.data.tokenizer import load_tokenizer
 from titan_hd.distributed.adapter_registry import AdapterRegistry
@@ -145,16 +144,17 @@ class Trainer:
                 if c.validation.exact_match_samples and not self.validation_records.answerable:
                     raise UserError("validation.exact_match_samples: needs records with a prompt and a response")
         built = [records, self.validation_records] if self.validation_records else [records]
-        logger.info("%s", statistics_table([row for r in built for row in r.rows]))
+        rows = [row for r in built for row in r.rows]
+        if rows:
+            logger.info("%s", statistics_table(rows))
         # Compiled blocks want one shape; otherwise padding to the longest record of a micro-batch is enough.
         self.pad_to = c.training.seq_len if c.compile.enable else None
         batch = self.plan.global_batch_size
-        index = records.index if isinstance(records, Mixture) else None
-        size = records.size if isinstance(records, Mixture) else len(records)
-        order = SampleOrder(size, c.data.shuffle, c.training.seed, index)
+        order = sample_order(records, c.data.shuffle, c.training.seed)
         self.loader = TrainLoader(records, order, batch, self.pad_to)
-        self.total_steps = c.training.steps or max(1, int(c.training.epochs * size) // batch)
-        logger.info("%d training records; %d steps of %d", len(records), self.total_steps, batch)
+        self.total_steps = c.training.steps or max(1, int(c.training.epochs * order.size) // batch)
+        count = "streamed" if c.data.streaming else order.size
+        logger.info("%s training records; %d steps of %d", count, self.total_steps, batch)
 
     def _build_optimizer(self) -> None:
         # An adapter's parameters are zero when a step begins, so decay belongs to the fold, on W.

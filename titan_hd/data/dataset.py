@@ -19,9 +19,11 @@ from titan_hd.config.job_config import Data, DataSource
 from titan_hd.data.encoding import ArrayWriter, Chunk, Encoder, as_array
 from titan_hd.data.formats import Format, build_format, detect_format
 from titan_hd.data.hub_datasets import check_library, fingerprint, is_hub_name
+from titan_hd.data.loader import SampleOrder
 from titan_hd.data.mixture import Concatenation, Mixture
 from titan_hd.data.records import InstructionRecords, Statistics, TokenizedRecords
 from titan_hd.data.sources import Faults, Raw, Record, find_files, read_raw, read_records
+from titan_hd.data.streaming import StreamedRecords, StreamSource, WindowOrder
 from titan_hd.data.templates import load_template, template_file
 from titan_hd.data.token_cache import TokenCache, cache_folder, content_key
 from titan_hd.data.token_processes import Task, TokenProcesses
@@ -41,7 +43,7 @@ def build_records(
     tokenizer: Callable[[], Tokenizer],
     progress: bool = False,
     seed: int = 0,
-) -> TokenizedRecords | Concatenation:
+) -> TokenizedRecords | Concatenation | StreamedRecords:
     """The records of data.train or data.validation (`key` is "train" or "validation"), tokenized and cut at seq_len.
 
     The same on every worker: in the order of the files and their lines, without the records that data.on_error skips
@@ -49,11 +51,12 @@ def build_records(
 
     tokenizer: called only where the format needs one.
     progress: show a bar where this process tokenizes, if the standard error is a terminal.
-    seed: of a mixture's walks.
+    seed: of a mixture's walks, and of the order within the windows of a stream.
 
     Returns:
         TokenizedRecords; InstructionRecords for validation records with a prompt and a response; of a list in
-        data.train a Mixture, of one in data.validation a Concatenation.
+        data.train a Mixture, of one in data.validation a Concatenation; of data.train with data.streaming
+        StreamedRecords, which have read nothing yet.
 
     Raises:
         UserError: names the key, or the file and its line; or no record is left.
@@ -63,10 +66,44 @@ def build_records(
     def build(config: Data, path: str, name: str) -> TokenizedRecords:
         return _Source(config, path, name, vocab_size, seq_len, tokenizer, key == "validation", progress).build()
 
+    if config.streaming and key == "train":
+        return _build_stream(config, vocab_size, seq_len, tokenizer, seed)
     if isinstance(value, str):
         return build(config, value, name)
-    parts = [build(source_config(config, s), s.path, f"{name}[{i}]") for i, s in enumerate(value)]
+    parts = [build(*source) for source in _named_sources(config, key)]
     return Mixture(name, value, parts, config.shuffle, seed) if key == "train" else Concatenation(name, parts)
+
+
+def sample_order(
+    records: TokenizedRecords | Concatenation | StreamedRecords, shuffle: bool, seed: int
+) -> SampleOrder | WindowOrder:
+    """Which of the training records is which sample of the run."""
+    if isinstance(records, StreamedRecords):
+        return records.order
+    if isinstance(records, Mixture):
+        return SampleOrder(records.size, shuffle, seed, records.index)
+    return SampleOrder(len(records), shuffle, seed)
+
+
+def _named_sources(config: Data, key: str) -> list[tuple[Data, str, str]]:
+    """The [data] section as it is for each source of data.train or data.validation, its path, and what messages call
+    it."""
+    value, name = getattr(config, key), f"data.{key}"
+    if isinstance(value, str):
+        return [(config, value, name)] if value else []
+    return [(source_config(config, source), source.path, f"{name}[{i}]") for i, source in enumerate(value)]
+
+
+def _build_stream(
+    config: Data, vocab_size: int, seq_len: int, tokenizer: Callable[[], Tokenizer], seed: int
+) -> StreamedRecords:
+    sources, skip = [], config.on_error == "skip"
+    for own, path, name in _named_sources(config, "train"):
+        first, chosen = open_source(own, path, name)
+        format = build_format(own, chosen, first, vocab_size, tokenizer)
+        sources.append(StreamSource(path, name, Encoder(name, chosen, format, seq_len, False, not skip)))
+    order = WindowOrder(config.shuffle_window, config.shuffle, seed)
+    return StreamedRecords(sources, order, Faults(skip, config.max_skipped))
 
 
 def source_config(config: Data, source: DataSource) -> Data:
@@ -90,14 +127,10 @@ def check_data(config: Data) -> None:
             errors[str(error)] = None
 
     for key in ("train", "validation"):
-        value = getattr(config, key)
-        listed = isinstance(value, list)
-        for i, source in enumerate(value if listed else [DataSource(value)] if value else []):
-            own = source_config(config, source)
+        for own, path, name in _named_sources(config, key):
             if own.format in ("auto", "instruction"):
                 attempt(load_template, own.template)
-            name = f"data.{key}[{i}]" if listed else f"data.{key}"
-            attempt(check_library if is_hub_name(source.path) else find_files, source.path, name)
+            attempt(check_library if is_hub_name(path) else find_files, path, name)
     if errors:
         raise UserError("\n".join(errors))
 

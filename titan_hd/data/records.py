@@ -57,7 +57,7 @@ class Statistics:
 
 def statistics_table(rows: list[Statistics]) -> str:
     """One line per data set, under a heading."""
-    width = max(17, *(len(s.name) + 2 for s in rows))
+    width = max([17, *(len(s.name) + 2 for s in rows)])
     lines = [
         f"{'data set':<{width}}{'format':<12}{'records':>10}{'tokens':>14}{'trained':>14}{'truncated':>11}"
         f"{'unlabelled':>12}{'bad':>6}{'longest':>9}"
