@@ -115,7 +115,7 @@ class StreamedRecords:
         self._windows[number] = [next(self._reader) for _ in range(self.order.window)]
         self._next = number + 1
         if len(self._windows) > 2:
-            del self._windows[min(self._windows)]
+            del self._windows[max(self._windows, key=lambda held: abs(held - number))]
         return self._windows[number]
 
     def _from(self, first: int) -> Iterator[tuple[StreamSource, Raw]]:
