@@ -12,12 +12,14 @@ machine that does other things as well they say more than the clock.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -43,18 +45,44 @@ def run_case(folder: Path, tokenizer: str, num_proc: int, seq_len: int) -> None:
     dataset.SMALL = 0
     load = load_tokenizer(tokenizer)
     data = Data(train=str(folder / "records.jsonl"), num_proc=num_proc, cache_dir=str(folder / f"cache{num_proc}"))
+    children = _PeakOfChildren()
     wall, cpu = time.perf_counter(), _cpu_seconds()
     records = dataset.build_records(data, "train", load.vocab_size, seq_len, lambda: load)
     result = {
         "seconds": time.perf_counter() - wall,
         "cpu_seconds": _cpu_seconds() - cpu,
-        "writer_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "process_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
+        "writer_mib": _peak_mib("self"),
+        "process_mib": children.mib,
         "records": len(records),
         "tokens": records.statistics.tokens,
         "bytes": sum(path.stat().st_size for path in (folder / f"cache{num_proc}").rglob("*")),
     }
     print(json.dumps(result))
+
+
+def _peak_mib(process: str) -> float:
+    """Most memory that a process has held; getrusage would count what it was before it ran its program."""
+    try:
+        status = Path("/proc", process, "status").read_text(encoding="utf-8")
+    except OSError:  # it has ended
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0.0)
+
+
+class _PeakOfChildren(threading.Thread):
+    """Watches the peak of every process that this one starts."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.mib = 0.0
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            for children in Path("/proc/self/task").glob("*/children"):
+                with contextlib.suppress(OSError):
+                    self.mib = max([self.mib, *map(_peak_mib, children.read_text(encoding="utf-8").split())])
+            time.sleep(0.2)
 
 
 def _cpu_seconds() -> float:
