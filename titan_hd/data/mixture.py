@@ -20,7 +20,6 @@ from titan_hd.config.job_config import DataSource
 from titan_hd.config.seeding import stable_seed
 from titan_hd.data.records import Example, Statistics, TokenizedRecords
 
-
 logger = logging.getLogger("titan_hd")
 
 
