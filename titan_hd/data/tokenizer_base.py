@@ -90,6 +90,8 @@ class Settings:
 
     @classmethod
     def read(cls, directory: Path) -> Settings:
+        """From the JSON files of a HF directory, the later ones over the earlier: config, special_tokens_map,
+        tokenizer_config. Files that are not there are left out. UserError names a file or a key that is wrong."""
         values: dict[str, Any] = {}
         for name in ("config.json", "special_tokens_map.json", "tokenizer_config.json"):
             values.update(read_json(directory / name))

@@ -159,7 +159,7 @@ def check_finite(registry: AdapterRegistry, what: str, step: int) -> None:
             tensors.append((parameter.grad if what == "gradient" else parameter).to_local())
             owners.append(index)
     # Squares of fp32 do not overflow in float64, so that a norm is infinite or NaN exactly where an element is. (So
-    # would the maximum norm be, which takes seven times longer on a CPU.)
+    # would the maximum norm be, but that is slow on a CPU.)
     norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64))
     bad = torch.where(norms.isfinite(), len(registry.entries), torch.tensor(owners, device=norms.device))
     first = bad.min()
