@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -52,7 +53,7 @@ class Batch:
 
 
 def collate(examples: Sequence[Example], pad_to: int | None) -> Batch:
-    """A row for every example, padded at the right to `pad_to`, or to the longest row rounded up to a multiple of eight.
+    """A row for every example, padded at the right to `pad_to`, or to the longest one and a multiple of eight.
 
     Padding is never attended to by real tokens (attention is causal) and has no labels.
     """
@@ -109,7 +110,7 @@ class _Cursor(Sampler):
         self.step, self.micro_batches = step, micro_batches
 
     def __iter__(self) -> Iterator[tuple[int, range]]:
-        return itertools.product(itertools.count(self.step), self.micro_batches)
+        return ((step, places) for step in itertools.count(self.step) for places in self.micro_batches)
 
 
 def _ignore_interrupts(_: int) -> None:
@@ -153,8 +154,9 @@ class TrainLoader:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
             processes = {"multiprocessing_context": context, "worker_init_fn": _ignore_interrupts}
-        self._iterator = iter(
-            StatefulDataLoader(
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 calls it, torch 2.13 warns
+            loader = StatefulDataLoader(
                 self._batches,
                 batch_size=None,
                 sampler=_Cursor(step, self._micro_batches),
@@ -163,10 +165,12 @@ class TrainLoader:
                 generator=torch.Generator(),  # it draws a seed for its processes: not from the run's generator
                 **processes,
             )
-        )
+        self._iterator = iter(loader)
 
     def close(self) -> None:
         """End the processes."""
+        if self._iterator is not None and self._num_workers:
+            self._iterator._shutdown_workers()  # the iterator may live on, in a traceback
         self._iterator, self._next_step = None, -1
 
 

@@ -1,4 +1,4 @@
-"""Attention to packed documents by flex_attention: no mask and no scores of size [T, T], on the devices that have it."""
+"""Attention to packed documents by flex_attention: no mask and no scores of size [T, T]. Where a device has it."""
 
 from __future__ import annotations
 
