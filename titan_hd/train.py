@@ -39,7 +39,8 @@ from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
 from titan_hd.config.seeding import stable_seed
 from titan_hd.data.dataset import build_records
-from titan_hd.data.loader import Batch, SampleOrder, TrainLoader
+from titan_hd.data.loader import Batch, GlobalBatches, TrainLoader
+from titan_hd.data.order import build_order
 from titan_hd.data.records import InstructionRecords, statistics_table
 from titan_hd.data.tokenizer import load_tokenizer
 from titan_hd.distributed.adapter_registry import AdapterRegistry
@@ -145,12 +146,16 @@ class Trainer:
                     raise UserError("validation.exact_match_samples: needs records with a prompt and a response")
         built = [records, self.validation_records] if self.validation_records else [records]
         logger.info("%s", statistics_table([r.statistics for r in built]))
-        # Compiled blocks want one shape; otherwise padding to the longest record of a micro-batch is enough.
+        # Compiled blocks want one shape, and so does attention to packs on a GPU, which is always compiled; otherwise
+        # padding to the longest row of a micro-batch is enough.
         self.pad_to = c.training.seq_len if c.compile.enable else None
-        batch = self.plan.global_batch_size
-        order = SampleOrder(len(records), c.data.shuffle, c.training.seed)
-        self.loader = TrainLoader(records, order, batch, self.pad_to)
-        self.total_steps = c.training.steps or max(1, int(c.training.epochs * len(records)) // batch)
+        pad_to = c.training.seq_len if c.data.pack and self.device.type == "cuda" else self.pad_to
+        batch, size = self.plan.global_batch_size, len(records)
+        order = build_order(records.lengths, size, c.data.pack, c.training.seq_len, c.data.shuffle, c.training.seed)
+        micro_batches = [self.placement.samples(m) for m in range(self.placement.micro_batches)]
+        batches = GlobalBatches(records, order, batch, pad_to, c.data.pack)
+        self.loader = TrainLoader(batches, micro_batches, c.data.num_workers)
+        self.total_steps = c.training.steps or max(1, order.positions(c.training.epochs) // batch)
         logger.info("%d training records; %d steps of %d", len(records), self.total_steps, batch)
 
     def _build_optimizer(self) -> None:
@@ -222,7 +227,8 @@ class Trainer:
         rank = dist.get_rank()
         self.metrics = MetricsLogger(c, rank, self.total_steps, self.step, self._saved_state.get("wandb_id"))
         self.profiler = build_profiler(c, rank)
-        self._window: list[tuple[int, float]] = []  # (tokens of all workers, seconds) of the steps since the last log
+        # (tokens and records of all workers, seconds) of the steps since the last log
+        self._window: list[tuple[int, int, float]] = []
         # (every how many steps, what); the last step always runs all of them
         self.hooks: list[tuple[int, Callable[[], None]]] = [(c.training.gc_freq, lambda: gc.collect(1))]
         if c.validation.enable:
@@ -234,9 +240,9 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step over the global batch. Returns this step's numbers, the same on every worker."""
-        batches = [self.loader.batch(self.step, self.placement.samples(m)) for m in range(self.placement.micro_batches)]
+        batches = self.loader.step(self.step)
         adapters = [self.placement.first_adapter + self.placement.slot(m) for m in range(len(batches))]
-        counts, tokens = self._count_tokens(batches, adapters)
+        counts, tokens, sequences = self._count_tokens(batches, adapters)
         lr = self.config.optimizer.lr * lr_factor(self.config.lr_scheduler, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -259,18 +265,20 @@ class Trainer:
             self.fold(lr, self.step)
         self.step += 1
         dist.all_reduce(loss_sum, group=self.dims.dp_mesh.get_group())
-        return {"loss": loss_sum.item() / max(1, sum(counts)), "grad_norm": grad_norm, "lr": lr, "tokens": tokens}
+        numbers = {"loss": loss_sum.item() / max(1, sum(counts)), "grad_norm": grad_norm, "lr": lr}
+        return {**numbers, "tokens": tokens, "sequences": sequences}
 
-    def _count_tokens(self, batches: list[Batch], adapters: list[int]) -> tuple[list[int], int]:
-        """Trained tokens of each logical adapter over the whole step, and all tokens of the step but padding."""
-        counts = torch.zeros(self.plan.num_adapters + 1, dtype=torch.long)
+    def _count_tokens(self, batches: list[Batch], adapters: list[int]) -> tuple[list[int], int, int]:
+        """Trained tokens of each logical adapter over the whole step, all tokens of the step but padding, records."""
+        counts = torch.zeros(self.plan.num_adapters + 2, dtype=torch.long)
         for batch, adapter in zip(batches, adapters):
             counts[adapter] += batch.trained_tokens
-            counts[-1] += batch.tokens
+            counts[-2] += batch.tokens
+            counts[-1] += batch.sequences
         counts = counts.to(self.device)
         dist.all_reduce(counts, group=self.dims.dp_mesh.get_group())
-        *per_adapter, tokens = counts.tolist()
-        return per_adapter, tokens
+        *per_adapter, tokens, sequences = counts.tolist()
+        return per_adapter, tokens, sequences
 
     def _forward_backward(self, micro_batch: int, batch: Batch, trained_tokens: int) -> torch.Tensor:
         """Accumulate gradients of (sum of token losses / trained_tokens); returns the sum, detached."""
@@ -280,8 +288,8 @@ class Trainer:
                 # Masks are a function of the samples, not of the worker that happens to compute them.
                 first = self.step * self.plan.global_batch_size + self.placement.samples(micro_batch).start
                 torch.manual_seed(stable_seed("dropout", self.config.training.seed, first))
-        logits = self.model(batch.input_ids.to(self.device))
-        loss = token_loss_sum(logits, batch.targets.to(self.device))
+        batch = batch.to(self.device)
+        loss = token_loss_sum(self.model(batch.input_ids, documents=batch.documents), batch.targets)
         (loss / max(1, trained_tokens)).backward()
         return loss.detach()
 
@@ -296,7 +304,8 @@ class Trainer:
         while self.step < self.total_steps:
             start = time.perf_counter()
             numbers = self.train_step()
-            self._window.append((int(numbers.pop("tokens")), time.perf_counter() - start))
+            sizes = int(numbers.pop("tokens")), int(numbers.pop("sequences"))
+            self._window.append((*sizes, time.perf_counter() - start))
             if self.profiler:
                 self.profiler.step()
             self.metrics.advance(numbers["loss"])
@@ -315,11 +324,10 @@ class Trainer:
     # --------------------------------------------------------------------------------------------------- periodic
 
     def _log(self, numbers: dict[str, float]) -> None:
-        tokens, seconds = map(sum, zip(*self._window))
+        tokens, sequences, seconds = map(sum, zip(*self._window))
         steps = len(self._window)
         self._window.clear()
-        length = tokens / (steps * self.plan.global_batch_size)
-        flops = flops_per_token(self.plan.decoder, length, *self._trained_sizes())
+        flops = flops_per_token(self.plan.decoder, tokens / sequences, *self._trained_sizes())
         rate = tokens / seconds
         self.metrics.log(
             self.step,
@@ -404,12 +412,15 @@ class Trainer:
             "hdpissa.num_adapters": self.plan.num_adapters,
             "hdpissa.slices": c.hdpissa.slices if self.registry else None,
             "training.global_batch_size": self.plan.global_batch_size,
+            "data.pack": c.data.pack or None,
+            "training.seq_len": c.training.seq_len if c.data.pack else None,  # what the packs are made for
             "training.seed": c.training.seed,
             "optimizer.name": c.optimizer.name,
             "model": repr(self.plan.decoder),
         }
 
     def close(self) -> None:
+        self.loader.close()
         self.metrics.close()
         if self.profiler:
             self.profiler.stop()

@@ -28,7 +28,7 @@ def test_dropout_takes_every_seed(seed: int):
         plan=SimpleNamespace(global_batch_size=1),
         device=torch.device("cpu"),
         step=0,
-        model=lambda ids: torch.zeros(*ids.shape, 5, requires_grad=True),
+        model=lambda ids, documents: torch.zeros(*ids.shape, 5, requires_grad=True),
     )
     ids = torch.zeros(1, 3, dtype=torch.long)
-    assert Trainer._forward_backward(trainer, 0, Batch(ids, ids, 3), 3) > 0
+    assert Trainer._forward_backward(trainer, 0, Batch(ids, ids, 3, 1), 3) > 0

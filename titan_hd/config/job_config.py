@@ -70,6 +70,13 @@ class Data:
     """The most bad records of a data set that data.on_error = "skip" leaves out; one more ends the run."""
     shuffle: bool = True
     """Permute the records anew in every epoch, as a function of (training.seed, epoch) alone."""
+    pack: bool = False
+    """Pack training records into rows of training.seq_len tokens. Records of a row do not see each other, and the loss
+    is that of the same records unpacked; a row counts as one record for training.local_batch_size, global_batch_size
+    and epochs."""
+    num_workers: int = 0
+    """Processes per worker that read training batches ahead. 0: none, which is enough unless reading a record is slow;
+    docs/packing.md has figures."""
 
 
 @dataclass

@@ -250,6 +250,7 @@ def _number(value: Any, annotation: type, from_text: bool) -> int | float:
 
 _AT_LEAST = {
     "data.max_skipped": 0,
+    "data.num_workers": 0,
     "training.steps": 1,
     "training.seq_len": 2,
     "training.local_batch_size": 1,

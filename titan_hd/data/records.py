@@ -6,6 +6,8 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from titan_hd.data.chat import ChatTurns
 from titan_hd.data.sources import Record
 from titan_hd.data.templates import Template
@@ -92,6 +94,10 @@ class TokenizedRecords:
 
     def __len__(self) -> int:
         return len(self._ends) - 1
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of every record, [N] int64."""
+        return np.diff(np.array(self._ends, dtype=np.int64))
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
