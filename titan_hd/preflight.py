@@ -13,8 +13,7 @@ from titan_hd.components.export import check_folder, export_folder
 from titan_hd.components.optimizer import optimizer_class
 from titan_hd.config.job_config import LINEAR_LAYERS, JobConfig
 from titan_hd.config.manager import ConfigError
-from titan_hd.data.sources import find_files
-from titan_hd.data.templates import load_template
+from titan_hd.data.dataset import check_data
 from titan_hd.distributed.parallel_dims import placement_error, resolve_shard_degree
 from titan_hd.distributed.tensor_parallel import ROW_WISE, tensor_parallel_errors
 from titan_hd.distributed.update.plan import Topology, UpdatePlan, plan_update
@@ -56,11 +55,8 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> Ru
     workers = max(1, world_size // tp)
     decoder = attempt(decoder_config, config)
     attempt(optimizer_class, config.optimizer.name)
-    if config.data.format in ("auto", "instruction") and needs_files:
-        attempt(load_template, config.data.template)
-    for key in ("train", "validation") if needs_files else ():
-        if getattr(config.data, key):
-            attempt(find_files, getattr(config.data, key), f"data.{key}")
+    if needs_files:
+        attempt(check_data, config.data)
     if config.export.enable and needs_files:
         attempt(check_folder, export_folder(config), config.model.hf_assets_path)
     if decoder and needs_files:
@@ -70,6 +66,8 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> Ru
     global_batch = training.global_batch_size
     if global_batch == -1:
         global_batch = training.local_batch_size * max(num_adapters, workers)
+    if config.data.streaming and config.data.shuffle_window < global_batch:
+        errors.append(f"data.shuffle_window: must be at least the global batch, {global_batch} records")
     error = placement_error(num_adapters, workers, global_batch, training.local_batch_size)
     if error:
         errors.append(error)

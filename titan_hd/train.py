@@ -38,10 +38,9 @@ from titan_hd.config import manager
 from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
 from titan_hd.config.seeding import stable_seed
-from titan_hd.data.dataset import build_records
+from titan_hd.data.dataset import build_records, sample_order
 from titan_hd.data.loader import Batch, GlobalBatches, TrainLoader
-from titan_hd.data.order import build_order
-from titan_hd.data.records import InstructionRecords, statistics_table
+from titan_hd.data.records import statistics_table
 from titan_hd.data.tokenizer import load_tokenizer
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.collectives import same_everywhere, together
@@ -137,26 +136,28 @@ class Trainer:
         self.tokenizer = functools.cache(lambda: load_tokenizer(c.model.hf_assets_path))
         shape = self.plan.decoder.vocab_size, c.training.seq_len
         with together("reading the data"):
-            bar = c.metrics.progress_bar and self.dims.rank == 0
-            records = build_records(c.data, "train", *shape, self.tokenizer, bar)
+            bar = c.metrics.progress_bar
+            records = build_records(c.data, "train", *shape, self.tokenizer, bar, c.training.seed)
             self.validation_records = None
             if c.validation.enable:
                 self.validation_records = build_records(c.data, "validation", *shape, self.tokenizer, bar)
-                if c.validation.exact_match_samples and not isinstance(self.validation_records, InstructionRecords):
+                if c.validation.exact_match_samples and not self.validation_records.answerable:
                     raise UserError("validation.exact_match_samples: needs records with a prompt and a response")
         built = [records, self.validation_records] if self.validation_records else [records]
-        logger.info("%s", statistics_table([r.statistics for r in built]))
+        rows = [row for r in built for row in r.rows]
+        if rows:
+            logger.info("%s", statistics_table(rows))
         # Compiled blocks want one shape, and so does attention to packs on a GPU, which is always compiled; otherwise
         # padding to the longest row of a micro-batch is enough.
         self.pad_to = c.training.seq_len if c.compile.enable else None
         pad_to = c.training.seq_len if c.data.pack and self.device.type == "cuda" else self.pad_to
-        batch, size = self.plan.global_batch_size, len(records)
-        order = build_order(records.lengths, size, c.data.pack, c.training.seq_len, c.data.shuffle, c.training.seed)
+        batch, order = self.plan.global_batch_size, sample_order(records, c.data, c.training.seq_len, c.training.seed)
         micro_batches = [self.placement.samples(m) for m in range(self.placement.micro_batches)]
         batches = GlobalBatches(records, order, batch, pad_to, c.data.pack)
         self.loader = TrainLoader(batches, micro_batches, c.data.num_workers)
         self.total_steps = c.training.steps or max(1, order.positions(c.training.epochs) // batch)
-        logger.info("%d training records; %d steps of %d", len(records), self.total_steps, batch)
+        count = "streamed" if c.data.streaming else order.size
+        logger.info("%s training records; %d steps of %d", count, self.total_steps, batch)
 
     def _build_optimizer(self) -> None:
         # An adapter's parameters are zero when a step begins, so decay belongs to the fold, on W.

@@ -39,12 +39,38 @@ class Model:
 
 
 @dataclass
+class DataSource:
+    """One entry of a list in data.train or data.validation; what it does not set is taken from [data]."""
+
+    path: str = ""
+    """As data.train."""
+    weight: float | None = None
+    """Of data.train only: every epoch takes round(weight * its records). Not set: 1, every record once."""
+    samples: int | None = None
+    """Of data.train only: every epoch takes exactly this many of its records. Give this or weight."""
+    format: Literal["auto", "instruction", "chat", "text", "tokens"] | None = None
+    """As data.format."""
+    template: str | None = None
+    """As data.template."""
+    prompt_field: str | None = None
+    """As data.prompt_field."""
+    response_field: str | None = None
+    """As data.response_field."""
+    text_field: str | None = None
+    """As data.text_field."""
+
+
+@dataclass
 class Data:
-    train: str = ""
-    """Training records: a file, a directory or a glob, read in the order of names. JSONL, a JSON array (both perhaps
-    .gz or .zst) or Parquet."""
-    validation: str = ""
-    """Validation records, in the same format as the training records."""
+    train: str | list[DataSource] = ""
+    """Training records: a file, a directory or a glob, read in the order of names (JSONL, a JSON array, both perhaps
+    .gz or .zst, or Parquet), or org/name[:config][:split] of the Hub (needs the package datasets). Or a mixture: a list
+    of paths or tables, [[data.train]] (on the command line as JSON), each with path, perhaps weight or samples, and
+    perhaps format, template, prompt_field, response_field, text_field instead of those of [data]. An epoch takes
+    round(weight * records) of a source, each record equally often, or exactly `samples`; a partial pass goes on where
+    the last epoch's ended, so that over the epochs no record is seen more than once more often than another."""
+    validation: str | list[DataSource] = ""
+    """Validation records, as data.train; of a list all records are read, in its order."""
     format: Literal["auto", "instruction", "chat", "text", "tokens"] = "auto"
     """instruction: a prompt and a response field. chat: messages [{role, content}, ...] or ShareGPT's conversations
     [{from, value}, ...], as the model's own chat template writes them; loss on every assistant turn and its end. text:
@@ -77,6 +103,18 @@ class Data:
     num_workers: int = 0
     """Processes per worker that read training batches ahead. 0: none, which is enough unless reading a record is slow;
     docs/packing.md has figures."""
+    num_proc: int = 0
+    """Processes that tokenize on a node. 0: one for each core; without a cache, the worker's share of the cores."""
+    cache_dir: str = "auto"
+    """Folder in which tokenized records are kept between runs and shared by the workers, keyed by the content of data
+    and tokenizer and by these settings. auto: titan_hd/tokens in $XDG_CACHE_HOME or ~/.cache. Empty: none, every worker
+    tokenizes all records and holds them in memory (as it always does with less than 1 MiB of data)."""
+    streaming: bool = False
+    """Tokenize nothing ahead: every worker reads through the files and encodes the records of its own batches. Needs
+    training.steps. Sample j of the run is record j of the files, which begin anew at their end; a bad record
+    (data.on_error = "skip", counted for each worker) or one without a label is a sample without loss."""
+    shuffle_window: int = 10000
+    """With data.streaming: data.shuffle permutes records within stretches of so many, whose text is held in memory."""
 
 
 @dataclass
