@@ -84,6 +84,17 @@ def sample_order(
     return build_order(records.lengths, size, config.pack, seq_len, config.shuffle, seed, index)
 
 
+def data_summary(records: TokenizedRecords | Concatenation | StreamedRecords, config: Data, seq_len: int) -> str:
+    """What tells the samples of a run from those of another: equal for equal records, mixtures and packs."""
+    if isinstance(records, StreamedRecords):
+        return f"a stream, permuted in windows of {config.shuffle_window}" if config.shuffle else "a stream"
+    s = records.statistics
+    said = f"{s.records} records of format {s.format}, {s.tokens} tokens, {s.trained} trained"
+    if isinstance(records, Mixture):
+        said += ", of each source " + ", ".join(f"{share.taken} of {share.records}" for share in records.shares)
+    return f"{said}; packs of {seq_len} tokens" if config.pack else said
+
+
 def _named_sources(config: Data, key: str) -> list[tuple[Data, str, str]]:
     """The [data] section as it is for each source of data.train or data.validation, its path, and what messages call
     it."""

@@ -140,10 +140,11 @@ class Mixture(Concatenation):
     Attributes:
         size: samples of an epoch.
         index: (epoch, place) -> record, see `MixtureOrder`.
+        shares: what an epoch takes of each source.
     """
 
     def __init__(self, name: str, sources: list[DataSource], records: list[TokenizedRecords], shuffle: bool, seed: int):
         super().__init__(name, records)
-        shares = [share_of(s, len(r), f"{name}[{i}]") for i, (s, r) in enumerate(zip(sources, records))]
-        order = MixtureOrder(shares, shuffle, seed)
+        self.shares = [share_of(s, len(r), f"{name}[{i}]") for i, (s, r) in enumerate(zip(sources, records))]
+        order = MixtureOrder(self.shares, shuffle, seed)
         self.size, self.index = order.size, order.index
