@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from titan_hd.adapters.methods import adapter_identity
 from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
 from titan_hd.models.registry import DecoderConfig
@@ -50,6 +51,8 @@ def run_identity(
         "data.shuffle": c.data.shuffle,
         "data.train": data,
     }
+    if c.adapter.method not in ("hdpissa", "full"):
+        identity |= adapter_identity(c.adapter)
     if hdpissa:
         identity |= {f"adapter.{key}": getattr(c.adapter, key) for key in ("rank", "dropout")}
         identity["adapter.alpha"] = c.adapter.alpha or c.adapter.rank
