@@ -139,6 +139,11 @@ class Adapter:
     target_modules: list[str] | None = None
     """Linear layers to train, matched on the last part of their HF name. Not set: all linear layers of the blocks;
     for method full: every weight of the model."""
+    mora_type: Literal[1, 6] = 6
+    """How mora maps a layer's input to its square matrix. 1: blocks are summed, for large ranks. 6: blocks are rotated, for
+    small ranks."""
+    bat_form: Literal["column", "row"] = "column"
+    """bat's square blocks: column (PEFT's) has one for each row block of a weight, row one for each column block."""
 
 
 @dataclass
