@@ -128,12 +128,16 @@ class LRScheduler:
 
 @dataclass
 class Adapter:
-    method: Literal["hdpissa", "full"] = "hdpissa"
-    """How the model is trained."""
+    method: Literal["hdpissa", "full", "lora"] = "hdpissa"
+    """How the model is trained; docs/methods.md says what each one is."""
     rank: int = 16
     """Rank r of one adapter."""
     alpha: float | None = None
-    """Adapter gradients are scaled by alpha / rank (a real number). Not set: alpha = rank."""
+    """The adapter (for hdpissa: its gradients) is scaled by alpha / rank (a real number). Not set: alpha = rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
+    loraplus_lr_ratio: float = 1.0
+    """LoRA+: the learning rate of lora_B is optimizer.lr times this."""
     dropout: float = 0.0
     """Dropout on the adapters' input."""
     target_modules: list[str] | None = None

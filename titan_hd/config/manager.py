@@ -337,7 +337,7 @@ def check_combinations(config: JobConfig) -> list[str]:
         "adapter.dropout: is not supported with tensor parallelism (each rank would drop other columns)",
     )
     require(
-        c.adapter.dropout == 0 or c.adapter.method == "hdpissa",
+        c.adapter.dropout == 0 or c.adapter.method != "full",
         f"adapter.dropout: method {c.adapter.method} has no adapters; set it to 0",
     )
     for key, folder in (("checkpoint.folder", c.checkpoint.folder), ("export.folder", c.export.folder)):
@@ -346,9 +346,9 @@ def check_combinations(config: JobConfig) -> list[str]:
             f"{key}: must name a folder of its own, not {folder!r}",
         )
     require(
-        c.training.master_dtype == "float32" or c.adapter.method == "hdpissa",
-        f"training.master_dtype: bfloat16 needs adapter.method hdpissa (stochastic rounding at the fold), "
-        f"not {c.adapter.method}",
+        c.training.master_dtype == "float32" or c.adapter.method != "full",
+        "training.master_dtype: bfloat16 is for methods that keep W frozen or fold into it, not for full (small "
+        "updates would vanish)",
     )
     return errors
 

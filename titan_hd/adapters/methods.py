@@ -1,0 +1,43 @@
+"""Which method a configuration names, and how it is built: one line for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from titan_hd.adapters.adapter_linear import AdapterMethod
+from titan_hd.adapters.full import FullFineTuning
+from titan_hd.adapters.hdpissa import HDPissa
+from titan_hd.adapters.lora import LoRALinear, lora_scale
+from titan_hd.adapters.protocol import Method
+from titan_hd.config.job_config import JobConfig
+
+
+def build_method(config: JobConfig, num_adapters: int = 1) -> Method:
+    """The method that adapter.method names. num_adapters: K, for hdpissa alone."""
+    return _BUILDERS[config.adapter.method](config, num_adapters)
+
+
+def _hdpissa(config: JobConfig, num_adapters: int) -> Method:
+    a, h = config.adapter, config.hdpissa
+    return HDPissa(num_adapters, a.rank, a.alpha, a.dropout, h.mute_scalar, h.slices)
+
+
+def _lora(config: JobConfig, num_adapters: int) -> Method:
+    return AdapterMethod(LoRALinear, _lora_settings(config), _lora_lr_ratios(config))
+
+
+def _lora_settings(config: JobConfig) -> dict[str, object]:
+    a = config.adapter
+    return {"rank": a.rank, "scale": lora_scale(a.rank, a.alpha, a.rslora), "dropout": a.dropout}
+
+
+def _lora_lr_ratios(config: JobConfig) -> dict[str, float]:
+    ratio = config.adapter.loraplus_lr_ratio
+    return {} if ratio == 1.0 else {"lora_B": ratio}
+
+
+_BUILDERS: dict[str, Callable[[JobConfig, int], Method]] = {
+    "hdpissa": _hdpissa,
+    "full": lambda config, num_adapters: FullFineTuning(),
+    "lora": _lora,
+}
