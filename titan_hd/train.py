@@ -395,6 +395,8 @@ class Trainer:
         return {
             "adapter.method": c.adapter.method,
             "adapter.rank": None if c.adapter.method == "full" else c.adapter.rank,
+            "adapter.mora_type": c.adapter.mora_type if c.adapter.method == "mora" else None,
+            "adapter.bat_form": c.adapter.bat_form if c.adapter.method == "bat" else None,
             "adapter.target_modules": c.adapter.target_modules,
             "hdpissa.num_adapters": self.plan.num_adapters,
             "hdpissa.slices": c.hdpissa.slices if self.registry else None,

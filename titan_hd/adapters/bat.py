@@ -1,8 +1,8 @@
 """Bat (DiSHA, arXiv 2409.15371; "bat" of PEFT's MiSS): blocks of the weight are transformed by small square matrices.
 
-W is cut in b x b blocks W_ac (a: rows, c: columns; b = adapter.rank), and W_ac moves by W_ac D + D. In the column form,
-PEFT's, a row block a has a D of its own, which all its column blocks share; in the row form a column block c has one. There
-is no alpha.
+W is cut in b x b blocks W_ac (a: rows, c: columns; b = adapter.rank), and W_ac moves by W_ac D + D. In the column
+form, PEFT's, a row block a has a D of its own, which all its column blocks share; in the row form a column block c has
+one. There is no alpha.
 
     column   the dense dW is formed in each pass and not kept (recomputed.py)
     row      needs no dense dW: with z_c = D_c x_c it is y = W (x + z) + (sum_c z_c, for every row block)
@@ -22,8 +22,8 @@ from titan_hd.adapters.recomputed import recomputed_linear
 
 
 def _effective(weight: Tensor, small: Sequence[Tensor], with_weight: bool) -> Tensor:
-    """The column form; small: D [out/b, b, b]. A row block's [b, in] elements are also [in, b], a row for each (row of W,
-    column block)."""
+    """The column form; small: D [out/b, b, b]. A row block's [b, in] elements are viewed as [in, b], a row for each
+    (row of W, column block)."""
     (d,) = small
     blocks, b, _ = d.shape
     dw = torch.bmm(weight.reshape(blocks, -1, b), d)

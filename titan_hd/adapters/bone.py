@@ -1,6 +1,6 @@
 """Bone (DiSHA, arXiv 2409.15371; the default of PEFT's "MiSS"): one block for all column blocks of a weight.
 
-The input is cut in blocks of b = adapter.rank (the last one filled up with zeros) and y = x W^T + (sum of the blocks) D.
+The input is cut in blocks of b = adapter.rank (the last one filled up with zeros) and y = x W^T + (sum of blocks) D.
 So every column block of W moves by the same D^T. There is no alpha.
 """
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from titan_hd.adapters.adapter_linear import AdapterMethod
+from titan_hd.adapters.bat import BatLinear
+from titan_hd.adapters.bone import BoneLinear
 from titan_hd.adapters.full import FullFineTuning
 from titan_hd.adapters.hdpissa import HDPissa
+from titan_hd.adapters.hira import HiraLinear
 from titan_hd.adapters.lora import LoRALinear, lora_scale
+from titan_hd.adapters.mora import MoraLinear
 from titan_hd.adapters.protocol import Method
 from titan_hd.config.job_config import JobConfig
 
@@ -36,8 +40,30 @@ def _lora_lr_ratios(config: JobConfig) -> dict[str, float]:
     return {} if ratio == 1.0 else {"lora_B": ratio}
 
 
+def _mora(config: JobConfig, num_adapters: int) -> Method:
+    a = config.adapter
+    return AdapterMethod(MoraLinear, {"rank": a.rank, "mora_type": a.mora_type, "dropout": a.dropout})
+
+
+def _hira(config: JobConfig, num_adapters: int) -> Method:
+    return AdapterMethod(HiraLinear, {"rank": config.adapter.rank, "dropout": config.adapter.dropout})
+
+
+def _bone(config: JobConfig, num_adapters: int) -> Method:
+    return AdapterMethod(BoneLinear, {"block": config.adapter.rank, "dropout": config.adapter.dropout})
+
+
+def _bat(config: JobConfig, num_adapters: int) -> Method:
+    a = config.adapter
+    return AdapterMethod(BatLinear, {"block": a.rank, "form": a.bat_form, "dropout": a.dropout})
+
+
 _BUILDERS: dict[str, Callable[[JobConfig, int], Method]] = {
     "hdpissa": _hdpissa,
     "full": lambda config, num_adapters: FullFineTuning(),
     "lora": _lora,
+    "mora": _mora,
+    "hira": _hira,
+    "bone": _bone,
+    "bat": _bat,
 }

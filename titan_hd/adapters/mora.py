@@ -1,12 +1,12 @@
-"""MoRA (arXiv 2405.12130): one square matrix M [q, q] between two fixed maps, with as many parameters as LoRA of rank r.
+"""MoRA (arXiv 2405.12130): one square matrix M [q, q] between two fixed maps, as many parameters as LoRA of rank r.
 
-q = floor(sqrt((in + out) r) + 1/2); M is zero at the start, and there is no alpha. The input, continued circularly, is cut
-in blocks of q, and
+q = floor(sqrt((in + out) r) + 1/2); M is zero at the start, and there is no alpha. The input, continued circularly, is
+cut in blocks of q, and
 
     type 1 ("sharing", for large ranks)    h = sum of the blocks; y += M h, repeated up to the size of the output
-    type 6 ("rotation", for small ranks)   block j is rotated as RoPE rotates position j (base 10000; q is made even) and
-                                           multiplied by M; the results, one after the other, are cut or repeated to the
-                                           size of the output
+    type 6 ("rotation", for small ranks)   block j is rotated as RoPE rotates position j (base 10000; q is made even)
+                                           and multiplied by M; the results, one after the other, are cut or repeated
+                                           to the size of the output
 """
 
 from __future__ import annotations

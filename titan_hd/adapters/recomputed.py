@@ -25,8 +25,8 @@ def recomputed_linear(name: str, effective: EffectiveWeight, gradients: SmallGra
 
     Returns:
         apply(x [..., in], x_adapter, weight [out, in], bias [out] or None, small tensors) -> y [..., out]:
-        x W^T + x_adapter dW^T + bias, where x_adapter is x itself or x after dropout. Gradients go to x, x_adapter and the
-        small tensors; weight and bias are frozen. All tensors have one dtype.
+        x W^T + x_adapter dW^T + bias, where x_adapter is x itself or x after dropout. Gradients go to x, x_adapter and
+        the small tensors; weight and bias are frozen. All tensors have one dtype.
     """
 
     @torch.library.custom_op(f"titan_hd::{name}", mutates_args=())

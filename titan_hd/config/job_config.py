@@ -128,10 +128,11 @@ class LRScheduler:
 
 @dataclass
 class Adapter:
-    method: Literal["hdpissa", "full", "lora"] = "hdpissa"
+    method: Literal["hdpissa", "full", "lora", "mora", "hira", "bone", "bat"] = "hdpissa"
     """How the model is trained; docs/methods.md says what each one is."""
     rank: int = 16
-    """Rank r of one adapter."""
+    """Rank r of one adapter; for bone and bat the size b of a block; mora has as many parameters as lora of this
+    rank."""
     alpha: float | None = None
     """The adapter (for hdpissa: its gradients) is scaled by alpha / rank (a real number). Not set: alpha = rank."""
     rslora: bool = False
@@ -144,8 +145,8 @@ class Adapter:
     """Linear layers to train, matched on the last part of their HF name. Not set: all linear layers of the blocks;
     for method full: every weight of the model."""
     mora_type: Literal[1, 6] = 6
-    """How mora maps a layer's input to its square matrix. 1: blocks are summed, for large ranks. 6: blocks are rotated, for
-    small ranks."""
+    """How mora maps a layer's input to its square matrix. 1: blocks are summed, for large ranks. 6: blocks are
+    rotated, for small ranks."""
     bat_form: Literal["column", "row"] = "column"
     """bat's square blocks: column (PEFT's) has one for each row block of a weight, row one for each column block."""
 

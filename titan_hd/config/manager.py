@@ -329,6 +329,10 @@ def check_combinations(config: JobConfig) -> list[str]:
         value = getattr(getattr(config, section), name)
         require(0 <= value < 1, f"{key}: must be at least 0 and below 1, not {value}")
     require(c.adapter.alpha is None or c.adapter.alpha > 0, f"adapter.alpha: must be above 0, not {c.adapter.alpha}")
+    require(
+        c.adapter.alpha is None or c.adapter.method not in ("full", "mora", "hira", "bone", "bat"),
+        f"adapter.alpha: method {c.adapter.method} has no alpha; leave it out",
+    )
     size = c.export.max_shard_size_gb
     require(size > 0, f"export.max_shard_size_gb: must be above 0, not {size}")
     require(c.adapter.target_modules != [], "adapter.target_modules: names no layer; leave it out for all")

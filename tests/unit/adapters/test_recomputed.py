@@ -15,7 +15,10 @@ from titan_hd.adapters.hira import HiraLinear
 from titan_hd.distributed.parallelize import _selective_contexts
 
 OUT, IN = 24, 16
-LAYERS = {"hira": functools.partial(make, HiraLinear, OUT, IN, rank=2), "bat": functools.partial(make, BatLinear, OUT, IN, block=4)}
+LAYERS = {
+    "hira": functools.partial(make, HiraLinear, OUT, IN, rank=2),
+    "bat": functools.partial(make, BatLinear, OUT, IN, block=4),
+}
 
 
 def kept(layer: AdapterLinear, run) -> list[torch.Tensor]:
