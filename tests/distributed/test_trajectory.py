@@ -113,8 +113,6 @@ EVERY = ["hdpissa", "full", "dropout", "random", "mute", *ADAPTERS, *UNSPLIT, "l
 
 
 @pytest.mark.parametrize("method", EVERY)
-    "method", ["hdpissa", "full", "dropout", "random", "mute", *ADAPTERS, *UNSPLIT, "lora-dropout"]
-)
 def test_same_losses_on_any_number_of_workers(method, workers, setup):
     changes = {
         "hdpissa": {},
