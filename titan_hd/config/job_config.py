@@ -242,11 +242,14 @@ class Checkpoint:
 @dataclass
 class Export:
     enable: bool = False
-    """Write the final model as a Hugging Face directory."""
+    """Write the final model, or its adapters."""
+    format: Literal["hf", "peft"] = "hf"
+    """hf: the model as a Hugging Face directory, adapters merged. peft: the adapters alone, as the peft library loads
+    them onto the base model (lora, pissa, dora, hira, bone, bat); pissa and OLoRA become LoRA of rank 2r."""
     folder: str = "hf"
-    """Folder of the exported model inside job.dump_folder."""
+    """Folder of what is exported inside job.dump_folder."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """dtype of the exported weights."""
+    """dtype of the exported weights of format hf; adapters are written in float32."""
     max_shard_size_gb: float = 5.0
     """Largest size of an exported file in GB (10^9 bytes); a tensor that is larger gets a file of its own."""
 

@@ -282,6 +282,14 @@ _AT_LEAST = {
 }
 
 
+# Methods that export.format = "peft" refuses, and why.
+_NO_PEFT = {
+    "hdpissa": "it changes W itself, by a matrix that is not of low rank",
+    "full": "it has no adapters",
+    "mora": "the library does not have it",
+}
+
+
 def check_presence(config: JobConfig) -> list[str]:
     """Keys that must be given and are not, one line each."""
     c = config
@@ -329,10 +337,14 @@ def check_combinations(config: JobConfig) -> list[str]:
         value = getattr(getattr(config, section), name)
         require(0 <= value < 1, f"{key}: must be at least 0 and below 1, not {value}")
     require(c.adapter.alpha is None or c.adapter.alpha > 0, f"adapter.alpha: must be above 0, not {c.adapter.alpha}")
-    require(
-        c.adapter.alpha is None or c.adapter.method not in ("full", "mora", "hira", "bone", "bat"),
-        f"adapter.alpha: method {c.adapter.method} has no alpha; leave it out",
-    )
+    if c.export.enable and c.export.format == "peft":
+        reason = _NO_PEFT.get(c.adapter.method)
+        require(reason is None, f"export.format: peft cannot hold method {c.adapter.method}: {reason}; use hf")
+        require(
+            c.adapter.method != "bat" or c.adapter.bat_form == "column",
+            "export.format: peft has bat's column form alone, not adapter.bat_form row; use hf",
+        )
+        require(not c.model.flavor, "export.format: peft's adapter needs a base model; model.flavor has random weights")
     size = c.export.max_shard_size_gb
     require(size > 0, f"export.max_shard_size_gb: must be above 0, not {size}")
     require(c.adapter.target_modules != [], "adapter.target_modules: names no layer; leave it out for all")
