@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from titan_hd import __version__
 from titan_hd.adapters.adapter_linear import adapter_layers
-from titan_hd.adapters.methods import build_method
+from titan_hd.adapters.methods import adapter_identity, build_method
 from titan_hd.adapters.svd import SvdSettings
 from titan_hd.components import checkpoint as ckpt
 from titan_hd.components.export import export_hf
@@ -86,6 +86,8 @@ class Trainer:
         logger.info("titan_hd %s, torch %s, %d x %s", __version__, torch.__version__, w, device_name(self.device))
         if config.job.print_config:
             logger.info("configuration:\n%s", manager.to_toml(config))
+        for line in manager.ignored_keys(config):
+            logger.warning("%s", line)
         hosted = f", {self.placement.hosted} on each worker" if plan.num_adapters > 1 else ""
         logger.info(
             "method %s: %d logical adapter(s)%s; global batch %d in %d micro-batch(es) per worker; mesh %d x %d x %d "
@@ -200,9 +202,9 @@ class Trainer:
 
     def _start_adapters(self) -> None:
         """First values of the adapters, with a report of every SVD in svd.jsonl."""
-        h, seed = self.config.hdpissa, self.config.training.seed
+        a, h, seed = self.config.adapter, self.config.hdpissa, self.config.training.seed
         if self.registry:
-            settings = SliceSettings(h.slices, seed, SvdSettings(h.svd, h.svd_niter), h.svd_cache)
+            settings = SliceSettings(h.slices, seed, SvdSettings(a.svd, a.svd_niter), a.svd_cache)
             waves, layers = compute_factors(self.registry, self.dims, settings), len(self.registry.entries)
         else:
             waves, layers = initialize_adapters(self.model, self.dims, seed), len(adapter_layers(self.model))
@@ -397,8 +399,7 @@ class Trainer:
         return {
             "adapter.method": c.adapter.method,
             "adapter.rank": None if c.adapter.method == "full" else c.adapter.rank,
-            "adapter.mora_type": c.adapter.mora_type if c.adapter.method == "mora" else None,
-            "adapter.bat_form": c.adapter.bat_form if c.adapter.method == "bat" else None,
+            **({} if self.registry or c.adapter.method == "full" else adapter_identity(c.adapter)),
             "adapter.target_modules": c.adapter.target_modules,
             "hdpissa.num_adapters": self.plan.num_adapters,
             "hdpissa.slices": c.hdpissa.slices if self.registry else None,

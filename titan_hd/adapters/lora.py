@@ -26,9 +26,17 @@ class LoRALinear(AdapterLinear):
 
     tp_splits: ClassVar = {0: {"lora_B": 0}, 1: {"lora_A": 1}}
 
-    def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float = 0.0):
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        more: dict[str, tuple[int, ...]] | None = None,
+    ):
+        """more: name -> shape of what a method trains beside A and B."""
         shapes = {"lora_A": (rank, linear.in_features), "lora_B": (linear.out_features, rank)}
-        super().__init__(linear, shapes, dropout)
+        super().__init__(linear, {**shapes, **(more or {})}, dropout)
         self.rank, self.scale = rank, scale
 
     @classmethod
@@ -53,6 +61,15 @@ class LoRALinear(AdapterLinear):
     def flops(self, tokens: float) -> float:
         """Two skinny products forward, four backward (for x, A, B and the low-rank activation)."""
         return 6 * self.rank * (self.in_features + self.out_features)
+
+
+def over_remainder(
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """First values, as `initial` returns them, of adapters that start as a part of W: A and B rounded to dtype, and
+    the base weight without them, W - s B A."""
+    a, b = a.to(dtype).float(), b.to(dtype).float()
+    return {"lora_A": a, "lora_B": b, "weight": torch.addmm(weight, b, a, alpha=-scale)}
 
 
 def add_low_rank(y: torch.Tensor, low_rank: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:

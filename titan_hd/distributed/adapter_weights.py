@@ -35,7 +35,7 @@ def initialize_adapters(model: Decoder, dims: ParallelDims, seed: int) -> Iterat
 
 
 def _draw(layer: AdapterLinear, dims: ParallelDims, seed: int) -> None:
-    values = layer.initial(None, _generator(seed, layer.name))
+    values = layer.initial(None, generator_of(seed, layer.name))
     for key in layer.adapter_names:
         part = sharded(getattr(layer, key))
         block = owned_block(part.shape, part.split, dims.place(dims.rank), dims)
@@ -47,7 +47,7 @@ def _initialize_wave(wave: list[AdapterLinear], dims: ParallelDims, seed: int) -
     values, report = {}, None
     if weight is not None:
         mine = wave[dims.rank]
-        values = mine.initial(weight.float(), _generator(seed, mine.name))
+        values = mine.initial(weight.float(), generator_of(seed, mine.name))
         report = mine.report
     keys = (*wave[0].adapter_names, "weight") if wave[0].changes_weight else wave[0].adapter_names
     for key in keys:
@@ -59,7 +59,8 @@ def _initialize_wave(wave: list[AdapterLinear], dims: ParallelDims, seed: int) -
     return [r for r in reports if r]
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """What the first values of a layer's adapter are drawn from."""
     return torch.Generator().manual_seed(stable_seed("adapter", seed, name))
 
 
