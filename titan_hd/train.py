@@ -22,6 +22,7 @@ from titan_hd.adapters.methods import build_method
 from titan_hd.adapters.svd import SvdSettings
 from titan_hd.components import checkpoint as ckpt
 from titan_hd.components.export import export_hf
+from titan_hd.components.export_peft import export_peft
 from titan_hd.components.flops import flops_per_token, trained_work
 from titan_hd.components.generation import generate
 from titan_hd.components.identity import check_resumable, run_identity, weights_fingerprint
@@ -343,7 +344,8 @@ class Trainer:
         if stopped:
             logger.warning("stopped after step %d of %d; the same command goes on", self.step, self.total_steps)
         elif self.config.export.enable:
-            export_hf(self.model, self.dims, self.config)
+            export = export_peft if self.config.export.format == "peft" else export_hf
+            export(self.model, self.dims, self.config)
         if failure:
             raise UserError(failure)
         return self.stop_status if stopped else 0

@@ -173,10 +173,11 @@ class LRScheduler:
 
 @dataclass
 class Adapter:
-    method: Literal["hdpissa", "full", "lora", "pissa", "dora"] = "hdpissa"
+    method: Literal["hdpissa", "full", "lora", "pissa", "dora", "mora", "hira", "bone", "bat"] = "hdpissa"
     """How the model is trained; docs/methods.md says what each one is."""
     rank: int = 16
-    """Rank r of one adapter."""
+    """Rank r of one adapter; for bone and bat the size b of a block; mora has as many parameters as lora of this
+    rank."""
     alpha: float | None = None
     """The adapter (for hdpissa: its gradients) is scaled by alpha / rank (a real number). Not set: alpha = rank."""
     rslora: bool = False
@@ -201,6 +202,11 @@ class Adapter:
     svd_cache: str = ""
     """Folder in which principal factors are kept between runs, keyed by the weights' content and these settings.
     Empty: none."""
+    mora_type: Literal[1, 6] = 6
+    """How mora maps a layer's input to its square matrix. 1: blocks are summed, for large ranks. 6: blocks are
+    rotated, for small ranks."""
+    bat_form: Literal["column", "row"] = "column"
+    """bat's square blocks: column (PEFT's) has one for each row block of a weight, row one for each column block."""
 
 
 @dataclass
@@ -294,11 +300,14 @@ class Checkpoint:
 @dataclass
 class Export:
     enable: bool = False
-    """Write the final model as a Hugging Face directory."""
+    """Write the final model, or its adapters."""
+    format: Literal["hf", "peft"] = "hf"
+    """hf: the model as a Hugging Face directory, adapters merged. peft: the adapters alone, as the peft library loads
+    them onto the base model (lora, pissa, dora, hira, bone, bat); pissa and OLoRA become LoRA of rank 2r."""
     folder: str = "hf"
-    """Folder of the exported model inside job.dump_folder."""
+    """Folder of what is exported inside job.dump_folder."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """dtype of the exported weights."""
+    """dtype of the exported weights of format hf; adapters are written in float32."""
     max_shard_size_gb: float = 5.0
     """Largest size of an exported file in GB (10^9 bytes); a tensor that is larger gets a file of its own."""
 

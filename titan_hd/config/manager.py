@@ -357,7 +357,13 @@ _AT_LEAST = {
 
 _LORAS = ("lora", "pissa", "dora")
 # Keys that ask for a variant of a method -> the methods that have it.
-_VARIANTS = {"adapter.rslora": _LORAS, "adapter.loraplus_lr_ratio": _LORAS, "adapter.init": ("lora",)}
+_VARIANTS = {
+    "adapter.rslora": _LORAS,
+    "adapter.loraplus_lr_ratio": _LORAS,
+    "adapter.init": ("lora",),
+    "adapter.mora_type": ("mora",),
+    "adapter.bat_form": ("bat",),
+}
 # Keys that another method may inherit and does not use -> the methods that do.
 _USED_BY = {
     "adapter.alpha": ("hdpissa", *_LORAS),
@@ -380,6 +386,14 @@ def ignored_keys(config: JobConfig) -> list[str]:
 def _get(config: JobConfig, key: str) -> Any:
     section, _, name = key.partition(".")
     return getattr(getattr(config, section), name)
+
+
+# Methods that export.format = "peft" refuses, and why.
+_NO_PEFT = {
+    "hdpissa": "it changes W itself, by a matrix that is not of low rank",
+    "full": "it has no adapters",
+    "mora": "the library does not have it",
+}
 
 
 def check_presence(config: JobConfig) -> list[str]:
@@ -436,6 +450,14 @@ def check_combinations(config: JobConfig) -> list[str]:
         )
     require(c.adapter.loraplus_lr_ratio > 0, "adapter.loraplus_lr_ratio: must be above 0")
     require(c.adapter.alpha is None or c.adapter.alpha > 0, f"adapter.alpha: must be above 0, not {c.adapter.alpha}")
+    if c.export.enable and c.export.format == "peft":
+        reason = _NO_PEFT.get(c.adapter.method)
+        require(reason is None, f"export.format: peft cannot hold method {c.adapter.method}: {reason}; use hf")
+        require(
+            c.adapter.method != "bat" or c.adapter.bat_form == "column",
+            "export.format: peft has bat's column form alone, not adapter.bat_form row; use hf",
+        )
+        require(not c.model.flavor, "export.format: peft's adapter needs a base model; model.flavor has random weights")
     size = c.export.max_shard_size_gb
     require(size > 0, f"export.max_shard_size_gb: must be above 0, not {size}")
     require(c.adapter.target_modules != [], "adapter.target_modules: names no layer; leave it out for all")
