@@ -90,6 +90,7 @@ class ParallelDims:
     Attributes:
         fsdp_mesh: what `fully_shard` gets: [dp_shard], or [dp_replicate, dp_shard] for HSDP.
         dp_mesh: the data-parallel workers of this tp rank in one dimension.
+        dp_rank, tp_rank: this rank's places in dp_mesh and in its tp group.
     """
 
     dp_replicate: int
@@ -99,6 +100,8 @@ class ParallelDims:
     world: DeviceMesh = field(init=False)
     fsdp_mesh: DeviceMesh = field(init=False)
     dp_mesh: DeviceMesh = field(init=False)
+    dp_rank: int = field(init=False)
+    tp_rank: int = field(init=False)
 
     def __post_init__(self) -> None:
         names = ("dp_replicate", "dp_shard", "tp")
@@ -107,6 +110,8 @@ class ParallelDims:
         )
         self.fsdp_mesh = self.world[names[:2]] if self.dp_replicate > 1 else self.world["dp_shard"]
         self.dp_mesh = self.world[names[:2]]._flatten("dp") if self.dp_replicate > 1 else self.world["dp_shard"]
+        # Looked up once: every access by name builds a mesh of its own.
+        self.dp_rank, self.tp_rank = self.dp_mesh.get_local_rank(), self.world["tp"].get_local_rank()
 
     @property
     def dp_size(self) -> int:
@@ -115,14 +120,6 @@ class ParallelDims:
     @property
     def world_size(self) -> int:
         return self.dp_size * self.tp
-
-    @property
-    def dp_rank(self) -> int:
-        return self.dp_mesh.get_local_rank()
-
-    @property
-    def tp_rank(self) -> int:
-        return self.world["tp"].get_local_rank()
 
     @property
     def rank(self) -> int:
@@ -163,11 +160,11 @@ def owned_block(shape: tuple[int, ...], split: int | None, place: tuple[int, int
     elif split == 1:
         columns //= dims.tp
         column = tp_rank * columns
-    lo, hi = shard_rows(rows, dims.dp_shard)[shard]
+    lo, hi = shard_rows(rows, dims.dp_shard, shard)
     return Block(row + lo, hi - lo, column, columns)
 
 
-def shard_rows(rows: int, shards: int) -> list[tuple[int, int]]:
-    """Row range [start, stop) of each shard under DTensor's Shard(0): equal chunks, the last ones short or empty."""
+def shard_rows(rows: int, shards: int, shard: int) -> tuple[int, int]:
+    """Row range [start, stop) of a shard under DTensor's Shard(0): equal chunks, the last ones short or empty."""
     chunk = -(-rows // shards)
-    return [(min(rows, s * chunk), min(rows, (s + 1) * chunk)) for s in range(shards)]
+    return min(rows, shard * chunk), min(rows, (shard + 1) * chunk)

@@ -110,7 +110,7 @@ class TestShards:
         """DTensor's Shard(0) chunks as torch.chunk does, with empty shards for what is left."""
         chunks = torch.arange(rows).chunk(shards) if rows else ()
         expected = [chunk.tolist() for chunk in chunks] + [[]] * (shards - len(chunks))
-        assert [list(range(lo, hi)) for lo, hi in shard_rows(rows, shards)] == expected
+        assert [list(range(*shard_rows(rows, shards, shard))) for shard in range(shards)] == expected
 
     @pytest.mark.parametrize(
         ("replicate", "shard", "world", "result"),
