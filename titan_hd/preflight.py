@@ -34,6 +34,11 @@ class RunPlan:
     num_adapters: int  # K; 1 for methods without logical adapters
     global_batch_size: int
 
+    @property
+    def mesh(self) -> tuple[int, int, int]:
+        """Degrees of replicas, shards and tensor parallelism."""
+        return self.dp_replicate, self.dp_shard, self.tp
+
 
 def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> RunPlan:
     """Resolve a configuration for `world_size` workers; needs_files: the data must be there.

@@ -44,7 +44,7 @@ from titan_hd.data.records import InstructionRecords, statistics_table
 from titan_hd.data.tokenizer import load_tokenizer
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.collectives import same_everywhere, together
-from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims
+from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims, mesh_picture
 from titan_hd.distributed.parallelize import parallelize, reshard
 from titan_hd.distributed.slices import SliceSettings, compute_factors
 from titan_hd.distributed.tensor_parallel import apply_tensor_parallel
@@ -86,16 +86,13 @@ class Trainer:
             logger.info("configuration:\n%s", manager.to_toml(config))
         hosted = f", {self.placement.hosted} on each worker" if plan.num_adapters > 1 else ""
         logger.info(
-            "method %s: %d logical adapter(s)%s; global batch %d in %d micro-batch(es) per worker; mesh %d x %d x %d "
-            "(replicate x shard x tensor)",
+            "method %s: %d logical adapter(s)%s; global batch %d in %d micro-batch(es) per worker; %s",
             config.adapter.method,
             plan.num_adapters,
             hosted,
             plan.global_batch_size,
             self.placement.micro_batches,
-            plan.dp_replicate,
-            plan.dp_shard,
-            plan.tp,
+            mesh_picture(*plan.mesh, plan.num_adapters if config.adapter.method == "hdpissa" else None),
         )
 
     def _build_model(self) -> None:

@@ -182,11 +182,12 @@ def test_memory_of_a_rank_is_the_formulas(world, replicate, slices, workers, tmp
 @pytest.mark.parametrize("replicate", [1, 8])
 def test_work_of_set_up_and_step_grows_at_most_linearly(replicate, worlds, workers, tmp_path: Path):
     argv = fake_argv(tmp_path, parallelism__data_parallel_replicate_degree=replicate, export__enable="false")
-    results = [workers.run(1, fake_state, world, argv)[0] for world in worlds]
-    workers.run(1, fake_state, worlds[0], argv)
+    results = []
+    for world in worlds:
+        workers.run(1, fake_state, world, argv)  # DTensor remembers how it shards each operation: count warm runs
+        results += workers.run(1, fake_state, world, argv)
     (_, _, plan, low), (_, _, _, middle), (_, _, large_plan, high) = results
     small, medium, large = worlds
-    print(dict(zip(worlds, (low, middle, high))))
+    print("Python calls of set-up and one step:", dict(zip(worlds, (low, middle, high))))  # shown by pytest -s
     assert large_plan <= plan + 100, "the plan knows shards, not ranks"
-    # The first run in a process also imports; what is left of that makes the test only stricter on `middle`.
-    assert high - middle <= 1.2 * (large - medium) / (medium - small) * max(middle - low, 100 * (medium - small))
+    assert high - middle <= 1.2 * (large - medium) / (medium - small) * (middle - low)

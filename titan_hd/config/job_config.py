@@ -22,8 +22,8 @@ class Job:
     print_config: bool = False
     """Print the resolved configuration at the start."""
     print_plan: bool = False
-    """Print how every weight's update would travel with this configuration and number of workers, and stop. Needs
-    neither GPUs nor weights."""
+    """Print which ranks would hold what and how every weight's update would travel, with this configuration and number
+    of workers, and stop. Needs neither GPUs nor weights."""
 
 
 @dataclass
