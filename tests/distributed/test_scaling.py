@@ -90,7 +90,7 @@ MESHES = {
 def test_bytes_of_a_step_are_those_counted(case, request, tmp_path: Path):
     world, num_adapters, replicate, options = MESHES[case]
     options = dict(options)
-    runs.write_model(tmp_path / "model", tie_word_embeddings=options.pop("tied", False))
+    runs.write_model(tmp_path / "model", tie_word_embeddings=options.pop("tied", False), num_key_value_heads=2)
     runs.write_records(tmp_path / "records.jsonl")
     argv = runs.options(
         tmp_path / "model",
