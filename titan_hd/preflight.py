@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from titan_hd.adapters.hdpissa import check_rank
+from titan_hd.adapters.methods import build_method
 from titan_hd.components.checkpoint import Checkpointer
 from titan_hd.components.export import check_folder, export_folder
 from titan_hd.components.optimizer import optimizer_class
@@ -81,7 +81,7 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> Ru
     if decoder is not None:
         sizes = {name: getattr(decoder, name) for name in ("num_key_value_heads", "intermediate_size")}
         errors += tensor_parallel_errors(sizes, tp)
-        errors += _shape_errors(config, decoder, num_adapters if hdpissa else 0)
+        errors += _method_errors(config, decoder, num_adapters)
     if errors:
         raise ConfigError(errors)
     return RunPlan(decoder, replicate, shard, tp, num_adapters, global_batch)
@@ -128,19 +128,16 @@ def decoder_config(config: JobConfig) -> DecoderConfig:
     return read_hf_config(config.model.hf_assets_path, config.model.name)
 
 
-def _shape_errors(config: JobConfig, decoder: DecoderConfig, num_adapters: int) -> list[str]:
+def _method_errors(config: JobConfig, decoder: DecoderConfig, num_adapters: int) -> list[str]:
     errors, shapes = [], decoder.linear_shapes()
-    for target in config.adapter.target_modules or []:
+    targets = config.adapter.target_modules or LINEAR_LAYERS
+    for target in targets:
         if target not in shapes:
             errors.append(f"adapter.target_modules: {target!r} is no linear layer; there are {', '.join(shapes)}")
-    if num_adapters:
-        rank = config.adapter.rank
-        directions = num_adapters * rank if config.hdpissa.slices == "orthogonal" else rank
-        for target in config.adapter.target_modules or LINEAR_LAYERS:
-            if target in shapes:
-                try:
-                    check_rank(target, shapes[target], directions, rank)
-                except ValueError as error:
-                    errors.append(str(error))
-                    break  # the other layers' lines would say the same
-    return errors
+    method = build_method(config, num_adapters)
+    if config.parallelism.tensor_parallel_degree > 1 and not method.tensor_parallel:
+        errors.append(
+            f"parallelism.tensor_parallel_degree: method {config.adapter.method} has no tensor parallelism; set it to 1"
+        )
+    faults = (method.shape_error(target, shapes[target]) for target in targets if target in shapes)
+    return errors + [fault for fault in faults if fault][:1]  # the other layers' lines would say the same

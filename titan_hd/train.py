@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 
 from titan_hd import __version__
-from titan_hd.adapters.full import FullFineTuning
-from titan_hd.adapters.hdpissa import HDPissa
+from titan_hd.adapters.adapter_linear import adapter_layers
+from titan_hd.adapters.methods import adapter_identity, build_method
 from titan_hd.adapters.svd import SvdSettings
 from titan_hd.components import checkpoint as ckpt
 from titan_hd.components.export import export_hf
-from titan_hd.components.flops import flops_per_token
+from titan_hd.components.flops import flops_per_token, trained_work
 from titan_hd.components.generation import generate
 from titan_hd.components.loss import token_loss_sum
 from titan_hd.components.lr_scheduler import lr_factor
@@ -43,6 +43,7 @@ from titan_hd.data.loader import Batch, SampleOrder, TrainLoader
 from titan_hd.data.records import InstructionRecords, statistics_table
 from titan_hd.data.tokenizer import load_tokenizer
 from titan_hd.distributed.adapter_registry import AdapterRegistry
+from titan_hd.distributed.adapter_weights import initialize_adapters
 from titan_hd.distributed.collectives import same_everywhere, together
 from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims, mesh_picture
 from titan_hd.distributed.parallelize import parallelize, reshard
@@ -84,6 +85,8 @@ class Trainer:
         logger.info("titan_hd %s, torch %s, %d x %s", __version__, torch.__version__, w, device_name(self.device))
         if config.job.print_config:
             logger.info("configuration:\n%s", manager.to_toml(config))
+        for line in manager.ignored_keys(config):
+            logger.warning("%s", line)
         hosted = f", {self.placement.hosted} on each worker" if plan.num_adapters > 1 else ""
         logger.info(
             "method %s: %d logical adapter(s)%s; global batch %d in %d micro-batch(es) per worker; %s",
@@ -102,13 +105,7 @@ class Trainer:
         with torch.device("meta"):
             self.model = Decoder(self.plan.decoder).to(getattr(torch, c.training.master_dtype))
         self.registry: AdapterRegistry | None = None
-        if c.adapter.method == "hdpissa":
-            h = c.hdpissa
-            method = HDPissa(
-                self.plan.num_adapters, c.adapter.rank, c.adapter.alpha, c.adapter.dropout, h.mute_scalar, h.slices
-            )
-        else:
-            method = FullFineTuning()
+        self.method = method = build_method(c, self.plan.num_adapters)
         trained = method.apply(self.model, c.adapter.target_modules)
         if self.plan.tp > 1:
             apply_tensor_parallel(self.model, self.dims.world["tp"])
@@ -153,7 +150,7 @@ class Trainer:
     def _build_optimizer(self) -> None:
         # An adapter's parameters are zero when a step begins, so decay belongs to the fold, on W.
         decay = 0.0 if self.registry else self.config.optimizer.weight_decay
-        self.optimizer = build_optimizer(self.config.optimizer, self.trainable, decay)
+        self.optimizer = build_optimizer(self.config.optimizer, self.trainable, decay, self.method.lr_ratios)
 
     def _load_or_resume(self) -> None:
         """Weights and factors from the chosen checkpoint, or from the model directory and the SVD."""
@@ -176,9 +173,9 @@ class Trainer:
             init_weights(self.model, self.dims, c.training.seed)
         else:
             load_weights(self.model, self.dims, c.model.hf_assets_path, c.metrics.progress_bar)
+        if not self.step:
+            self._start_adapters()
         if self.registry:
-            if not self.step:
-                self._compute_factors()
             self.registry.materialize()
             self._build_fold()
 
@@ -199,18 +196,23 @@ class Trainer:
         )
         self.fold.prepare()
 
-    def _compute_factors(self) -> None:
-        """The adapters' slices, with a report of every SVD in svd.jsonl."""
-        h = self.config.hdpissa
-        settings = SliceSettings(h.slices, self.config.training.seed, SvdSettings(h.svd, h.svd_niter), h.svd_cache)
+    def _start_adapters(self) -> None:
+        """First values of the adapters, with a report of every SVD in svd.jsonl."""
+        a, h, seed = self.config.adapter, self.config.hdpissa, self.config.training.seed
+        if self.registry:
+            settings = SliceSettings(h.slices, seed, SvdSettings(a.svd, a.svd_niter), a.svd_cache)
+            waves, layers = compute_factors(self.registry, self.dims, settings), len(self.registry.entries)
+        else:
+            waves, layers = initialize_adapters(self.model, self.dims, seed), len(adapter_layers(self.model))
         start = said = time.perf_counter()
         reports: list[dict] = []
-        for wave in compute_factors(self.registry, self.dims, settings):
+        for wave in waves:
             reports += wave
             if time.perf_counter() - said > 10:
                 said = time.perf_counter()
-                logger.info("factors of %d of %d layers", len(reports), len(self.registry.entries))
-        logger.info("%s slices in %.1f s", h.slices, time.perf_counter() - start)
+                logger.info("factors of %d of %d layers", len(reports), layers)
+        if layers:
+            logger.info("first values of %d adapted layers in %.1f s", layers, time.perf_counter() - start)
         if reports and dist.get_rank() == 0:
             write_svd_report(Path(self.config.job.dump_folder) / "svd.jsonl", reports)
 
@@ -236,7 +238,7 @@ class Trainer:
         counts, tokens = self._count_tokens(batches, adapters)
         lr = self.config.optimizer.lr * lr_factor(self.config.lr_scheduler, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
         if self.registry:
             self.registry.zero_grad()
         else:
@@ -273,10 +275,10 @@ class Trainer:
         """Accumulate gradients of (sum of token losses / trained_tokens); returns the sum, detached."""
         if self.registry:
             self.registry.activate(self.placement.slot(micro_batch))
-            if self.config.adapter.dropout:
-                # Masks are a function of the samples, not of the worker that happens to compute them.
-                first = self.step * self.plan.global_batch_size + self.placement.samples(micro_batch).start
-                torch.manual_seed(stable_seed("dropout", self.config.training.seed, first))
+        if self.config.adapter.dropout:
+            # Masks are a function of the samples, not of the worker that happens to compute them.
+            first = self.step * self.plan.global_batch_size + self.placement.samples(micro_batch).start
+            torch.manual_seed(stable_seed("dropout", self.config.training.seed, first))
         logits = self.model(batch.input_ids.to(self.device))
         loss = token_loss_sum(logits, batch.targets.to(self.device))
         (loss / max(1, trained_tokens)).backward()
@@ -316,7 +318,9 @@ class Trainer:
         steps = len(self._window)
         self._window.clear()
         length = tokens / (steps * self.plan.global_batch_size)
-        flops = flops_per_token(self.plan.decoder, length, *self._trained_sizes())
+        flops = flops_per_token(
+            self.plan.decoder, length, *trained_work(self.model, length * self.config.training.local_batch_size)
+        )
         rate = tokens / seconds
         self.metrics.log(
             self.step,
@@ -328,13 +332,6 @@ class Trainer:
                 "peak_memory_gib": peak_memory_gib(self.device),
             },
         )
-
-    def _trained_sizes(self) -> tuple[int, int]:
-        """Elements of the matrices that get a dW, and the sum of r (in + out) over adapted layers."""
-        if self.registry:
-            return 0, sum(self.registry.rank * sum(entry.shape) for entry in self.registry.entries.values())
-        looked_up = set() if self.model.lm_head is None else {"model.embed_tokens.weight"}
-        return sum(p.numel() for p, name in self.trainable.items() if p.dim() == 2 and name not in looked_up), 0
 
     def validate(self) -> None:
         """Validation loss and, if asked for, exact match of generated answers; logged under this step."""
@@ -396,7 +393,8 @@ class Trainer:
         c = self.config
         return {
             "adapter.method": c.adapter.method,
-            "adapter.rank": c.adapter.rank if self.registry else None,
+            "adapter.rank": None if c.adapter.method == "full" else c.adapter.rank,
+            **({} if self.registry or c.adapter.method == "full" else adapter_identity(c.adapter)),
             "adapter.target_modules": c.adapter.target_modules,
             "hdpissa.num_adapters": self.plan.num_adapters,
             "hdpissa.slices": c.hdpissa.slices if self.registry else None,

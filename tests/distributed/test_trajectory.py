@@ -34,7 +34,13 @@ def setup(tmp_path):
     return argv
 
 
-@pytest.mark.parametrize("method", ["hdpissa", "full", "random", "bfloat16"])
+# Methods that every run below knows by name, beside hdpissa: what they change in the configuration.
+ADAPTERS = {
+    "lora": {"adapter__method": "lora", "adapter__rank": 3, "adapter__alpha": 4},
+}
+
+
+@pytest.mark.parametrize("method", ["hdpissa", "full", "random", "bfloat16", *ADAPTERS])
 @pytest.mark.parametrize("mesh", ["tp", "tp-fsdp", "hsdp"])
 def test_same_losses_on_any_mesh(method, mesh, workers, setup, tmp_path):
     """Tensor parallelism and replicas, with resume from one mesh on another, and clipping that binds."""
@@ -44,6 +50,7 @@ def test_same_losses_on_any_mesh(method, mesh, workers, setup, tmp_path):
         "full": {"adapter__method": "full", "hdpissa__num_adapters": 0, "training__max_norm": 0.1},
         "random": {"hdpissa__slices": "random"},
         "bfloat16": {"training__master_dtype": "bfloat16", "optimizer__lr": 1e-3},
+        **{name: {**settings, "training__max_norm": 0.1} for name, settings in ADAPTERS.items()},
     }[method]
     world_size, degrees = {
         "tp": (2, {"parallelism__tensor_parallel_degree": 2}),
@@ -92,7 +99,7 @@ def test_same_weights_of_every_variant_on_any_mesh(variant, method, workers, set
         assert max(errors.values()) < DELTA_TOLERANCE, errors
 
 
-@pytest.mark.parametrize("method", ["hdpissa", "full", "dropout", "random", "mute"])
+@pytest.mark.parametrize("method", ["hdpissa", "full", "dropout", "random", "mute", *ADAPTERS, "lora-dropout"])
 def test_same_losses_on_any_number_of_workers(method, workers, setup):
     changes = {
         "hdpissa": {},
@@ -100,6 +107,8 @@ def test_same_losses_on_any_number_of_workers(method, workers, setup):
         "dropout": {"adapter__dropout": 0.3},
         "random": {"hdpissa__slices": "random"},
         "mute": {"hdpissa__mute_scalar": 1e-16},
+        "lora-dropout": {**ADAPTERS["lora"], "adapter__dropout": 0.3},
+        **ADAPTERS,
     }[method]
     losses = {n: workers.run(n, runs.train, setup(f"{method}-{n}", **changes))[0] for n in (1, 2, 4)}
     assert losses[2] == pytest.approx(losses[1], rel=LOSS_TOLERANCE)

@@ -26,15 +26,16 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from titan_hd.components.dcp_reader import CheckpointReader
 from titan_hd.config.errors import UserError
 from titan_hd.distributed.adapter_registry import AdapterRegistry
-from titan_hd.distributed.weights import base_parameters
+from titan_hd.distributed.weights import adapter_parameters, base_parameters
 
 logger = logging.getLogger("titan_hd")
 STATE_FILE = "train_state.json"  # what a run's checkpoint has beside DCP's files
 
 
 def model_state(model: nn.Module, registry: AdapterRegistry | None) -> dict[str, torch.Tensor]:
-    """Weights by HF name and, for HD-PiSSA, the fixed factors, as DTensors."""
+    """Weights by HF name, the tensors of adapters beside them and, for HD-PiSSA, the fixed factors, as DTensors."""
     state: dict[str, torch.Tensor] = {f"model.{name}": p.detach() for name, p in base_parameters(model)}
+    state |= {f"adapters.{name}": p.detach() for name, p in adapter_parameters(model)}
     for name, entry in registry.entries.items() if registry else ():
         state[f"factors.{name}.A"], state[f"factors.{name}.B"] = entry.a, entry.b
     return state

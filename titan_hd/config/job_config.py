@@ -128,17 +128,34 @@ class LRScheduler:
 
 @dataclass
 class Adapter:
-    method: Literal["hdpissa", "full"] = "hdpissa"
-    """How the model is trained."""
+    method: Literal["hdpissa", "full", "lora", "pissa", "dora"] = "hdpissa"
+    """How the model is trained; docs/methods.md says what each one is."""
     rank: int = 16
     """Rank r of one adapter."""
     alpha: float | None = None
-    """Adapter gradients are scaled by alpha / rank (a real number). Not set: alpha = rank."""
+    """The adapter (for hdpissa: its gradients) is scaled by alpha / rank (a real number). Not set: alpha = rank."""
+    rslora: bool = False
+    """rsLoRA: scale by alpha / sqrt(rank) instead (lora, pissa, dora)."""
+    loraplus_lr_ratio: float = 1.0
+    """LoRA+: the learning rate of lora_B is optimizer.lr times this (lora, pissa, dora)."""
+    init: Literal["default", "olora"] = "default"
+    """How the tensors of method lora start. default: A random, B zero. olora: from the QR decomposition of W, which is
+    taken out of the base weight."""
     dropout: float = 0.0
     """Dropout on the adapters' input."""
     target_modules: list[str] | None = None
     """Linear layers to train, matched on the last part of their HF name. Not set: all linear layers of the blocks;
     for method full: every weight of the model."""
+    svd: Literal["auto", "exact", "randomized"] = "auto"
+    """Algorithm for the principal directions (hdpissa, pissa). exact: a full decomposition. randomized: subspace
+    iteration for the K*r (pissa: r) leading ones. auto: randomized where it is much cheaper (see docs/svd.md), else
+    exact."""
+    svd_niter: int = 16
+    """Power iterations of the randomized algorithm; 16 leave an error of about 1e-3 in the product B A, see
+    docs/svd.md."""
+    svd_cache: str = ""
+    """Folder in which principal factors are kept between runs, keyed by the weights' content and these settings.
+    Empty: none."""
 
 
 @dataclass
@@ -163,15 +180,6 @@ class HDPissa:
     Not set: 2 GiB, or as much as the worker's shards of the adapted weights if that is more."""
     exchange_in_flight: int = 2
     """Buckets of the exchange that are under way at the same time. 1: no overlap."""
-    svd: Literal["auto", "exact", "randomized"] = "auto"
-    """Algorithm for the principal slices. exact: a full decomposition. randomized: subspace iteration for the K*r
-    leading directions. auto: randomized where it is much cheaper (see docs/svd.md), else exact."""
-    svd_niter: int = 16
-    """Power iterations of the randomized algorithm; 16 leave an error of about 1e-3 in the product B A, see
-    docs/svd.md."""
-    svd_cache: str = ""
-    """Folder in which principal factors are kept between runs, keyed by the weights' content and these settings.
-    Empty: none."""
 
 
 @dataclass

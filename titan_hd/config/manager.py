@@ -54,7 +54,7 @@ def load(argv: list[str]) -> JobConfig:
             _flatten(name, table, where, values, errors)
     for key, text in overrides:
         values[key] = (text, "command line")
-    config = _build(values, errors)
+    config = _build(_renamed(values), errors)
     faulty = {line.partition(":")[0] for line in errors}  # these keys hold their defaults now
     if not errors and not config.job.print_plan:  # what a faulty source would have given is not missing
         errors += check_presence(config)
@@ -139,6 +139,17 @@ def _read_toml(path: Path, errors: list[str], seen: tuple[Path, ...] = ()) -> di
         else:
             errors.append(f"{path}: {name}: must be a section, [{name}]")
     return merged
+
+
+# Keys that were moved; their old names still work.
+_RENAMED = {f"hdpissa.{key}": f"adapter.{key}" for key in ("svd", "svd_niter", "svd_cache")}
+
+
+def _renamed(values: dict[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
+    """Old names of keys replaced by the new ones, which win where both are given."""
+    return {_RENAMED.get(key, key): value for key, value in values.items()} | {
+        key: value for key, value in values.items() if key not in _RENAMED
+    }
 
 
 def _flatten(name: str, table: dict, where: str, values: dict, errors: list[str]) -> None:
@@ -261,11 +272,11 @@ _AT_LEAST = {
     "optimizer.weight_decay": 0,
     "lr_scheduler.warmup_steps": 0,
     "adapter.rank": 1,
+    "adapter.svd_niter": 0,
     "hdpissa.num_adapters": 0,
     "hdpissa.mute_scalar": 0,
     "hdpissa.factor_cache_gb": 0,
     "hdpissa.exchange_in_flight": 1,
-    "hdpissa.svd_niter": 0,
     "parallelism.data_parallel_replicate_degree": 1,
     "parallelism.tensor_parallel_degree": 1,
     "profiling.profile_freq": 1,
@@ -280,6 +291,33 @@ _AT_LEAST = {
     "validation.batch_size": 0,
     "validation.max_new_tokens": 1,
 }
+
+
+_LORAS = ("lora", "pissa", "dora")
+# Keys that ask for a variant of a method -> the methods that have it.
+_VARIANTS = {"adapter.rslora": _LORAS, "adapter.loraplus_lr_ratio": _LORAS, "adapter.init": ("lora",)}
+# Keys that another method may inherit and does not use -> the methods that do.
+_USED_BY = {
+    "adapter.alpha": ("hdpissa", *_LORAS),
+    "adapter.svd": ("hdpissa", "pissa"),
+    "adapter.svd_niter": ("hdpissa", "pissa"),
+    "adapter.svd_cache": ("hdpissa", "pissa"),
+    **{f"hdpissa.{f.name}": ("hdpissa",) for f in dataclasses.fields(job_config.HDPissa)},
+}
+
+
+def ignored_keys(config: JobConfig) -> list[str]:
+    """Keys that are set and that the method does not use, one line for all of them."""
+    default, method = JobConfig(), config.adapter.method
+    unused = [
+        key for key, methods in _USED_BY.items() if method not in methods and _get(config, key) != _get(default, key)
+    ]
+    return [f"{', '.join(unused)}: not used by adapter.method {method}"] if unused else []
+
+
+def _get(config: JobConfig, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
 
 
 def check_presence(config: JobConfig) -> list[str]:
@@ -328,6 +366,13 @@ def check_combinations(config: JobConfig) -> list[str]:
         section, _, name = key.partition(".")
         value = getattr(getattr(config, section), name)
         require(0 <= value < 1, f"{key}: must be at least 0 and below 1, not {value}")
+    for key, methods in _VARIANTS.items():
+        name = key.partition(".")[2]
+        require(
+            getattr(c.adapter, name) == getattr(job_config.Adapter(), name) or c.adapter.method in methods,
+            f"{key}: is for {', '.join(methods)}, not for adapter.method {c.adapter.method}; leave it out",
+        )
+    require(c.adapter.loraplus_lr_ratio > 0, "adapter.loraplus_lr_ratio: must be above 0")
     require(c.adapter.alpha is None or c.adapter.alpha > 0, f"adapter.alpha: must be above 0, not {c.adapter.alpha}")
     size = c.export.max_shard_size_gb
     require(size > 0, f"export.max_shard_size_gb: must be above 0, not {size}")
@@ -337,7 +382,7 @@ def check_combinations(config: JobConfig) -> list[str]:
         "adapter.dropout: is not supported with tensor parallelism (each rank would drop other columns)",
     )
     require(
-        c.adapter.dropout == 0 or c.adapter.method == "hdpissa",
+        c.adapter.dropout == 0 or c.adapter.method != "full",
         f"adapter.dropout: method {c.adapter.method} has no adapters; set it to 0",
     )
     for key, folder in (("checkpoint.folder", c.checkpoint.folder), ("export.folder", c.export.folder)):
@@ -346,9 +391,9 @@ def check_combinations(config: JobConfig) -> list[str]:
             f"{key}: must name a folder of its own, not {folder!r}",
         )
     require(
-        c.training.master_dtype == "float32" or c.adapter.method == "hdpissa",
-        f"training.master_dtype: bfloat16 needs adapter.method hdpissa (stochastic rounding at the fold), "
-        f"not {c.adapter.method}",
+        c.training.master_dtype == "float32" or c.adapter.method != "full",
+        "training.master_dtype: bfloat16 is for methods that keep W frozen or fold into it, not for full (small "
+        "updates would vanish)",
     )
     return errors
 

@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from titan_hd.adapters.adapter_linear import AdapterLinear
 from titan_hd.adapters.hdpissa import HDPissaLinear
 from titan_hd.models.decoder import Decoder, RMSNorm
 
@@ -95,7 +96,9 @@ def _split(layer: nn.Linear, mesh: DeviceMesh, dim: int, reduce_group) -> None:
 
     split_bias = layer.bias if dim == 0 else None
     parts = functools.partial(_local_parts, layer, split_bias is not None)
-    if isinstance(layer, HDPissaLinear):
+    if isinstance(layer, AdapterLinear):
+        _split_adapter(layer, mesh, dim)
+    if isinstance(layer, (AdapterLinear, HDPissaLinear)):
         layer.parameters_for_compute = parts
         compute = layer.forward
     else:
@@ -108,6 +111,22 @@ def _split(layer: nn.Linear, mesh: DeviceMesh, dim: int, reduce_group) -> None:
         return y if layer.bias is None else y + layer.bias
 
     layer.forward = compute if dim == 0 else row_wise
+
+
+def _split_adapter(layer: AdapterLinear, mesh: DeviceMesh, dim: int) -> None:
+    """Split the tensors that go with dimension `dim` of W; of the others every rank has a part of the gradient."""
+    group = mesh.get_group()
+    for name, tensor_dim in layer.tp_splits[dim].items():
+        tensor = distribute_tensor(getattr(layer, name).data, mesh, [Shard(tensor_dim)])
+        setattr(layer, name, nn.Parameter(tensor))
+    layer.tensor = functools.partial(_adapter_part, layer, frozenset(layer.tp_splits[dim]), group)
+    if dim == 1:
+        layer.sum_over_tp = functools.partial(funcol.all_reduce, reduceOp="sum", group=group)
+
+
+def _adapter_part(layer: AdapterLinear, split: frozenset[str], group, name: str) -> torch.Tensor:
+    tensor = getattr(layer, name)
+    return tensor.to_local() if name in split else _CopyToTP.apply(tensor, group)
 
 
 def _local_parts(layer: nn.Linear, with_bias: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
