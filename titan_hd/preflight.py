@@ -80,6 +80,8 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> Ru
         errors.append(error)
     if decoder is not None:
         sizes = {name: getattr(decoder, name) for name in ("num_key_value_heads", "intermediate_size")}
+        if parallelism.loss_parallel:
+            sizes["vocab_size"] = decoder.vocab_size
         errors += tensor_parallel_errors(sizes, tp)
         errors += _method_errors(config, decoder, num_adapters)
     if errors:

@@ -45,6 +45,7 @@ from titan_hd.data.tokenizer import load_tokenizer
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.adapter_weights import initialize_adapters
 from titan_hd.distributed.collectives import same_everywhere, together
+from titan_hd.distributed.loss_parallel import vocabulary_parallel_loss_sum
 from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims, mesh_picture
 from titan_hd.distributed.parallelize import parallelize, reshard
 from titan_hd.distributed.slices import SliceSettings, compute_factors
@@ -107,8 +108,12 @@ class Trainer:
         self.registry: AdapterRegistry | None = None
         self.method = method = build_method(c, self.plan.num_adapters)
         trained = method.apply(self.model, c.adapter.target_modules)
+        self.loss_sum = token_loss_sum
         if self.plan.tp > 1:
-            apply_tensor_parallel(self.model, self.dims.world["tp"])
+            p, mesh = c.parallelism, self.dims.world["tp"]
+            apply_tensor_parallel(self.model, mesh, p.sequence_parallel, p.loss_parallel)
+            if p.loss_parallel:
+                self.loss_sum = functools.partial(vocabulary_parallel_loss_sum, group=mesh.get_group())
         if method.direct_update:
             self.registry = AdapterRegistry(self.model, method, self.dims.adapter_mesh(method.num_adapters))
         parallelize(
@@ -280,7 +285,7 @@ class Trainer:
             first = self.step * self.plan.global_batch_size + self.placement.samples(micro_batch).start
             torch.manual_seed(stable_seed("dropout", self.config.training.seed, first))
         logits = self.model(batch.input_ids.to(self.device))
-        loss = token_loss_sum(logits, batch.targets.to(self.device))
+        loss = self.loss_sum(logits, batch.targets.to(self.device))
         (loss / max(1, trained_tokens)).backward()
         return loss.detach()
 
@@ -350,6 +355,7 @@ class Trainer:
                 v.steps,
                 self.device,
                 group,
+                self.loss_sum,
             )
         }
         if v.exact_match_samples:
