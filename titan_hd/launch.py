@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from titan_hd.config import manager
+from titan_hd.distributed.parallel_dims import mesh_picture
 from titan_hd.preflight import plan_run, update_plan
 from titan_hd.signals import REQUEUE, STATUS
 
@@ -42,7 +43,9 @@ def main() -> None:
     except manager.ConfigError as error:
         manager.exit_with(error.errors)
     if config.job.print_plan:
-        print(update_plan(config, plan).table() if config.adapter.method == "hdpissa" else "nothing is folded")
+        folds = config.adapter.method == "hdpissa"
+        print(mesh_picture(*plan.mesh, plan.num_adapters if folds else None))
+        print(update_plan(config, plan).table() if folds else "nothing is folded")
         return
     # The agent repeats a worker's failure as a banner and a traceback of its own; the worker has said it already.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

@@ -34,6 +34,11 @@ class RunPlan:
     num_adapters: int  # K; 1 for methods without logical adapters
     global_batch_size: int
 
+    @property
+    def mesh(self) -> tuple[int, int, int]:
+        """Degrees of replicas, shards and tensor parallelism."""
+        return self.dp_replicate, self.dp_shard, self.tp
+
 
 def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> RunPlan:
     """Resolve a configuration for `world_size` workers; needs_files: the data must be there.
@@ -75,6 +80,8 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> Ru
         errors.append(error)
     if decoder is not None:
         sizes = {name: getattr(decoder, name) for name in ("num_key_value_heads", "intermediate_size")}
+        if parallelism.loss_parallel:
+            sizes["vocab_size"] = decoder.vocab_size
         errors += tensor_parallel_errors(sizes, tp)
         errors += _method_errors(config, decoder, num_adapters)
     if errors:

@@ -48,7 +48,8 @@ from titan_hd.data.tokenizer import load_tokenizer
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.adapter_weights import initialize_adapters
 from titan_hd.distributed.collectives import together
-from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims
+from titan_hd.distributed.loss_parallel import vocabulary_parallel_loss_sum
+from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims, mesh_picture
 from titan_hd.distributed.parallelize import parallelize, reshard
 from titan_hd.distributed.slices import SliceSettings, compute_factors
 from titan_hd.distributed.tensor_parallel import apply_tensor_parallel
@@ -100,16 +101,13 @@ class Trainer:
             logger.warning("%s", line)
         hosted = f", {self.placement.hosted} on each worker" if plan.num_adapters > 1 else ""
         logger.info(
-            "method %s: %d logical adapter(s)%s; global batch %d in %d micro-batch(es) per worker; mesh %d x %d x %d "
-            "(replicate x shard x tensor)",
+            "method %s: %d logical adapter(s)%s; global batch %d in %d micro-batch(es) per worker; %s",
             config.adapter.method,
             plan.num_adapters,
             hosted,
             plan.global_batch_size,
             self.placement.micro_batches,
-            plan.dp_replicate,
-            plan.dp_shard,
-            plan.tp,
+            mesh_picture(*plan.mesh, plan.num_adapters if config.adapter.method == "hdpissa" else None),
         )
 
     def _build_model(self) -> None:
@@ -121,8 +119,12 @@ class Trainer:
         self.registry: AdapterRegistry | None = None
         self.method = method = build_method(c, self.plan.num_adapters)
         trained = method.apply(self.model, c.adapter.target_modules)
+        self.loss_sum = token_loss_sum
         if self.plan.tp > 1:
-            apply_tensor_parallel(self.model, self.dims.world["tp"])
+            p, mesh = c.parallelism, self.dims.world["tp"]
+            apply_tensor_parallel(self.model, mesh, p.sequence_parallel, p.loss_parallel)
+            if p.loss_parallel:
+                self.loss_sum = functools.partial(vocabulary_parallel_loss_sum, group=mesh.get_group())
         if method.direct_update:
             self.registry = AdapterRegistry(self.model, method, self.dims.adapter_mesh(method.num_adapters))
         parallelize(
@@ -315,7 +317,7 @@ class Trainer:
             first = self.step * self.plan.global_batch_size + self.placement.samples(micro_batch).start
             torch.manual_seed(stable_seed("dropout", self.config.training.seed, first))
         batch = batch.to(self.device)
-        loss = token_loss_sum(self.model(batch.input_ids, documents=batch.documents), batch.targets)
+        loss = self.loss_sum(self.model(batch.input_ids, documents=batch.documents), batch.targets)
         (loss / max(1, trained_tokens)).backward()
         return loss.detach()
 
@@ -407,6 +409,7 @@ class Trainer:
                 v.steps,
                 self.device,
                 group,
+                self.loss_sum,
             )
         }
         if v.exact_match_samples:

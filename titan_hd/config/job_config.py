@@ -22,8 +22,8 @@ class Job:
     print_config: bool = False
     """Print the resolved configuration at the start."""
     print_plan: bool = False
-    """Print how every weight's update would travel with this configuration and number of workers, and stop. Needs
-    neither GPUs nor weights."""
+    """Print which ranks would hold what and how every weight's update would travel, with this configuration and number
+    of workers, and stop. Needs neither GPUs nor weights."""
 
 
 @dataclass
@@ -241,6 +241,12 @@ class Parallelism:
     """Shards of the model (FSDP). -1: all workers that are left."""
     tensor_parallel_degree: int = 1
     """Ranks that split each linear layer of the blocks (tensor parallelism), within a node."""
+    sequence_parallel: bool = True
+    """With tensor parallelism: split the sequence between attention and MLP, so that norms and the activations that
+    are kept there are shared out; as many bytes travel."""
+    loss_parallel: bool = True
+    """With tensor parallelism: split embedding, head and loss by the vocabulary, which the degree must divide; no rank
+    then holds whole logits. false: whole on every tensor-parallel rank."""
 
 
 @dataclass
