@@ -8,14 +8,18 @@ before any process starts; and the exit status is that of the worker that failed
 
 from __future__ import annotations
 
+import argparse
 import logging
+import os
 import signal
 import sys
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from titan_hd.config import manager
+from titan_hd.network import address_towards, interface_of
 from titan_hd.preflight import plan_run, update_plan
 
 # What gloo and nccl say on the others when a worker has left.
@@ -37,6 +41,8 @@ def main() -> None:
     if config.job.print_plan:
         print(update_plan(config, plan).table() if config.adapter.method == "hdpissa" else "nothing is folded")
         return
+    if args.nnodes not in ("1", "1:1") and args.rdzv_endpoint:
+        _choose_network(args)
     # The agent repeats a worker's failure as a banner and a traceback of its own; the worker has said it already.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
@@ -48,6 +54,20 @@ def main() -> None:
         said = "" if rank == 0 or failure.exitcode < 0 else f": {_first_line(failure.message)}"
         print(f"titan_hd: worker {rank} ended with {reason}{said}", file=sys.stderr)
         raise SystemExit(status) from None
+
+
+def _choose_network(args: argparse.Namespace) -> None:
+    """Talk to the other nodes from the address that faces the head, whatever this node's own name resolves to: torchrun
+    tells it to the others, and gloo listens on its interface."""
+    head = parse_rendezvous_endpoint(args.rdzv_endpoint, default_port=-1)[0]
+    try:
+        address = args.local_addr or address_towards(head)
+    except OSError as error:
+        manager.exit_with([f"--rdzv_endpoint: cannot reach {head}: {error.strerror}"])
+    args.local_addr = address
+    interface = interface_of(address)
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def _root_cause(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
