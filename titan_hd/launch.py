@@ -3,7 +3,8 @@
     python -m titan_hd.launch [torchrun options] -- [titan_hd options]
 
 Same options and rendezvous as torchrun. What differs: faults of the configuration are reported once, with status 2,
-before any process starts; and the exit status is that of the worker that failed first.
+before any process starts; and the exit status is that of the worker that failed first, or 75 or 130 where a signal has
+stopped the run (see titan_hd/signals.py).
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ import signal
 import sys
 
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from titan_hd.config import manager
 from titan_hd.network import address_towards, interface_of
 from titan_hd.preflight import plan_run, update_plan
+from titan_hd.signals import REQUEUE, STATUS
 
+# For a save: a scheduler that grants less kills earlier. Where torch cannot be told (2.11) it grants 30 s.
+_GRACE_SECONDS = 600
 # What gloo and nccl say on the others when a worker has left.
 _PEER_LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exited")
 
@@ -30,7 +35,7 @@ def main() -> None:
     """Check, then start the workers; exits with the status of the one that failed first."""
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     launcher_args, train_args = sys.argv[1:split], sys.argv[split + 1 :]
-    args = run.parse_args([*launcher_args, "-m", "titan_hd.train", *train_args])
+    args = _arguments([*launcher_args, "-m", "titan_hd.train", *train_args])
     config = manager.load_or_exit(train_args)
     logging.getLogger("titan_hd").setLevel(logging.ERROR)  # the first worker gives the warnings
     workers = run.determine_local_world_size(args.nproc_per_node) * run.parse_min_max_nnodes(args.nnodes)[1]
@@ -47,6 +52,10 @@ def main() -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run.run(args)
+    except SignalException as error:
+        status = STATUS.get(error.sigval, 128 + error.sigval)
+        print(f"titan_hd: stopped by {error.sigval.name}, status {status}", file=sys.stderr)
+        raise SystemExit(status) from None
     except ChildFailedError as error:
         rank, failure = _root_cause(error.failures)
         status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
@@ -70,6 +79,16 @@ def _choose_network(args: argparse.Namespace) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    """torchrun's, but that SIGUSR1 is passed on too, and that workers have time to save before they are killed."""
+    args = run.parse_args(argv)
+    if "SIGUSR1" not in args.signals_to_handle:
+        args.signals_to_handle += ",SIGUSR1"
+    if getattr(args, "shutdown_timeout", 0) is None and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
+        args.shutdown_timeout = _GRACE_SECONDS
+    return args
+
+
 def _root_cause(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
     """The worker that failed by itself. One that a signal killed (out of memory, say) leaves the others with broken
     connections, the agent ends those with SIGTERM, and a time-out ends waiting ones with SIGABRT: so other signals come
@@ -77,7 +96,7 @@ def _root_cause(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailur
 
     def order(item: tuple[int, ProcessFailure]) -> tuple[int, int]:
         code, said = item[1].exitcode, str(item[1].message)
-        consequence = code in (-signal.SIGTERM, -signal.SIGABRT) or any(words in said for words in _PEER_LOST)
+        consequence = code in (-signal.SIGTERM, -signal.SIGABRT, REQUEUE) or any(words in said for words in _PEER_LOST)
         return (2 if consequence else 0 if code < 0 else 1, item[1].timestamp)
 
     return min(failures.items(), key=order)

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from titan_hd.adapters.hdpissa import check_rank
-from titan_hd.components.checkpoint import Checkpointer
+from titan_hd.components.checkpoint_folder import CheckpointFolder
 from titan_hd.components.export import check_folder, export_folder
+from titan_hd.components.identity import allow_mismatch_errors
 from titan_hd.components.optimizer import optimizer_class
 from titan_hd.config.job_config import LINEAR_LAYERS, JobConfig
 from titan_hd.config.manager import ConfigError
@@ -65,6 +66,7 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> Ru
         attempt(check_folder, export_folder(config), config.model.hf_assets_path)
     if decoder and needs_files:
         attempt(_check_start, config, decoder)
+    errors += allow_mismatch_errors(config.checkpoint.allow_mismatch)
     hdpissa = config.adapter.method == "hdpissa"
     num_adapters = (config.hdpissa.num_adapters or workers) if hdpissa else 1
     global_batch = training.global_batch_size
@@ -107,8 +109,9 @@ def _check_start(config: JobConfig, decoder: DecoderConfig) -> None:
     Before any memory is allocated for a model whose sizes somebody else's config.json says.
     """
     c = config.checkpoint
-    checkpointer = Checkpointer(Path(config.job.dump_folder) / c.folder, c.keep_latest_k)
-    if (c.enable and checkpointer.choose(c.load_step) is not None) or config.model.flavor:
+    checkpoints = CheckpointFolder(Path(config.job.dump_folder) / c.folder, c.keep_latest_k)
+    resumes = c.enable and checkpoints.candidates(c.load_step)
+    if (resumes and c.base == "full") or config.model.flavor:
         return
     with torch.device("meta"):
         model = Decoder(decoder)

@@ -24,6 +24,7 @@ from titan_hd.components import checkpoint as ckpt
 from titan_hd.components.export import export_hf
 from titan_hd.components.flops import flops_per_token
 from titan_hd.components.generation import generate
+from titan_hd.components.identity import check_resumable, run_identity, weights_fingerprint
 from titan_hd.components.loss import token_loss_sum
 from titan_hd.components.lr_scheduler import lr_factor
 from titan_hd.components.metrics import (
@@ -33,6 +34,7 @@ from titan_hd.components.metrics import (
 )
 from titan_hd.components.optimizer import build_optimizer, clip_gradients
 from titan_hd.components.profiling import build_profiler
+from titan_hd.components.run_lock import RunLock
 from titan_hd.components.validation import exact_match, validation_loss
 from titan_hd.config import manager
 from titan_hd.config.errors import UserError
@@ -43,7 +45,7 @@ from titan_hd.data.loader import Batch, SampleOrder, TrainLoader
 from titan_hd.data.records import InstructionRecords, statistics_table
 from titan_hd.data.tokenizer import load_tokenizer
 from titan_hd.distributed.adapter_registry import AdapterRegistry
-from titan_hd.distributed.collectives import same_everywhere, together
+from titan_hd.distributed.collectives import together
 from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims
 from titan_hd.distributed.parallelize import parallelize, reshard
 from titan_hd.distributed.slices import SliceSettings, compute_factors
@@ -52,16 +54,22 @@ from titan_hd.distributed.update.fold import Fold, check_finite
 from titan_hd.distributed.weights import init_weights, load_weights, materialize
 from titan_hd.models.decoder import Decoder
 from titan_hd.preflight import RunPlan, update_plan
+from titan_hd.signals import INTERRUPTED, REQUEUE, StopSignals
 from titan_hd.worker import device_name, init_process, run_worker, set_timeout
 
 logger = logging.getLogger("titan_hd")
 
 
 class Trainer:
-    """One run on one worker. Construct after the process group is there; then `train`, then `close`."""
+    """One run on one worker. Construct after the process group is there; then `train`, then `close`.
 
-    def __init__(self, config: JobConfig, plan: RunPlan, device: torch.device):
+    signals: those of this process; left out, none is listened to.
+    """
+
+    def __init__(self, config: JobConfig, plan: RunPlan, device: torch.device, signals: StopSignals | None = None):
         self.config, self.plan, self.device = config, plan, device
+        self.signals = signals or StopSignals()
+        self.stop_status = 0  # all workers' agreement on `signals.status`
         self.dims = ParallelDims(plan.dp_replicate, plan.dp_shard, device.type, plan.tp)
         self.placement = AdapterPlacement(
             plan.num_adapters,
@@ -70,6 +78,8 @@ class Trainer:
             plan.global_batch_size,
             config.training.local_batch_size,
         )
+        with together("locking the folder"):
+            self.lock = RunLock(Path(config.job.dump_folder)) if self.dims.rank == 0 else None
         self._log_start()
         self._build_model()
         self._build_data()
@@ -161,19 +171,26 @@ class Trainer:
     def _load_or_resume(self) -> None:
         """Weights and factors from the chosen checkpoint, or from the model directory and the SVD."""
         c = self.config
-        folder = Path(c.job.dump_folder) / c.checkpoint.folder
-        self.checkpointer = ckpt.Checkpointer(folder, c.checkpoint.keep_latest_k)
-        with together("looking for checkpoints"):
-            chosen = self.checkpointer.choose(c.checkpoint.load_step) if c.checkpoint.enable else None
-        self.step = same_everywhere(chosen or 0)  # a shared file system may show a new folder to some ranks first
+        self.checkpointer = ckpt.Checkpointer(
+            Path(c.job.dump_folder) / c.checkpoint.folder,
+            c.checkpoint.keep_latest_k,
+            c.checkpoint.async_mode == "async",
+            c.comm.init_timeout_seconds,
+        )
+        self.step = (self.checkpointer.choose(c.checkpoint.load_step) or 0) if c.checkpoint.enable else 0
         with together("reading the checkpoint's state"):
+            self.identity = self._identity()
             self._saved_state = self.checkpointer.train_state(self.step) if self.step else {}
-            ckpt.check_resumable(self._saved_state.get("identity"), self._identity())
+            if self.step:
+                for line in check_resumable(self._saved_state, self.identity, c.checkpoint.allow_mismatch):
+                    logger.warning("%s; checkpoint.allow_mismatch accepts it", line)
         if self.step:
+            if self._saved_state["base"] == "delta":
+                load_weights(self.model, self.dims, c.model.hf_assets_path, c.metrics.progress_bar)
             if self.registry:
                 self.registry.empty_factors()
             ckpt.allocate_optimizer_state(self.optimizer, self.trainable, self.checkpointer.metadata(self.step))
-            self.checkpointer.load(self.step, self._tensors())
+            self.checkpointer.load(self.step, self._tensors(self._saved_state["base"]))
         elif c.model.flavor:
             logger.info("random weights: model.flavor is set")
             init_weights(self.model, self.dims, c.training.seed)
@@ -263,13 +280,17 @@ class Trainer:
 
     def _count_tokens(self, batches: list[Batch], adapters: list[int]) -> tuple[list[int], int]:
         """Trained tokens of each logical adapter over the whole step, and all tokens of the step but padding."""
-        counts = torch.zeros(self.plan.num_adapters + 1, dtype=torch.long)
-        for batch, adapter in zip(batches, adapters):
-            counts[adapter] += batch.trained_tokens
-            counts[-1] += batch.tokens
+        counts = torch.zeros(self.plan.num_adapters + 3, dtype=torch.long)
+        if self.dims.tp_rank == 0:  # the ranks of a tensor-parallel group have the same batches
+            for batch, adapter in zip(batches, adapters):
+                counts[adapter] += batch.trained_tokens
+                counts[-3] += batch.tokens
+        # What signals ask for travels with them.
+        counts[-2], counts[-1] = self.signals.status == REQUEUE, self.signals.status == INTERRUPTED
         counts = counts.to(self.device)
-        dist.all_reduce(counts, group=self.dims.dp_mesh.get_group())
-        *per_adapter, tokens = counts.tolist()
+        dist.all_reduce(counts)
+        *per_adapter, tokens, requeue, interrupted = counts.tolist()
+        self.stop_status = INTERRUPTED if interrupted else REQUEUE if requeue else 0
         return per_adapter, tokens
 
     def _forward_backward(self, micro_batch: int, batch: Batch, trained_tokens: int) -> torch.Tensor:
@@ -285,15 +306,39 @@ class Trainer:
         (loss / max(1, trained_tokens)).backward()
         return loss.detach()
 
-    def train(self) -> None:
-        """All remaining steps, with validation before and after, checkpoints, logs and the export."""
+    def train(self) -> int:
+        """All remaining steps, with validation before and after, checkpoints, logs and the export.
+
+        Returns:
+            the exit status: 0, or what a signal asked for that stopped the run after one of its steps.
+
+        Raises:
+            UserError: the last checkpoint could not be saved; the model has been exported.
+        """
         if self.config.validation.enable and self.step == 0:
             self.validate()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # the SVD's peak is not the training's
         gc.disable()  # collected by a hook instead: workers that pause at different times wait for each other
         first_step = self.step
-        while self.step < self.total_steps:
+        with self.signals.deferred():
+            self._train_steps(first_step)
+            if self.config.checkpoint.enable and self.step > first_step:
+                self.save()
+            failure = self.checkpointer.wait()
+        gc.enable()
+        stopped = self.step < self.total_steps
+        if stopped:
+            logger.warning("stopped after step %d of %d; the same command goes on", self.step, self.total_steps)
+        elif self.config.export.enable:
+            export_hf(self.model, self.dims, self.config)
+        if failure:
+            raise UserError(failure)
+        return self.stop_status if stopped else 0
+
+    def _train_steps(self, first_step: int) -> None:
+        """Until the last step, or the first one after a signal."""
+        while self.step < self.total_steps and not self.stop_status:
             start = time.perf_counter()
             numbers = self.train_step()
             self._window.append((int(numbers.pop("tokens")), time.perf_counter() - start))
@@ -305,12 +350,10 @@ class Trainer:
             for every, hook in self.hooks:
                 if self.step % every == 0 or self.step == self.total_steps:
                     hook()
+            self.checkpointer.warn_of_failure()
             if self.step == first_step + 1:
                 self._window.clear()  # warm-up and compilation stay out of the rates
-                set_timeout(self.config.comm.train_timeout_seconds)
-        gc.enable()
-        if self.config.export.enable:
-            export_hf(self.model, self.dims, self.config)
+                set_timeout(self.config.comm.train_timeout_seconds, but_not=self.checkpointer.group)
 
     # --------------------------------------------------------------------------------------------------- periodic
 
@@ -386,43 +429,48 @@ class Trainer:
         self.metrics.log(self.step, values)
 
     def save(self) -> None:
-        """Save a checkpoint of this step."""
-        state = {"step": self.step, "wandb_id": self.metrics.wandb_id, "identity": self._identity()}
-        self.checkpointer.save(self.step, self._tensors(), {**state, "config": manager.to_toml(self.config)})
+        """Save a checkpoint of this step, if there is none yet."""
+        if self.checkpointer.last_step == self.step:
+            return
+        base = self.config.checkpoint.base
+        state = {
+            "step": self.step,
+            "base": base,
+            "wandb_id": self.metrics.wandb_id or self._saved_state.get("wandb_id"),
+            "identity": self.identity,
+            "config": manager.to_toml(self.config),
+        }
+        self.metrics.sync()
+        self.checkpointer.save(self.step, self._tensors(base), state)
 
-    def _tensors(self) -> dict[str, object]:
-        state = ckpt.model_state(self.model, self.registry)
+    def _tensors(self, base: str) -> dict[str, object]:
+        state = ckpt.model_state(self.model, self.registry, changed_only=base == "delta")
         return {**state, **ckpt.optimizer_state(self.optimizer, self.trainable)}
 
     def _identity(self) -> dict[str, object]:
-        """What a checkpoint and the run that resumes from it must have in common."""
-        c = self.config
-        return {
-            "adapter.method": c.adapter.method,
-            "adapter.rank": c.adapter.rank if self.registry else None,
-            "adapter.target_modules": c.adapter.target_modules,
-            "hdpissa.num_adapters": self.plan.num_adapters,
-            "hdpissa.slices": c.hdpissa.slices if self.registry else None,
-            "training.global_batch_size": self.plan.global_batch_size,
-            "training.seed": c.training.seed,
-            "optimizer.name": c.optimizer.name,
-            "model": repr(self.plan.decoder),
-        }
+        c, plan = self.config, self.plan
+        weights = "" if c.model.flavor else weights_fingerprint(c.model.hf_assets_path)
+        data = self.loader.records.statistics
+        return run_identity(c, plan.decoder, plan.num_adapters, plan.global_batch_size, data, weights)
 
     def close(self) -> None:
+        self.checkpointer.close()
         self.metrics.close()
         if self.profiler:
             self.profiler.stop()
+        if self.lock:
+            self.lock.release()
 
 
-def run(config: JobConfig, plan: RunPlan) -> None:
-    """A whole run of this worker."""
-    trainer = Trainer(config, plan, init_process(config))
-    trainer.train()
+def run(config: JobConfig, plan: RunPlan, signals: StopSignals) -> int:
+    """A whole run of this worker; its exit status."""
+    trainer = Trainer(config, plan, init_process(config), signals)
+    status = trainer.train()
     # Only after success: a rank that fails alone would wait here for others, which wait for it in a collective.
     dist.barrier()
     dist.destroy_process_group()
     trainer.close()
+    return status
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from titan_hd.config import manager
 from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
 from titan_hd.preflight import RunPlan, plan_run
+from titan_hd.signals import StopSignals
 
 
 def device_name(device: torch.device) -> str:
@@ -44,15 +45,19 @@ def init_process(config: JobConfig) -> torch.device:
     return device
 
 
-def set_timeout(seconds: int) -> None:
+def set_timeout(seconds: int, but_not: dist.ProcessGroup) -> None:
     """From now on collectives give up after so many seconds: loading and compiling are over."""
     dist.barrier()
-    for group in dist.distributed_c10d._world.pg_map:
+    for group in dist.distributed_c10d._world.pg_map.keys() - {but_not}:
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
 
-def run_worker(run: Callable[[JobConfig, RunPlan], None]) -> NoReturn:
-    """Entry point of one worker: leaves with status 0, 2 for what the user can mend (one line), or 1 and a traceback.
+Run = Callable[[JobConfig, RunPlan, StopSignals], int]
+
+
+def run_worker(run: Run) -> NoReturn:
+    """Entry point of one worker: leaves with the status that the run returns, 2 for what the user can mend (one line),
+    or 1 and a traceback.
 
     It leaves by os._exit: while the interpreter takes itself apart, a thread of gloo may want it once more and abort
     the process (now and then on a busy machine), and a run that was complete would have failed.
@@ -64,25 +69,26 @@ def run_worker(run: Callable[[JobConfig, RunPlan], None]) -> NoReturn:
     os._exit(status)
 
 
-def _exit_status(run: Callable[[JobConfig, RunPlan], None]) -> int:
+def _exit_status(run: Run) -> int:
     """The exit status of this worker; what it had to say is said."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     for key, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}.items():
         os.environ.setdefault(key, str(value))
     os.environ.setdefault("MASTER_PORT", "29500")
     init_logging(rank)
+    signals = StopSignals()
+    signals.listen()
     handler = get_error_handler()
     handler.initialize()
     try:
         config = manager.load_or_exit(sys.argv[1:])
-        run(config, plan_run(config, world_size))
+        return run(config, plan_run(config, world_size), signals)
     except Exception as error:
         handler.record_exception(error)
         status = _say(error, rank)
         sys.stderr.flush()
         finish_failed_run()  # last: it may wait for a server
         return status
-    return 0
 
 
 def _say(error: Exception, rank: int) -> int:

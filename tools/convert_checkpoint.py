@@ -15,7 +15,6 @@ starts from the HF directory itself and does not resume from it (it has no facto
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -27,10 +26,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
 from tqdm import tqdm
 
-from titan_hd.components.checkpoint import STATE_FILE
+from titan_hd.components.checkpoint_folder import STATE_FILE, read_train_state
 from titan_hd.components.dcp_reader import CheckpointReader
 from titan_hd.components.export import beside, check_folder, publish, start_folder, write_assets
 from titan_hd.components.model_card import model_card
+from titan_hd.components.pretrained import base_weights
 from titan_hd.config import manager
 from titan_hd.config.errors import UserError
 from titan_hd.models.decoder import Decoder
@@ -52,12 +52,16 @@ def dcp_to_hf(checkpoint: Path, folder: Path, assets: str, dtype: torch.dtype | 
     Raises:
         UserError: one line for every fault, before anything is written.
     """
-    state = _train_state(checkpoint)
+    state = read_train_state(checkpoint) if (checkpoint / STATE_FILE).is_file() else {}  # {}: no run wrote it
     check_folder(folder, assets)
     model = _meta_model(assets)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     reader = CheckpointReader(checkpoint)
-    stored = _one_dtype(checkpoint, reader.weight_dtypes(shapes))
+    frozen = base_weights(state, reader, shapes, assets)
+    files = WeightFiles(assets, shapes, tied_head=model.lm_head is None) if frozen else None
+    stored = _one_dtype(
+        checkpoint, reader.weight_dtypes({name: shape for name, shape in shapes.items() if name not in frozen})
+    )
     dtype = dtype or stored
     settings = state.get("settings", {})
     base = "" if settings.get("model", {}).get("flavor") else assets
@@ -71,22 +75,13 @@ def dcp_to_hf(checkpoint: Path, folder: Path, assets: str, dtype: torch.dtype | 
         write_headers(slots, headers)
         for name in tqdm(shapes, unit="tensor"):
             values = torch.empty(shapes[name], dtype=stored)
-            _load(checkpoint, reader, f"model.{name}", values)
+            if name in frozen:
+                files.read_into(name, values)
+            else:
+                _load(checkpoint, reader, f"model.{name}", values)
             write_rows(slots[name], 0, values)
         sync_files(headers)
         publish(partial, folder)
-
-
-def _train_state(checkpoint: Path) -> dict:
-    """Step and settings of a run's checkpoint; empty for one that no run wrote."""
-    path = checkpoint / STATE_FILE
-    if not path.is_file():
-        return {}
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        return {"step": state["step"], "settings": manager.tomllib.loads(state["config"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is not the state of a run: {type(error).__name__}: {error}") from None
 
 
 def _load(checkpoint: Path, reader: CheckpointReader, key: str, values: torch.Tensor) -> None:

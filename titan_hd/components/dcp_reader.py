@@ -76,6 +76,9 @@ class CheckpointReader(dcp.FileSystemReader):
         table.storage_meta.load_id = self.load_id
         return table
 
+    def holds(self, key: str) -> bool:
+        return key in self._table.state_dict_metadata
+
     def weight_dtypes(self, shapes: dict[str, torch.Size]) -> set[torch.dtype]:
         """The dtypes of the weights, which are named "model." and the HF name; shapes: HF name -> shape.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,18 +10,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from titan_hd.components.checkpoint import STATE_FILE
+from titan_hd.components.checkpoint_folder import STATE_FILE, read_train_state
 from titan_hd.components.dcp_reader import CheckpointReader
+from titan_hd.components.identity import weights_fingerprint
 from titan_hd.config.errors import UserError
 from titan_hd.distributed.weights import materialize
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.hf_weights import WeightFiles
 from titan_hd.models.registry import DecoderConfig, flavor_config, read_hf_config
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.device) -> tuple[Decoder, Path]:
@@ -64,7 +58,8 @@ def _meta_model(config: DecoderConfig, dtype: torch.dtype) -> Decoder:
 
 
 def _load_checkpoint(folder: Path, assets: str, dtype: torch.dtype, device: torch.device) -> tuple[Decoder, Path]:
-    settings, identity = _read_state(folder / STATE_FILE)
+    state = read_train_state(folder)
+    settings, identity = state["settings"].get("model", {}), state["identity"]
     directory = assets or settings.get("hf_assets_path", "")
     if not directory:
         raise UserError(f"--assets: {folder} is of a run without model.hf_assets_path; name the directory")
@@ -78,9 +73,15 @@ def _load_checkpoint(folder: Path, assets: str, dtype: torch.dtype, device: torc
     if identity.get("model") != repr(config):
         raise UserError(f"--assets: {directory}: its config.json is not that of the checkpoint's model")
     model, reader = _meta_model(config, dtype), CheckpointReader(folder)
-    reader.weight_dtypes({name: p.shape for name, p in model.named_parameters()})
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    frozen = base_weights(state, reader, shapes, directory)
+    stored = {name: shape for name, shape in shapes.items() if name not in frozen}
+    reader.weight_dtypes(stored)
+    files = WeightFiles(directory, shapes, model.lm_head is None) if frozen else None
     materialize(model, device)
-    tensors = {f"model.{name}": p for name, p in model.named_parameters()}
+    tensors = {f"model.{name}": p for name, p in model.named_parameters() if name in stored}
+    for name in frozen:
+        files.read_into(name, model.get_parameter(name))
     try:
         with warnings.catch_warnings():  # that this is one process
             warnings.simplefilter("ignore")
@@ -91,10 +92,18 @@ def _load_checkpoint(folder: Path, assets: str, dtype: torch.dtype, device: torc
     return model, Path(directory)
 
 
-def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """[model] of the run's configuration, and what identifies the run."""
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        return tomllib.loads(state["config"])["model"], state["identity"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is not the state of a titan_hd run: {type(error).__name__}: {error}") from None
+def base_weights(
+    state: dict[str, Any], reader: CheckpointReader, shapes: dict[str, torch.Size], directory: str
+) -> set[str]:
+    """The weights that a checkpoint leaves to the base model in `directory`: none, unless checkpoint.base was "delta".
+
+    Raises:
+        UserError: the directory holds another base model.
+    """
+    if state.get("base") != "delta":
+        return set()
+    if weights_fingerprint(directory) != state["identity"].get("weights"):
+        raise UserError(
+            f"--assets: {directory}: its weights are not those that the checkpoint {reader.folder} builds on"
+        )
+    return {name for name in shapes if not reader.holds(f"model.{name}")}

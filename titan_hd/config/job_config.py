@@ -222,11 +222,20 @@ class Checkpoint:
     folder: str = "checkpoint"
     """Folder of the checkpoints inside job.dump_folder."""
     interval: int = 500
-    """Steps between two checkpoints; the last step is always saved."""
+    """Steps between two checkpoints; the last step is always saved, and the one at which a signal stops the run."""
     keep_latest_k: int = 2
-    """Checkpoints to keep. 0: all."""
+    """Checkpoints to keep, and those of a run that was left behind. 0: all."""
     load_step: int = -1
-    """Step to resume from. -1: the latest; 0: do not resume."""
+    """Step to resume from. -1: the latest whose files are whole; 0: do not resume."""
+    async_mode: Literal["disabled", "async"] = "disabled"
+    """async: a save stops the training only while the shards are copied to the host (which takes as much memory there);
+    a thread writes them. One save is under way at a time. disabled: training waits for the disk."""
+    base: Literal["full", "delta"] = "full"
+    """full: a checkpoint holds every weight. delta: only those that training changes; the others are read again from
+    model.hf_assets_path, which must then hold the same files."""
+    allow_mismatch: list[str] = field(default_factory=list)
+    """Keys in which a run may differ from the checkpoint that it resumes from, for example data.train (see
+    docs/checkpoints.md for those that can)."""
 
 
 @dataclass

@@ -345,6 +345,12 @@ def check_combinations(config: JobConfig) -> list[str]:
             os.path.normpath(folder) not in ("", ".", "..") and not os.path.normpath(folder).endswith("/.."),
             f"{key}: must name a folder of its own, not {folder!r}",
         )
+    trains_all = c.adapter.method == "full" and c.adapter.target_modules is None
+    require(
+        c.checkpoint.base == "full" or (c.model.hf_assets_path and not c.model.flavor and not trains_all),
+        "checkpoint.base: delta needs a base model in model.hf_assets_path (and no model.flavor), and a method that "
+        "leaves some of its weights alone",
+    )
     require(
         c.training.master_dtype == "float32" or c.adapter.method == "hdpissa",
         f"training.master_dtype: bfloat16 needs adapter.method hdpissa (stochastic rounding at the fold), "
