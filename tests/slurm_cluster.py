@@ -60,9 +60,7 @@ class SlurmCluster:
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         (folder / "state").mkdir()
         controller, first, second = _free_ports(3)
-        text = _CONF.format(
-            host=socket.gethostname(), folder=folder, controller=controller, first=first, second=second
-        )
+        text = _CONF.format(host=socket.gethostname(), folder=folder, controller=controller, first=first, second=second)
         (folder / "slurm.conf").write_text(text)
         (folder / "munge.key").write_bytes(os.urandom(128))
         (folder / "munge.key").chmod(0o600)

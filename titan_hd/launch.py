@@ -10,10 +10,13 @@ stopped the run (see titan_hd/signals.py).
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
+import socket
 import sys
+from pathlib import Path
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -57,7 +60,8 @@ def main() -> None:
         print(f"titan_hd: stopped by {error.sigval.name}, status {status}", file=sys.stderr)
         raise SystemExit(status) from None
     except ChildFailedError as error:
-        rank, failure = _root_cause(error.failures)
+        (rank, failure), *_ = failures = _root_cause_first(error.failures)
+        _write_errors(Path(config.job.dump_folder), failures)
         status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         reason = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"status {failure.exitcode}"
         said = "" if rank == 0 or failure.exitcode < 0 else f": {_first_line(failure.message)}"
@@ -89,17 +93,35 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _root_cause(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """The worker that failed by itself. One that a signal killed (out of memory, say) leaves the others with broken
-    connections, the agent ends those with SIGTERM, and a time-out ends waiting ones with SIGABRT: so other signals come
-    first, these last, then time decides (in whole seconds, which is why a lost peer is told by what it said)."""
+def _root_cause_first(failures: dict[int, ProcessFailure]) -> list[tuple[int, ProcessFailure]]:
+    """The workers of this node, the one that failed by itself first.
+
+    One that a signal killed (out of memory, say) leaves the others with broken connections, the agent ends those with
+    SIGTERM, and a time-out ends waiting ones with SIGABRT: so other signals come first, these last, then time decides
+    (in whole seconds, which is why a lost peer is told by what it said)."""
 
     def order(item: tuple[int, ProcessFailure]) -> tuple[int, int]:
         code, said = item[1].exitcode, str(item[1].message)
         consequence = code in (-signal.SIGTERM, -signal.SIGABRT, REQUEUE) or any(words in said for words in _PEER_LOST)
         return (2 if consequence else 0 if code < 0 else 1, item[1].timestamp)
 
-    return min(failures.items(), key=order)
+    return sorted(failures.items(), key=order)
+
+
+def _write_errors(folder: Path, failures: list[tuple[int, ProcessFailure]]) -> None:
+    """Append how every worker of this node ended to errors.jsonl, in the order given: one object per rank, with its
+    exception and traceback if it had one."""
+    host, lines = socket.gethostname(), []
+    for rank, failure in failures:
+        said = failure.message if isinstance(failure.message, dict) else {"message": failure.message}
+        known = {"rank": rank, "host": host, "time": failure.timestamp_isoformat(), "status": failure.exitcode}
+        lines.append(json.dumps({**known, "error": said["message"], "details": said.get("extraInfo")}) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "errors.jsonl", "a", encoding="utf-8") as file:
+            file.write("".join(lines))
+    except OSError as error:
+        print(f"titan_hd: {folder / 'errors.jsonl'}: cannot be written: {error.strerror}", file=sys.stderr)
 
 
 def _first_line(message: object) -> str:

@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import torch
 
 from tests import runs, slurm_cluster
 from tests.conftest import REPOSITORY
 
 SCRIPT = REPOSITORY / "multinode_trainer.slurm"
 SECONDS = 240  # for one job; a few seconds of it are Slurm's
+STEPS = 200  # so many that a signal after the first one comes before the last
+SETTINGS = {"training__steps": STEPS, "checkpoint__enable": "true", "checkpoint__interval": 1000}
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +51,40 @@ def wait_for(slurm, job: str, state: str, dump) -> dict[str, str]:
     return found
 
 
-def test_a_job_of_two_nodes_trains_and_exports(slurm, inputs, tmp_path):
-    job = submit(slurm, inputs, tmp_path / "dump")
-    wait_for(slurm, job, "COMPLETED", tmp_path / "dump")
-    records = [json.loads(line) for line in (tmp_path / "dump" / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records] == [1, 2, 3, 4]
-    assert runs.exported(tmp_path / "dump")
-    logs = tmp_path / "logs" / f"titan_hd-{job}"
+@pytest.fixture(scope="module")
+def undisturbed(slurm, inputs, tmp_path_factory):
+    """The folder of a job that ran through, and its number."""
+    dump = tmp_path_factory.mktemp("undisturbed") / "dump"
+    job = submit(slurm, inputs, dump, **SETTINGS)
+    wait_for(slurm, job, "COMPLETED", dump)
+    return dump, job
+
+
+def test_a_job_of_two_nodes_trains_and_exports(undisturbed):
+    dump, job = undisturbed
+    records = [json.loads(line) for line in (dump / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert runs.exported(dump)
+    logs = dump.parent / "logs" / f"titan_hd-{job}"
     assert len(list(logs.glob("node-0/**/stderr.log"))) == len(list(logs.glob("node-1/**/stderr.log"))) == 1
+    (environment,) = map(json.loads, (dump / "environment.jsonl").read_text().splitlines())
+    assert environment["variables"]["SLURM_JOB_ID"] == job
+
+
+def test_a_signalled_job_saves_and_goes_on_after_the_requeue_with_the_same_weights(
+    slurm, inputs, undisturbed, tmp_path
+):
+    """As at the time limit: SIGUSR1, a checkpoint of both nodes, status 75, the same job again, the other steps."""
+    dump = tmp_path / "dump"
+    job = submit(slurm, inputs, dump, **SETTINGS)
+    metrics = dump / "metrics.jsonl"
+    slurm.wait(lambda: metrics.exists() and metrics.read_text(), SECONDS, "the first step")
+    slurm("scancel", "--signal=USR1", job)
+    slurm.wait(lambda: slurm.job(job)["Restarts"] == "1", SECONDS, "the requeue")
+    (saved,) = [path.name for path in (dump / "checkpoint").iterdir()]
+    assert saved != f"step-{STEPS}"
+    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm would let it wait for two minutes
+    wait_for(slurm, job, "COMPLETED", dump)
+    assert f"resumed from {dump / 'checkpoint' / saved}" in dump.with_suffix(".out").read_text()
+    ours, theirs = runs.exported(dump), runs.exported(undisturbed[0])
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

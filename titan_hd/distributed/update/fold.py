@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from titan_hd.config.errors import UserError
 from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
+from titan_hd.distributed.collectives import once, together
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.update.apply import Rounding, add_product, add_rows, factored_update
 from titan_hd.distributed.update.dense import DenseGroups, exchange_dense, rows_at_a_time
@@ -137,14 +138,13 @@ class Fold:
 
 def check_same_plan(plan: UpdatePlan) -> None:
     """ValueError on every rank if the ranks' plans differ: they would wait for different collectives."""
-    digests: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, plan.digest())
-    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if different:
-        raise UserError(
-            f"hdpissa.exchange: rank {different[0]} plans another update than rank 0; "
-            "all ranks need the same configuration, model and version"
-        )
+    same = once("comparing the plans", plan.digest) == plan.digest()
+    with together("comparing the plans"):
+        if not same:
+            raise UserError(
+                f"hdpissa.exchange: rank {dist.get_rank()} plans another update than rank 0; "
+                "all ranks need the same configuration, model and version"
+            )
 
 
 @torch.no_grad()
