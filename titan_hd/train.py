@@ -21,6 +21,7 @@ from titan_hd.adapters.adapter_linear import adapter_layers
 from titan_hd.adapters.methods import build_method
 from titan_hd.adapters.svd import SvdSettings
 from titan_hd.components import checkpoint as ckpt
+from titan_hd.components.environment import record_environment
 from titan_hd.components.export import export_hf
 from titan_hd.components.export_peft import export_peft
 from titan_hd.components.flops import flops_per_token, trained_work
@@ -47,18 +48,19 @@ from titan_hd.data.records import statistics_table
 from titan_hd.data.tokenizer import load_tokenizer
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.adapter_weights import initialize_adapters
-from titan_hd.distributed.collectives import together
+from titan_hd.distributed.collectives import once, together
 from titan_hd.distributed.loss_parallel import vocabulary_parallel_loss_sum
 from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims, mesh_picture
 from titan_hd.distributed.parallelize import parallelize, reshard
 from titan_hd.distributed.slices import SliceSettings, compute_factors
 from titan_hd.distributed.tensor_parallel import apply_tensor_parallel
 from titan_hd.distributed.update.fold import Fold, check_finite
+from titan_hd.distributed.watch import enter_phase
 from titan_hd.distributed.weights import init_weights, load_weights, materialize
 from titan_hd.models.decoder import Decoder
 from titan_hd.preflight import RunPlan, update_plan
 from titan_hd.signals import INTERRUPTED, REQUEUE, StopSignals
-from titan_hd.worker import device_name, init_process, run_worker, set_timeout
+from titan_hd.worker import device_name, run_worker, set_timeout
 
 logger = logging.getLogger("titan_hd")
 
@@ -83,6 +85,8 @@ class Trainer:
         )
         with together("locking the folder"):
             self.lock = RunLock(Path(config.job.dump_folder)) if self.dims.rank == 0 else None
+            if self.dims.rank == 0:
+                record_environment(Path(config.job.dump_folder), self.dims.world_size)
         self._log_start()
         self._build_model()
         self._build_data()
@@ -185,19 +189,20 @@ class Trainer:
             c.comm.init_timeout_seconds,
         )
         self.step = (self.checkpointer.choose(c.checkpoint.load_step) or 0) if c.checkpoint.enable else 0
-        with together("reading the checkpoint's state"):
-            self.identity = self._identity()
-            self._saved_state = self.checkpointer.train_state(self.step) if self.step else {}
-            if self.step:
-                for line in check_resumable(self._saved_state, self.identity, c.checkpoint.allow_mismatch):
-                    logger.warning("%s; checkpoint.allow_mismatch accepts it", line)
+        self.identity = once("identifying the run", self._identity)
+        self._saved_state = {}
+        if self.step:
+            self._saved_state = once("reading the checkpoint's state", lambda: self.checkpointer.train_state(self.step))
+            for line in check_resumable(self._saved_state, self.identity, c.checkpoint.allow_mismatch):
+                logger.warning("%s; checkpoint.allow_mismatch accepts it", line)
         if self.step:
             if self._saved_state["base"] == "delta":
                 load_weights(self.model, self.dims, c.model.hf_assets_path, c.metrics.progress_bar)
             if self.registry:
                 self.registry.empty_factors()
-            ckpt.allocate_optimizer_state(self.optimizer, self.trainable, self.checkpointer.metadata(self.step))
-            self.checkpointer.load(self.step, self._tensors(self._saved_state["base"]))
+            reader = self.checkpointer.reader(self.step)
+            ckpt.allocate_optimizer_state(self.optimizer, self.trainable, reader.read_metadata())
+            self.checkpointer.load(reader, self._tensors(self._saved_state["base"]))
         elif c.model.flavor:
             logger.info("random weights: model.flavor is set")
             init_weights(self.model, self.dims, c.training.seed)
@@ -228,6 +233,7 @@ class Trainer:
 
     def _start_adapters(self) -> None:
         """First values of the adapters, with a report of every SVD in svd.jsonl."""
+        enter_phase("computing the adapters' first values")
         a, h, seed = self.config.adapter, self.config.hdpissa, self.config.training.seed
         if self.registry:
             settings = SliceSettings(h.slices, seed, SvdSettings(a.svd, a.svd_niter), a.svd_cache)
@@ -264,6 +270,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step over the global batch. Returns this step's numbers, the same on every worker."""
+        enter_phase(f"step {self.step + 1}")
         batches = self.loader.step(self.step)
         adapters = [self.placement.first_adapter + self.placement.slot(m) for m in range(len(batches))]
         counts, tokens, sequences = self._count_tokens(batches, adapters)
@@ -340,6 +347,7 @@ class Trainer:
             self._train_steps(first_step)
             if self.config.checkpoint.enable and self.step > first_step:
                 self.save()
+            enter_phase("finishing", timed=False)
             failure = self.checkpointer.wait()
         gc.enable()
         stopped = self.step < self.total_steps
@@ -394,6 +402,7 @@ class Trainer:
 
     def validate(self) -> None:
         """Validation loss and, if asked for, exact match of generated answers; logged under this step."""
+        enter_phase(f"validation after step {self.step}")
         c, v = self.config, self.config.validation
         worker, workers, group = self.dims.dp_rank, self.dims.dp_size, self.dims.dp_mesh.get_group()
         batch_size = v.batch_size or c.training.local_batch_size
@@ -443,6 +452,7 @@ class Trainer:
         """Save a checkpoint of this step, if there is none yet."""
         if self.checkpointer.last_step == self.step:
             return
+        enter_phase(f"saving after step {self.step}", timed=False)  # the checkpointer has a time-out of its own
         base = self.config.checkpoint.base
         state = {
             "step": self.step,
@@ -473,9 +483,9 @@ class Trainer:
             self.lock.release()
 
 
-def run(config: JobConfig, plan: RunPlan, signals: StopSignals) -> int:
+def run(config: JobConfig, plan: RunPlan, device: torch.device, signals: StopSignals) -> int:
     """A whole run of this worker; its exit status."""
-    trainer = Trainer(config, plan, init_process(config), signals)
+    trainer = Trainer(config, plan, device, signals)
     status = trainer.train()
     # Only after success: a rank that fails alone would wait here for others, which wait for it in a collective.
     dist.barrier()

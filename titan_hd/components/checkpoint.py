@@ -41,6 +41,8 @@ from titan_hd.components.checkpoint_writer import CheckpointWriter
 from titan_hd.components.dcp_reader import CheckpointReader
 from titan_hd.config.errors import UserError
 from titan_hd.distributed.adapter_registry import AdapterRegistry
+from titan_hd.distributed.collectives import once
+from titan_hd.distributed.watch import enter_phase
 from titan_hd.distributed.weights import adapter_parameters, base_parameters
 
 logger = logging.getLogger("titan_hd")
@@ -255,13 +257,17 @@ class Checkpointer:
     def train_state(self, step: int) -> dict[str, Any]:
         return read_train_state(self.files.path(step))
 
-    def metadata(self, step: int) -> Metadata:
-        return CheckpointReader(self.files.path(step)).read_metadata()
+    def reader(self, step: int) -> CheckpointReader:
+        """Of `step-N`; its table of contents is read by rank 0."""
+        path = self.files.path(step)
+        table = once("reading the checkpoint's table of contents", CheckpointReader(path).read_metadata)
+        return CheckpointReader(path, table)
 
-    def load(self, step: int, tensors: dict[str, Any]) -> None:
-        """Fill `tensors` in place from `step-N`, whatever mesh wrote it."""
-        dcp.load(tensors, storage_reader=CheckpointReader(self.files.path(step)), process_group=self.group)
-        logger.info("resumed from %s", self.files.path(step))
+    def load(self, reader: CheckpointReader, tensors: dict[str, Any]) -> None:
+        """Fill `tensors` in place from a checkpoint, whatever mesh wrote it."""
+        enter_phase("reading the checkpoint")
+        dcp.load(tensors, storage_reader=reader, process_group=self.group)
+        logger.info("resumed from %s", reader.folder)
 
 
 def _disk_fault(error: CheckpointException) -> str:

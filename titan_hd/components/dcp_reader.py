@@ -43,13 +43,18 @@ class _TableUnpickler(pickle.Unpickler):
 class CheckpointReader(dcp.FileSystemReader):
     """DCP's reader of a folder, which reads the table of contents once and without running code.
 
+    table: if another rank has read it already.
+
     Raises:
         UserError: from `read_metadata`: there is none, or it cannot be read.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, table: Metadata | None = None):
         super().__init__(str(folder))
         self.folder = folder
+        if table is not None:
+            table.storage_meta.load_id = self.load_id
+            self._table = table
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         return self._table
