@@ -55,11 +55,27 @@ def load(argv: list[str]) -> JobConfig:
             _flatten(name, table, where, values, errors)
     for key, text in overrides:
         values[key] = (text, "command line")
-    config = _build(values, errors)
+    config = _build(_renamed(values), errors)
     faulty = {line.partition(":")[0] for line in errors}  # these keys hold their defaults now
     if not errors and not config.job.print_plan:  # what a faulty source would have given is not missing
         errors += check_presence(config)
     errors += [line for line in check_combinations(config) if line.partition(":")[0] not in faulty]
+    if errors:
+        raise ConfigError(errors)
+    return config
+
+
+def from_toml(text: str, where: str) -> JobConfig:
+    """A resolved configuration that was written by `to_toml`; where: what it came from. ConfigError as for `load`."""
+    errors: list[str] = []
+    try:
+        sections = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([f"{where}: its configuration is not valid TOML: {error}"]) from None
+    values: dict[str, tuple[Any, str]] = {}
+    for name, table in sections.items():
+        _flatten(name, {key: (value, where) for key, value in table.items()}, where, values, errors)
+    config = _build(_renamed(values), errors)
     if errors:
         raise ConfigError(errors)
     return config
@@ -140,6 +156,17 @@ def _read_toml(path: Path, errors: list[str], seen: tuple[Path, ...] = ()) -> di
         else:
             errors.append(f"{path}: {name}: must be a section, [{name}]")
     return merged
+
+
+# Keys that were moved; their old names still work.
+_RENAMED = {f"hdpissa.{key}": f"adapter.{key}" for key in ("svd", "svd_niter", "svd_cache")}
+
+
+def _renamed(values: dict[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
+    """Old names of keys replaced by the new ones, which win where both are given."""
+    return {_RENAMED.get(key, key): value for key, value in values.items()} | {
+        key: value for key, value in values.items() if key not in _RENAMED
+    }
 
 
 def _flatten(name: str, table: dict, where: str, values: dict, errors: list[str]) -> None:
@@ -293,6 +320,7 @@ def _number(value: Any, annotation: type, from_text: bool) -> int | float:
 
 _AT_LEAST = {
     "data.max_skipped": 0,
+    "data.num_workers": 0,
     "data.num_proc": 0,
     "data.shuffle_window": 1,
     "training.steps": 1,
@@ -306,11 +334,11 @@ _AT_LEAST = {
     "optimizer.weight_decay": 0,
     "lr_scheduler.warmup_steps": 0,
     "adapter.rank": 1,
+    "adapter.svd_niter": 0,
     "hdpissa.num_adapters": 0,
     "hdpissa.mute_scalar": 0,
     "hdpissa.factor_cache_gb": 0,
     "hdpissa.exchange_in_flight": 1,
-    "hdpissa.svd_niter": 0,
     "parallelism.data_parallel_replicate_degree": 1,
     "parallelism.tensor_parallel_degree": 1,
     "profiling.profile_freq": 1,
@@ -324,6 +352,47 @@ _AT_LEAST = {
     "validation.exact_match_samples": 0,
     "validation.batch_size": 0,
     "validation.max_new_tokens": 1,
+}
+
+
+_LORAS = ("lora", "pissa", "dora")
+# Keys that ask for a variant of a method -> the methods that have it.
+_VARIANTS = {
+    "adapter.rslora": _LORAS,
+    "adapter.loraplus_lr_ratio": _LORAS,
+    "adapter.init": ("lora",),
+    "adapter.mora_type": ("mora",),
+    "adapter.bat_form": ("bat",),
+}
+# Keys that another method may inherit and does not use -> the methods that do.
+_USED_BY = {
+    "adapter.alpha": ("hdpissa", *_LORAS),
+    "adapter.svd": ("hdpissa", "pissa"),
+    "adapter.svd_niter": ("hdpissa", "pissa"),
+    "adapter.svd_cache": ("hdpissa", "pissa"),
+    **{f"hdpissa.{f.name}": ("hdpissa",) for f in dataclasses.fields(job_config.HDPissa)},
+}
+
+
+def ignored_keys(config: JobConfig) -> list[str]:
+    """Keys that are set and that the method does not use, one line for all of them."""
+    default, method = JobConfig(), config.adapter.method
+    unused = [
+        key for key, methods in _USED_BY.items() if method not in methods and _get(config, key) != _get(default, key)
+    ]
+    return [f"{', '.join(unused)}: not used by adapter.method {method}"] if unused else []
+
+
+def _get(config: JobConfig, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+# Methods that export.format = "peft" refuses, and why.
+_NO_PEFT = {
+    "hdpissa": "it changes W itself, by a matrix that is not of low rank",
+    "full": "it has no adapters",
+    "mora": "the library does not have it",
 }
 
 
@@ -373,7 +442,22 @@ def check_combinations(config: JobConfig) -> list[str]:
         section, _, name = key.partition(".")
         value = getattr(getattr(config, section), name)
         require(0 <= value < 1, f"{key}: must be at least 0 and below 1, not {value}")
+    for key, methods in _VARIANTS.items():
+        name = key.partition(".")[2]
+        require(
+            getattr(c.adapter, name) == getattr(job_config.Adapter(), name) or c.adapter.method in methods,
+            f"{key}: is for {', '.join(methods)}, not for adapter.method {c.adapter.method}; leave it out",
+        )
+    require(c.adapter.loraplus_lr_ratio > 0, "adapter.loraplus_lr_ratio: must be above 0")
     require(c.adapter.alpha is None or c.adapter.alpha > 0, f"adapter.alpha: must be above 0, not {c.adapter.alpha}")
+    if c.export.enable and c.export.format == "peft":
+        reason = _NO_PEFT.get(c.adapter.method)
+        require(reason is None, f"export.format: peft cannot hold method {c.adapter.method}: {reason}; use hf")
+        require(
+            c.adapter.method != "bat" or c.adapter.bat_form == "column",
+            "export.format: peft has bat's column form alone, not adapter.bat_form row; use hf",
+        )
+        require(not c.model.flavor, "export.format: peft's adapter needs a base model; model.flavor has random weights")
     size = c.export.max_shard_size_gb
     require(size > 0, f"export.max_shard_size_gb: must be above 0, not {size}")
     require(c.adapter.target_modules != [], "adapter.target_modules: names no layer; leave it out for all")
@@ -382,7 +466,7 @@ def check_combinations(config: JobConfig) -> list[str]:
         "adapter.dropout: is not supported with tensor parallelism (each rank would drop other columns)",
     )
     require(
-        c.adapter.dropout == 0 or c.adapter.method == "hdpissa",
+        c.adapter.dropout == 0 or c.adapter.method != "full",
         f"adapter.dropout: method {c.adapter.method} has no adapters; set it to 0",
     )
     for key, folder in (("checkpoint.folder", c.checkpoint.folder), ("export.folder", c.export.folder)):
@@ -390,10 +474,16 @@ def check_combinations(config: JobConfig) -> list[str]:
             os.path.normpath(folder) not in ("", ".", "..") and not os.path.normpath(folder).endswith("/.."),
             f"{key}: must name a folder of its own, not {folder!r}",
         )
+    trains_all = c.adapter.method == "full" and c.adapter.target_modules is None
     require(
-        c.training.master_dtype == "float32" or c.adapter.method == "hdpissa",
-        f"training.master_dtype: bfloat16 needs adapter.method hdpissa (stochastic rounding at the fold), "
-        f"not {c.adapter.method}",
+        c.checkpoint.base == "full" or (c.model.hf_assets_path and not c.model.flavor and not trains_all),
+        "checkpoint.base: delta needs a base model in model.hf_assets_path (and no model.flavor), and a method that "
+        "leaves some of its weights alone",
+    )
+    require(
+        c.training.master_dtype == "float32" or c.adapter.method != "full",
+        "training.master_dtype: bfloat16 is for methods that keep W frozen or fold into it, not for full (small "
+        "updates would vanish)",
     )
     return errors + _check_sources(config)
 
@@ -417,6 +507,8 @@ def _check_sources(config: JobConfig) -> list[str]:
                 errors.append(f"{name}.weight: must be above 0, not {weight}")
             if samples is not None and samples < 1:
                 errors.append(f"{name}.samples: must be at least 1, not {samples}")
+    if streaming and config.data.pack:
+        errors.append("data.pack: needs the lengths of all records, which data.streaming does not know; unset one")
     if streaming and config.training.epochs is not None:
         errors.append("training.epochs: data.streaming knows no length of an epoch; give training.steps")
     return errors

@@ -19,8 +19,8 @@ from titan_hd.config.job_config import Data, DataSource
 from titan_hd.data.encoding import ArrayWriter, Chunk, Encoder, as_array
 from titan_hd.data.formats import Format, build_format, detect_format
 from titan_hd.data.hub_datasets import check_library, fingerprint, is_hub_name
-from titan_hd.data.loader import SampleOrder
 from titan_hd.data.mixture import Concatenation, Mixture
+from titan_hd.data.order import Order, build_order
 from titan_hd.data.records import InstructionRecords, Statistics, TokenizedRecords
 from titan_hd.data.sources import Faults, Raw, Record, find_files, read_raw, read_records
 from titan_hd.data.streaming import StreamedRecords, StreamSource, WindowOrder
@@ -75,14 +75,24 @@ def build_records(
 
 
 def sample_order(
-    records: TokenizedRecords | Concatenation | StreamedRecords, shuffle: bool, seed: int
-) -> SampleOrder | WindowOrder:
-    """Which of the training records is which sample of the run."""
+    records: TokenizedRecords | Concatenation | StreamedRecords, config: Data, seq_len: int, seed: int
+) -> Order:
+    """Which of the training records make up which sample of the run."""
     if isinstance(records, StreamedRecords):
         return records.order
+    size, index = (records.size, records.index) if isinstance(records, Mixture) else (len(records), None)
+    return build_order(records.lengths, size, config.pack, seq_len, config.shuffle, seed, index)
+
+
+def data_summary(records: TokenizedRecords | Concatenation | StreamedRecords, config: Data, seq_len: int) -> str:
+    """What tells the samples of a run from those of another: equal for equal records, mixtures and packs."""
+    if isinstance(records, StreamedRecords):
+        return f"a stream, permuted in windows of {config.shuffle_window}" if config.shuffle else "a stream"
+    s = records.statistics
+    said = f"{s.records} records of format {s.format}, {s.tokens} tokens, {s.trained} trained"
     if isinstance(records, Mixture):
-        return SampleOrder(records.size, shuffle, seed, records.index)
-    return SampleOrder(len(records), shuffle, seed)
+        said += ", of each source " + ", ".join(f"{share.taken} of {share.records}" for share in records.shares)
+    return f"{said}; packs of {seq_len} tokens" if config.pack else said
 
 
 def _named_sources(config: Data, key: str) -> list[tuple[Data, str, str]]:

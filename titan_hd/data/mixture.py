@@ -143,12 +143,13 @@ class Mixture(Concatenation):
     Attributes:
         size: samples of an epoch.
         index: (epoch, place) -> record, see `MixtureOrder`.
+        shares: what an epoch takes of each source.
     """
 
     def __init__(self, name: str, sources: list[DataSource], records: list[TokenizedRecords], shuffle: bool, seed: int):
         super().__init__(name, records)
-        shares = [share_of(s, len(r), f"{name}[{i}]") for i, (s, r) in enumerate(zip(sources, records))]
-        for part, share in zip(records, shares):
+        self.shares = [share_of(s, len(r), f"{name}[{i}]") for i, (s, r) in enumerate(zip(sources, records))]
+        for part, share in zip(records, self.shares):
             logger.info("%s: an epoch takes %d of %d records", part.statistics.name, share.taken, share.records)
-        order = MixtureOrder(shares, shuffle, seed)
+        order = MixtureOrder(self.shares, shuffle, seed)
         self.size, self.index = order.size, order.index

@@ -41,6 +41,9 @@ class WindowOrder:
         window, place = divmod(position, self.window)
         return window * self.window + (self._permutation(window)[place] if self._shuffle else place)
 
+    def sample(self, position: int) -> list[int]:
+        return [self[position]]
+
     def _permute(self, window: int) -> list[int]:
         generator = torch.Generator().manual_seed(stable_seed("window", self._seed, window))
         return torch.randperm(self.window, generator=generator).tolist()

@@ -91,7 +91,7 @@ class TestBuilt:
         assert mixture[2].input_ids == [1, 3, 3, 3, 4, 2]
         assert mixture[9].input_ids == [1, 5, *[6] * 6, 2]
         assert mixture.lengths().tolist() == [len(mixture[i].input_ids) for i in range(10)]
-        order = sample_order(mixture, True, 3)
+        order = sample_order(mixture, Data(), 64, 3)
         for epoch in range(3):
             places = range(epoch * 9, epoch * 9 + 9)
             assert sorted(order[p] for p in places) == sorted(mixture.index(epoch, i) for i in range(9))

@@ -114,7 +114,7 @@ def test_sources_have_their_own_formats(paths, tmp_path: Path):
     (tmp_path / "t.jsonl").write_text('{"input_ids": [7, 8, 9], "labels": [7, 8, 9]}\n')
     records = stream([*paths, str(tmp_path / "t.jsonl")], window=4, shuffle=False)
     assert records[23].input_ids == [7, 8, 9]
-    assert sample_order(records, False, 0)[23] == 23
+    assert sample_order(records, Data(shuffle=False), 64, 0)[23] == 23
 
 
 def test_the_order_survives_pickling():
