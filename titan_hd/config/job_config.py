@@ -104,7 +104,8 @@ class Data:
     """Processes per worker that read training batches ahead. 0: none, which is enough unless reading a record is slow;
     docs/packing.md has figures."""
     num_proc: int = 0
-    """Processes that tokenize on a node. 0: one for each core; without a cache, the worker's share of the cores."""
+    """Processes that tokenize on a node. 0: one for each core (at most 32); without a cache, of each worker's share of
+    the cores."""
     cache_dir: str = "auto"
     """Folder in which tokenized records are kept between runs and shared by the workers, keyed by the content of data
     and tokenizer and by these settings. auto: titan_hd/tokens in $XDG_CACHE_HOME or ~/.cache. Empty: none, every worker
