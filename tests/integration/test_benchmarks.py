@@ -15,6 +15,7 @@ TINY = {
     "linear": "--in-features 24 --out-features 16 --tokens 32 --hidden 64 --intermediate 48 --head-dim 8 --seq-len 16 "
     "--rank 2 --threads 1 --repetitions 1",
     "update": "--cases 24x40k8r2 --workers 2 --repetitions 1",
+    "loader": "--records 60 --mean-length 20 --seq-len 64 --seconds 0.05 --num-workers 0 1 --pack 50",
     "svd": "--sizes 48x32 --count 8 --threads 1 --repetitions 1",
 }
 
