@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from tests import oracle, runs
+from titan_hd.components.flops import flops_per_token
 from titan_hd.data.loader import Batch, GlobalBatches, collate
 from titan_hd.data.order import PackOrder
+from titan_hd.models.registry import parse_hf_config
 
 # Sums of the same fp32 numbers in another order; relative.
 LOSS_TOLERANCE = 1e-5
@@ -93,7 +95,8 @@ def test_checkpointing_and_compilation_change_nothing(changes: dict[str, str], w
 
 
 def test_resumed_twice_and_tokens_are_real_ones(workers, setup, tmp_path):
-    """On two workers, on one, on four; the rates count tokens, not padding: as many as the records have."""
+    """On two workers, on one, on four; the rates count tokens, not padding: as many as the records have. Attention's
+    FLOPs go by the length of records, not of rows."""
     changes = {"training__steps": 6, "checkpoint__enable": "true"}
     whole = workers.run(2, runs.train, setup("whole", **changes))[0]
     first = workers.run(2, runs.train, setup("r", **changes), stop_after=2)[0]
@@ -106,7 +109,11 @@ def test_resumed_twice_and_tokens_are_real_ones(workers, setup, tmp_path):
     logged = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     records = runs.write_records(tmp_path / "records.jsonl", count=40)
     order = PackOrder(np.array([len(r["input_ids"]) for r in records]), SEQ_LEN, True, 42, 40)
+    decoder = parse_hf_config(runs.ODD, "tests")
+    width = decoder.num_hidden_layers * sum(map(sum, decoder.linear_shapes().values()))  # of rank 1
     for step, line in enumerate(logged):
         documents = [records[i] for place in range(8) for i in order.sample(step * 8 + place)]
         tokens = sum(len(d["input_ids"]) for d in documents)
         assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(tokens)
+        flops = flops_per_token(decoder, tokens / len(documents), 0, width)
+        assert line["tflops_per_worker"] == pytest.approx(line["tokens_per_second"] * flops / 1e12 / 2)
