@@ -106,6 +106,10 @@ def apply_fsdp(model: Decoder, dims: ParallelDims, ignored_params: set[nn.Parame
         )
         modules[0].set_gradient_divide_factor(1.0)
         modules[0].set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+    if not model.model.embed_tokens.weight.requires_grad and model.lm_head is not None:
+        # A frozen embedding has no backward pass, but FSDP2 would prefetch it during that of the first block.
+        first = model.model.layers[0]
+        first.set_modules_to_backward_prefetch([first])
 
 
 def reshard(model: Decoder) -> None:

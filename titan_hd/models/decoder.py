@@ -267,7 +267,11 @@ class Decoder(nn.Module):
         if select is not None:
             h = h[torch.arange(batch, device=h.device), select][:, None]
         h = stack.norm(h)
-        return F.linear(h, stack.embed_tokens.weight) if self.lm_head is None else self.lm_head(h)
+        return self.tied_head(h) if self.lm_head is None else self.lm_head(h)
+
+    def tied_head(self, h: torch.Tensor) -> torch.Tensor:
+        """Logits of tied models."""
+        return F.linear(h, self.model.embed_tokens.weight)
 
 
 def attention_mask(
