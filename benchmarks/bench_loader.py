@@ -16,45 +16,30 @@ import numpy as np
 import torch
 
 from benchmarks.common import environment, print_header, print_json, print_table
-from titan_hd.data.loader import GlobalBatches, Records, TrainLoader
+from titan_hd.data.loader import GlobalBatches, TrainLoader
 from titan_hd.data.order import build_order
 from titan_hd.data.packing import pack
-from titan_hd.data.records import Example, Statistics, TokenizedRecords
-from titan_hd.data.sources import Record
+from titan_hd.data.records import Statistics, TokenizedRecords
+from titan_hd.data.token_cache import MappedArrays
 
 REQUIRED = 100_000  # tokens per second of a whole node
 BATCH, MICRO_BATCHES = 4, 4
 
 
-class MappedRecords:
-    """Ids in a file that is mapped into memory; another process opens it anew. Every label is trained."""
-
-    def __init__(self, path: Path, lengths: np.ndarray):
-        self.path, self.ends = path, np.concatenate(([0], np.cumsum(lengths)))
-        self._ids: np.memmap | None = None
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_ids": None}
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __getitem__(self, index: int) -> Example:
-        if self._ids is None:
-            self._ids = np.memmap(self.path, dtype=np.int32, mode="r")
-        ids = self._ids[self.ends[index] : self.ends[index + 1]].tolist()
-        return Example(ids, ids)
-
-
-def make_records(lengths: np.ndarray, seq_len: int, folder: Path) -> dict[str, Records]:
-    """The same random records in memory and in a file."""
-    ids = np.random.default_rng(1).integers(0, 32000, lengths.sum(), dtype=np.int32)
-    ids.tofile(folder / "ids")
-    mapped = MappedRecords(folder / "ids", lengths)
-    memory = TokenizedRecords(Statistics("data.train", "tokens"), seq_len)
-    for index in range(len(lengths)):
-        memory.add(mapped[index], Record({}, f"record {index}"))
-    return {"memory": memory, "file": mapped}
+def make_records(lengths: np.ndarray, folder: Path) -> dict[str, TokenizedRecords]:
+    """The same random records, all labels trained, in memory and mapped from files as the token cache maps them."""
+    count, ends = len(lengths), np.concatenate(([0], np.cumsum(lengths)))
+    arrays = {
+        "ids": np.random.default_rng(1).integers(0, 32000, ends[-1], dtype=np.int32),
+        "ends": ends,
+        "spans": np.stack((np.zeros(count), lengths), 1).astype(np.int32),
+        "span_ends": np.arange(count + 1),
+    }
+    for name, array in arrays.items():
+        array.tofile(folder / name)
+    statistics = Statistics("data.train", "tokens")
+    mapped = MappedArrays(folder, {name: array.nbytes for name, array in arrays.items()})
+    return {"memory": TokenizedRecords(statistics, arrays), "file": TokenizedRecords(statistics, mapped)}
 
 
 def measure(loader: TrainLoader, seconds: float) -> tuple[float, float, float]:
@@ -103,7 +88,7 @@ def main() -> None:
     micro_batches = [range(m * BATCH, (m + 1) * BATCH) for m in range(MICRO_BATCHES)]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for source, records in make_records(lengths, args.seq_len, Path(folder)).items():
+        for source, records in make_records(lengths, Path(folder)).items():
             for packed in (False, True):
                 order = build_order(lambda: lengths, args.records, packed, args.seq_len, True, 42)
                 batches = GlobalBatches(records, order, BATCH * MICRO_BATCHES, None, packed)

@@ -84,6 +84,28 @@ def test_one_step_equals_the_dense_gradient_in_float64(workers, setup, tmp_path)
     assert max(errors.values()) < DELTA_TOLERANCE, errors
 
 
+@pytest.mark.parametrize("method", ["hdpissa", "full"])
+def test_with_tensor_parallelism(method: str, workers, setup, tmp_path):
+    """The sequence is split between the ranks, in the midst of documents."""
+    _, start = runs.write_model(tmp_path / "model", num_key_value_heads=2, intermediate_size=38)
+    (plain,) = workers.run(1, runs.train, setup("plain", method))
+    split = workers.run(2, runs.train, setup("split", method, parallelism__tensor_parallel_degree=2))[0]
+    assert split == pytest.approx(plain, rel=LOSS_TOLERANCE)
+    errors = runs.delta_error(runs.exported(tmp_path / "split"), runs.exported(tmp_path / "plain"), start)
+    assert max(errors.values()) < DELTA_TOLERANCE, errors
+
+
+def test_a_mixture_is_packed_anew_for_every_epoch(workers, setup, tmp_path):
+    """Several epochs, resumed in their midst on another number of workers."""
+    runs.write_records(tmp_path / "other.jsonl", count=30, seed=1)
+    sources = [{"path": str(tmp_path / "records.jsonl"), "weight": 0.5}, {"path": str(tmp_path / "other.jsonl")}]
+    changes = {"data__train": json.dumps(sources), "training__steps": 8, "checkpoint__enable": "true"}
+    whole = workers.run(1, runs.train, setup("whole", **changes))[0]
+    first = workers.run(2, runs.train, setup("resumed", **changes), stop_after=5)[0]
+    rest = workers.run(1, runs.train, setup("resumed", **changes))[0]
+    assert first + rest == pytest.approx(whole, rel=LOSS_TOLERANCE)
+
+
 @pytest.mark.parametrize("changes", [{"mode": "full"}, {"mode": "selective"}, {"mode": "selective", "compile": "true"}])
 def test_checkpointing_and_compilation_change_nothing(changes: dict[str, str], workers, setup, tmp_path):
     (plain,) = workers.run(1, runs.train, setup("plain"))
