@@ -102,7 +102,7 @@ class Data:
     and epochs."""
     num_workers: int = 0
     """Processes per worker that read training batches ahead. 0: none, which is enough unless reading a record is slow;
-    docs/packing.md has figures."""
+    docs/benchmarks.md has figures."""
     num_proc: int = 0
     """Processes that tokenize on a node. 0: one for each core (at most 32); without a cache, of each worker's share of
     the cores."""
