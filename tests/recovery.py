@@ -20,7 +20,9 @@ START_SECONDS = 120  # a busy machine takes that long to import torch a few time
 class Launch:
     """One start of the launcher with its workers, as a scheduler would start it."""
 
-    def __init__(self, argv: list[str], workers: int = 2, max_restarts: int = 0):
+    def __init__(
+        self, argv: list[str], workers: int = 2, max_restarts: int = 0, environment: dict[str, str] | None = None
+    ):
         self.dump = Path(next(a for a in argv if a.startswith("--job.dump_folder=")).partition("=")[2])
         launcher = [sys.executable, "-m", "titan_hd.launch", "--nproc_per_node", str(workers), "--rdzv_backend", "c10d"]
         launcher += ["--rdzv_endpoint", "localhost:0", "--max_restarts", str(max_restarts), "--monitor_interval", "0.1"]
@@ -28,7 +30,7 @@ class Launch:
         self._config.touch()
         self.process = subprocess.Popen(
             [*launcher, "--", "--config", str(self._config), *argv],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(environment or {})},
             cwd=REPOSITORY,
             stderr=subprocess.PIPE,
             text=True,
