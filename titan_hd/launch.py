@@ -10,16 +10,22 @@ stopped the run (see titan_hd/signals.py).
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
+import socket
 import sys
+from pathlib import Path
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from titan_hd.config import manager
+from titan_hd.distributed.parallel_dims import mesh_picture
+from titan_hd.network import address_towards, interface_of
 from titan_hd.preflight import plan_run, update_plan
 from titan_hd.signals import REQUEUE, STATUS
 
@@ -42,8 +48,12 @@ def main() -> None:
     except manager.ConfigError as error:
         manager.exit_with(error.errors)
     if config.job.print_plan:
-        print(update_plan(config, plan).table() if config.adapter.method == "hdpissa" else "nothing is folded")
+        folds = config.adapter.method == "hdpissa"
+        print(mesh_picture(*plan.mesh, plan.num_adapters if folds else None))
+        print(update_plan(config, plan).table() if folds else "nothing is folded")
         return
+    if args.nnodes not in ("1", "1:1") and args.rdzv_endpoint:
+        _choose_network(args)
     # The agent repeats a worker's failure as a banner and a traceback of its own; the worker has said it already.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
@@ -53,12 +63,27 @@ def main() -> None:
         print(f"titan_hd: stopped by {error.sigval.name}, status {status}", file=sys.stderr)
         raise SystemExit(status) from None
     except ChildFailedError as error:
-        rank, failure = _root_cause(error.failures)
+        (rank, failure), *_ = failures = _root_cause_first(error.failures)
+        _write_errors(Path(config.job.dump_folder), failures)
         status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         reason = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"status {failure.exitcode}"
         said = "" if rank == 0 or failure.exitcode < 0 else f": {_first_line(failure.message)}"
         print(f"titan_hd: worker {rank} ended with {reason}{said}", file=sys.stderr)
         raise SystemExit(status) from None
+
+
+def _choose_network(args: argparse.Namespace) -> None:
+    """Talk to the other nodes from the address that faces the head, whatever this node's own name resolves to: torchrun
+    tells it to the others, and gloo listens on its interface."""
+    head = parse_rendezvous_endpoint(args.rdzv_endpoint, default_port=-1)[0]
+    try:
+        address = args.local_addr or address_towards(head)
+    except OSError as error:
+        manager.exit_with([f"--rdzv_endpoint: cannot reach {head}: {error.strerror}"])
+    args.local_addr = address
+    interface = interface_of(address)
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -71,17 +96,35 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _root_cause(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """The worker that failed by itself. One that a signal killed (out of memory, say) leaves the others with broken
-    connections, the agent ends those with SIGTERM, and a time-out ends waiting ones with SIGABRT: so other signals come
-    first, these last, then time decides (in whole seconds, which is why a lost peer is told by what it said)."""
+def _root_cause_first(failures: dict[int, ProcessFailure]) -> list[tuple[int, ProcessFailure]]:
+    """The workers of this node, the one that failed by itself first.
+
+    One that a signal killed (out of memory, say) leaves the others with broken connections, the agent ends those with
+    SIGTERM, and a time-out ends waiting ones with SIGABRT: so other signals come first, these last, then time decides
+    (in whole seconds, which is why a lost peer is told by what it said)."""
 
     def order(item: tuple[int, ProcessFailure]) -> tuple[int, int]:
         code, said = item[1].exitcode, str(item[1].message)
         consequence = code in (-signal.SIGTERM, -signal.SIGABRT, REQUEUE) or any(words in said for words in _PEER_LOST)
         return (2 if consequence else 0 if code < 0 else 1, item[1].timestamp)
 
-    return min(failures.items(), key=order)
+    return sorted(failures.items(), key=order)
+
+
+def _write_errors(folder: Path, failures: list[tuple[int, ProcessFailure]]) -> None:
+    """Append how every worker of this node ended to errors.jsonl, in the order given: one object per rank, with its
+    exception and traceback if it had one."""
+    host, lines = socket.gethostname(), []
+    for rank, failure in failures:
+        said = failure.message if isinstance(failure.message, dict) else {"message": failure.message}
+        known = {"rank": rank, "host": host, "time": failure.timestamp_isoformat(), "status": failure.exitcode}
+        lines.append(json.dumps({**known, "error": said["message"], "details": said.get("extraInfo")}) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "errors.jsonl", "a", encoding="utf-8") as file:
+            file.write("".join(lines))
+    except OSError as error:
+        print(f"titan_hd: {folder / 'errors.jsonl'}: cannot be written: {error.strerror}", file=sys.stderr)
 
 
 def _first_line(message: object) -> str:

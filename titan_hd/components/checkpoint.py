@@ -35,12 +35,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from titan_hd.adapters.adapter_linear import adapter_layers
 from titan_hd.components.checkpoint_folder import CheckpointFolder, damage, read_manifest, read_train_state
 from titan_hd.components.checkpoint_writer import CheckpointWriter
 from titan_hd.components.dcp_reader import CheckpointReader
 from titan_hd.config.errors import UserError
 from titan_hd.distributed.adapter_registry import AdapterRegistry
-from titan_hd.distributed.weights import base_parameters
+from titan_hd.distributed.collectives import once
+from titan_hd.distributed.watch import enter_phase
+from titan_hd.distributed.weights import adapter_parameters, base_parameters
 
 logger = logging.getLogger("titan_hd")
 
@@ -48,14 +51,18 @@ T = TypeVar("T")
 
 
 def model_state(model: nn.Module, registry: AdapterRegistry | None, changed_only: bool) -> dict[str, torch.Tensor]:
-    """Weights by HF name and, for HD-PiSSA, the fixed factors, as DTensors. changed_only: no weights that training
-    leaves as the base model has them."""
-    folded = {f"{name}.weight" for name in registry.entries} if registry else set()
+    """Weights by HF name, the tensors of adapters beside them and, for HD-PiSSA, the fixed factors, as DTensors.
+
+    changed_only: no weights that are as the base model has them.
+    """
+    changed = {f"{name}.weight" for name in registry.entries} if registry else set()
+    changed |= {f"{name}.weight" for name, layer in adapter_layers(model).items() if layer.changes_weight}
     state: dict[str, torch.Tensor] = {
         f"model.{name}": p.detach()
         for name, p in base_parameters(model)
-        if not changed_only or p.requires_grad or name in folded
+        if not changed_only or p.requires_grad or name in changed
     }
+    state |= {f"adapters.{name}": p.detach() for name, p in adapter_parameters(model)}
     for name, entry in registry.entries.items() if registry else ():
         state[f"factors.{name}.A"], state[f"factors.{name}.B"] = entry.a, entry.b
     return state
@@ -251,13 +258,17 @@ class Checkpointer:
     def train_state(self, step: int) -> dict[str, Any]:
         return read_train_state(self.files.path(step))
 
-    def metadata(self, step: int) -> Metadata:
-        return CheckpointReader(self.files.path(step)).read_metadata()
+    def reader(self, step: int) -> CheckpointReader:
+        """Of `step-N`; its table of contents is read by rank 0."""
+        path = self.files.path(step)
+        table = once("reading the checkpoint's table of contents", CheckpointReader(path).read_metadata)
+        return CheckpointReader(path, table)
 
-    def load(self, step: int, tensors: dict[str, Any]) -> None:
-        """Fill `tensors` in place from `step-N`, whatever mesh wrote it."""
-        dcp.load(tensors, storage_reader=CheckpointReader(self.files.path(step)), process_group=self.group)
-        logger.info("resumed from %s", self.files.path(step))
+    def load(self, reader: CheckpointReader, tensors: dict[str, Any]) -> None:
+        """Fill `tensors` in place from a checkpoint, whatever mesh wrote it."""
+        enter_phase("reading the checkpoint")
+        dcp.load(tensors, storage_reader=reader, process_group=self.group)
+        logger.info("resumed from %s", reader.folder)
 
 
 def _disk_fault(error: CheckpointException) -> str:
