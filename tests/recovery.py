@@ -14,13 +14,15 @@ from pathlib import Path
 from tests import runs
 from tests.conftest import REPOSITORY
 
-START_SECONDS = 120  # a busy machine takes that long to import torch a few times
+START_SECONDS = 600  # a machine that is busy with other things takes minutes to import torch a few times
 
 
 class Launch:
     """One start of the launcher with its workers, as a scheduler would start it."""
 
-    def __init__(self, argv: list[str], workers: int = 2, max_restarts: int = 0):
+    def __init__(
+        self, argv: list[str], workers: int = 2, max_restarts: int = 0, environment: dict[str, str] | None = None
+    ):
         self.dump = Path(next(a for a in argv if a.startswith("--job.dump_folder=")).partition("=")[2])
         launcher = [sys.executable, "-m", "titan_hd.launch", "--nproc_per_node", str(workers), "--rdzv_backend", "c10d"]
         launcher += ["--rdzv_endpoint", "localhost:0", "--max_restarts", str(max_restarts), "--monitor_interval", "0.1"]
@@ -28,7 +30,7 @@ class Launch:
         self._config.touch()
         self.process = subprocess.Popen(
             [*launcher, "--", "--config", str(self._config), *argv],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(environment or {})},
             cwd=REPOSITORY,
             stderr=subprocess.PIPE,
             text=True,
@@ -40,20 +42,20 @@ class Launch:
 
     def wait_for_step(self, step: int) -> bool:
         """Until `step` has been logged; False if the run ended before."""
-        return self._wait(lambda: last_step(self.dump) >= step)
+        return self._wait(lambda: last_step(self.dump) >= step, 0.01)
 
     def wait_for_save(self) -> bool:
         """Until a checkpoint is being written; False if the run ended before."""
-        return self._wait(lambda: any(self.dump.glob("checkpoint/step-*.partial")))
+        return self._wait(lambda: any(self.dump.glob("checkpoint/step-*.partial")), 0.001)
 
-    def _wait(self, condition) -> bool:
+    def _wait(self, condition, pause: float) -> bool:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if condition():
                 return True
             if self.process.poll() is not None:
                 return False
-            time.sleep(0.001)
+            time.sleep(pause)
         self.kill_all()
         raise TimeoutError(self.end()[1])
 

@@ -17,6 +17,7 @@ TINY = {
     "update": "--cases 24x40k8r2 --workers 2 --repetitions 1",
     "tokenize": "--records 60 --num-proc 1 2",
     "loader": "--records 60 --mean-length 20 --seq-len 64 --seconds 0.05 --num-workers 0 1 --pack 50",
+    "checkpoint": "--megabytes 5 --workers 2 --saves 1",
     "svd": "--sizes 48x32 --count 8 --threads 1 --repetitions 1",
 }
 

@@ -144,6 +144,7 @@ class Checkpointer:
         """Save `step-N`, or begin to. `wait` and `warn_of_failure` say how it went."""
         start = time.perf_counter()
         self.wait()
+        self.warn_of_failure()
         self.last_step = step
         if not self._executor:
             self._failure = self._write(step, tensors, train_state, start)
