@@ -57,7 +57,7 @@ def dcp_to_hf(checkpoint: Path, folder: Path, assets: str, dtype: torch.dtype | 
     model = _meta_model(assets)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     reader = CheckpointReader(checkpoint)
-    stored = _one_dtype(checkpoint, reader.tensor_dtypes(shapes))
+    stored = _one_dtype(checkpoint, reader.weight_dtypes(shapes))
     dtype = dtype or stored
     settings = state.get("settings", {})
     weights = MergedWeights(checkpoint, reader, state.get("config", ""), model.config)

@@ -76,7 +76,7 @@ class CheckpointReader(dcp.FileSystemReader):
         table.storage_meta.load_id = self.load_id
         return table
 
-    def tensor_dtypes(self, shapes: dict[str, torch.Size], prefix: str = "model.") -> set[torch.dtype]:
+    def weight_dtypes(self, shapes: dict[str, torch.Size], prefix: str = "model.") -> set[torch.dtype]:
         """The dtypes of the weights, which are named "model." and the HF name, or of the tensors of another prefix.
 
         shapes: name without the prefix -> shape.

@@ -37,7 +37,7 @@ class MergedWeights:
             self.layers = {f"{name}.weight": layer for name, layer in adapter_layers(model).items()}
         layers = self.layers.values()
         shapes = {f"{layer.name}.{key}": getattr(layer, key).shape for layer in layers for key in layer.adapter_names}
-        reader.tensor_dtypes(shapes, "adapters.")
+        reader.weight_dtypes(shapes, "adapters.")
 
     def read_into(self, name: str, weight: torch.Tensor) -> None:
         """Fill `weight`: as stored, or merged in fp32 and rounded once."""

@@ -78,7 +78,7 @@ def _load_checkpoint(folder: Path, assets: str, dtype: torch.dtype, device: torc
         raise UserError(f"--assets: {directory}: its config.json is not that of the checkpoint's model")
     model, reader = _meta_model(config, dtype), CheckpointReader(folder)
     weights = MergedWeights(folder, reader, settings, config)
-    reader.tensor_dtypes({name: p.shape for name, p in model.named_parameters()})
+    reader.weight_dtypes({name: p.shape for name, p in model.named_parameters()})
     materialize(model, device)
     with warnings.catch_warnings():  # that this is one process
         warnings.simplefilter("ignore")
