@@ -378,10 +378,6 @@ def check_combinations(config: JobConfig) -> list[str]:
     require(size > 0, f"export.max_shard_size_gb: must be above 0, not {size}")
     require(c.adapter.target_modules != [], "adapter.target_modules: names no layer; leave it out for all")
     require(
-        c.parallelism.tensor_parallel_degree == 1 or c.adapter.dropout == 0,
-        "adapter.dropout: is not supported with tensor parallelism (each rank would drop other columns)",
-    )
-    require(
         c.adapter.dropout == 0 or c.adapter.method != "full",
         f"adapter.dropout: method {c.adapter.method} has no adapters; set it to 0",
     )

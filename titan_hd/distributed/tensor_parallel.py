@@ -198,6 +198,8 @@ def _split(layer: nn.Linear, mesh: DeviceMesh, dim: int, state: _Pass) -> None:
     if isinstance(layer, AdapterLinear):
         _split_adapter(layer, mesh, dim)
     if isinstance(layer, (AdapterLinear, HDPissaLinear)):
+        if dim == 1:
+            layer.dropped = functools.partial(_dropped_columns, layer, state.group)
         layer.parameters_for_compute = parts
         compute = layer.forward
     else:
@@ -210,6 +212,17 @@ def _split(layer: nn.Linear, mesh: DeviceMesh, dim: int, state: _Pass) -> None:
         return y if layer.bias is None else y + state.of_piece(layer.bias)
 
     layer.forward = compute if dim == 0 else row_wise
+
+
+def _dropped_columns(layer: AdapterLinear | HDPissaLinear, group: dist.ProcessGroup, x: torch.Tensor) -> torch.Tensor:
+    """Dropout of this rank's columns of the input. Every rank draws the mask of the whole input, which is the one that
+    is drawn without tensor parallelism: generators are seeded by the samples, so they are alike on tp ranks."""
+    if not (layer.dropout and layer.training):
+        return x
+    size = dist.get_world_size(group)
+    whole = F.dropout(x.new_ones(*x.shape[:-1], size * x.shape[-1]), layer.dropout)
+    kept = whole.chunk(size, dim=-1)[dist.get_rank(group)] != 0
+    return torch.where(kept, x / (1 - layer.dropout), 0.0)
 
 
 def _split_adapter(layer: AdapterLinear, mesh: DeviceMesh, dim: int) -> None:
