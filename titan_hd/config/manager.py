@@ -352,6 +352,12 @@ def check_combinations(config: JobConfig) -> list[str]:
     require(gbs == -1 or gbs >= 1, f"training.global_batch_size: must be -1 or at least 1, not {gbs}")
     shard = c.parallelism.data_parallel_shard_degree
     require(shard == -1 or shard >= 1, f"parallelism.data_parallel_shard_degree: must be -1 or at least 1, not {shard}")
+    context = c.parallelism.context_parallel_degree
+    require(
+        context == 1,
+        f"parallelism.context_parallel_degree: must be 1, not {context}; for long sequences use "
+        'parallelism.tensor_parallel_degree and activation_checkpoint.mode = "full"',
+    )
     steps = c.validation.steps
     require(steps == -1 or steps >= 1, f"validation.steps: must be -1 or at least 1, not {steps}")
     require(

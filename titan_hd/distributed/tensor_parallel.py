@@ -39,6 +39,7 @@ from titan_hd.adapters.hdpissa import HDPissaLinear
 from titan_hd.distributed.tp_functions import (
     copy_to_tp,
     gather_alike,
+    gather_dim,
     gather_sequence,
     own_piece,
     reduce_from_tp,
@@ -155,7 +156,7 @@ def _embed_own_tokens(embedding: nn.Embedding, state: _Pass, input_ids: torch.Te
 
 def _own_logits(head: nn.Module, state: _Pass, x: torch.Tensor) -> torch.Tensor:
     logits = F.linear(state.enter(x), head.weight.to_local())
-    return funcol.all_gather_tensor(logits.contiguous(), 2, state.group) if state.whole_logits else logits
+    return gather_dim(logits, 2, state.group) if state.whole_logits else logits
 
 
 def _keep_vocabulary(model: Decoder, state: _Pass) -> None:
