@@ -32,13 +32,13 @@ class _CopyToTP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gy):
-        return funcol.all_reduce(gy.contiguous(), "sum", ctx.group), None
+        return _all_reduce(gy, ctx.group), None
 
 
 class _ReduceFromTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
-        return funcol.all_reduce(x.contiguous(), "sum", group)
+        return _all_reduce(x, group)
 
     @staticmethod
     def backward(ctx, gy):
@@ -103,7 +103,7 @@ def gather_alike(x: torch.Tensor, length: int, group: dist.ProcessGroup) -> torc
 
 def gather_dim(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
     """All ranks' tensors, concatenated in a dimension. No gradient."""
-    return _all_gather_single(x.contiguous(), dim, group)
+    return _arrived(_all_gather_single(x.contiguous(), dim, group))
 
 
 def own_piece(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -121,4 +121,13 @@ def _gather(x: torch.Tensor, length: int, group: dist.ProcessGroup) -> torch.Ten
 
 
 def _reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    return _reduce_scatter_single(_padded(x, group).contiguous(), "sum", 1, group)
+    return _arrived(_reduce_scatter_single(_padded(x, group).contiguous(), "sum", 1, group))
+
+
+def _all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return _arrived(funcol.all_reduce(x.contiguous(), "sum", group))
+
+
+def _arrived(x: torch.Tensor) -> torch.Tensor:
+    """A plain tensor: each layer that reads one that is still under way would wrap and save one of its own."""
+    return x.wait() if isinstance(x, funcol.AsyncCollectiveTensor) else x
