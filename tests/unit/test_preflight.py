@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -154,3 +156,17 @@ def test_a_run_that_resumes_needs_no_weights(config, tmp_path: Path):
     assert line.startswith("checkpoint.load_step: ")
     (line,) = errors_of(config(*argv, "--checkpoint.load_step", "0", model=model), 1)
     assert "holds no model.safetensors" in line
+
+
+def test_tensor_parallelism_splits_the_vocabulary_or_leaves_it_whole(config):
+    """The debug model has 2 key/value heads and a vocabulary of 256; 257 of a config.json divide by nothing."""
+    tp = ("--parallelism.tensor_parallel_degree", "2")
+    plan_run(config(*tp), 2)
+    odd = dataclasses.replace(plan_run(config(*tp), 2).decoder, vocab_size=257)
+    with mock.patch("titan_hd.preflight.decoder_config", return_value=odd):
+        (line,) = errors_of(config(*tp), 2)
+        assert line == (
+            "parallelism.tensor_parallel_degree: 2 does not divide vocab_size = 257; "
+            "parallelism.loss_parallel = false keeps the vocabulary whole"
+        )
+        plan_run(config(*tp, "--parallelism.loss_parallel", "false"), 2)

@@ -249,6 +249,8 @@ class Parallelism:
     loss_parallel: bool = True
     """With tensor parallelism: split embedding, head and loss by the vocabulary, which the degree must divide; no rank
     then holds whole logits. false: whole on every tensor-parallel rank."""
+    context_parallel_degree: int = 1
+    """Ranks that split the sequence of attention itself. Only 1: docs/meshes.md says what to use for long sequences."""
 
 
 @dataclass

@@ -392,6 +392,7 @@ class TestCombinations:
             ("hdpissa.mute_scalar", "-1e-16"),
             ("parallelism.data_parallel_replicate_degree", "0"),
             ("parallelism.data_parallel_shard_degree", "0"),
+            ("parallelism.context_parallel_degree", "2"),
             ("checkpoint.interval", "0"),
             ("checkpoint.load_step", "-2"),
             ("metrics.log_freq", "0"),
