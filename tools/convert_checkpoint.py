@@ -3,9 +3,9 @@
     python tools/convert_checkpoint.py dcp-to-hf outputs/checkpoint/step-500 OUT --assets assets/hf/Llama-3.1-8B
     python tools/convert_checkpoint.py hf-to-dcp assets/hf/Llama-3.1-8B OUT
 
-`dcp-to-hf` takes the weights of a run's checkpoint, and everything else (config, tokenizer) from the base model.
-Whatever mesh wrote the checkpoint, one tensor and one of its stored shards are in memory at a time. No code in it is
-run.
+`dcp-to-hf` takes the weights of a run's checkpoint, with its adapters merged in, and everything else (config,
+tokenizer) from the base model. Whatever mesh wrote the checkpoint, one tensor and one of its stored shards are in
+memory at a time. No code in it is run.
 
 `hf-to-dcp` writes the weights alone, under the names that a run's checkpoint gives them ("model." and HF's name), one
 file for each tensor, so that one tensor is in memory at a time. For other trainers, and for `dcp-to-hf`; a titan_hd run
@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
 from tqdm import tqdm
 
 from titan_hd.components.checkpoint import STATE_FILE
 from titan_hd.components.dcp_reader import CheckpointReader
 from titan_hd.components.export import beside, check_folder, publish, start_folder, write_assets
+from titan_hd.components.merged import MergedWeights
 from titan_hd.components.model_card import model_card
 from titan_hd.config import manager
 from titan_hd.config.errors import UserError
@@ -60,6 +60,7 @@ def dcp_to_hf(checkpoint: Path, folder: Path, assets: str, dtype: torch.dtype | 
     stored = _one_dtype(checkpoint, reader.weight_dtypes(shapes))
     dtype = dtype or stored
     settings = state.get("settings", {})
+    weights = MergedWeights(checkpoint, reader, state.get("config", ""), model.config)
     base = "" if settings.get("model", {}).get("flavor") else assets
     card = model_card(model.config.hf, base, settings, {"step": state["step"]} if state else {})
     partial = beside(folder)
@@ -70,8 +71,8 @@ def dcp_to_hf(checkpoint: Path, folder: Path, assets: str, dtype: torch.dtype | 
         check_space(partial, slots, shapes)
         write_headers(slots, headers)
         for name in tqdm(shapes, unit="tensor"):
-            values = torch.empty(shapes[name], dtype=stored)
-            _load(checkpoint, reader, f"model.{name}", values)
+            values = torch.empty(shapes[name], dtype=torch.float32 if name in weights.layers else stored)
+            weights.read_into(name, values)
             write_rows(slots[name], 0, values)
         sync_files(headers)
         publish(partial, folder)
@@ -84,17 +85,9 @@ def _train_state(checkpoint: Path) -> dict:
         return {}
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        return {"step": state["step"], "settings": manager.tomllib.loads(state["config"])}
+        return {**state, "settings": manager.tomllib.loads(state["config"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is not the state of a run: {type(error).__name__}: {error}") from None
-
-
-def _load(checkpoint: Path, reader: CheckpointReader, key: str, values: torch.Tensor) -> None:
-    try:
-        dcp.load({key: values}, storage_reader=reader, no_dist=True)
-    except CheckpointException as error:
-        reason = next(iter(error.failures.values()))[0]
-        raise UserError(f"{checkpoint}: {key}: cannot be read: {reason}") from None
 
 
 def _meta_model(assets: str) -> Decoder:

@@ -37,6 +37,8 @@ def setup(tmp_path):
 # Methods that every run below knows by name, beside hdpissa: what they change in the configuration.
 ADAPTERS = {
     "lora": {"adapter__method": "lora", "adapter__rank": 3, "adapter__alpha": 4},
+    "pissa": {"adapter__method": "pissa", "adapter__rank": 3},
+    "dora": {"adapter__method": "dora", "adapter__rank": 3, "adapter__loraplus_lr_ratio": 4},
 }
 
 

@@ -238,7 +238,7 @@ def _no_data(step: Path) -> None:
     [
         (_no_state, "train_state.json: is not the state of a titan_hd run: KeyError: 'config'"),
         (_no_metadata, ".metadata: cannot be read: "),
-        (_no_data, "step-2: cannot be read: "),
+        (_no_data, ": cannot be read: "),
     ],
 )
 def test_a_torn_checkpoint_is_one_line(trained: Path, call, tmp_path: Path, break_it, line: str):

@@ -92,8 +92,9 @@ class Training:
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype in which the weights are all-gathered and computed with."""
     master_dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype of the sharded master weights. bfloat16 (hdpissa only) halves their memory; the fold then rounds
-    stochastically, because an update of relative size 1e-5 would vanish."""
+    """dtype of the sharded master weights. bfloat16 halves their memory. For hdpissa the fold then rounds
+    stochastically, because an update of relative size 1e-5 would vanish; methods with adapters beside a frozen W keep
+    those in float32; full needs float32."""
     gc_freq: int = 50
     """Python garbage is collected every this many steps, by all workers at once."""
 

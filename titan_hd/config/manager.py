@@ -64,6 +64,22 @@ def load(argv: list[str]) -> JobConfig:
     return config
 
 
+def from_toml(text: str, where: str) -> JobConfig:
+    """A resolved configuration that was written by `to_toml`; where: what it came from. ConfigError as for `load`."""
+    errors: list[str] = []
+    try:
+        sections = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([f"{where}: its configuration is not valid TOML: {error}"]) from None
+    values: dict[str, tuple[Any, str]] = {}
+    for name, table in sections.items():
+        _flatten(name, {key: (value, where) for key, value in table.items()}, where, values, errors)
+    config = _build(_renamed(values), errors)
+    if errors:
+        raise ConfigError(errors)
+    return config
+
+
 def load_or_exit(argv: list[str]) -> JobConfig:
     """`load`; on `--help` prints it and exits 0, on faults prints one line each and exits 2."""
     if "--help" in argv or "-h" in argv:
