@@ -276,7 +276,7 @@ def test_a_checkpoint_with_more_than_the_model_is_refused(trained: Path, tmp_pat
     """Weights of a method beside the model's own would be lost without a word."""
     dcp.save({"model.extra": torch.zeros(2)}, checkpoint_id=str(tmp_path), no_dist=True)
     with pytest.raises(UserError) as caught:
-        CheckpointReader(tmp_path).weight_dtypes({"norm": torch.Size([2])})
+        CheckpointReader(tmp_path).tensor_dtypes({"norm": torch.Size([2])})
     assert str(caught.value).splitlines() == [
         f"{tmp_path}: model.extra: is not part of the model",
         f"{tmp_path}: model.norm: is missing",

@@ -47,6 +47,7 @@ class _ExactMute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gys):
+        """gys: dLoss/dy [..., out] of each layer. dx is one sum over the layers; da and db come in fp32."""
         x, *saved = ctx.saved_tensors
         weights, a, b = saved[0::3], saved[1::3], saved[2::3]
         shape, x, gys = x.shape, x.flatten(0, -2), [gy.flatten(0, -2) for gy in gys]

@@ -30,8 +30,8 @@ def build_method(config: JobConfig, num_adapters: int = 1) -> Method:
 def adapter_identity(config: Adapter) -> dict[str, object]:
     """What a run with adapters beside W and the checkpoint that it resumes from must have in common."""
     alpha = config.rank if config.alpha is None else config.alpha
-    variants = {f"adapter.{key}": getattr(config, key) for key in ("rslora", "init", "mora_type", "bat_form")}
-    return {"adapter.alpha": alpha, **variants}
+    keys = ("rank", "dropout", "rslora", "init", "mora_type", "bat_form")
+    return {"adapter.alpha": alpha, **{f"adapter.{key}": getattr(config, key) for key in keys}}
 
 
 def _hdpissa(config: JobConfig, num_adapters: int) -> Method:

@@ -43,13 +43,18 @@ class _TableUnpickler(pickle.Unpickler):
 class CheckpointReader(dcp.FileSystemReader):
     """DCP's reader of a folder, which reads the table of contents once and without running code.
 
+    table: if another rank has read it already.
+
     Raises:
         UserError: from `read_metadata`: there is none, or it cannot be read.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, table: Metadata | None = None):
         super().__init__(str(folder))
         self.folder = folder
+        if table is not None:
+            table.storage_meta.load_id = self.load_id
+            self._table = table
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         return self._table
@@ -76,7 +81,10 @@ class CheckpointReader(dcp.FileSystemReader):
         table.storage_meta.load_id = self.load_id
         return table
 
-    def weight_dtypes(self, shapes: dict[str, torch.Size], prefix: str = "model.") -> set[torch.dtype]:
+    def holds(self, key: str) -> bool:
+        return key in self._table.state_dict_metadata
+
+    def tensor_dtypes(self, shapes: dict[str, torch.Size], prefix: str = "model.") -> set[torch.dtype]:
         """The dtypes of the weights, which are named "model." and the HF name, or of the tensors of another prefix.
 
         shapes: name without the prefix -> shape.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import resource
 import sys
 import time
@@ -134,7 +135,8 @@ class MetricsLogger:
         if config.metrics.enable_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step)
+            # Records of later steps will be written again; that of step 0 only by a run that starts anew.
+            self._tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step + 1 if first_step else 0)
 
     @property
     def wandb_id(self) -> str | None:
@@ -152,6 +154,11 @@ class MetricsLogger:
             for key, value in values.items():
                 self._tensorboard.add_scalar(key, value, step)
         logger.info("step %d  %s", step, "  ".join(f"{k} {_short(v)}" for k, v in values.items()))
+
+    def sync(self) -> None:
+        """Wait until the records are on the disk: a checkpoint must not know more steps than they."""
+        if self.enabled:
+            os.fsync(self._file.fileno())
 
     def advance(self, loss: float | None = None) -> None:
         """Move the progress bar by one step."""
@@ -199,7 +206,12 @@ def keep_records_until(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    beside = path.with_name(path.name + ".partial")  # renamed when complete: a run that is killed here loses nothing
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write("".join(line + "\n" for line in kept))
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
 
 
 def _short(value: float) -> str:

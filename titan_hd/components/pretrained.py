@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from titan_hd.components.checkpoint import STATE_FILE
+from titan_hd.components.checkpoint_folder import STATE_FILE, read_train_state
+from titan_hd.components.checkpoint_weights import CheckpointWeights
 from titan_hd.components.dcp_reader import CheckpointReader
-from titan_hd.components.merged import MergedWeights
 from titan_hd.config.errors import UserError
 from titan_hd.distributed.weights import materialize
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.hf_weights import WeightFiles
 from titan_hd.models.registry import DecoderConfig, flavor_config, read_hf_config
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.device) -> tuple[Decoder, Path]:
@@ -63,34 +55,25 @@ def _meta_model(config: DecoderConfig, dtype: torch.dtype) -> Decoder:
 
 
 def _load_checkpoint(folder: Path, assets: str, dtype: torch.dtype, device: torch.device) -> tuple[Decoder, Path]:
-    settings, run, identity = _read_state(folder / STATE_FILE)
-    directory = assets or run.get("hf_assets_path", "")
+    state = read_train_state(folder)
+    settings, identity = state["settings"].get("model", {}), state["identity"]
+    directory = assets or settings.get("hf_assets_path", "")
     if not directory:
         raise UserError(f"--assets: {folder} is of a run without model.hf_assets_path; name the directory")
     if not Path(directory).is_dir():
         key = "--assets" if assets else "--assets: missing, and model.hf_assets_path of the run"
         raise UserError(f"{key}: no such directory: {directory}")
-    if run.get("flavor"):
-        config = flavor_config(run["name"], run["flavor"])
+    if settings.get("flavor"):
+        config = flavor_config(settings["name"], settings["flavor"])
     else:
         config = read_hf_config(directory)
     if identity.get("model") != repr(config):
         raise UserError(f"--assets: {directory}: its config.json is not that of the checkpoint's model")
-    model, reader = _meta_model(config, dtype), CheckpointReader(folder)
-    weights = MergedWeights(folder, reader, settings, config)
-    reader.weight_dtypes({name: p.shape for name, p in model.named_parameters()})
+    weights = CheckpointWeights(CheckpointReader(folder), state, config, directory)
+    model = _meta_model(config, dtype)
     materialize(model, device)
     with warnings.catch_warnings():  # that this is one process
         warnings.simplefilter("ignore")
         for name, parameter in model.named_parameters():
             weights.read_into(name, parameter)
     return model, Path(directory)
-
-
-def _read_state(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """The run's configuration as TOML, its [model], and what identifies the run."""
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        return state["config"], tomllib.loads(state["config"])["model"], state["identity"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is not the state of a titan_hd run: {type(error).__name__}: {error}") from None

@@ -22,8 +22,8 @@ class Job:
     print_config: bool = False
     """Print the resolved configuration at the start."""
     print_plan: bool = False
-    """Print how every weight's update would travel with this configuration and number of workers, and stop. Needs
-    neither GPUs nor weights."""
+    """Print which ranks would hold what and how every weight's update would travel, with this configuration and number
+    of workers, and stop. Needs neither GPUs nor weights."""
 
 
 @dataclass
@@ -39,12 +39,38 @@ class Model:
 
 
 @dataclass
+class DataSource:
+    """One entry of a list in data.train or data.validation; what it does not set is taken from [data]."""
+
+    path: str = ""
+    """As data.train."""
+    weight: float | None = None
+    """Of data.train only: every epoch takes round(weight * its records). Not set: 1, every record once."""
+    samples: int | None = None
+    """Of data.train only: every epoch takes exactly this many of its records. Give this or weight."""
+    format: Literal["auto", "instruction", "chat", "text", "tokens"] | None = None
+    """As data.format."""
+    template: str | None = None
+    """As data.template."""
+    prompt_field: str | None = None
+    """As data.prompt_field."""
+    response_field: str | None = None
+    """As data.response_field."""
+    text_field: str | None = None
+    """As data.text_field."""
+
+
+@dataclass
 class Data:
-    train: str = ""
-    """Training records: a file, a directory or a glob, read in the order of names. JSONL, a JSON array (both perhaps
-    .gz or .zst) or Parquet."""
-    validation: str = ""
-    """Validation records, in the same format as the training records."""
+    train: str | list[DataSource] = ""
+    """Training records: a file, a directory or a glob, read in the order of names (JSONL, a JSON array, both perhaps
+    .gz or .zst, or Parquet), or org/name[:config][:split] of the Hub (needs the package datasets). Or a mixture: a list
+    of paths or tables, [[data.train]] (on the command line as JSON), each with path, perhaps weight or samples, and
+    perhaps format, template, prompt_field, response_field, text_field instead of those of [data]. An epoch takes
+    round(weight * records) of a source, each record equally often, or exactly `samples`; a partial pass goes on where
+    the last epoch's ended, so that over the epochs no record is seen more than once more often than another."""
+    validation: str | list[DataSource] = ""
+    """Validation records, as data.train; of a list all records are read, in its order."""
     format: Literal["auto", "instruction", "chat", "text", "tokens"] = "auto"
     """instruction: a prompt and a response field. chat: messages [{role, content}, ...] or ShareGPT's conversations
     [{from, value}, ...], as the model's own chat template writes them; loss on every assistant turn and its end. text:
@@ -70,6 +96,25 @@ class Data:
     """The most bad records of a data set that data.on_error = "skip" leaves out; one more ends the run."""
     shuffle: bool = True
     """Permute the records anew in every epoch, as a function of (training.seed, epoch) alone."""
+    pack: bool = False
+    """Pack training records into rows of training.seq_len tokens. Records of a row do not see each other, and the loss
+    is that of the same records unpacked; a row counts as one record for training.local_batch_size, global_batch_size
+    and epochs."""
+    num_workers: int = 0
+    """Processes per worker that read training batches ahead. 0: none, which is enough unless reading a record is slow;
+    docs/packing.md has figures."""
+    num_proc: int = 0
+    """Processes that tokenize on a node. 0: one for each core; without a cache, the worker's share of the cores."""
+    cache_dir: str = "auto"
+    """Folder in which tokenized records are kept between runs and shared by the workers, keyed by the content of data
+    and tokenizer and by these settings. auto: titan_hd/tokens in $XDG_CACHE_HOME or ~/.cache. Empty: none, every worker
+    tokenizes all records and holds them in memory (as it always does with less than 1 MiB of data)."""
+    streaming: bool = False
+    """Tokenize nothing ahead: every worker reads through the files and encodes the records of its own batches. Needs
+    training.steps. Sample j of the run is record j of the files, which begin anew at their end; a bad record
+    (data.on_error = "skip", counted for each worker) or one without a label is a sample without loss."""
+    shuffle_window: int = 10000
+    """With data.streaming: data.shuffle permutes records within stretches of so many, whose text is held in memory."""
 
 
 @dataclass
@@ -197,6 +242,12 @@ class Parallelism:
     """Shards of the model (FSDP). -1: all workers that are left."""
     tensor_parallel_degree: int = 1
     """Ranks that split each linear layer of the blocks (tensor parallelism), within a node."""
+    sequence_parallel: bool = True
+    """With tensor parallelism: split the sequence between attention and MLP, so that norms and the activations that
+    are kept there are shared out; as many bytes travel."""
+    loss_parallel: bool = True
+    """With tensor parallelism: split embedding, head and loss by the vocabulary, which the degree must divide; no rank
+    then holds whole logits. false: whole on every tensor-parallel rank."""
 
 
 @dataclass
@@ -237,11 +288,20 @@ class Checkpoint:
     folder: str = "checkpoint"
     """Folder of the checkpoints inside job.dump_folder."""
     interval: int = 500
-    """Steps between two checkpoints; the last step is always saved."""
+    """Steps between two checkpoints; the last step is always saved, and the one at which a signal stops the run."""
     keep_latest_k: int = 2
-    """Checkpoints to keep. 0: all."""
+    """Checkpoints to keep, and those of a run that was left behind. 0: all."""
     load_step: int = -1
-    """Step to resume from. -1: the latest; 0: do not resume."""
+    """Step to resume from. -1: the latest whose files are whole; 0: do not resume."""
+    async_mode: Literal["disabled", "async"] = "disabled"
+    """async: a save stops the training only while the shards are copied to the host (which takes as much memory there);
+    a thread writes them. One save is under way at a time. disabled: training waits for the disk."""
+    base: Literal["full", "delta"] = "full"
+    """full: a checkpoint holds every weight. delta: only those that training changes; the others are read again from
+    model.hf_assets_path, which must then hold the same files."""
+    allow_mismatch: list[str] = field(default_factory=list)
+    """Keys in which a run may differ from the checkpoint that it resumes from, for example data.train (see
+    docs/checkpoints.md for those that can)."""
 
 
 @dataclass

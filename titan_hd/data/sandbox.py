@@ -87,6 +87,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.bounded("".join(map(str, parts)))
 
     def call(__self, __context, __obj, *args, **kwargs):  # named as in jinja2, because a template may pass self=
+        """jinja2's hook for every call in a template: charged by what it may make, SecurityError over the limit."""
         owner = getattr(__obj, "__self__", None)
         if owner is __self:  # one of the meter's own
             return __obj(*args)
@@ -103,6 +104,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return __self.bounded(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context, operator: str, left: Any, right: Any) -> Any:
+        """jinja2's hook for the intercepted operators: charged by the size of the result, before it is made."""
         numbers = _is_number(left) and _is_number(right)
         if numbers:
             _size(left), _size(right)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from titan_hd.config.errors import UserError
-from titan_hd.config.small_files import read_small_text
+from titan_hd.config.small_files import read_json_object
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -90,6 +89,8 @@ class Settings:
 
     @classmethod
     def read(cls, directory: Path) -> Settings:
+        """From the JSON files of a HF directory, the later ones over the earlier: config, special_tokens_map,
+        tokenizer_config. Files that are not there are left out. UserError names a file or a key that is wrong."""
         values: dict[str, Any] = {}
         for name in ("config.json", "special_tokens_map.json", "tokenizer_config.json"):
             values.update(read_json(directory / name))
@@ -124,17 +125,7 @@ class Settings:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; nothing, if the file is not there."""
-    try:
-        content = json.loads(read_small_text(path))
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not valid JSON: must be an object")
-    return content
+    return read_json_object(path) if path.exists() else {}
 
 
 def _ids(value: Any, path: Path) -> list[int]:

@@ -1,0 +1,176 @@
+"""tools/import_gguf.py: broken and hostile files, and disks that fail."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import struct
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import tools.import_gguf
+from tests.integration.test_import_gguf import write_gguf
+from titan_hd.config.errors import UserError
+from titan_hd.models import gguf as models_gguf
+
+gguf = pytest.importorskip("gguf")
+
+
+TYPES = gguf.GGUFValueType
+U32, I32, F32, STRING, BOOL = ((kind,) for kind in (TYPES.UINT32, TYPES.INT32, TYPES.FLOAT32, TYPES.STRING, TYPES.BOOL))
+U32S, STRINGS = (TYPES.ARRAY, TYPES.UINT32), (TYPES.ARRAY, TYPES.STRING)
+
+
+class TestFaults:
+    """What a file, or a disk, can have wrong: one line, exit status 2, and nothing is left behind."""
+
+    @pytest.fixture
+    def refusal(self, tmp_path: Path, monkeypatch, capsys):
+        def run(file: Path, folder: Path | None = None, *options: str) -> str:
+            folder = folder or tmp_path / "out" / "hf"
+            monkeypatch.setattr(sys, "argv", ["import_gguf.py", str(file), str(folder), *options])
+            with pytest.raises(SystemExit) as caught:
+                tools.import_gguf.main()
+            lines = [line for line in capsys.readouterr().err.splitlines() if line and "tensor/s]" not in line]
+            assert caught.value.code == 2
+            assert len(lines) == 1
+            assert len(lines[0]) < 1000
+            assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+            return lines[0]
+
+        return run
+
+    @staticmethod
+    def pack(tmp_path: Path, data: bytes = b"GGUF" * 1000) -> Path:
+        with zipfile.ZipFile(tmp_path / "model.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.gguf", data)
+        return tmp_path / "model.zip"
+
+    # Offsets of the field in the header before the data, and in the one of the directory at the end.
+    @pytest.mark.parametrize(
+        ("field", "value", "line"),
+        [
+            ((6, 8), 1, "model.zip: cannot be unpacked: .*encrypted"),
+            ((8, 10), 99, "model.zip: cannot be unpacked: .*compression"),
+            ((30 + 6 + 8, None), 0xFFFF, "model.zip: cannot be unpacked: Error -3"),
+            ((None, 0), 0, "is no GGUF file"),  # no directory: no zip file either
+        ],
+    )
+    def test_zip(self, tmp_path: Path, refusal, field: tuple, value: int, line: str):
+        path = self.pack(tmp_path)
+        data = bytearray(path.read_bytes())
+        for start, offset in zip((0, data.index(b"PK\1\2")), field):
+            if offset is not None:
+                data[start + offset : start + offset + 2] = struct.pack("<H", value)
+        if field[0] is None:
+            del data[-22:]
+        path.write_bytes(data)
+        assert re.search(line, refusal(path))
+
+    def test_zip_of_many(self, tmp_path: Path, refusal):
+        with zipfile.ZipFile(tmp_path / "many.zip", "w") as archive:
+            for i in range(100):
+                archive.writestr(f"{i}.gguf", "")
+            archive.writestr("two\nlines.txt", "")
+        assert "0.gguf, 1.gguf, 2.gguf and 97 more; name one" in refusal(tmp_path / "many.zip")
+        assert "holds no 'x\\ny'" in refusal(tmp_path / "many.zip", None, "--member", "x\ny")
+        assert "many.zip: is no GGUF file" in refusal(tmp_path / "many.zip", None, "--member", "7.gguf")
+
+    @pytest.mark.parametrize("length", [2**60, 2**63])
+    def test_array_longer_than_the_file(self, tmp_path: Path, refusal, length: int):
+        """The gguf package reads bytes that are not there as empty ones, for as long as they last."""
+        data = b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", TYPES.ARRAY, TYPES.UINT8, length)
+        (tmp_path / "model.gguf").write_bytes(data + bytes(100))
+        assert "is no GGUF file, or an incomplete one: it ends too early" in refusal(tmp_path / "model.gguf")
+
+    @pytest.mark.parametrize(
+        ("key", "value", "line"),
+        [
+            ("general.architecture", (["llama"], STRINGS), "must be text, not ['llama']"),
+            ("split.count", ("2", STRING), "must be a whole number, not '2'"),
+            ("llama.attention.head_count", (0, U32), "must be a whole number above 0, not 0"),
+            ("llama.attention.head_count", ([4, 4], U32S), "must be a whole number, not [4, 4]"),
+            ("llama.attention.head_count", (128, U32), "blk.0.attn_q.weight: has shape [32, 64], must be [1024, 64]"),
+            ("llama.attention.head_count_kv", (3, U32), "num_key_value_heads: must divide"),
+            ("llama.attention.head_count_kv", (True, BOOL), "must be a whole number, not True"),
+            ("llama.attention.key_length", (-8, I32), "must be a whole number above 0, not -8"),
+            ("llama.attention.value_length", (9, U32), "only 8 is supported"),
+            ("llama.embedding_length", ("64", STRING), "must be a whole number, not '64'"),
+            ("llama.embedding_length", (64.0, F32), "must be a whole number, not 64.0"),
+            ("llama.feed_forward_length", (2**31, U32), "must be a whole number above 0, not 2147483648"),
+            ("llama.block_count", (2**31, U32), "must be a whole number above 0, not 2147483648"),
+            ("llama.block_count", (2**31 - 1, U32), "num_hidden_layers: must be at most"),
+            ("llama.block_count", (999, U32), "is 999, the file has 2 layers"),
+            ("llama.block_count", (1, U32), "is 1, the file has 2 layers"),
+            ("llama.attention.layer_norm_rms_epsilon", (float("nan"), F32), "must be a number above 0, not nan"),
+            ("llama.rope.freq_base", (float("inf"), F32), "must be a number above 0, not inf"),
+            ("llama.rope.freq_base", (0.0, F32), "must be a number above 0, not 0.0"),
+            ("llama.rope.scaling.factor", (float("nan"), F32), "must be a number above 0, not nan"),
+            ("llama.rope.scaling.type", (2, U32), "must be text, not 2"),
+            ("tokenizer.ggml.tokens", ("a", STRING), "must be an array, text each"),
+            ("tokenizer.ggml.tokens", (3, U32), "must be an array, text each"),
+            ("tokenizer.ggml.token_type", (["a"] * 288, STRINGS), "must be an array, a whole number each"),
+            ("tokenizer.ggml.merges", ([1, 2], U32S), "must be an array, text each"),
+            ("tokenizer.ggml.merges", (["ab"], STRINGS), "tokens and merges do not fit"),
+            ("tokenizer.ggml.pre", ("x\n" * 1000, STRING), "'x\\nx"),
+            ("tokenizer.ggml.add_bos_token", ("yes", STRING), "must be true or false, not 'yes'"),
+            ("tokenizer.ggml.bos_token_id", (-1, I32), "-1 is not below 288 and at least 0"),
+            ("tokenizer.ggml.eos_token_id", ("256", STRING), "must be a whole number, not '256'"),
+            ("tokenizer.ggml.eot_token_id", (288, U32), "288 is not below 288"),
+            ("tokenizer.chat_template", (1, U32), "must be text, not 1"),
+        ],
+    )
+    def test_metadata(self, tmp_path: Path, refusal, key: str, value: tuple, line: str):
+        write_gguf(tmp_path / "model.gguf", "llama", metadata={key: value})
+        shown = refusal(tmp_path / "model.gguf")
+        assert str(tmp_path / "model.gguf") in shown
+        assert line in shown
+        assert key in shown or line.startswith(("blk.", "tokens and merges", "num_"))
+
+    def test_more_layers_than_the_metadata_says_would_be_built(self, tmp_path: Path, monkeypatch):
+        """Nothing is built for each layer before their number is known to be true."""
+        write_gguf(tmp_path / "model.gguf", "llama", metadata={"llama.block_count": (999, U32)})
+        monkeypatch.setattr(models_gguf, "_layout", lambda config: pytest.fail("built"))
+        with pytest.raises(UserError, match="is 999, the file has 2 layers"):
+            models_gguf.GGUFModel(tmp_path / "model.gguf")
+
+    def test_folder(self, tmp_path: Path, refusal):
+        write_gguf(tmp_path / "model.gguf", "llama")
+        (tmp_path / "file").write_text("")
+        for folder, line in (
+            (Path("/proc/none/hf"), "/proc/none: cannot be written: No such file or directory"),
+            (tmp_path / "file" / "hf", "cannot be written"),
+            (tmp_path / "out" / ("x" * 250), "cannot be written: File name too long"),
+        ):
+            assert line in refusal(tmp_path / "model.gguf", folder)
+        assert "no such file" in refusal(tmp_path / "file" / "model.gguf")
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+    def test_read_only_folder(self, tmp_path: Path, refusal):
+        write_gguf(tmp_path / "model.gguf", "llama")
+        (tmp_path / "out").mkdir(mode=0o500)
+        assert "cannot be written: Permission denied" in refusal(tmp_path / "model.gguf")
+
+    def test_too_little_space(self, tmp_path: Path, refusal, monkeypatch):
+        write_gguf(tmp_path / "model.gguf", "llama")
+        path = self.pack(tmp_path, (tmp_path / "model.gguf").read_bytes())
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))
+        assert "the weights need" in refusal(tmp_path / "model.gguf")
+        assert re.search(r"a.gguf of \S+ needs \S+ GB, 0.00 GB are free", refusal(path))
+
+    @pytest.mark.parametrize(("packed", "limit"), [(False, 1000), (False, 100_000), (True, 100_000)])
+    def test_disk_that_fills_up(self, tmp_path: Path, refusal, packed: bool, limit: int):
+        """While the tokenizer, the weights, or the unpacked file are written. A limit on files stands for the disk."""
+        write_gguf(tmp_path / "model.gguf", "llama")
+        source = self.pack(tmp_path, (tmp_path / "model.gguf").read_bytes()) if packed else tmp_path / "model.gguf"
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            assert "cannot be written: File too large" in refusal(source, None, "--dtype", "float32")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
