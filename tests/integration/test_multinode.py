@@ -235,7 +235,7 @@ def test_the_late_rank_is_named_before_the_time_out(nodes, tmp_path):
 def test_the_run_goes_on_without_a_node_that_is_lost(nodes, inputs, tmp_path):
     """--nnodes 1:2: one node loses its power; the other goes on from the last checkpoint with the same K."""
     port = free_port()
-    conf = "is_host={},last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
+    conf = "is_host={},last_call_timeout=8,keep_alive_interval=1,keep_alive_max_attempt=3"
     settings = {
         "training__steps": 400,
         "hdpissa__num_adapters": 2,

@@ -16,7 +16,7 @@ import os, sys
 if "RANK" in os.environ:
     log = os.open(os.environ["OPENED"] + os.environ["RANK"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     def note(event, arguments):
-        if event == "open" and isinstance(arguments[0], (str, bytes)):
+        if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
             os.write(log, os.fsencode(arguments[0]) + b"\\n")
     sys.addaudithook(note)
 """
