@@ -55,6 +55,7 @@ from titan_hd.distributed.update.fold import Fold, check_finite
 from titan_hd.distributed.watch import enter_phase
 from titan_hd.distributed.weights import init_weights, load_weights, materialize
 from titan_hd.models.decoder import Decoder
+from titan_hd.models.hf_weights import disk_faults
 from titan_hd.preflight import RunPlan, update_plan
 from titan_hd.signals import INTERRUPTED, REQUEUE, StopSignals
 from titan_hd.worker import device_name, run_worker, set_timeout
@@ -80,10 +81,11 @@ class Trainer:
             plan.global_batch_size,
             config.training.local_batch_size,
         )
-        with together("locking the folder"):
-            self.lock = RunLock(Path(config.job.dump_folder)) if self.dims.rank == 0 else None
+        folder = Path(config.job.dump_folder)
+        with together("locking the folder"), disk_faults(folder):
+            self.lock = RunLock(folder) if self.dims.rank == 0 else None
             if self.dims.rank == 0:
-                record_environment(Path(config.job.dump_folder), self.dims.world_size)
+                record_environment(folder, self.dims.world_size)
         self._log_start()
         self._build_model()
         self._build_data()
@@ -337,7 +339,8 @@ class Trainer:
         gc.enable()
         stopped = self.step < self.total_steps
         if stopped:
-            logger.warning("stopped after step %d of %d; the same command goes on", self.step, self.total_steps)
+            resumes = "the same command goes on" if self.config.checkpoint.enable else "checkpoint.enable is not set"
+            logger.warning("stopped after step %d of %d; %s", self.step, self.total_steps, resumes)
         elif self.config.export.enable:
             export_hf(self.model, self.dims, self.config)
         if failure:
@@ -355,10 +358,10 @@ class Trainer:
             self.metrics.advance(numbers["loss"])
             if self.step % self.config.metrics.log_freq == 0 or self.step == self.total_steps:
                 self._log(numbers)
+            self.checkpointer.warn_of_failure()  # of an earlier save: that of the last step is no warning
             for every, hook in self.hooks:
                 if self.step % every == 0 or self.step == self.total_steps:
                     hook()
-            self.checkpointer.warn_of_failure()
             if self.step == first_step + 1:
                 self._window.clear()  # warm-up and compilation stay out of the rates
                 set_timeout(self.config.comm.train_timeout_seconds, but_not=self.checkpointer.group)

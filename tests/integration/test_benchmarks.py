@@ -15,6 +15,7 @@ TINY = {
     "linear": "--in-features 24 --out-features 16 --tokens 32 --hidden 64 --intermediate 48 --head-dim 8 --seq-len 16 "
     "--rank 2 --threads 1 --repetitions 1",
     "update": "--cases 24x40k8r2 --workers 2 --repetitions 1",
+    "checkpoint": "--megabytes 5 --workers 2 --saves 1",
     "svd": "--sizes 48x32 --count 8 --threads 1 --repetitions 1",
 }
 

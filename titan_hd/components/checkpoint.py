@@ -16,6 +16,7 @@ DCP's `.metadata` is a pickle: `dcp_reader` reads it without running what it say
 
 from __future__ import annotations
 
+import copy
 import datetime
 import logging
 import re
@@ -32,7 +33,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
 
 from titan_hd.components.checkpoint_folder import CheckpointFolder, damage, read_manifest, read_train_state
 from titan_hd.components.checkpoint_writer import CheckpointWriter
@@ -88,6 +89,33 @@ def allocate_optimizer_state(
         optimizer.state[parameter][match[2]] = value
 
 
+class HostCopies:
+    """Copies of tensors on the host, also of those that are there already: the training changes its own in place. The
+    memory, pinned where there is a GPU, is kept for the next time. (DCP's own stager fails on wrapped storages.)"""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def take(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The same values as they are now; DTensors keep mesh and placements. Overwrites what was taken before."""
+        taken = {name: self._take(name, value) for name, value in values.items()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return taken
+
+    def _take(self, name: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return copy.deepcopy(value)
+        local = value.to_local() if isinstance(value, DTensor) else value
+        buffer = self._buffers.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (local.shape, local.dtype):
+            buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+            self._buffers[name] = buffer
+        buffer.copy_(local, non_blocking=True)
+        return DTensor(buffer, value._spec, requires_grad=False) if isinstance(value, DTensor) else buffer
+
+
 class Checkpointer:
     """Saves to and loads from `folder`. Collective: every rank calls every method, `warn_of_failure` apart.
 
@@ -103,11 +131,7 @@ class Checkpointer:
         self._failure: str | None = None
         self._pending: Future[str | None] | None = None
         self._executor = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
-        cuda = torch.cuda.is_available()
-        options = StagingOptions(
-            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
-        )
-        self._stager = DefaultStager(options)
+        self._host = HostCopies()
 
     # -------------------------------------------------------------------------------------------------------- saving
 
@@ -115,11 +139,12 @@ class Checkpointer:
         """Save `step-N`, or begin to. `wait` and `warn_of_failure` say how it went."""
         start = time.perf_counter()
         self.wait()
+        self.warn_of_failure()
         self.last_step = step
         if not self._executor:
             self._failure = self._write(step, tensors, train_state, start)
             return
-        staged = self._stager.stage(tensors)
+        staged = self._host.take(tensors)
         logger.info("checkpoint of step %d: training stopped for %.3f s", step, time.perf_counter() - start)
         self._pending = self._executor.submit(self._write, step, staged, train_state, start)
 
@@ -140,7 +165,6 @@ class Checkpointer:
     def close(self) -> None:
         if self._executor:
             self._executor.shutdown()
-        self._stager.close()
 
     def _write(self, step: int, tensors: dict[str, Any], train_state: dict[str, Any], start: float) -> str | None:
         """Everything after the copy. Returns the line that says what the disk refused, the same on every rank."""
@@ -194,6 +218,7 @@ class Checkpointer:
         """
         steps, fault = [], None
         if dist.get_rank() == 0:  # a shared file system may show a new folder to some ranks first
+            self.files.clear_partial()
             try:
                 steps = self.files.candidates(load_step)
             except UserError as error:

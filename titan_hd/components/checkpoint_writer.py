@@ -22,6 +22,7 @@ from titan_hd.components.checkpoint_folder import Files
 
 # DCP keeps the host copies of all tensors of a file until the file is closed.
 _FILE_BYTES = 2**30
+_FRAME_BYTES = 2048  # what torch.save adds to a tensor, about
 
 
 class CheckpointWriter(dcp.FileSystemWriter):
@@ -42,7 +43,7 @@ class CheckpointWriter(dcp.FileSystemWriter):
         Raises:
             OSError: it does not fit onto the disk.
         """
-        needed = sum(_bytes(item) for plan in plans for item in plan.items)
+        needed = sum(_bytes(item) + _FRAME_BYTES for plan in plans for item in plan.items)
         free = shutil.disk_usage(self.path).free
         if needed > free:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed} bytes are needed, {free} are free")
