@@ -52,8 +52,13 @@ def main() -> None:
         print(mesh_picture(*plan.mesh, plan.num_adapters if folds else None))
         print(update_plan(config, plan).table() if folds else "nothing is folded")
         return
-    if args.nnodes not in ("1", "1:1") and args.rdzv_endpoint:
+    least, most = run.parse_min_max_nnodes(args.nnodes)
+    if most > 1 and args.rdzv_endpoint:
         _choose_network(args)
+    if least < most:
+        # A node that joins later waits for ever on the first nodes' store: torch (2.11 to 2.13) tells its address only
+        # in the first round. Without sharing, every round has a store of its own.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # The agent repeats a worker's failure as a banner and a traceback of its own; the worker has said it already.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:

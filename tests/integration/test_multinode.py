@@ -16,7 +16,7 @@ import torch
 from tests import runs
 from tests.conftest import REPOSITORY
 
-SECONDS = 180  # for one run, on a machine that does other things besides
+SECONDS = 400  # for one run, on a machine that does other things besides
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 # A worker that has lost its peers must be gone after so many seconds; measured: 1 to 3 on an idle machine.
 NOTICED_SECONDS = 40
@@ -235,9 +235,9 @@ def test_the_late_rank_is_named_before_the_time_out(nodes, tmp_path):
 def test_the_run_goes_on_without_a_node_that_is_lost(nodes, inputs, tmp_path):
     """--nnodes 1:2: one node loses its power; the other goes on from the last checkpoint with the same K."""
     port = free_port()
-    conf = "is_host={},last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
+    conf = "is_host={},last_call_timeout=8,keep_alive_interval=1,keep_alive_max_attempt=3"
     settings = {
-        "training__steps": 400,
+        "training__steps": 120,
         "hdpissa__num_adapters": 2,
         "training__global_batch_size": 2,
         "checkpoint__enable": "true",
@@ -251,7 +251,7 @@ def test_the_run_goes_on_without_a_node_that_is_lost(nodes, inputs, tmp_path):
     start = time.monotonic()
     assert nodes.wait()[0] == 0, nodes.log(0)
     print(f"ended {time.monotonic() - start:.1f} s after the loss")
-    assert [r["step"] for r in nodes.metrics()] == list(range(1, 401))
+    assert [r["step"] for r in nodes.metrics()] == list(range(1, 121))
     assert "mesh 1 x 2 x 1" in nodes.log(0)
     assert "mesh 1 x 1 x 1" in nodes.log(0)
     assert "resumed from" in nodes.log(0)

@@ -9,7 +9,7 @@ from tests import runs, slurm_cluster
 from tests.conftest import REPOSITORY
 
 SCRIPT = REPOSITORY / "multinode_trainer.slurm"
-SECONDS = 240  # for one job; a few seconds of it are Slurm's
+SECONDS = 400  # for one job; a few seconds of it are Slurm's
 STEPS = 200  # so many that a signal after the first one comes before the last
 SETTINGS = {"training__steps": STEPS, "checkpoint__enable": "true", "checkpoint__interval": 1000}
 

@@ -105,7 +105,7 @@ class Watch:
 def _waits(frame: FrameType) -> bool:
     """Whether the innermost frame is torch's, or a line of ours that waits."""
     file = frame.f_code.co_filename
-    line = linecache.getline(file, frame.f_lineno)
+    line = linecache.getline(file, frame.f_lineno or 0)
     return file.startswith(_TORCH) or (file.startswith(_PACKAGE) and any(word in line for word in _WAITS))
 
 

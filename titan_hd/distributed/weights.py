@@ -93,6 +93,7 @@ def load_weights(model: Decoder, dims: ParallelDims, directory: str, progress: b
             if block.rows:
                 files.read_into(name, parameter.to_local(), block.row, block.column)
                 bar.update(files.bytes_read - bar.n)
+    files.close()
     read = torch.tensor(files.bytes_read)
     dist.all_reduce(read)
     seconds, size = time.perf_counter() - started, sum(map(files.nbytes, parameters))
