@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import ClassVar
 
@@ -238,6 +239,12 @@ class TestManyTurns:
             patch.setattr(tokenizer, "encode", counting_encode)
             encode(tokenizer, messages)
         return sum(rendered), sum(encoded)
+
+    def test_it_can_be_pickled(self, chatml: Tokenizer):
+        """Data worker processes get the formats of a stream so."""
+        format = ChatFormat(Data(), chatml)
+        record = Record({"messages": turns(USER, ANSWER) * 4}, "f:1")
+        assert pickle.loads(pickle.dumps(format)).encode(record) == format.encode(record)
 
     def test_a_middle_turn_that_is_written_otherwise(self, tmp_path: Path):
         template = CHATML.replace(
