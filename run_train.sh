@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Trains on this node:  NGPU=n ./run_train.sh --config FILE [--section.key value ...]
 # With no --config it runs the bundled quick start. NGPU defaults to the GPUs present, else 2 CPU workers over gloo.
+# Several nodes, the same command on each:  PET_NNODES=2 PET_RDZV_ENDPOINT=HEAD:29500 ./run_train.sh ...
+# (torchrun's own variables: PET_X is its option --x; docs/cluster.md).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$root/tools/environment.sh"
@@ -13,7 +15,8 @@ case " $* " in
   set -- --config train_configs/quickstart.toml "$@"
   ;;
 esac
-if [ -z "${NGPU:-}" ]; then
+NGPU=${NGPU:-${PET_NPROC_PER_NODE:-}}
+if [ -z "$NGPU" ]; then
   NGPU=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')
 fi
 case "$NGPU" in
@@ -26,4 +29,5 @@ esac
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPU ? cores / NGPU : 1))}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-exec "$PYTHON" -m titan_hd.launch --nproc_per_node "$NGPU" --rdzv_backend c10d --rdzv_endpoint localhost:0 -- "$@"
+export PET_RDZV_BACKEND=${PET_RDZV_BACKEND:-c10d} PET_RDZV_ENDPOINT=${PET_RDZV_ENDPOINT:-localhost:0}
+exec "$PYTHON" -m titan_hd.launch --nproc_per_node "$NGPU" -- "$@"

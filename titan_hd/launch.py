@@ -3,22 +3,34 @@
     python -m titan_hd.launch [torchrun options] -- [titan_hd options]
 
 Same options and rendezvous as torchrun. What differs: faults of the configuration are reported once, with status 2,
-before any process starts; and the exit status is that of the worker that failed first.
+before any process starts; and the exit status is that of the worker that failed first, or 75 or 130 where a signal has
+stopped the run (see titan_hd/signals.py).
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import logging
+import os
 import signal
+import socket
 import sys
+from pathlib import Path
 
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from titan_hd.config import manager
 from titan_hd.distributed.parallel_dims import mesh_picture
+from titan_hd.network import address_towards, interface_of
 from titan_hd.preflight import plan_run, update_plan
+from titan_hd.signals import REQUEUE, STATUS
 
+# For a save: a scheduler that grants less kills earlier. Where torch cannot be told (2.11) it grants 30 s.
+_GRACE_SECONDS = 600
 # What gloo and nccl say on the others when a worker has left.
 _PEER_LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exited")
 
@@ -27,7 +39,7 @@ def main() -> None:
     """Check, then start the workers; exits with the status of the one that failed first."""
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     launcher_args, train_args = sys.argv[1:split], sys.argv[split + 1 :]
-    args = run.parse_args([*launcher_args, "-m", "titan_hd.train", *train_args])
+    args = _arguments([*launcher_args, "-m", "titan_hd.train", *train_args])
     config = manager.load_or_exit(train_args)
     logging.getLogger("titan_hd").setLevel(logging.ERROR)  # the first worker gives the warnings
     workers = run.determine_local_world_size(args.nproc_per_node) * run.parse_min_max_nnodes(args.nnodes)[1]
@@ -40,12 +52,24 @@ def main() -> None:
         print(mesh_picture(*plan.mesh, plan.num_adapters if folds else None))
         print(update_plan(config, plan).table() if folds else "nothing is folded")
         return
+    least, most = run.parse_min_max_nnodes(args.nnodes)
+    if most > 1 and args.rdzv_endpoint:
+        _choose_network(args)
+    if least < most:
+        # A node that joins later waits for ever on the first nodes' store: torch (2.11 to 2.13) tells its address only
+        # in the first round. Without sharing, every round has a store of its own.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # The agent repeats a worker's failure as a banner and a traceback of its own; the worker has said it already.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run.run(args)
+    except SignalException as error:
+        status = STATUS.get(error.sigval, 128 + error.sigval)
+        print(f"titan_hd: stopped by {error.sigval.name}, status {status}", file=sys.stderr)
+        raise SystemExit(status) from None
     except ChildFailedError as error:
-        rank, failure = _root_cause(error.failures)
+        (rank, failure), *_ = failures = _root_cause_first(error.failures)
+        _write_errors(Path(config.job.dump_folder), failures)
         status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         reason = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"status {failure.exitcode}"
         said = "" if rank == 0 or failure.exitcode < 0 else f": {_first_line(failure.message)}"
@@ -53,17 +77,59 @@ def main() -> None:
         raise SystemExit(status) from None
 
 
-def _root_cause(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """The worker that failed by itself. One that a signal killed (out of memory, say) leaves the others with broken
-    connections, the agent ends those with SIGTERM, and a time-out ends waiting ones with SIGABRT: so other signals come
-    first, these last, then time decides (in whole seconds, which is why a lost peer is told by what it said)."""
+def _choose_network(args: argparse.Namespace) -> None:
+    """Talk to the other nodes from the address that faces the head, whatever this node's own name resolves to: torchrun
+    tells it to the others, and gloo listens on its interface."""
+    head = parse_rendezvous_endpoint(args.rdzv_endpoint, default_port=-1)[0]
+    try:
+        address = args.local_addr or address_towards(head)
+    except OSError as error:
+        manager.exit_with([f"--rdzv_endpoint: cannot reach {head}: {error.strerror}"])
+    args.local_addr = address
+    interface = interface_of(address)
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    """torchrun's, but that SIGUSR1 is passed on too, and that workers have time to save before they are killed."""
+    args = run.parse_args(argv)
+    if "SIGUSR1" not in args.signals_to_handle:
+        args.signals_to_handle += ",SIGUSR1"
+    if getattr(args, "shutdown_timeout", 0) is None and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
+        args.shutdown_timeout = _GRACE_SECONDS
+    return args
+
+
+def _root_cause_first(failures: dict[int, ProcessFailure]) -> list[tuple[int, ProcessFailure]]:
+    """The workers of this node, the one that failed by itself first.
+
+    One that a signal killed (out of memory, say) leaves the others with broken connections, the agent ends those with
+    SIGTERM, and a time-out ends waiting ones with SIGABRT: so other signals come first, these last, then time decides
+    (in whole seconds, which is why a lost peer is told by what it said)."""
 
     def order(item: tuple[int, ProcessFailure]) -> tuple[int, int]:
         code, said = item[1].exitcode, str(item[1].message)
-        consequence = code in (-signal.SIGTERM, -signal.SIGABRT) or any(words in said for words in _PEER_LOST)
+        consequence = code in (-signal.SIGTERM, -signal.SIGABRT, REQUEUE) or any(words in said for words in _PEER_LOST)
         return (2 if consequence else 0 if code < 0 else 1, item[1].timestamp)
 
-    return min(failures.items(), key=order)
+    return sorted(failures.items(), key=order)
+
+
+def _write_errors(folder: Path, failures: list[tuple[int, ProcessFailure]]) -> None:
+    """Append how every worker of this node ended to errors.jsonl, in the order given: one object per rank, with its
+    exception and traceback if it had one."""
+    host, lines = socket.gethostname(), []
+    for rank, failure in failures:
+        said = failure.message if isinstance(failure.message, dict) else {"message": failure.message}
+        known = {"rank": rank, "host": host, "time": failure.timestamp_isoformat(), "status": failure.exitcode}
+        lines.append(json.dumps({**known, "error": said["message"], "details": said.get("extraInfo")}) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "errors.jsonl", "a", encoding="utf-8") as file:
+            file.write("".join(lines))
+    except OSError as error:
+        print(f"titan_hd: {folder / 'errors.jsonl'}: cannot be written: {error.strerror}", file=sys.stderr)
 
 
 def _first_line(message: object) -> str:

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from titan_hd.adapters.methods import build_method
-from titan_hd.components.checkpoint import Checkpointer
+from titan_hd.components.checkpoint_folder import CheckpointFolder
 from titan_hd.components.export import check_folder, export_folder
+from titan_hd.components.identity import allow_mismatch_errors
 from titan_hd.components.optimizer import optimizer_class
 from titan_hd.config.job_config import LINEAR_LAYERS, JobConfig
 from titan_hd.config.manager import ConfigError
-from titan_hd.data.sources import find_files
-from titan_hd.data.templates import load_template
+from titan_hd.data.dataset import check_data
 from titan_hd.distributed.parallel_dims import placement_error, resolve_shard_degree
 from titan_hd.distributed.tensor_parallel import ROW_WISE, tensor_parallel_errors
 from titan_hd.distributed.update.plan import Topology, UpdatePlan, plan_update
@@ -61,20 +61,20 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> Ru
     workers = max(1, world_size // tp)
     decoder = attempt(decoder_config, config)
     attempt(optimizer_class, config.optimizer.name)
-    if config.data.format in ("auto", "instruction") and needs_files:
-        attempt(load_template, config.data.template)
-    for key in ("train", "validation") if needs_files else ():
-        if getattr(config.data, key):
-            attempt(find_files, getattr(config.data, key), f"data.{key}")
+    if needs_files:
+        attempt(check_data, config.data)
     if config.export.enable and needs_files:
         attempt(check_folder, export_folder(config), config.model.hf_assets_path)
     if decoder and needs_files:
         attempt(_check_start, config, decoder)
+    errors += allow_mismatch_errors(config.checkpoint.allow_mismatch)
     hdpissa = config.adapter.method == "hdpissa"
     num_adapters = (config.hdpissa.num_adapters or workers) if hdpissa else 1
     global_batch = training.global_batch_size
     if global_batch == -1:
         global_batch = training.local_batch_size * max(num_adapters, workers)
+    if config.data.streaming and config.data.shuffle_window < global_batch:
+        errors.append(f"data.shuffle_window: must be at least the global batch, {global_batch} records")
     error = placement_error(num_adapters, workers, global_batch, training.local_batch_size)
     if error:
         errors.append(error)
@@ -114,13 +114,20 @@ def _check_start(config: JobConfig, decoder: DecoderConfig) -> None:
     Before any memory is allocated for a model whose sizes somebody else's config.json says.
     """
     c = config.checkpoint
-    checkpointer = Checkpointer(Path(config.job.dump_folder) / c.folder, c.keep_latest_k)
-    if (c.enable and checkpointer.choose(c.load_step) is not None) or config.model.flavor:
+    checkpoints = CheckpointFolder(Path(config.job.dump_folder) / c.folder, c.keep_latest_k)
+    resumes = c.enable and checkpoints.candidates(c.load_step)
+    if (resumes and c.base == "full" and not _export_reads_base(config)) or config.model.flavor:
         return
     with torch.device("meta"):
         model = Decoder(decoder)
     expected = {name: p.shape for name, p in model.named_parameters()}
     WeightFiles(config.model.hf_assets_path, expected, tied_head=model.lm_head is None)
+
+
+def _export_reads_base(config: JobConfig) -> bool:
+    """Whether the export needs the weights that the run started from: an adapter over a base that was changed."""
+    changes_weight = config.adapter.method == "pissa" or config.adapter.init != "default"
+    return changes_weight and config.export.enable and config.export.format == "peft"
 
 
 def decoder_config(config: JobConfig) -> DecoderConfig:

@@ -18,12 +18,14 @@ import torch.distributed as dist
 
 from titan_hd import __version__
 from titan_hd.adapters.adapter_linear import adapter_layers
-from titan_hd.adapters.methods import adapter_identity, build_method
+from titan_hd.adapters.methods import build_method
 from titan_hd.adapters.svd import SvdSettings
 from titan_hd.components import checkpoint as ckpt
+from titan_hd.components.environment import record_environment
 from titan_hd.components.export import export_hf
+from titan_hd.components.export_peft import export_peft
 from titan_hd.components.flops import flops_per_token, trained_work
-from titan_hd.components.generation import generate
+from titan_hd.components.identity import check_resumable, run_identity, weights_fingerprint
 from titan_hd.components.loss import token_loss_sum
 from titan_hd.components.lr_scheduler import lr_factor
 from titan_hd.components.metrics import (
@@ -33,37 +35,46 @@ from titan_hd.components.metrics import (
 )
 from titan_hd.components.optimizer import build_optimizer, clip_gradients
 from titan_hd.components.profiling import build_profiler
-from titan_hd.components.validation import exact_match, validation_loss
+from titan_hd.components.run_lock import RunLock
+from titan_hd.components.validation import Validator
 from titan_hd.config import manager
 from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
 from titan_hd.config.seeding import stable_seed
-from titan_hd.data.dataset import build_records
-from titan_hd.data.loader import Batch, SampleOrder, TrainLoader
-from titan_hd.data.records import InstructionRecords, statistics_table
+from titan_hd.data.dataset import build_records, data_summary, sample_order
+from titan_hd.data.loader import Batch, GlobalBatches, TrainLoader
+from titan_hd.data.records import statistics_table
 from titan_hd.data.tokenizer import load_tokenizer
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.adapter_weights import initialize_adapters
-from titan_hd.distributed.collectives import same_everywhere, together
+from titan_hd.distributed.collectives import once, together
 from titan_hd.distributed.loss_parallel import vocabulary_parallel_loss_sum
 from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims, mesh_picture
-from titan_hd.distributed.parallelize import parallelize, reshard
+from titan_hd.distributed.parallelize import parallelize
 from titan_hd.distributed.slices import SliceSettings, compute_factors
 from titan_hd.distributed.tensor_parallel import apply_tensor_parallel
 from titan_hd.distributed.update.fold import Fold, check_finite
+from titan_hd.distributed.watch import enter_phase
 from titan_hd.distributed.weights import init_weights, load_weights, materialize
 from titan_hd.models.decoder import Decoder
+from titan_hd.models.hf_weights import disk_faults
 from titan_hd.preflight import RunPlan, update_plan
-from titan_hd.worker import device_name, init_process, run_worker, set_timeout
+from titan_hd.signals import INTERRUPTED, REQUEUE, StopSignals
+from titan_hd.worker import device_name, run_worker, set_timeout
 
 logger = logging.getLogger("titan_hd")
 
 
 class Trainer:
-    """One run on one worker. Construct after the process group is there; then `train`, then `close`."""
+    """One run on one worker. Construct after the process group is there; then `train`, then `close`.
 
-    def __init__(self, config: JobConfig, plan: RunPlan, device: torch.device):
+    signals: those of this process; left out, none is listened to.
+    """
+
+    def __init__(self, config: JobConfig, plan: RunPlan, device: torch.device, signals: StopSignals | None = None):
         self.config, self.plan, self.device = config, plan, device
+        self.signals = signals or StopSignals()
+        self.stop_status = 0  # all workers' agreement on `signals.status`
         self.dims = ParallelDims(plan.dp_replicate, plan.dp_shard, device.type, plan.tp)
         self.placement = AdapterPlacement(
             plan.num_adapters,
@@ -72,6 +83,11 @@ class Trainer:
             plan.global_batch_size,
             config.training.local_batch_size,
         )
+        folder = Path(config.job.dump_folder)
+        with together("locking the folder"), disk_faults(folder):
+            self.lock = RunLock(folder) if self.dims.rank == 0 else None
+            if self.dims.rank == 0:
+                record_environment(folder, self.dims.world_size)
         self._log_start()
         self._build_model()
         self._build_data()
@@ -132,25 +148,34 @@ class Trainer:
 
     def _build_data(self) -> None:
         c = self.config
-        self.tokenizer = functools.cache(lambda: load_tokenizer(c.model.hf_assets_path))
+        tokenizer = functools.cache(lambda: load_tokenizer(c.model.hf_assets_path))
         shape = self.plan.decoder.vocab_size, c.training.seq_len
         with together("reading the data"):
-            bar = c.metrics.progress_bar and self.dims.rank == 0
-            records = build_records(c.data, "train", *shape, self.tokenizer, bar)
-            self.validation_records = None
+            bar = c.metrics.progress_bar
+            records = build_records(c.data, "train", *shape, tokenizer, bar, c.training.seed)
+            built = [records]
             if c.validation.enable:
-                self.validation_records = build_records(c.data, "validation", *shape, self.tokenizer, bar)
-                if c.validation.exact_match_samples and not isinstance(self.validation_records, InstructionRecords):
+                built.append(build_records(c.data, "validation", *shape, tokenizer, bar))
+                if c.validation.exact_match_samples and not built[1].answerable:
                     raise UserError("validation.exact_match_samples: needs records with a prompt and a response")
-        built = [records, self.validation_records] if self.validation_records else [records]
-        logger.info("%s", statistics_table([r.statistics for r in built]))
-        # Compiled blocks want one shape; otherwise padding to the longest record of a micro-batch is enough.
-        self.pad_to = c.training.seq_len if c.compile.enable else None
-        batch = self.plan.global_batch_size
-        order = SampleOrder(len(records), c.data.shuffle, c.training.seed)
-        self.loader = TrainLoader(records, order, batch, self.pad_to)
-        self.total_steps = c.training.steps or max(1, int(c.training.epochs * len(records)) // batch)
-        logger.info("%d training records; %d steps of %d", len(records), self.total_steps, batch)
+        rows = [row for r in built for row in r.rows]
+        if rows:
+            logger.info("%s", statistics_table(rows))
+        # Compiled blocks want one shape, and so does attention to packs on a GPU, which is always compiled; otherwise
+        # padding to the longest row of a micro-batch is enough.
+        pad_to = c.training.seq_len if c.compile.enable else None
+        if c.validation.enable:
+            self.validator = Validator(c, self.dims, self.device, built[1], pad_to, self.loss_sum, tokenizer)
+        if c.data.pack and self.device.type == "cuda":
+            pad_to = c.training.seq_len
+        batch, order = self.plan.global_batch_size, sample_order(records, c.data, c.training.seq_len, c.training.seed)
+        micro_batches = [self.placement.samples(m) for m in range(self.placement.micro_batches)]
+        batches = GlobalBatches(records, order, batch, pad_to, c.data.pack)
+        self.loader = TrainLoader(batches, micro_batches, c.data.num_workers)
+        self.data_summary = data_summary(records, c.data, c.training.seq_len)
+        self.total_steps = c.training.steps or max(1, order.positions(c.training.epochs) // batch)
+        count = "streamed" if c.data.streaming else order.size
+        logger.info("%s training records; %d steps of %d", count, self.total_steps, batch)
 
     def _build_optimizer(self) -> None:
         # An adapter's parameters are zero when a step begins, so decay belongs to the fold, on W.
@@ -160,19 +185,27 @@ class Trainer:
     def _load_or_resume(self) -> None:
         """Weights and factors from the chosen checkpoint, or from the model directory and the SVD."""
         c = self.config
-        folder = Path(c.job.dump_folder) / c.checkpoint.folder
-        self.checkpointer = ckpt.Checkpointer(folder, c.checkpoint.keep_latest_k)
-        with together("looking for checkpoints"):
-            chosen = self.checkpointer.choose(c.checkpoint.load_step) if c.checkpoint.enable else None
-        self.step = same_everywhere(chosen or 0)  # a shared file system may show a new folder to some ranks first
-        with together("reading the checkpoint's state"):
-            self._saved_state = self.checkpointer.train_state(self.step) if self.step else {}
-            ckpt.check_resumable(self._saved_state.get("identity"), self._identity())
+        self.checkpointer = ckpt.Checkpointer(
+            Path(c.job.dump_folder) / c.checkpoint.folder,
+            c.checkpoint.keep_latest_k,
+            c.checkpoint.async_mode == "async",
+            c.comm.init_timeout_seconds,
+        )
+        self.step = (self.checkpointer.choose(c.checkpoint.load_step) or 0) if c.checkpoint.enable else 0
+        self.identity = once("identifying the run", self._identity)
+        self._saved_state = {}
         if self.step:
+            self._saved_state = once("reading the checkpoint's state", lambda: self.checkpointer.train_state(self.step))
+            for line in check_resumable(self._saved_state, self.identity, c.checkpoint.allow_mismatch):
+                logger.warning("%s; checkpoint.allow_mismatch accepts it", line)
+        if self.step:
+            if self._saved_state["base"] == "delta":
+                load_weights(self.model, self.dims, c.model.hf_assets_path, c.metrics.progress_bar)
             if self.registry:
                 self.registry.empty_factors()
-            ckpt.allocate_optimizer_state(self.optimizer, self.trainable, self.checkpointer.metadata(self.step))
-            self.checkpointer.load(self.step, self._tensors())
+            reader = self.checkpointer.reader(self.step)
+            ckpt.allocate_optimizer_state(self.optimizer, self.trainable, reader.read_metadata())
+            self.checkpointer.load(reader, self._tensors(self._saved_state["base"]))
         elif c.model.flavor:
             logger.info("random weights: model.flavor is set")
             init_weights(self.model, self.dims, c.training.seed)
@@ -203,6 +236,7 @@ class Trainer:
 
     def _start_adapters(self) -> None:
         """First values of the adapters, with a report of every SVD in svd.jsonl."""
+        enter_phase("computing the adapters' first values")
         a, h, seed = self.config.adapter, self.config.hdpissa, self.config.training.seed
         if self.registry:
             settings = SliceSettings(h.slices, seed, SvdSettings(a.svd, a.svd_niter), a.svd_cache)
@@ -226,7 +260,8 @@ class Trainer:
         rank = dist.get_rank()
         self.metrics = MetricsLogger(c, rank, self.total_steps, self.step, self._saved_state.get("wandb_id"))
         self.profiler = build_profiler(c, rank)
-        self._window: list[tuple[int, float]] = []  # (tokens of all workers, seconds) of the steps since the last log
+        # (tokens and records of all workers, seconds) of the steps since the last log
+        self._window: list[tuple[int, int, float]] = []
         # (every how many steps, what); the last step always runs all of them
         self.hooks: list[tuple[int, Callable[[], None]]] = [(c.training.gc_freq, lambda: gc.collect(1))]
         if c.validation.enable:
@@ -238,9 +273,10 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step over the global batch. Returns this step's numbers, the same on every worker."""
-        batches = [self.loader.batch(self.step, self.placement.samples(m)) for m in range(self.placement.micro_batches)]
+        enter_phase(f"step {self.step + 1}")
+        batches = self.loader.step(self.step)
         adapters = [self.placement.first_adapter + self.placement.slot(m) for m in range(len(batches))]
-        counts, tokens = self._count_tokens(batches, adapters)
+        counts, tokens, sequences = self._count_tokens(batches, adapters)
         lr = self.config.optimizer.lr * lr_factor(self.config.lr_scheduler, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
@@ -263,18 +299,24 @@ class Trainer:
             self.fold(lr, self.step)
         self.step += 1
         dist.all_reduce(loss_sum, group=self.dims.dp_mesh.get_group())
-        return {"loss": loss_sum.item() / max(1, sum(counts)), "grad_norm": grad_norm, "lr": lr, "tokens": tokens}
+        numbers = {"loss": loss_sum.item() / max(1, sum(counts)), "grad_norm": grad_norm, "lr": lr}
+        return {**numbers, "tokens": tokens, "sequences": sequences}
 
-    def _count_tokens(self, batches: list[Batch], adapters: list[int]) -> tuple[list[int], int]:
-        """Trained tokens of each logical adapter over the whole step, and all tokens of the step but padding."""
-        counts = torch.zeros(self.plan.num_adapters + 1, dtype=torch.long)
-        for batch, adapter in zip(batches, adapters):
-            counts[adapter] += batch.trained_tokens
-            counts[-1] += batch.tokens
+    def _count_tokens(self, batches: list[Batch], adapters: list[int]) -> tuple[list[int], int, int]:
+        """Trained tokens of each logical adapter over the whole step, all tokens of the step but padding, records."""
+        counts = torch.zeros(self.plan.num_adapters + 4, dtype=torch.long)
+        if self.dims.tp_rank == 0:  # the ranks of a tensor-parallel group have the same batches
+            for batch, adapter in zip(batches, adapters):
+                counts[adapter] += batch.trained_tokens
+                counts[-4] += batch.tokens
+                counts[-3] += batch.sequences
+        # What signals ask for travels with them.
+        counts[-2], counts[-1] = self.signals.status == REQUEUE, self.signals.status == INTERRUPTED
         counts = counts.to(self.device)
-        dist.all_reduce(counts, group=self.dims.dp_mesh.get_group())
-        *per_adapter, tokens = counts.tolist()
-        return per_adapter, tokens
+        dist.all_reduce(counts)
+        *per_adapter, tokens, sequences, requeue, interrupted = counts.tolist()
+        self.stop_status = INTERRUPTED if interrupted else REQUEUE if requeue else 0
+        return per_adapter, tokens, sequences
 
     def _forward_backward(self, micro_batch: int, batch: Batch, trained_tokens: int) -> torch.Tensor:
         """Accumulate gradients of (sum of token losses / trained_tokens); returns the sum, detached."""
@@ -284,48 +326,72 @@ class Trainer:
             # Masks are a function of the samples, not of the worker that happens to compute them.
             first = self.step * self.plan.global_batch_size + self.placement.samples(micro_batch).start
             torch.manual_seed(stable_seed("dropout", self.config.training.seed, first))
-        logits = self.model(batch.input_ids.to(self.device))
-        loss = self.loss_sum(logits, batch.targets.to(self.device))
+        batch = batch.to(self.device)
+        loss = self.loss_sum(self.model(batch.input_ids, documents=batch.documents), batch.targets)
         (loss / max(1, trained_tokens)).backward()
         return loss.detach()
 
-    def train(self) -> None:
-        """All remaining steps, with validation before and after, checkpoints, logs and the export."""
+    def train(self) -> int:
+        """All remaining steps, with validation before and after, checkpoints, logs and the export.
+
+        Returns:
+            the exit status: 0, or what a signal asked for that stopped the run after one of its steps.
+
+        Raises:
+            UserError: the last checkpoint could not be saved; the model has been exported.
+        """
         if self.config.validation.enable and self.step == 0:
             self.validate()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # the SVD's peak is not the training's
         gc.disable()  # collected by a hook instead: workers that pause at different times wait for each other
         first_step = self.step
-        while self.step < self.total_steps:
+        with self.signals.deferred():
+            self._train_steps(first_step)
+            if self.config.checkpoint.enable and self.step > first_step:
+                self.save()
+            enter_phase("finishing", timed=False)
+            failure = self.checkpointer.wait()
+        gc.enable()
+        stopped = self.step < self.total_steps
+        if stopped:
+            resumes = "the same command goes on" if self.config.checkpoint.enable else "checkpoint.enable is not set"
+            logger.warning("stopped after step %d of %d; %s", self.step, self.total_steps, resumes)
+        elif self.config.export.enable:
+            export = export_peft if self.config.export.format == "peft" else export_hf
+            export(self.model, self.dims, self.config)
+        if failure:
+            raise UserError(failure)
+        return self.stop_status if stopped else 0
+
+    def _train_steps(self, first_step: int) -> None:
+        """Until the last step, or the first one after a signal."""
+        while self.step < self.total_steps and not self.stop_status:
             start = time.perf_counter()
             numbers = self.train_step()
-            self._window.append((int(numbers.pop("tokens")), time.perf_counter() - start))
+            sizes = int(numbers.pop("tokens")), int(numbers.pop("sequences"))
+            self._window.append((*sizes, time.perf_counter() - start))
             if self.profiler:
                 self.profiler.step()
             self.metrics.advance(numbers["loss"])
             if self.step % self.config.metrics.log_freq == 0 or self.step == self.total_steps:
                 self._log(numbers)
+            self.checkpointer.warn_of_failure()  # of an earlier save: that of the last step is no warning
             for every, hook in self.hooks:
                 if self.step % every == 0 or self.step == self.total_steps:
                     hook()
             if self.step == first_step + 1:
                 self._window.clear()  # warm-up and compilation stay out of the rates
-                set_timeout(self.config.comm.train_timeout_seconds)
-        gc.enable()
-        if self.config.export.enable:
-            export_hf(self.model, self.dims, self.config)
+                set_timeout(self.config.comm.train_timeout_seconds, but_not=self.checkpointer.group)
 
     # --------------------------------------------------------------------------------------------------- periodic
 
     def _log(self, numbers: dict[str, float]) -> None:
-        tokens, seconds = map(sum, zip(*self._window))
+        tokens, sequences, seconds = map(sum, zip(*self._window))
         steps = len(self._window)
         self._window.clear()
-        length = tokens / (steps * self.plan.global_batch_size)
-        flops = flops_per_token(
-            self.plan.decoder, length, *trained_work(self.model, length * self.config.training.local_batch_size)
-        )
+        work = trained_work(self.model, tokens / (steps * self.placement.micro_batches * self.dims.dp_size))
+        flops = flops_per_token(self.plan.decoder, tokens / sequences, *work)
         rate = tokens / seconds
         self.metrics.log(
             self.step,
@@ -340,90 +406,53 @@ class Trainer:
 
     def validate(self) -> None:
         """Validation loss and, if asked for, exact match of generated answers; logged under this step."""
-        c, v = self.config, self.config.validation
-        worker, workers, group = self.dims.dp_rank, self.dims.dp_size, self.dims.dp_mesh.get_group()
-        batch_size = v.batch_size or c.training.local_batch_size
-        self.model.eval()
-        values = {
-            "validation_loss": validation_loss(
-                self.model,
-                self.validation_records,
-                worker,
-                workers,
-                batch_size,
-                self.pad_to,
-                v.steps,
-                self.device,
-                group,
-                self.loss_sum,
-            )
-        }
-        if v.exact_match_samples:
-            tokenizer = self.tokenizer()
-            values["validation_exact_match"] = exact_match(
-                self.model,
-                self.validation_records,
-                tokenizer,
-                v.exact_match_samples,
-                v.answer_marker,
-                worker,
-                workers,
-                lambda prompts: generate(
-                    self.model,
-                    prompts,
-                    self.validation_records.stop_ids(),
-                    v.max_new_tokens,
-                    self.device,
-                    group=dist.group.WORLD,
-                    tp_group=self.dims.world["tp"].get_group() if self.dims.tp > 1 else None,
-                ),
-                self.device,
-                group,
-                batch_size,
-            )
-        self.model.train()
-        reshard(self.model)
-        self.metrics.log(self.step, values)
+        enter_phase(f"validation after step {self.step}")
+        self.metrics.log(self.step, self.validator.run(self.model))
 
     def save(self) -> None:
-        """Save a checkpoint of this step."""
-        state = {"step": self.step, "wandb_id": self.metrics.wandb_id, "identity": self._identity()}
-        self.checkpointer.save(self.step, self._tensors(), {**state, "config": manager.to_toml(self.config)})
+        """Save a checkpoint of this step, if there is none yet."""
+        if self.checkpointer.last_step == self.step:
+            return
+        enter_phase(f"saving after step {self.step}", timed=False)  # the checkpointer has a time-out of its own
+        base = self.config.checkpoint.base
+        state = {
+            "step": self.step,
+            "base": base,
+            "wandb_id": self.metrics.wandb_id or self._saved_state.get("wandb_id"),
+            "identity": self.identity,
+            "config": manager.to_toml(self.config),
+        }
+        self.metrics.sync()
+        self.checkpointer.save(self.step, self._tensors(base), state)
 
-    def _tensors(self) -> dict[str, object]:
-        state = ckpt.model_state(self.model, self.registry)
+    def _tensors(self, base: str) -> dict[str, object]:
+        state = ckpt.model_state(self.model, self.registry, changed_only=base == "delta")
         return {**state, **ckpt.optimizer_state(self.optimizer, self.trainable)}
 
     def _identity(self) -> dict[str, object]:
-        """What a checkpoint and the run that resumes from it must have in common."""
-        c = self.config
-        return {
-            "adapter.method": c.adapter.method,
-            "adapter.rank": None if c.adapter.method == "full" else c.adapter.rank,
-            **({} if self.registry or c.adapter.method == "full" else adapter_identity(c.adapter)),
-            "adapter.target_modules": c.adapter.target_modules,
-            "hdpissa.num_adapters": self.plan.num_adapters,
-            "hdpissa.slices": c.hdpissa.slices if self.registry else None,
-            "training.global_batch_size": self.plan.global_batch_size,
-            "training.seed": c.training.seed,
-            "optimizer.name": c.optimizer.name,
-            "model": repr(self.plan.decoder),
-        }
+        c, plan = self.config, self.plan
+        weights = "" if c.model.flavor else weights_fingerprint(c.model.hf_assets_path)
+        return run_identity(c, plan.decoder, plan.num_adapters, plan.global_batch_size, self.data_summary, weights)
 
     def close(self) -> None:
+        self.loader.close()
+        self.checkpointer.close()
         self.metrics.close()
         if self.profiler:
             self.profiler.stop()
+        if self.lock:
+            self.lock.release()
 
 
-def run(config: JobConfig, plan: RunPlan) -> None:
-    """A whole run of this worker."""
-    trainer = Trainer(config, plan, init_process(config))
-    trainer.train()
+def run(config: JobConfig, plan: RunPlan, device: torch.device, signals: StopSignals) -> int:
+    """A whole run of this worker; its exit status."""
+    trainer = Trainer(config, plan, device, signals)
+    status = trainer.train()
     # Only after success: a rank that fails alone would wait here for others, which wait for it in a collective.
     dist.barrier()
     dist.destroy_process_group()
     trainer.close()
+    return status
 
 
 def main() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import datetime
 import logging
+import multiprocessing
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -18,15 +20,22 @@ from titan_hd.components.metrics import finish_failed_run, init_logging
 from titan_hd.config import manager
 from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
+from titan_hd.distributed.collectives import once
+from titan_hd.distributed.watch import Watch
 from titan_hd.preflight import RunPlan, plan_run
+from titan_hd.signals import StopSignals
 
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def init_process(config: JobConfig) -> torch.device:
-    """Start the process group (nccl on GPUs, gloo on CPUs) and return this worker's device."""
+_watch: Watch | None = None
+
+
+def init_process(config: JobConfig, signals: StopSignals) -> torch.device:
+    """Start the process group (nccl on GPUs, gloo on CPUs) and its watch; returns this worker's device."""
+    global _watch
     if torch.cuda.is_available():
         local_rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= count:
@@ -36,53 +45,96 @@ def init_process(config: JobConfig) -> torch.device:
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
+    _record_flight(Path(config.job.dump_folder))
     timeout = datetime.timedelta(seconds=config.comm.init_timeout_seconds)
-    dist.init_process_group(backend, timeout=timeout)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(_attempt(), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+    def leave() -> None:  # it was told to stop, and is in a step that does not end
+        if signals.status:
+            os._exit(signals.status)
+
+    _watch = Watch(dist.PrefixStore("watch", store.clone()), rank, world_size, config.comm.init_timeout_seconds, leave)
     if config.debug.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     return device
 
 
-def set_timeout(seconds: int) -> None:
+def _attempt() -> str:
+    """Tells apart the groups of workers that an elastic launcher starts one after another on one store."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "GROUP_WORLD_SIZE", "WORLD_SIZE")
+    return "/".join(os.environ.get(name, "0") for name in names)
+
+
+def _record_flight(dump_folder: Path) -> None:
+    """Let nccl keep its last collectives, and write them to dump_folder/flight_recorder/rank_N when one times out."""
+    folder = dump_folder / "flight_recorder"
+    if not torch.cuda.is_available():
+        return
+    if int(os.environ["RANK"]) == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, value in {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": str(folder / "rank_"),
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def set_timeout(seconds: int, but_not: dist.ProcessGroup) -> None:
     """From now on collectives give up after so many seconds: loading and compiling are over."""
     dist.barrier()
-    for group in dist.distributed_c10d._world.pg_map:
+    # There is no public way yet (torch 2.11 to 2.13): a time-out can be given only when a group is made.
+    for group in dist.distributed_c10d._world.pg_map.keys() - {but_not}:
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+    if _watch:
+        _watch.timeout = seconds
 
 
-def run_worker(run: Callable[[JobConfig, RunPlan], None]) -> NoReturn:
-    """Entry point of one worker: leaves with status 0, 2 for what the user can mend (one line), or 1 and a traceback.
+Run = Callable[[JobConfig, RunPlan, torch.device, StopSignals], int]
+
+
+def run_worker(run: Run) -> NoReturn:
+    """Entry point of one worker: leaves with the status that the run returns, 2 for what the user can mend (one line),
+    or 1 and a traceback.
 
     It leaves by os._exit: while the interpreter takes itself apart, a thread of gloo may want it once more and abort
-    the process (now and then on a busy machine), and a run that was complete would have failed.
+    the process (now and then on a busy machine), and a run that was complete would have failed. So it ends itself the
+    processes that the interpreter would have ended.
     """
     status = _exit_status(run)
+    for child in multiprocessing.active_children():
+        child.kill()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def _exit_status(run: Callable[[JobConfig, RunPlan], None]) -> int:
+def _exit_status(run: Run) -> int:
     """The exit status of this worker; what it had to say is said."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     for key, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}.items():
         os.environ.setdefault(key, str(value))
     os.environ.setdefault("MASTER_PORT", "29500")
     init_logging(rank)
+    signals = StopSignals()
+    signals.listen()
     handler = get_error_handler()
     handler.initialize()
     try:
         config = manager.load_or_exit(sys.argv[1:])
-        run(config, plan_run(config, world_size))
+        device = init_process(config, signals)
+        plan = once("reading the model's configuration", lambda: plan_run(config, world_size))
+        return run(config, plan, device, signals)
     except Exception as error:
         handler.record_exception(error)
         status = _say(error, rank)
         sys.stderr.flush()
         finish_failed_run()  # last: it may wait for a server
         return status
-    return 0
 
 
 def _say(error: Exception, rank: int) -> int:

@@ -14,7 +14,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = {
     "linear": "--in-features 24 --out-features 16 --tokens 32 --hidden 64 --intermediate 48 --head-dim 8 --seq-len 16 "
     "--rank 2 --threads 1 --repetitions 1",
+    "methods": "--hidden 32 --intermediate 48 --head-dim 8 --tokens 32 --seq-len 16 --rank 2 --repetitions 1",
     "update": "--cases 24x40k8r2 --workers 2 --repetitions 1",
+    "tokenize": "--records 60 --num-proc 1 2",
+    "loader": "--records 60 --mean-length 20 --seq-len 64 --seconds 0.05 --num-workers 0 1 --pack 50",
+    "checkpoint": "--megabytes 5 --workers 2 --saves 1",
     "tensor_parallel": "--hidden 128 --intermediate 32 --layers 1 --vocabulary 32 --tokens 9 --repetitions 1",
     "svd": "--sizes 48x32 --count 8 --threads 1 --repetitions 1",
 }

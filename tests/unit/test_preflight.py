@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from tests.runs import write_model
-from titan_hd.components.checkpoint import STATE_FILE
+from titan_hd.components.checkpoint_folder import STATE_FILE
 from titan_hd.config.job_config import JobConfig
 from titan_hd.config.manager import ConfigError, load
 from titan_hd.preflight import plan_run
@@ -105,6 +105,16 @@ def test_slices_must_fit_the_smallest_targeted_layer(config):
     plan_run(config("--hdpissa.num_adapters", "5", "--adapter.rank", "8", "--hdpissa.slices", "top"), 1)
 
 
+@pytest.mark.parametrize("method", ["lora", "pissa", "dora"])
+def test_a_rank_must_fit_the_smallest_targeted_layer(config, method: str):
+    """k_proj of the debug model is 32 x 64. One adapter, whatever the number of workers."""
+    plan = plan_run(config("--adapter.method", method, "--adapter.rank", "32", "--hdpissa.num_adapters", "7"), 2)
+    assert plan.num_adapters == 1
+    (line,) = errors_of(config("--adapter.method", method, "--adapter.rank", "33"), 1)
+    assert line.startswith("adapter.rank: 33 is more than the smaller side of a weight, 32; k_proj")
+    plan_run(config("--adapter.method", method, "--adapter.rank", "33", "--adapter.target_modules", "q_proj"), 1)
+
+
 def test_full_fine_tuning_knows_no_rank(config):
     plan_run(config("--adapter.method", "full", "--adapter.rank", "9999", "--hdpissa.num_adapters", "7"), 2)
 
@@ -134,6 +144,18 @@ def test_weights_are_checked_before_anything_is_allocated(config, tmp_path: Path
     plan_run(config(model=model), 1, needs_files=False)  # job.print_plan
 
 
+def test_blocks_that_do_not_divide_a_weight(config):
+    """bat is refused by name with the layer; so is tensor parallelism for the methods that it does not split."""
+    (line,) = errors_of(config("--adapter.method", "bat", "--adapter.rank", "24"), 1)
+    assert line.startswith("adapter.rank: method bat cuts weights in blocks of adapter.rank, 24 x 24")
+    assert "q_proj has shape [64, 64]" in line
+    for method in ("mora", "hira", "bone", "bat"):
+        options = ("--adapter.method", method, "--adapter.rank", "4")
+        plan_run(config(*options), 2)
+        (line,) = errors_of(config(*options, "--parallelism.tensor_parallel_degree", "2"), 2)
+        assert line == f"parallelism.tensor_parallel_degree: method {method} has no tensor parallelism; set it to 1"
+
+
 def test_a_run_that_resumes_needs_no_weights(config, tmp_path: Path):
     write_model(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
@@ -142,6 +164,9 @@ def test_a_run_that_resumes_needs_no_weights(config, tmp_path: Path):
     argv = ("--job.dump_folder", str(tmp_path), "--checkpoint.enable")
     model = ("--model.hf_assets_path", str(tmp_path / "model"))
     plan_run(config(*argv, model=model), 1)
+    adapter = ("--adapter.method", "pissa", "--adapter.rank", "2", "--export.enable", "--export.format", "peft")
+    (line,) = errors_of(config(*argv, *adapter, model=model), 1)
+    assert "holds no model.safetensors" in line, "the adapter of rank 2r is relative to them"
     (line,) = errors_of(config(*argv, "--checkpoint.load_step", "2", model=model), 1)
     assert line.startswith("checkpoint.load_step: ")
     (line,) = errors_of(config(*argv, "--checkpoint.load_step", "0", model=model), 1)

@@ -36,7 +36,8 @@ class AdapterLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would allocate a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.weight.requires_grad_(False)
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
         self.dropout = dropout
         self.adapter_names = tuple(tensors)
         for name, shape in tensors.items():

@@ -7,10 +7,14 @@ from collections.abc import Callable
 import torch
 
 from titan_hd.adapters.adapter_linear import AdapterMethod
+from titan_hd.adapters.bat import BatLinear
+from titan_hd.adapters.bone import BoneLinear
 from titan_hd.adapters.dora import DoRALinear
 from titan_hd.adapters.full import FullFineTuning
 from titan_hd.adapters.hdpissa import HDPissa
+from titan_hd.adapters.hira import HiraLinear
 from titan_hd.adapters.lora import LoRALinear, lora_scale
+from titan_hd.adapters.mora import MoraLinear
 from titan_hd.adapters.olora import OLoRALinear
 from titan_hd.adapters.pissa import PiSSALinear
 from titan_hd.adapters.protocol import Method
@@ -26,7 +30,8 @@ def build_method(config: JobConfig, num_adapters: int = 1) -> Method:
 def adapter_identity(config: Adapter) -> dict[str, object]:
     """What a run with adapters beside W and the checkpoint that it resumes from must have in common."""
     alpha = config.rank if config.alpha is None else config.alpha
-    return {"adapter.alpha": alpha, "adapter.rslora": config.rslora, "adapter.init": config.init}
+    keys = ("rank", "dropout", "rslora", "init", "mora_type", "bat_form")
+    return {"adapter.alpha": alpha, **{f"adapter.{key}": getattr(config, key) for key in keys}}
 
 
 def _hdpissa(config: JobConfig, num_adapters: int) -> Method:
@@ -65,10 +70,32 @@ def _gathered_dtype(config: JobConfig) -> torch.dtype:
     return getattr(torch, config.training.mixed_precision_param)
 
 
+def _mora(config: JobConfig, num_adapters: int) -> Method:
+    a = config.adapter
+    return AdapterMethod(MoraLinear, {"rank": a.rank, "mora_type": a.mora_type, "dropout": a.dropout})
+
+
+def _hira(config: JobConfig, num_adapters: int) -> Method:
+    return AdapterMethod(HiraLinear, {"rank": config.adapter.rank, "dropout": config.adapter.dropout})
+
+
+def _bone(config: JobConfig, num_adapters: int) -> Method:
+    return AdapterMethod(BoneLinear, {"block": config.adapter.rank, "dropout": config.adapter.dropout})
+
+
+def _bat(config: JobConfig, num_adapters: int) -> Method:
+    a = config.adapter
+    return AdapterMethod(BatLinear, {"block": a.rank, "form": a.bat_form, "dropout": a.dropout})
+
+
 _BUILDERS: dict[str, Callable[[JobConfig, int], Method]] = {
     "hdpissa": _hdpissa,
     "full": lambda config, num_adapters: FullFineTuning(),
     "lora": _lora,
     "pissa": _pissa,
     "dora": _dora,
+    "mora": _mora,
+    "hira": _hira,
+    "bone": _bone,
+    "bat": _bat,
 }

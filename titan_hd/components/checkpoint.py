@@ -1,40 +1,67 @@
-"""Checkpoints through torch.distributed.checkpoint: written beside, renamed when complete, loaded on any mesh.
+"""Checkpoints through torch.distributed.checkpoint: complete or absent, written in the background, loaded on any mesh.
 
-A checkpoint is a folder `step-N` with DCP's files (weights, fixed factors and optimizer moments as DTensors) and
-`train_state.json` (step, wandb run, resolved configuration). The data cursor and the learning rate are functions of the
-step; dA and dB are zero between steps; random numbers are functions of (seed, step, sample): none of them needs saving.
+A checkpoint is a folder `step-N` with DCP's files (weights, fixed factors and optimizer moments as DTensors),
+`train_state.json` (step, wandb run, identity, resolved configuration) and `manifest.json` (size and checksum of every
+file). The data cursor and the learning rate are functions of the step; dA and dB are zero between steps; random numbers
+are functions of (seed, step, sample): none of them needs saving.
+
+A save, told in order: wait for the save before; copy the shards to the host (training goes on from here, if it is
+asynchronous); every rank writes its shards to `step-N.partial`, a checksum beside, and waits for its disk; rank 0 gets
+the checksums, writes table of contents, state and manifest, and renames the folder; what is then too old is purged. The
+ranks talk over a group of their own, so that a thread may do it. Whatever fails on any rank (a full disk) fails on all,
+and leaves nothing behind.
 
 DCP's `.metadata` is a pickle: `dcp_reader` reads it without running what it says.
 """
 
 from __future__ import annotations
 
-import json
+import copy
+import datetime
 import logging
-import os
 import re
 import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
+from titan_hd.adapters.adapter_linear import adapter_layers
+from titan_hd.components.checkpoint_folder import CheckpointFolder, damage, read_manifest, read_train_state
+from titan_hd.components.checkpoint_writer import CheckpointWriter
 from titan_hd.components.dcp_reader import CheckpointReader
 from titan_hd.config.errors import UserError
 from titan_hd.distributed.adapter_registry import AdapterRegistry
+from titan_hd.distributed.collectives import once
+from titan_hd.distributed.watch import enter_phase
 from titan_hd.distributed.weights import adapter_parameters, base_parameters
 
 logger = logging.getLogger("titan_hd")
-STATE_FILE = "train_state.json"  # what a run's checkpoint has beside DCP's files
+
+T = TypeVar("T")
 
 
-def model_state(model: nn.Module, registry: AdapterRegistry | None) -> dict[str, torch.Tensor]:
-    """Weights by HF name, the tensors of adapters beside them and, for HD-PiSSA, the fixed factors, as DTensors."""
-    state: dict[str, torch.Tensor] = {f"model.{name}": p.detach() for name, p in base_parameters(model)}
+def model_state(model: nn.Module, registry: AdapterRegistry | None, changed_only: bool) -> dict[str, torch.Tensor]:
+    """Weights by HF name, the tensors of adapters beside them and, for HD-PiSSA, the fixed factors, as DTensors.
+
+    changed_only: no weights that are as the base model has them.
+    """
+    changed = {f"{name}.weight" for name in registry.entries} if registry else set()
+    changed |= {f"{name}.weight" for name, layer in adapter_layers(model).items() if layer.changes_weight}
+    state: dict[str, torch.Tensor] = {
+        f"model.{name}": p.detach()
+        for name, p in base_parameters(model)
+        if not changed_only or p.requires_grad or name in changed
+    }
     state |= {f"adapters.{name}": p.detach() for name, p in adapter_parameters(model)}
     for name, entry in registry.entries.items() if registry else ():
         state[f"factors.{name}.A"], state[f"factors.{name}.B"] = entry.a, entry.b
@@ -67,86 +94,186 @@ def allocate_optimizer_state(
         optimizer.state[parameter][match[2]] = value
 
 
-def check_resumable(saved: dict[str, Any] | None, current: dict[str, Any]) -> None:
-    """ValueError if a checkpoint is of a run that differs in what cannot change (one line for each key)."""
-    if saved is None:
-        return
-    lines = [
-        f"{key}: the checkpoint has {saved.get(key)!r}, this run {value!r}; set it back, or checkpoint.load_step = 0"
-        for key, value in current.items()
-        if saved.get(key) != value
-    ]
-    if lines:
-        raise UserError("\n".join(lines))
+class HostCopies:
+    """Copies of tensors on the host, also of those that are there already: the training changes its own in place. The
+    memory, pinned where there is a GPU, is kept for the next time. (DCP's own stager fails on wrapped storages.)"""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def take(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The same values as they are now; DTensors keep mesh and placements. Overwrites what was taken before."""
+        taken = {name: self._take(name, value) for name, value in values.items()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return taken
+
+    def _take(self, name: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return copy.deepcopy(value)
+        local = value.to_local() if isinstance(value, DTensor) else value
+        buffer = self._buffers.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (local.shape, local.dtype):
+            buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+            self._buffers[name] = buffer
+        buffer.copy_(local, non_blocking=True)
+        return DTensor(buffer, value._spec, requires_grad=False) if isinstance(value, DTensor) else buffer
 
 
 class Checkpointer:
-    """Saves to and loads from `folder`. Collective: every rank calls every method but `latest`."""
+    """Saves to and loads from `folder`. Collective: every rank calls every method, `warn_of_failure` apart.
 
-    def __init__(self, folder: Path, keep_latest_k: int):
-        self.folder, self.keep_latest_k = folder, keep_latest_k
+    asynchronous: a save returns when the shards are copied to the host; the rest is done by a thread. One save is under
+    way at a time.
+    """
 
-    def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
-        found = [re.fullmatch(r"step-(\d+)", p.parent.name) for p in self.folder.glob(f"step-*/{STATE_FILE}")]
-        return sorted(int(m[1]) for m in found if m)
+    def __init__(self, folder: Path, keep_latest_k: int, asynchronous: bool, timeout_seconds: float):
+        self.files = CheckpointFolder(folder, keep_latest_k)
+        # Its own time-out: the slowest disk may take longer than any collective of the training.
+        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
+        self.last_step: int | None = None  # of the last save, whatever became of it
+        self._failure: str | None = None
+        self._pending: Future[str | None] | None = None
+        self._executor = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._host = HostCopies()
 
-    def choose(self, load_step: int) -> int | None:
-        """The step to resume from: the latest for -1, None for 0 or where there is none.
-
-        Raises:
-            ValueError: a step is asked for that is not there.
-        """
-        steps = self.steps()
-        if load_step == 0 or (load_step == -1 and not steps):
-            return None
-        if load_step == -1:
-            return steps[-1]
-        if load_step not in steps:
-            have = ", ".join(map(str, steps)) or "none"
-            raise UserError(f"checkpoint.load_step: {self.folder} has no complete checkpoint {load_step} (has {have})")
-        return load_step
+    # -------------------------------------------------------------------------------------------------------- saving
 
     def save(self, step: int, tensors: dict[str, Any], train_state: dict[str, Any]) -> None:
-        """Write `step-N`; it becomes visible under this name only when everything is there."""
-        final, partial = self.folder / f"step-{step}", self.folder / f"step-{step}.partial"
+        """Save `step-N`, or begin to. `wait` and `warn_of_failure` say how it went."""
+        start = time.perf_counter()
+        self.wait()
+        self.warn_of_failure()
+        self.last_step = step
+        if not self._executor:
+            self._failure = self._write(step, tensors, train_state, start)
+            return
+        staged = self._host.take(tensors)
+        logger.info("checkpoint of step %d: training stopped for %.3f s", step, time.perf_counter() - start)
+        self._pending = self._executor.submit(self._write, step, staged, train_state, start)
+
+    def wait(self) -> str | None:
+        """Wait for the save that is under way. Returns why the last one failed, None if it did not."""
+        if self._pending:
+            self._failure, self._pending = self._pending.result(), None
+        return self._failure
+
+    def warn_of_failure(self) -> None:
+        """Log, once, that the last save failed. Not collective; returns at once while a save is under way."""
+        if self._pending and self._pending.done():
+            self.wait()
+        if not self._pending and self._failure:
+            logger.warning("%s; training goes on", self._failure)
+            self._failure = None
+
+    def close(self) -> None:
+        if self._executor:
+            self._executor.shutdown()
+
+    def _write(self, step: int, tensors: dict[str, Any], train_state: dict[str, Any], start: float) -> str | None:
+        """Everything after the copy. Returns the line that says what the disk refused, the same on every rank."""
+        final, partial = self.files.path(step), self.files.partial(step)
+        fault = self._on_rank_zero(lambda: self.files.start(step))
+        if not fault:
+            writer = CheckpointWriter(partial)
+            try:
+                dcp.save(tensors, storage_writer=writer, process_group=self.group)
+            except CheckpointException as error:
+                fault = _disk_fault(error)
+        if not fault:
+            parts = self._gather(writer.checksums)
+            written = {name: entry for part in parts for name, entry in part.items()}
+            fault = self._on_rank_zero(lambda: self.files.publish(step, train_state, written))
+        if fault:
+            self._on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))
+            return f"{final}: the checkpoint cannot be saved: {fault}; earlier ones are untouched"
+        size = sum(entry["size"] for entry in written.values()) / 1e9
+        logger.info("saved checkpoint %s (%.3f GB) in %.2f s", final, size, time.perf_counter() - start)
+        return None
+
+    def _on_rank_zero(self, function: Callable[[], object]) -> str | None:
+        """Do something with files on rank 0; returns, on every rank, what the disk said against it."""
+        fault = None
         if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        dcp.save(tensors, checkpoint_id=str(partial))
+            try:
+                function()
+            except OSError as error:
+                fault = str(error)
+        return self._from_rank_zero(fault)
+
+    def _gather(self, value: T) -> list[T]:
+        values: list[T] = [value] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def _from_rank_zero(self, value: T) -> T:
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    # ------------------------------------------------------------------------------------------------------- loading
+
+    def choose(self, load_step: int) -> int | None:
+        """The step to resume from: for -1 the latest whose files are all as they were written; None for 0, or where
+        there is none.
+
+        Raises:
+            UserError: the step that is asked for is not there or damaged, or all are.
+        """
+        steps, fault = [], None
+        if dist.get_rank() == 0:  # a shared file system may show a new folder to some ranks first
+            self.files.clear_partial()
+            try:
+                steps = self.files.candidates(load_step)
+            except UserError as error:
+                fault = str(error)
+        steps, fault = self._from_rank_zero((steps, fault))
+        if fault:
+            raise UserError(fault)
+        for step in steps:
+            faults = self._verify(step)
+            if not faults:
+                return step
+            for line in faults:
+                logger.warning("checkpoint %s is damaged, and skipped: %s", self.files.path(step), line)
+        if steps:
+            advice = "name another checkpoint.load_step, or 0 to start anew"
+            raise UserError("\n".join(f"{line} (no whole checkpoint is left: {advice})" for line in faults))
+        return None
+
+    def _verify(self, step: int) -> list[str]:
+        """What is wrong with the files of a checkpoint, the same on every rank. Each rank reads its share of them."""
+        folder, files, fault = self.files.path(step), {}, None
         if dist.get_rank() == 0:
-            with open(partial / STATE_FILE, "w", encoding="utf-8") as file:
-                json.dump(train_state, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            logger.info("saved checkpoint %s", final)
-            self._set_aside(step)
-            self._purge()
-        dist.barrier()
+            try:
+                files = read_manifest(folder)
+            except UserError as error:
+                fault = str(error)
+        files, fault = self._from_rank_zero((files, fault))
+        mine = sorted(files)[dist.get_rank() :: dist.get_world_size()]
+        found = [line for name in mine if (line := damage(folder / name, files[name]))]
+        return [fault] if fault else [line for lines in self._gather(found) for line in lines]
 
     def train_state(self, step: int) -> dict[str, Any]:
-        return json.loads((self.folder / f"step-{step}" / STATE_FILE).read_text())
+        return read_train_state(self.files.path(step))
 
-    def metadata(self, step: int) -> Metadata:
-        return CheckpointReader(self.folder / f"step-{step}").read_metadata()
+    def reader(self, step: int) -> CheckpointReader:
+        """Of `step-N`; its table of contents is read by rank 0."""
+        path = self.files.path(step)
+        table = once("reading the checkpoint's table of contents", CheckpointReader(path).read_metadata)
+        return CheckpointReader(path, table)
 
-    def load(self, step: int, tensors: dict[str, Any]) -> None:
-        """Fill `tensors` in place from `step-N`, whatever mesh wrote it."""
-        dcp.load(tensors, storage_reader=CheckpointReader(self.folder / f"step-{step}"))
-        logger.info("resumed from %s", self.folder / f"step-{step}")
+    def load(self, reader: CheckpointReader, tensors: dict[str, Any]) -> None:
+        """Fill `tensors` in place from a checkpoint, whatever mesh wrote it."""
+        enter_phase("reading the checkpoint")
+        dcp.load(tensors, storage_reader=reader, process_group=self.group)
+        logger.info("resumed from %s", reader.folder)
 
-    def _set_aside(self, step: int) -> None:
-        """Rename later checkpoints: this run went back behind them, so they are another run's and not the latest."""
-        for later in [s for s in self.steps() if s > step]:
-            aside = self.folder / f"abandoned-{later}"
-            shutil.rmtree(aside, ignore_errors=True)
-            (self.folder / f"step-{later}").rename(aside)
-            logger.warning("%s is of a run that was left behind; kept as %s", f"step-{later}", aside)
 
-    def _purge(self) -> None:
-        if self.keep_latest_k:
-            for step in self.steps()[: -self.keep_latest_k]:
-                shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)
+def _disk_fault(error: CheckpointException) -> str:
+    """The first rank's error, if the disk is to blame; what it was otherwise is raised again."""
+    rank, (cause, _) = next(iter(error.failures.items()))
+    if not all(isinstance(cause, OSError) for cause, _ in error.failures.values()):
+        raise error
+    return f"{cause.strerror or cause} (on rank {rank})"

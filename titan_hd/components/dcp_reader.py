@@ -43,13 +43,18 @@ class _TableUnpickler(pickle.Unpickler):
 class CheckpointReader(dcp.FileSystemReader):
     """DCP's reader of a folder, which reads the table of contents once and without running code.
 
+    table: if another rank has read it already.
+
     Raises:
         UserError: from `read_metadata`: there is none, or it cannot be read.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, table: Metadata | None = None):
         super().__init__(str(folder))
         self.folder = folder
+        if table is not None:
+            table.storage_meta.load_id = self.load_id
+            self._table = table
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         return self._table
@@ -76,15 +81,20 @@ class CheckpointReader(dcp.FileSystemReader):
         table.storage_meta.load_id = self.load_id
         return table
 
-    def weight_dtypes(self, shapes: dict[str, torch.Size]) -> set[torch.dtype]:
-        """The dtypes of the weights, which are named "model." and the HF name; shapes: HF name -> shape.
+    def holds(self, key: str) -> bool:
+        return key in self._table.state_dict_metadata
+
+    def tensor_dtypes(self, shapes: dict[str, torch.Size], prefix: str = "model.") -> set[torch.dtype]:
+        """The dtypes of the weights, which are named "model." and the HF name, or of the tensors of another prefix.
+
+        shapes: name without the prefix -> shape.
 
         Raises:
-            UserError: a line for every weight that is missing or misshapen, or no part of the model.
+            UserError: a line for every tensor that is missing or misshapen, or no part of the model.
         """
         entries = self._table.state_dict_metadata
-        stored = {key: entry for key, entry in entries.items() if key.startswith("model.")}
-        expected = {f"model.{name}": shape for name, shape in shapes.items()}
+        stored = {key: entry for key, entry in entries.items() if key.startswith(prefix)}
+        expected = {f"{prefix}{name}": shape for name, shape in shapes.items()}
         errors = [f"{self.folder}: {key}: is not part of the model" for key in sorted(stored.keys() - expected.keys())]
         for key, shape in expected.items():
             entry = stored.get(key)

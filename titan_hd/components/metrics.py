@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import resource
 import sys
 import time
@@ -125,7 +126,8 @@ class MetricsLogger:
             keep_records_until(path, first_step)
         else:
             path.unlink(missing_ok=True)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self._unwritten = b""
         self._bar = None
         if config.metrics.progress_bar and sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
@@ -134,7 +136,8 @@ class MetricsLogger:
         if config.metrics.enable_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step)
+            # Records of later steps will be written again; that of step 0 only by a run that starts anew.
+            self._tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step + 1 if first_step else 0)
 
     @property
     def wandb_id(self) -> str | None:
@@ -144,14 +147,29 @@ class MetricsLogger:
         """Record values of one step (1-based) everywhere."""
         if not self.enabled:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps({"step": step, **values}).encode() + b"\n"
+        self._write()
         if self._wandb:
             self._wandb.log(values, step)
         if self._tensorboard:
             for key, value in values.items():
                 self._tensorboard.add_scalar(key, value, step)
         logger.info("step %d  %s", step, "  ".join(f"{k} {_short(v)}" for k, v in values.items()))
+
+    def sync(self) -> None:
+        """Wait until the records are on the disk: a checkpoint must not know more steps than they."""
+        if self.enabled:
+            self._write(sync=True)
+
+    def _write(self, sync: bool = False) -> None:
+        """What a full disk does not take is written later: it stops neither training nor the record."""
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            if sync:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            logger.warning("metrics.jsonl: cannot be written (%s); its records wait", error.strerror)
 
     def advance(self, loss: float | None = None) -> None:
         """Move the progress bar by one step."""
@@ -163,6 +181,7 @@ class MetricsLogger:
     def close(self) -> None:
         if not self.enabled:
             return
+        self._write()
         self._file.close()
         if self._bar:
             self._bar.close()
@@ -199,7 +218,12 @@ def keep_records_until(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    beside = path.with_name(path.name + ".partial")  # renamed when complete: a run that is killed here loses nothing
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write("".join(line + "\n" for line in kept))
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
 
 
 def _short(value: float) -> str:

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
-from titan_hd.components.checkpoint import STATE_FILE
+from titan_hd.components.checkpoint_folder import STATE_FILE, read_train_state
+from titan_hd.components.checkpoint_weights import CheckpointWeights
 from titan_hd.components.dcp_reader import CheckpointReader
 from titan_hd.config.errors import UserError
 from titan_hd.distributed.weights import materialize
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.hf_weights import WeightFiles
 from titan_hd.models.registry import DecoderConfig, flavor_config, read_hf_config
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.device) -> tuple[Decoder, Path]:
@@ -64,7 +55,8 @@ def _meta_model(config: DecoderConfig, dtype: torch.dtype) -> Decoder:
 
 
 def _load_checkpoint(folder: Path, assets: str, dtype: torch.dtype, device: torch.device) -> tuple[Decoder, Path]:
-    settings, identity = _read_state(folder / STATE_FILE)
+    state = read_train_state(folder)
+    settings, identity = state["settings"].get("model", {}), state["identity"]
     directory = assets or settings.get("hf_assets_path", "")
     if not directory:
         raise UserError(f"--assets: {folder} is of a run without model.hf_assets_path; name the directory")
@@ -77,24 +69,11 @@ def _load_checkpoint(folder: Path, assets: str, dtype: torch.dtype, device: torc
         config = read_hf_config(directory)
     if identity.get("model") != repr(config):
         raise UserError(f"--assets: {directory}: its config.json is not that of the checkpoint's model")
-    model, reader = _meta_model(config, dtype), CheckpointReader(folder)
-    reader.weight_dtypes({name: p.shape for name, p in model.named_parameters()})
+    weights = CheckpointWeights(CheckpointReader(folder), state, config, directory)
+    model = _meta_model(config, dtype)
     materialize(model, device)
-    tensors = {f"model.{name}": p for name, p in model.named_parameters()}
-    try:
-        with warnings.catch_warnings():  # that this is one process
-            warnings.simplefilter("ignore")
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except CheckpointException as error:
-        reason = next(iter(error.failures.values()))[0]
-        raise UserError(f"{folder}: cannot be read: {reason}") from None
+    with warnings.catch_warnings():  # that this is one process
+        warnings.simplefilter("ignore")
+        for name, parameter in model.named_parameters():
+            weights.read_into(name, parameter)
     return model, Path(directory)
-
-
-def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """[model] of the run's configuration, and what identifies the run."""
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        return tomllib.loads(state["config"])["model"], state["identity"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is not the state of a titan_hd run: {type(error).__name__}: {error}") from None

@@ -39,12 +39,38 @@ class Model:
 
 
 @dataclass
+class DataSource:
+    """One entry of a list in data.train or data.validation; what it does not set is taken from [data]."""
+
+    path: str = ""
+    """As data.train."""
+    weight: float | None = None
+    """Of data.train only: every epoch takes round(weight * its records). Not set: 1, every record once."""
+    samples: int | None = None
+    """Of data.train only: every epoch takes exactly this many of its records. Give this or weight."""
+    format: Literal["auto", "instruction", "chat", "text", "tokens"] | None = None
+    """As data.format."""
+    template: str | None = None
+    """As data.template."""
+    prompt_field: str | None = None
+    """As data.prompt_field."""
+    response_field: str | None = None
+    """As data.response_field."""
+    text_field: str | None = None
+    """As data.text_field."""
+
+
+@dataclass
 class Data:
-    train: str = ""
-    """Training records: a file, a directory or a glob, read in the order of names. JSONL, a JSON array (both perhaps
-    .gz or .zst) or Parquet."""
-    validation: str = ""
-    """Validation records, in the same format as the training records."""
+    train: str | list[DataSource] = ""
+    """Training records: a file, a directory or a glob, read in the order of names (JSONL, a JSON array, both perhaps
+    .gz or .zst, or Parquet), or org/name[:config][:split] of the Hub (needs the package datasets). Or a mixture: a list
+    of paths or tables, [[data.train]] (on the command line as JSON), each with path, perhaps weight or samples, and
+    perhaps format, template, prompt_field, response_field, text_field instead of those of [data]. An epoch takes
+    round(weight * records) of a source, each record equally often, or exactly `samples`; a partial pass goes on where
+    the last epoch's ended, so that over the epochs no record is seen more than once more often than another."""
+    validation: str | list[DataSource] = ""
+    """Validation records, as data.train; of a list all records are read, in its order."""
     format: Literal["auto", "instruction", "chat", "text", "tokens"] = "auto"
     """instruction: a prompt and a response field. chat: messages [{role, content}, ...] or ShareGPT's conversations
     [{from, value}, ...], as the model's own chat template writes them; loss on every assistant turn and its end. text:
@@ -70,6 +96,26 @@ class Data:
     """The most bad records of a data set that data.on_error = "skip" leaves out; one more ends the run."""
     shuffle: bool = True
     """Permute the records anew in every epoch, as a function of (training.seed, epoch) alone."""
+    pack: bool = False
+    """Pack training records into rows of training.seq_len tokens. Records of a row do not see each other, and the loss
+    is that of the same records unpacked; a row counts as one record for training.local_batch_size, global_batch_size
+    and epochs."""
+    num_workers: int = 0
+    """Processes per worker that read training batches ahead. 0: none, which is enough unless reading a record is slow;
+    docs/benchmarks.md has figures."""
+    num_proc: int = 0
+    """Processes that tokenize on a node. 0: one for each core (at most 32); without a cache, of each worker's share of
+    the cores."""
+    cache_dir: str = "auto"
+    """Folder in which tokenized records are kept between runs and shared by the workers, keyed by the content of data
+    and tokenizer and by these settings. auto: titan_hd/tokens in $XDG_CACHE_HOME or ~/.cache. Empty: none, every worker
+    tokenizes all records and holds them in memory (as it always does with less than 1 MiB of data)."""
+    streaming: bool = False
+    """Tokenize nothing ahead: every worker reads through the files and encodes the records of its own batches. Needs
+    training.steps. Sample j of the run is record j of the files, which begin anew at their end; a bad record
+    (data.on_error = "skip", counted for each worker) or one without a label is a sample without loss."""
+    shuffle_window: int = 10000
+    """With data.streaming: data.shuffle permutes records within stretches of so many, whose text is held in memory."""
 
 
 @dataclass
@@ -92,8 +138,9 @@ class Training:
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype in which the weights are all-gathered and computed with."""
     master_dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype of the sharded master weights. bfloat16 (hdpissa only) halves their memory; the fold then rounds
-    stochastically, because an update of relative size 1e-5 would vanish."""
+    """dtype of the sharded master weights. bfloat16 halves their memory. For hdpissa the fold then rounds
+    stochastically, because an update of relative size 1e-5 would vanish; methods with adapters beside a frozen W keep
+    those in float32; full needs float32."""
     gc_freq: int = 50
     """Python garbage is collected every this many steps, by all workers at once."""
 
@@ -128,10 +175,11 @@ class LRScheduler:
 
 @dataclass
 class Adapter:
-    method: Literal["hdpissa", "full", "lora", "pissa", "dora"] = "hdpissa"
+    method: Literal["hdpissa", "full", "lora", "pissa", "dora", "mora", "hira", "bone", "bat"] = "hdpissa"
     """How the model is trained; docs/methods.md says what each one is."""
     rank: int = 16
-    """Rank r of one adapter."""
+    """Rank r of one adapter; for bone and bat the size b of a block; mora has as many parameters as lora of this
+    rank."""
     alpha: float | None = None
     """The adapter (for hdpissa: its gradients) is scaled by alpha / rank (a real number). Not set: alpha = rank."""
     rslora: bool = False
@@ -156,6 +204,11 @@ class Adapter:
     svd_cache: str = ""
     """Folder in which principal factors are kept between runs, keyed by the weights' content and these settings.
     Empty: none."""
+    mora_type: Literal[1, 6] = 6
+    """How mora maps a layer's input to its square matrix. 1: blocks are summed, for large ranks. 6: blocks are
+    rotated, for small ranks."""
+    bat_form: Literal["column", "row"] = "column"
+    """bat's square blocks: column (PEFT's) has one for each row block of a weight, row one for each column block."""
 
 
 @dataclass
@@ -238,21 +291,33 @@ class Checkpoint:
     folder: str = "checkpoint"
     """Folder of the checkpoints inside job.dump_folder."""
     interval: int = 500
-    """Steps between two checkpoints; the last step is always saved."""
+    """Steps between two checkpoints; the last step is always saved, and the one at which a signal stops the run."""
     keep_latest_k: int = 2
-    """Checkpoints to keep. 0: all."""
+    """Checkpoints to keep, and those of a run that was left behind. 0: all."""
     load_step: int = -1
-    """Step to resume from. -1: the latest; 0: do not resume."""
+    """Step to resume from. -1: the latest whose files are whole; 0: do not resume."""
+    async_mode: Literal["disabled", "async"] = "disabled"
+    """async: a save stops the training only while the shards are copied to the host (which takes as much memory there);
+    a thread writes them. One save is under way at a time. disabled: training waits for the disk."""
+    base: Literal["full", "delta"] = "full"
+    """full: a checkpoint holds every weight. delta: only those that training changes; the others are read again from
+    model.hf_assets_path, which must then hold the same files."""
+    allow_mismatch: list[str] = field(default_factory=list)
+    """Keys in which a run may differ from the checkpoint that it resumes from, for example data.train (see
+    docs/checkpoints.md for those that can)."""
 
 
 @dataclass
 class Export:
     enable: bool = False
-    """Write the final model as a Hugging Face directory."""
+    """Write the final model, or its adapters."""
+    format: Literal["hf", "peft"] = "hf"
+    """hf: the model as a Hugging Face directory, adapters merged. peft: the adapters alone, as the peft library loads
+    them onto the base model (lora, pissa, dora, hira, bone, bat); pissa and OLoRA become LoRA of rank 2r."""
     folder: str = "hf"
-    """Folder of the exported model inside job.dump_folder."""
+    """Folder of what is exported inside job.dump_folder."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """dtype of the exported weights."""
+    """dtype of the exported weights of format hf; adapters are written in float32."""
     max_shard_size_gb: float = 5.0
     """Largest size of an exported file in GB (10^9 bytes); a tensor that is larger gets a file of its own."""
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from titan_hd.config.errors import UserError
 
 LARGEST = 64 * 2**20  # bytes; the largest tokenizer.json is a third of that
 
@@ -22,3 +27,22 @@ def read_small_text(path: Path, largest: int = LARGEST) -> str:
     if status.st_size > largest:
         raise OSError(0, f"{status.st_size} bytes are more than {largest}", str(path))
     return path.read_text(encoding="utf-8")
+
+
+def read_json_object(path: Path, object_pairs_hook: Callable[[list], Any] | None = None) -> dict[str, Any]:
+    """The object in a JSON file, of at most LARGEST bytes.
+
+    object_pairs_hook: as json.loads takes it; what it raises (ValueError) is a fault of the file.
+
+    Raises:
+        UserError: one line that names the file: it is not there, cannot be read, or holds no JSON object.
+    """
+    try:
+        content = json.loads(read_small_text(path), object_pairs_hook=object_pairs_hook)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not valid JSON: must be an object")
+    return content

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titan_hd.config.errors import UserError
+from titan_hd.config.small_files import read_small_text
 from titan_hd.data.tokenizer_base import Tokenizer, read_json
 
 if TYPE_CHECKING:
@@ -176,16 +177,12 @@ def _find(directory: Path) -> tuple[str | None, str]:
 
 
 def _read_source(path: Path) -> str:
-    if not path.is_file():  # a FIFO would be waited for, a device read without end
-        raise UserError(f"{path}: must be a regular file")
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_SOURCE + 1)
-        if len(content) > MAX_SOURCE:
-            raise UserError(f"{path}: chat template: longer than {MAX_SOURCE} bytes")
-        return content.decode()
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"{path}: cannot be read as text") from None
+        return read_small_text(path, MAX_SOURCE)
+    except OSError as error:
+        raise UserError(f"{path}: chat template: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: chat template: not valid UTF-8") from None
 
 
 @functools.lru_cache(maxsize=8)  # and so a ChatTemplate holds nothing but text and can be pickled

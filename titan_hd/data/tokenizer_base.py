@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from titan_hd.config.errors import UserError
-from titan_hd.config.small_files import read_small_text
+from titan_hd.config.small_files import read_json_object
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -25,6 +26,7 @@ class Tokenizer:
             right of everything that attends, so that its value cannot matter.
         stop_ids: generation ends at any of them: eos_id and what generation_config.json lists.
         control_ids: the tokens that `encode` gives only where `special` is set, and that `decode` leaves out.
+        control_tokens: the texts of those that a text can spell -> their ids.
         vocab_size: ids are below this.
         special_tokens: bos_token, eos_token, ... -> their text, as far as the directory names them.
         directory: where it was loaded from.
@@ -35,6 +37,7 @@ class Tokenizer:
     pad_id: int
     stop_ids: frozenset[int]
     control_ids: frozenset[int] = frozenset()
+    control_tokens: Mapping[str, int] = types.MappingProxyType({})
     vocab_size: int
     special_tokens: dict[str, str]
     directory: Path
@@ -126,17 +129,7 @@ class Settings:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; nothing, if the file is not there."""
-    try:
-        content = json.loads(read_small_text(path))
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not valid JSON: must be an object")
-    return content
+    return read_json_object(path) if path.exists() else {}
 
 
 def _ids(value: Any, path: Path) -> list[int]:

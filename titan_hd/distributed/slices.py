@@ -36,7 +36,7 @@ class SliceSettings:
 def compute_factors(
     registry: AdapterRegistry, dims: ParallelDims, settings: SliceSettings
 ) -> Iterator[list[dict[str, object]]]:
-    """Fill the registry with the fixed factors of every layer; yields the reports of each wave, on every rank.
+    """Fill the registry with the fixed factors of every layer; yields the reports of each wave, on rank 0.
 
     Deterministic on any number of workers: whoever owns a weight computes the same from the same bits.
     """
@@ -56,9 +56,9 @@ def compute_factors(
             factors = cut_slices(a, b, registry.num_adapters, registry.rank, settings.slices)
             del weight, a, b
         _deal(registry, dims, wave, factors)
-        reports: list[dict | None] = [None] * dims.world_size
-        dist.all_gather_object(reports, report)
-        yield [r for r in reports if r is not None]
+        reports: list[dict | None] | None = [None] * dims.world_size if dims.rank == 0 else None
+        dist.gather_object(report, reports)
+        yield [r for r in reports or () if r is not None]
 
 
 def _draw_factors(registry: AdapterRegistry, dims: ParallelDims, name: str, seed: int) -> None:

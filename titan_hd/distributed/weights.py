@@ -18,7 +18,7 @@ from tqdm import tqdm
 from titan_hd.adapters.adapter_linear import adapter_layers
 from titan_hd.config.seeding import stable_seed
 from titan_hd.distributed.adapter_weights import merged_weights
-from titan_hd.distributed.collectives import together
+from titan_hd.distributed.collectives import once, together
 from titan_hd.distributed.parallel_dims import Block, ParallelDims, owned_block
 from titan_hd.distributed.whole import tp_split
 from titan_hd.models.decoder import Decoder, RMSNorm
@@ -65,7 +65,8 @@ def _block(parameter: DTensor, dims: ParallelDims) -> Block:
 
 @torch.no_grad()
 def load_weights(model: Decoder, dims: ParallelDims, directory: str, progress: bool = False) -> int:
-    """Fill the shards from a HF directory; every rank reads only the byte ranges of what it holds. Collective.
+    """Fill the shards from a HF directory; rank 0 reads the index and the headers, every rank only the byte
+    ranges of what it holds. Collective.
 
     progress: show a bar, on rank 0, if the standard error is a terminal.
 
@@ -77,9 +78,9 @@ def load_weights(model: Decoder, dims: ParallelDims, directory: str, progress: b
     """
     started = time.perf_counter()
     parameters = dict(base_parameters(model))
-    with together("checking the weights"):
-        expected = {name: p.shape for name, p in parameters.items()}
-        files = WeightFiles(directory, expected, tied_head=model.lm_head is None)
+    expected = {name: p.shape for name, p in parameters.items()}
+    tied = model.lm_head is None
+    files = once("checking the weights", lambda: WeightFiles(directory, expected, tied_head=tied))
     parts = {name: p.to_local().numel() / p.numel() for name, p in parameters.items()}
     total = round(sum(files.nbytes(name) * part for name, part in parts.items()))
     hidden = not (progress and dims.rank == 0 and sys.stderr.isatty())
@@ -92,15 +93,16 @@ def load_weights(model: Decoder, dims: ParallelDims, directory: str, progress: b
             if block.rows:
                 files.read_into(name, parameter.to_local(), block.row, block.column)
                 bar.update(files.bytes_read - bar.n)
-    read = [0] * dist.get_world_size()
-    dist.all_gather_object(read, files.bytes_read)
+    files.close()
+    read = torch.tensor(files.bytes_read)
+    dist.all_reduce(read)
     seconds, size = time.perf_counter() - started, sum(map(files.nbytes, parameters))
     logger.info(
         "read %.3f GiB of %.3f GiB in %.1f s (%.2f GB/s), all workers together",
-        sum(read) / 2**30,
+        read.item() / 2**30,
         size / 2**30,
         seconds,
-        sum(read) / 1e9 / seconds,
+        read.item() / 1e9 / seconds,
     )
     return files.bytes_read
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
 from titan_hd.config.errors import UserError
-from titan_hd.models.safetensors_header import LARGEST_HEADER, shown, unique_keys
+from titan_hd.config.small_files import read_json_object
+from titan_hd.models.safetensors_header import shown, unique_keys
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
@@ -26,12 +25,7 @@ def find_files(directory: Path) -> dict[str, str] | None:
         if not single.exists():
             raise UserError(_what_else(directory))
         return None
-    try:
-        weight_map = _read_json(index)["weight_map"]
-    except OSError as error:
-        raise UserError(f"{index}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{index}: must be a JSON object with a weight_map") from None
+    weight_map = read_json_object(index, unique_keys).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()) or not weight_map:
         raise UserError(f"{index}: weight_map: must be an object of file names")
     files = sorted(set(weight_map.values()))
@@ -62,9 +56,3 @@ def _what_else(directory: Path) -> str:
             "the weights to safetensors"
         )
     return f"model.hf_assets_path: {directory} holds no {SINGLE} and no index of it"
-
-
-def _read_json(path: Path) -> object:
-    if not path.is_file() or os.path.getsize(path) > LARGEST_HEADER:
-        raise ValueError("no file of a sensible size")
-    return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)

@@ -11,6 +11,7 @@ a SIGBUS.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -48,6 +49,7 @@ class WeightFiles:
         self.bytes_read = 0
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._places: dict[str, tuple[Path, Entry]] = {}
+        self._open: dict[Path, io.FileIO] = {}  # each file once, not once per tensor: opening loads a file system most
         errors = self._locate(expected, tied_head)
         if errors:
             raise UserError("\n".join(sorted(errors)))
@@ -72,16 +74,22 @@ class WeightFiles:
         if self._scratch.numel() < min(step, len(out)) * wanted:
             self._scratch = torch.empty(min(step, len(out)) * wanted, dtype=torch.uint8)
         try:
-            with open(path, "rb", buffering=0) as file:
-                for start in range(0, len(out), step):
-                    target = out[start : start + step]
-                    piece = self._scratch[: len(target) * wanted]
-                    offset = entry.offset + (row + start) * width + column * item
-                    _read_strided(file.fileno(), memoryview(piece.numpy()), offset, wanted, width)
-                    target.copy_(piece.view(DTYPES[entry.dtype]).view(target.shape))
-                    self.bytes_read += len(piece)
+            if path not in self._open:
+                self._open[path] = io.FileIO(path)
+            for start in range(0, len(out), step):
+                target = out[start : start + step]
+                piece = self._scratch[: len(target) * wanted]
+                offset = entry.offset + (row + start) * width + column * item
+                _read_strided(self._open[path].fileno(), memoryview(piece.numpy()), offset, wanted, width)
+                target.copy_(piece.view(DTYPES[entry.dtype]).view(target.shape))
+                self.bytes_read += len(piece)
         except (OSError, EOFError) as error:
             raise UserError(f"{path}: {name}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+    def close(self) -> None:
+        """Close the files; what is read later opens them again."""
+        while self._open:
+            self._open.popitem()[1].close()
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start..stop of a tensor on the host, in the file's dtype."""

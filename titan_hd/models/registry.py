@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from titan_hd.config.errors import UserError
-from titan_hd.config.small_files import read_small_text
+from titan_hd.config.small_files import read_json_object
 from titan_hd.models.flavors import FLAVORS
 
 logger = logging.getLogger("titan_hd")
@@ -153,14 +152,9 @@ def read_hf_config(directory: str | Path, name: str = "") -> DecoderConfig:
         ValueError: missing or unreadable file, or an architecture or feature that is not supported, by name.
     """
     path = Path(directory) / "config.json"
-    try:
-        raw = json.loads(read_small_text(path))
-    except OSError as error:
-        raise UserError(f"model.hf_assets_path: cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: must be a JSON object")
+    if not path.exists():
+        raise UserError(f"model.hf_assets_path: cannot read {path}: no such file")
+    raw = read_json_object(path)
     config = parse_hf_config(raw, str(path))
     if config.ignored:
         logger.warning("%s: ignored keys: %s", path, ", ".join(config.ignored))

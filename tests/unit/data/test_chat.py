@@ -174,7 +174,10 @@ class TestWhereItIsFound:
     def test_a_file_that_is_no_text(self, tmp_path: Path):
         tokenizer = load_tokenizer(directory(tmp_path, None))
         (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
-        assert fault(load_chat_template, tokenizer) == f"{tmp_path / 'chat_template.jinja'}: cannot be read as text"
+        assert (
+            fault(load_chat_template, tokenizer)
+            == f"{tmp_path / 'chat_template.jinja'}: chat template: not valid UTF-8"
+        )
 
 
 class TestBounds:
@@ -274,11 +277,12 @@ class TestBounds:
 
     def test_a_long_one_is_not_compiled(self, tmp_path: Path):
         source = "{{ a }}" * 50_000
-        says = "chat template: longer than 262144"
-        assert fault(ChatTemplate, source, "some/file", {}) == f"some/file: {says} characters"
+        says = "some/file: chat template: longer than 262144 characters"
+        assert fault(ChatTemplate, source, "some/file", {}) == says
         tokenizer = load_tokenizer(directory(tmp_path, None))
         (tmp_path / "chat_template.jinja").write_text(source)
-        assert fault(load_chat_template, tokenizer) == f"{tmp_path / 'chat_template.jinja'}: {says} bytes"
+        says = "chat template: cannot be read: 350000 bytes are more than 262144"
+        assert fault(load_chat_template, tokenizer) == f"{tmp_path / 'chat_template.jinja'}: {says}"
 
     @pytest.mark.parametrize("kind", ["fifo", "device", "directory"])
     def test_only_a_regular_file_is_read(self, tmp_path: Path, kind: str):
@@ -291,7 +295,7 @@ class TestBounds:
             path.symlink_to("/dev/null")
         else:
             path.mkdir()
-        assert fault(load_chat_template, tokenizer) == f"{path}: must be a regular file"
+        assert fault(load_chat_template, tokenizer) == f"{path}: chat template: cannot be read: it is no regular file"
         path.rmdir() if kind == "directory" else path.unlink()
         (tmp_path / "elsewhere").write_text("linked")
         path.symlink_to(tmp_path / "elsewhere")  # as the hub's cache has it

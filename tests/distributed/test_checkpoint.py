@@ -1,0 +1,208 @@
+"""Checkpoints of whole runs: damage, other numbers of workers, deltas, full disks, and wandb's run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import runs
+from tests.recovery import records, tiny_run
+from titan_hd.components.pretrained import load_pretrained
+from titan_hd.config.errors import UserError
+
+# Sums over other numbers of workers, in fp32, through Adam: relative to the change of W.
+RESHARDED_TOLERANCE = 1e-5
+
+
+def train_or_say(argv: list[str], stop_after: int | None = None) -> list[float] | str:
+    try:
+        return runs.train(argv, stop_after)
+    except UserError as error:
+        return str(error)
+
+
+def same(first: Path, second: Path) -> bool:
+    got, want = runs.exported(first), runs.exported(second)
+    return got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+def choose_with_each_damage(folder: Path) -> list[tuple[str, int | None, list[str]]]:
+    """What is chosen when one file of step-4 is cut off at the end, emptied, has one bit changed, is gone; for every
+    file: (its path, the step, the warnings). At last, when nothing whole is left: (the error, None, the warnings)."""
+    import torch.distributed as dist
+
+    import titan_hd.components.checkpoint as checkpoint
+
+    checkpointer = checkpoint.Checkpointer(folder, 2, False, 60)
+    said: list[str] = []
+
+    def choose(path: Path, content: bytes | None) -> int | None:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            path.unlink() if content is None else path.write_bytes(content)
+        dist.barrier()
+        said.clear()
+        return checkpointer.choose(-1)
+
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.logger, "warning", lambda text, *args: said.append(text % args))
+        for path in sorted((folder / "step-4").iterdir()):
+            content = path.read_bytes()
+            middle = len(content) // 2
+            flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+            for damaged in (content[:-1], b"", flipped, None):
+                found.append((str(path), choose(path, damaged), list(said)))
+            assert choose(path, content) == 4
+        choose(folder / "step-4" / "manifest.json", None)
+        try:
+            choose(next((folder / "step-2").glob("*.distcp")), b"")
+        except UserError as error:
+            found.append((str(error), None, list(said)))
+    return found
+
+
+def test_any_damage_is_noticed_and_the_checkpoint_before_is_used(workers, tmp_path: Path):
+    workers.run(2, runs.train, tiny_run(tmp_path, "dump", training__steps=4, checkpoint__interval=2))
+    first, second = workers.run(2, choose_with_each_damage, tmp_path / "dump" / "checkpoint")
+    assert first == second, "every rank knows the same"
+    *damaged, (error, _, _) = first
+    assert len(damaged) == 4 * 5, "two ranks' shards, table of contents, state, manifest"
+    for path, step, said in damaged:
+        assert step == 2, path
+        assert any(path in line for line in said), said
+    assert "no whole checkpoint is left: name another checkpoint.load_step, or 0 to start anew" in error
+
+
+@pytest.mark.parametrize("base", ["full", "delta"])
+def test_the_number_of_workers_changes_twice(workers, tmp_path: Path, base: str):
+    """4 -> 1 -> 2 (as HSDP): the losses and the change of W of a run that stayed on 2."""
+    changes = {"hdpissa__num_adapters": 4, "training__global_batch_size": 4, "training__steps": 9}
+    changes |= {"checkpoint__base": base, "adapter__dropout": 0}
+    want = workers.run(2, runs.train, tiny_run(tmp_path, "undisturbed", **changes))[0]
+    argv = tiny_run(tmp_path, "dump", **changes)
+    losses = workers.run(4, runs.train, argv, 3)[0]
+    losses += workers.run(1, runs.train, argv, 3)[0]
+    losses += workers.run(2, runs.train, [*argv, "--parallelism.data_parallel_replicate_degree=2"])[0]
+    assert losses == pytest.approx(want, rel=RESHARDED_TOLERANCE)
+    start = runs.load_file(tmp_path / "model" / "model.safetensors")
+    got, reference = runs.exported(tmp_path / "dump"), runs.exported(tmp_path / "undisturbed")
+    assert max(runs.delta_error(got, reference, start).values()) < RESHARDED_TOLERANCE
+
+
+def test_a_delta_leaves_the_base_models_weights_to_it(workers, tmp_path: Path):
+    """Smaller, the same run bit for bit, open to the tools; and of no use with another base model."""
+    sizes = {}
+    for base in ("full", "delta"):
+        argv = tiny_run(tmp_path, base, checkpoint__base=base, training__steps=6)
+        workers.run(2, runs.train, argv, 3)
+        files = (tmp_path / base / "checkpoint" / "step-3").glob("*.distcp")
+        sizes[base] = sum(path.stat().st_size for path in files)
+        workers.run(2, runs.train, argv)
+    assert same(tmp_path / "delta", tmp_path / "full")
+    embeddings = 2 * 50 * 22 * 4  # with the head; each of them in one piece per rank
+    assert sizes["full"] - sizes["delta"] > embeddings
+    step = tmp_path / "delta" / "checkpoint" / "step-6"
+    model, _ = load_pretrained(step, "", torch.float32, torch.device("cpu"))
+    exported = runs.exported(tmp_path / "delta")
+    assert all(torch.equal(p, exported[name]) for name, p in model.named_parameters())
+
+    runs.write_model(tmp_path / "model", seed=1)
+    with pytest.raises(UserError, match=r"its weights are not those that .*step-6 builds on"):
+        load_pretrained(step, "", torch.float32, torch.device("cpu"))
+    for said in workers.run(2, train_or_say, [*argv, "--training.steps=8", '--checkpoint.allow_mismatch=["weights"]']):
+        assert said.startswith("weights: the checkpoint has ")
+
+
+def test_what_may_differ_and_what_may_not(workers, tmp_path: Path):
+    argv = tiny_run(tmp_path, "dump", training__steps=3)
+    workers.run(2, runs.train, argv)
+    runs.write_records(tmp_path / "records.jsonl", count=25)
+    argv += ["--training.steps=6", "--optimizer.lr=1e-3"]
+    for changes, line in (
+        ((), "data.train: the checkpoint has '24 records of format tokens, "),
+        (("--hdpissa.num_adapters=1", '--checkpoint.allow_mismatch=["data.train"]'), "hdpissa.num_adapters: the check"),
+        (("--adapter.rank=2", '--checkpoint.allow_mismatch=["data.train"]'), "adapter.rank: the checkpoint has 1, th"),
+    ):
+        assert [said[: len(line)] for said in workers.run(2, train_or_say, [*argv, *changes])] == [line] * 2
+    (losses, _) = workers.run(2, train_or_say, [*argv, '--checkpoint.allow_mismatch=["data.train"]'])
+    assert len(losses) == 3
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB; a checkpoint of the tiny run takes a quarter of it."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    mount = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mount.returncode:
+        pytest.skip(f"no file system can be mounted: {mount.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def train_on_a_disk_that_fills(argv: list[str]) -> str:
+    """As train_or_say; the disk has room when the save begins, and none when it is written."""
+    plenty = types.SimpleNamespace(disk_usage=lambda _: types.SimpleNamespace(free=2**40))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("titan_hd.components.checkpoint_writer.shutil", plenty)
+        return train_or_say(argv)
+
+
+@pytest.mark.parametrize("mode", ["async", "disabled"])
+@pytest.mark.parametrize("train", [train_or_say, train_on_a_disk_that_fills])
+def test_a_full_disk_costs_nothing_that_was_there(workers, tmp_path: Path, small_disk: Path, mode: str, train):
+    """Saves fail and training goes on; the model is exported, the run fails at its end, the old checkpoint is whole."""
+    changes = {"checkpoint__keep_latest_k": 9, "checkpoint__async_mode": mode, "training__steps": 9}
+    argv = tiny_run(tmp_path, "small/dump", **changes)
+    folder = small_disk / "dump" / "checkpoint"
+    workers.run(2, train_or_say, argv, 3)
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "filler").write_bytes(bytes(free - 200 * 1024))  # enough for metrics and export, not for a save
+    for said in workers.run(2, train, argv):
+        assert said.startswith(f"{folder}/step-9: the checkpoint cannot be saved: No space left on device"), said
+    assert [path.name for path in folder.iterdir()] == ["step-3"]
+    assert [record["step"] for record in records(small_disk / "dump")][-6:] == list(range(4, 10))
+    first = runs.exported(small_disk / "dump")
+    (small_disk / "filler").unlink()
+    assert len(workers.run(2, train_or_say, argv)[0]) == 6, "the same command goes on from step 3"
+    second = runs.exported(small_disk / "dump")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def start_wandb(argv: list[str]) -> list[str | None]:
+    """Train on rank 0 with a stand-in for wandb; the identifiers that it was started with."""
+    import titan_hd.components.metrics as metrics
+
+    starts = []
+
+    def start(_, config, run_id, mode):
+        starts.append(run_id)
+        nothing = lambda *args, **kwargs: None  # noqa: E731
+        return types.SimpleNamespace(id=run_id or "abc", log=nothing, finish=nothing)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics._Wandb, "_start", start)
+        runs.train(argv)
+    return starts
+
+
+def test_wandb_goes_on_with_the_same_run(workers, tmp_path: Path):
+    """Its identifier comes back out of the checkpoint, also after a part of the run without wandb."""
+    argv = tiny_run(tmp_path, "dump", metrics__enable_wandb="true", export__enable="false")
+    starts = [
+        workers.run(1, start_wandb, [*argv, f"--training.steps={steps}", f"--metrics.enable_wandb={enable}"])[0]
+        for steps, enable in ((3, "true"), (6, "true"), (9, "false"), (12, "true"))
+    ]
+    assert starts == [[None], ["abc"], [], ["abc"]]
+    assert [record["step"] for record in records(tmp_path / "dump")] == list(range(1, 13))
+    state = json.loads((tmp_path / "dump" / "checkpoint" / "step-12" / "train_state.json").read_text())
+    assert state["wandb_id"] == "abc"

@@ -1,0 +1,55 @@
+"""`together` and `once`: what every rank gets when all is well, and when one rank fails."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from titan_hd.config.errors import UserError
+from titan_hd.distributed.collectives import once, together
+
+
+def value_of_rank_0() -> tuple:
+    calls = []
+
+    def read():
+        calls.append(dist.get_rank())
+        return {"rank": dist.get_rank()}
+
+    return once("a test", read), calls
+
+
+def test_once_runs_on_rank_0_and_gives_its_value_to_all(workers):
+    assert workers.run(2, value_of_rank_0) == [({"rank": 0}, [0]), ({"rank": 0}, [])]
+
+
+def fails_on_rank_0() -> str:
+    def read():
+        raise UserError("the file is broken\nin two ways")
+
+    try:
+        once("a test", read)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_an_error_of_rank_0_is_everybodys(workers):
+    assert workers.run(2, fails_on_rank_0) == ["the file is broken\nin two ways"] * 2
+
+
+def objects_sent_when_all_is_well() -> int:
+    sent = []
+    original = dist.all_gather_object
+    dist.all_gather_object = lambda *arguments, **options: sent.append(arguments)
+    try:
+        for _ in range(3):
+            with together("a test"):
+                pass
+    finally:
+        dist.all_gather_object = original
+    return len(sent)
+
+
+def test_together_sends_no_objects_while_all_is_well(workers):
+    """At thousands of ranks each would get as many."""
+    assert workers.run(2, objects_sent_when_all_is_well) == [0, 0]

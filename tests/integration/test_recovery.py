@@ -1,0 +1,88 @@
+"""Runs that are stopped in the ways that happen: SIGKILL, a scheduler's signals, Ctrl-C; and a second trainer.
+
+tests/soak_recovery.py does the killing thirty times and more; tests/distributed/test_checkpoint.py has what needs no
+processes of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import runs
+from tests.recovery import Launch, last_step, tiny_run
+from tests.soak_recovery import compare, soak
+
+GRACE_SECONDS = 30  # what Slurm grants by default
+
+
+def test_a_run_that_is_killed_at_random_moments_is_the_undisturbed_one(workers, tmp_path: Path):
+    """SIGKILL of one rank or of all, also during a save; the same command goes on."""
+    soak(tmp_path, kills=2, seed=1, workers=2, train=lambda argv: workers.run(2, runs.train, argv))
+
+
+def test_a_killed_worker_is_started_again_by_the_launcher(workers, tmp_path: Path):
+    """torchrun's --max_restarts: the run goes on by itself, and ends as if nothing had been."""
+    runs_of = [tiny_run(tmp_path, name, training__steps=40) for name in ("undisturbed", "disturbed")]
+    workers.run(2, runs.train, runs_of[0])
+    launch = Launch(runs_of[1], max_restarts=2)
+    assert launch.wait_for_step(8)
+    os.kill(launch.worker_pids()[-1], signal.SIGKILL)
+    status, said = launch.end()
+    assert status == 0, said
+    assert "resumed from" in said
+    compare(tmp_path / "disturbed", tmp_path / "undisturbed", 40)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)],
+    ids=["TERM", "USR1", "INT"],
+)
+def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals, status: int):
+    """Within the grace period, at a step that has no checkpoint otherwise. The workers get it twice: from the scheduler
+    and through the launcher."""
+    argv = tiny_run(tmp_path, "dump", training__steps=10**6, checkpoint__interval=10**6)
+    launch = Launch(argv)
+    assert launch.wait_for_step(2)
+    pids, start = launch.worker_pids(), time.monotonic()
+    for pid in [*pids, launch.process.pid]:
+        os.kill(pid, number)
+    got, said = launch.end()
+    assert got == status, said
+    assert time.monotonic() - start < GRACE_SECONDS
+    step = last_step(tmp_path / "dump")
+    assert f"stopped after step {step} of 1000000; the same command goes on" in said
+    assert (tmp_path / "dump" / "checkpoint" / f"step-{step}" / "manifest.json").exists()
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_before_the_first_step_a_signal_stops_at_once(tmp_path: Path):
+    launch = Launch(tiny_run(tmp_path, "dump", training__steps=10**6))
+    while len(launch.worker_pids()) < 2:
+        time.sleep(0.01)
+    launch.process.send_signal(signal.SIGTERM)
+    status, said = launch.end(timeout=GRACE_SECONDS)
+    assert status == 75, said
+
+
+def test_two_trainers_on_one_folder(workers, tmp_path: Path):
+    """The second one is told so, in one line; when the first is gone, however it went, the folder is free."""
+    argv = tiny_run(tmp_path, "dump", training__steps=10**6)
+    first = Launch(argv)
+    assert first.wait_for_step(4)
+    status, said = Launch(argv).end()
+    assert status == 2
+    (line,) = [line for line in said.splitlines() if line.startswith("titan_hd: error: ")]
+    assert f"job.dump_folder: another run writes to {tmp_path / 'dump'} (process " in line
+    before = last_step(tmp_path / "dump")
+    assert first.wait_for_step(before + 3), "the first one goes on"
+    first.kill_all()
+    first.end()
+    last = last_step(tmp_path / "dump")
+    assert len(workers.run(2, runs.train, [*argv, f"--training.steps={last + 5}"])[0]) < last, "it goes on"

@@ -1,0 +1,90 @@
+"""multinode_trainer.slurm on a real Slurm of two nodes: trains, saves on a signal, goes on after a requeue."""
+
+import json
+
+import pytest
+import torch
+
+from tests import runs, slurm_cluster
+from tests.conftest import REPOSITORY
+
+SCRIPT = REPOSITORY / "multinode_trainer.slurm"
+SECONDS = 400  # for one job; a few seconds of it are Slurm's
+STEPS = 200  # so many that a signal after the first one comes before the last
+SETTINGS = {"training__steps": STEPS, "checkpoint__enable": "true", "checkpoint__interval": 1000}
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    if reason := slurm_cluster.missing():
+        pytest.skip(reason)
+    cluster = slurm_cluster.SlurmCluster(tmp_path_factory.mktemp("slurm"))
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    runs.write_model(folder / "model")
+    runs.write_records(folder / "records.jsonl")
+    (folder / "run.toml").write_text("")
+    return folder
+
+
+def submit(slurm, inputs, dump, **overrides) -> str:
+    """The number of a job of two nodes with one worker each, submitted in the repository as a user does."""
+    options = runs.options(inputs / "model", inputs / "records.jsonl", dump, hdpissa__num_adapters=2, **overrides)
+    command = ["sbatch", "--parsable", "--nodes=2", f"--output={dump}.out", f"--chdir={dump.parent}", str(SCRIPT)]
+    command += ["--config", str(inputs / "run.toml")]
+    environment = {"NGPU": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TITAN_HD_ROOT": str(REPOSITORY)}
+    return slurm(*command, *options, **environment)
+
+
+def wait_for(slurm, job: str, state: str, dump) -> dict[str, str]:
+    def ended() -> bool:
+        return slurm.job(job)["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
+
+    slurm.wait(ended, SECONDS, f"job {job}")
+    found = slurm.job(job)
+    assert found["JobState"] == state, dump.with_suffix(".out").read_text()
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm, inputs, tmp_path_factory):
+    """The folder of a job that ran through, and its number."""
+    dump = tmp_path_factory.mktemp("undisturbed") / "dump"
+    job = submit(slurm, inputs, dump, **SETTINGS)
+    wait_for(slurm, job, "COMPLETED", dump)
+    return dump, job
+
+
+def test_a_job_of_two_nodes_trains_and_exports(undisturbed):
+    dump, job = undisturbed
+    records = [json.loads(line) for line in (dump / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert runs.exported(dump)
+    logs = dump.parent / "logs" / f"titan_hd-{job}"
+    assert len(list(logs.glob("node-0/**/stderr.log"))) == len(list(logs.glob("node-1/**/stderr.log"))) == 1
+    (environment,) = map(json.loads, (dump / "environment.jsonl").read_text().splitlines())
+    assert environment["variables"]["SLURM_JOB_ID"] == job
+
+
+def test_a_signalled_job_saves_and_goes_on_after_the_requeue_with_the_same_weights(
+    slurm, inputs, undisturbed, tmp_path
+):
+    """As at the time limit: SIGUSR1, a checkpoint of both nodes, status 75, the same job again, the other steps."""
+    dump = tmp_path / "dump"
+    job = submit(slurm, inputs, dump, **SETTINGS)
+    metrics = dump / "metrics.jsonl"
+    slurm.wait(lambda: metrics.exists() and metrics.read_text(), SECONDS, "the first step")
+    slurm("scancel", "--signal=USR1", job)
+    slurm.wait(lambda: slurm.job(job)["Restarts"] == "1", SECONDS, "the requeue")
+    (saved,) = [path.name for path in (dump / "checkpoint").iterdir()]
+    assert saved != f"step-{STEPS}"
+    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm would let it wait for two minutes
+    wait_for(slurm, job, "COMPLETED", dump)
+    assert f"resumed from {dump / 'checkpoint' / saved}" in dump.with_suffix(".out").read_text()
+    ours, theirs = runs.exported(dump), runs.exported(undisturbed[0])
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -1,0 +1,151 @@
+"""Which folders are checkpoints, what a save that fails leaves, what is purged, and which damage is noticed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from titan_hd.components.checkpoint_folder import (
+    MANIFEST,
+    STATE_FILE,
+    CheckpointFolder,
+    damage,
+    read_manifest,
+    read_train_state,
+    write_text,
+)
+from titan_hd.config.errors import UserError
+
+STATE = {"step": 3, "base": "full", "identity": {}, "config": "[model]\nname = 'llama3'\n"}
+
+
+def save(folder: CheckpointFolder, step: int, content: str = "shards") -> Path:
+    partial = folder.start(step)
+    files = {name: write_text(partial / name, content) for name in ("__0_0.distcp", ".metadata")}
+    folder.publish(step, {**STATE, "step": step}, files)
+    return folder.path(step)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+class TestCandidates:
+    def test_the_latest_by_number(self, tmp_path: Path):
+        for name in ("step-9", "step-100", "step-20"):
+            (tmp_path / name).mkdir()
+        folder = CheckpointFolder(tmp_path, 2)
+        assert folder.candidates(-1) == [100, 20, 9]
+        assert folder.candidates(20) == [20]
+        assert folder.candidates(0) == []
+
+    def test_what_is_no_checkpoint(self, tmp_path: Path):
+        for name in ("step-5", "step-9.partial", "step-x", "abandoned-7"):
+            (tmp_path / name).mkdir()
+        folder = CheckpointFolder(tmp_path, 2)
+        assert folder.steps() == [5]
+        with pytest.raises(UserError, match=r"checkpoint.load_step: .* has no complete checkpoint 7 \(has 5\)"):
+            folder.candidates(7)
+
+    def test_no_checkpoint_yet(self, tmp_path: Path):
+        folder = CheckpointFolder(tmp_path / "none", 2)
+        assert folder.candidates(-1) == folder.candidates(0) == []
+        with pytest.raises(UserError, match=r"has no complete checkpoint 3 \(has none\)"):
+            folder.candidates(3)
+
+
+class TestPublish:
+    def test_the_latest_are_kept(self, tmp_path: Path):
+        for keep, left in ((0, [1, 2, 3, 4]), (1, [4]), (3, [2, 3, 4])):
+            folder = CheckpointFolder(tmp_path / str(keep), keep)
+            for step in (1, 2, 3, 4):
+                assert read_train_state(save(folder, step))["step"] == step
+            assert folder.steps() == left
+
+    def test_a_disk_that_is_full_at_the_end_costs_nothing_that_was_there(self, tmp_path: Path, monkeypatch):
+        folder = CheckpointFolder(tmp_path, 1)
+        before = save(folder, 3)
+        partial = folder.start(4)
+        monkeypatch.setattr("titan_hd.components.checkpoint_folder.os.fsync", self.full)
+        with pytest.raises(OSError, match="No space"):
+            folder.publish(4, STATE, {})
+        monkeypatch.undo()
+        assert names(tmp_path) == ["step-3", "step-4.partial"]
+        assert read_manifest(before).keys() == {"__0_0.distcp", ".metadata", STATE_FILE}
+        assert partial.exists()
+        folder.clear_partial()
+        assert names(tmp_path) == ["step-3"]
+
+    @staticmethod
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    def test_what_a_save_left_that_was_cut_off_is_written_over(self, tmp_path: Path):
+        folder = CheckpointFolder(tmp_path, 2)
+        (folder.start(3) / "leftover").write_text("x")
+        assert names(save(folder, 3)) == sorted([".metadata", "__0_0.distcp", MANIFEST, STATE_FILE])
+
+    @pytest.mark.parametrize("first", [0, 500])
+    def test_a_run_that_went_back_keeps_what_it_saves(self, tmp_path: Path, first: int):
+        """checkpoint.load_step = 0 or an early step: the steps after it belong to a run that is not this one. They are
+        moved aside, and of those as many stay as of the run's own."""
+        for step in (500, 1000, 9500, 10000):
+            save(CheckpointFolder(tmp_path, 0), step, "of the first run")
+        folder = CheckpointFolder(tmp_path, 2)
+        folder.candidates(first)
+        for step, age in ((1000, 3), (9500, 2), (10000, 1)):
+            os.utime(folder.path(step), (1e9 - age, 1e9 - age))
+        save(folder, 1000, "of the second run")
+        assert (folder.path(1000) / "__0_0.distcp").read_text() == "of the second run"
+        assert names(tmp_path) == ["abandoned-10000", "abandoned-9500", "step-1000", "step-500"]
+
+
+class TestDamage:
+    @pytest.fixture
+    def checkpoint(self, tmp_path: Path) -> Path:
+        return save(CheckpointFolder(tmp_path, 2), 3)
+
+    def found(self, checkpoint: Path) -> list[str]:
+        files = read_manifest(checkpoint)
+        return [line for name in sorted(files) if (line := damage(checkpoint / name, files[name]))]
+
+    def test_none(self, checkpoint: Path):
+        assert self.found(checkpoint) == []
+
+    @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", STATE_FILE])
+    def test_a_bit_a_byte_or_a_file_less(self, checkpoint: Path, name: str):
+        path = checkpoint / name
+        content = bytearray(path.read_bytes())
+        content[1] ^= 8
+        path.write_bytes(content)
+        assert self.found(checkpoint) == [f"{path}: its content has changed since it was written"]
+        path.write_bytes(content[:-1])
+        assert self.found(checkpoint) == [f"{path}: has {len(content) - 1} bytes, must have {len(content)}"]
+        path.unlink()
+        assert self.found(checkpoint) == [f"{path}: cannot be read: No such file or directory"]
+
+    @pytest.mark.parametrize(
+        "manifest",
+        [
+            "",
+            "[]",
+            "null",
+            '{"files": 1}',
+            '{"files": {}}',
+            '{"files": {"../x": {"size": 1, "crc32": 1}}}',
+            "[" * 10**5,
+        ],
+    )
+    def test_a_manifest_that_is_none(self, checkpoint: Path, manifest: str):
+        (checkpoint / MANIFEST).write_text(manifest)
+        with pytest.raises(UserError, match=r"manifest\.json: cannot be read"):
+            read_manifest(checkpoint)
+
+    @pytest.mark.parametrize("state", ["", "[]", '{"step": 1}', json.dumps({**STATE, "config": "= 1"})])
+    def test_a_state_that_is_none(self, checkpoint: Path, state: str):
+        (checkpoint / STATE_FILE).write_text(state)
+        with pytest.raises(UserError, match="is not the state of a titan_hd run"):
+            read_train_state(checkpoint)

@@ -1,0 +1,77 @@
+"""Which runs may resume from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from titan_hd.components.identity import allow_mismatch_errors, check_resumable, run_identity, weights_fingerprint
+from titan_hd.config.errors import UserError
+from titan_hd.config.job_config import JobConfig
+
+IDENTITY = {"adapter.method": "hdpissa", "adapter.rank": 16, "adapter.target_modules": None, "training.seed": 42}
+
+
+def compare(saved: dict, current: dict, allowed: list[str] = [], base: str = "full") -> list[str]:  # noqa: B006
+    return check_resumable({"base": base, "identity": saved}, current, allowed)
+
+
+class TestCheckResumable:
+    def test_the_same_run(self):
+        assert compare(json.loads(json.dumps(IDENTITY)), IDENTITY) == []
+
+    def test_every_difference_is_a_line_that_names_its_key(self):
+        current = {**IDENTITY, "adapter.rank": 8, "adapter.target_modules": ["q_proj"]}
+        with pytest.raises(UserError) as caught:
+            compare(IDENTITY, current)
+        first, second = str(caught.value).split("\n")
+        assert first.startswith("adapter.rank: the checkpoint has 16, this run 8; ")
+        assert second.startswith("adapter.target_modules: the checkpoint has None, this run ['q_proj']; ")
+        assert "checkpoint.load_step = 0" in first
+        assert "allow_mismatch" not in first
+
+    def test_what_may_differ_says_so_and_does_when_named(self):
+        current = {**IDENTITY, "training.seed": 1}
+        with pytest.raises(UserError, match=r'or checkpoint.allow_mismatch = \["training.seed"\]'):
+            compare(IDENTITY, current)
+        assert compare(IDENTITY, current, ["training.seed"]) == ["training.seed: the checkpoint has 42, this run 1"]
+
+    def test_k_says_why_it_cannot(self):
+        with pytest.raises(UserError, match=r"has 4, this run 2 .each adapter has its own slice .* stays"):
+            compare({"hdpissa.num_adapters": 4}, {"hdpissa.num_adapters": 2})
+
+    def test_a_key_that_only_one_side_has(self):
+        with pytest.raises(UserError, match=r"training.seed: the checkpoint has None, this run 42"):
+            compare({}, {"training.seed": 42})
+        assert compare({**IDENTITY, "of.old": 1}, IDENTITY) == []
+
+    def test_the_base_model(self):
+        """Not needed for a full checkpoint, if it is not at hand; never another one for a delta."""
+        assert compare({"weights": "a"}, {"weights": ""}) == []
+        assert len(compare({"weights": "a"}, {"weights": "b"}, ["weights"])) == 1
+        with pytest.raises(UserError, match="weights: "):
+            compare({"weights": "a"}, {"weights": "b"}, ["weights"], base="delta")
+
+    def test_what_cannot_be_allowed(self):
+        (line,) = allow_mismatch_errors(["training.seed", "adapter.rank"])
+        assert line.startswith("checkpoint.allow_mismatch: 'adapter.rank' cannot differ; only ")
+
+
+def test_alpha_is_the_rank_where_it_is_not_set():
+    """Writing the default out changes nothing."""
+    default, explicit, full = JobConfig(), JobConfig(), JobConfig()
+    explicit.adapter.alpha, full.adapter.method = 16, "full"
+    first, second, third = (run_identity(c, None, 8, 16, "3 records", "") for c in (default, explicit, full))
+    assert first == second
+    assert not any(key.startswith("adapter.r") for key in third), "full has no rank that could differ"
+
+
+def test_the_fingerprint_tells_models_of_the_same_shapes_apart(tmp_path: Path):
+    assert weights_fingerprint("") == weights_fingerprint(str(tmp_path)) == ""
+    (tmp_path / "model.safetensors").write_bytes(bytes(10**6))
+    first = weights_fingerprint(str(tmp_path))
+    assert weights_fingerprint(str(tmp_path)) == first
+    (tmp_path / "model.safetensors").write_bytes(bytes(5 * 10**5) + b"\1" * (5 * 10**5))
+    assert weights_fingerprint(str(tmp_path)) != first

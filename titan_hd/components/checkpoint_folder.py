@@ -1,0 +1,182 @@
+"""The files of a run's checkpoints: names, the manifest, what is whole, what is purged. No tensors, no communication.
+
+`step-N` is a checkpoint; a folder gets this name only when every file in it is on the disk and listed in its manifest
+with size and checksum. `step-N.partial` is one that is being written or removed, `abandoned-N` one of a run that was
+left behind: a later run went back to an earlier step.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+from titan_hd.config.errors import UserError
+from titan_hd.config.small_files import read_small_text
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+logger = logging.getLogger("titan_hd")
+STATE_FILE = "train_state.json"  # what a run's checkpoint has beside DCP's files
+MANIFEST = "manifest.json"
+Files = dict[str, dict[str, Any]]  # name -> {"size": bytes, "crc32": of the content}
+
+_BLOCK = 2**20
+
+
+class CheckpointFolder:
+    """The checkpoints in `folder`. keep_latest_k: how many `purge` leaves, 0 for all."""
+
+    def __init__(self, folder: Path, keep_latest_k: int):
+        self.folder, self.keep_latest_k = folder, keep_latest_k
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step}"
+
+    def partial(self, step: int) -> Path:
+        return self.folder / f"step-{step}.partial"
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints, ascending."""
+        return sorted(int(m[1]) for p in self.folder.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name)))
+
+    def candidates(self, load_step: int) -> list[int]:
+        """Steps to resume from, the best first: the latest ones for -1, none for 0.
+
+        Raises:
+            UserError: a step is asked for that is not there.
+        """
+        steps = self.steps()
+        if load_step in (-1, 0):
+            return steps[::-1] if load_step else []
+        if load_step not in steps:
+            have = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"checkpoint.load_step: {self.folder} has no complete checkpoint {load_step} (has {have})")
+        return [load_step]
+
+    def clear_partial(self) -> None:
+        """Remove what saves and purges that were cut off have left."""
+        for path in self.folder.glob("step-*.partial"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def start(self, step: int) -> Path:
+        """An empty folder to write the checkpoint to."""
+        partial = self.partial(step)
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        return partial
+
+    def publish(self, step: int, state: dict[str, Any], files: Files) -> None:
+        """Complete `step-N.partial`, whose other `files` are on the disk, and give it its name; then purge.
+
+        Raises:
+            OSError: the disk is full or fails; nothing but the partial folder has changed.
+        """
+        partial = self.partial(step)
+        files = {**files, STATE_FILE: write_text(partial / STATE_FILE, json.dumps(state, indent=1))}
+        write_text(partial / MANIFEST, json.dumps({"files": dict(sorted(files.items()))}, indent=1))
+        sync_folder(partial)
+        self._set_aside(step)
+        partial.rename(self.path(step))
+        sync_folder(self.folder)
+        self._purge()
+
+    def _set_aside(self, step: int) -> None:
+        """Rename this and later checkpoints: the run went back behind them, so they are another run's, or damaged."""
+        for later in [s for s in self.steps() if s >= step]:
+            aside = self.folder / f"abandoned-{later}"
+            shutil.rmtree(aside, ignore_errors=True)
+            self.path(later).rename(aside)
+            logger.warning("%s is of a run that was left behind; kept as %s", f"step-{later}", aside)
+
+    def _purge(self) -> None:
+        """Leave the latest checkpoints, and as many of the abandoned ones (those that were written last)."""
+        if not self.keep_latest_k:
+            return
+        abandoned = sorted(self.folder.glob("abandoned-*"), key=lambda path: path.stat().st_mtime)
+        for path in [*map(self.path, self.steps()[: -self.keep_latest_k]), *abandoned[: -self.keep_latest_k]]:
+            # Under another name first: a folder that is half removed is no checkpoint.
+            removed = self.folder / f"step-{path.name}.partial"
+            shutil.rmtree(removed, ignore_errors=True)
+            path.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
+
+
+def read_manifest(checkpoint: Path) -> Files:
+    """What a checkpoint must consist of.
+
+    Raises:
+        UserError: there is no manifest, or it is damaged.
+    """
+    path = checkpoint / MANIFEST
+    try:
+        files = json.loads(read_small_text(path))["files"]
+        for name, entry in files.items():
+            if Path(name).name != name or not isinstance(entry["size"], int) or not isinstance(entry["crc32"], int):
+                raise ValueError(f"{name!r} is no entry of a manifest")
+        if STATE_FILE not in files or ".metadata" not in files:
+            raise ValueError("it is not complete")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {type(error).__name__}: {error}") from None
+    return files
+
+
+def damage(path: Path, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a file of a checkpoint, in one line, or None. Reads all of it."""
+    try:
+        size = path.stat().st_size
+        if size != entry["size"]:
+            return f"{path}: has {size} bytes, must have {entry['size']}"
+        with open(path, "rb") as file:
+            checksum = 0
+            while block := file.read(_BLOCK):
+                checksum = zlib.crc32(block, checksum)
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"
+    return None if checksum == entry["crc32"] else f"{path}: its content has changed since it was written"
+
+
+def read_train_state(checkpoint: Path) -> dict[str, Any]:
+    """The state of the run that wrote a checkpoint; its configuration, parsed, under "settings".
+
+    Raises:
+        UserError: it is not there or not what a run writes.
+    """
+    path = checkpoint / STATE_FILE
+    try:
+        state = json.loads(read_small_text(path))
+        state["settings"] = tomllib.loads(state["config"])
+        if not isinstance(state["step"], int) or not isinstance(state["identity"], dict):
+            raise TypeError("step or identity is of another type")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: is not the state of a titan_hd run: {type(error).__name__}: {error}") from None
+    return state
+
+
+def write_text(path: Path, text: str) -> dict[str, Any]:
+    """Write a file onto the disk; its entry in the manifest."""
+    content = text.encode()
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": len(content), "crc32": zlib.crc32(content)}
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,127 @@
+"""DCP's writer of files, with three things more: a checksum of every file, files of bounded size, and errors of the
+disk that say what was wrong with it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import queue
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+
+from titan_hd.components.checkpoint_folder import Files
+
+# DCP keeps the host copies of all tensors of a file until the file is closed.
+_FILE_BYTES = 2**30
+_FRAME_BYTES = 2048  # what torch.save adds to a tensor, about
+
+
+class CheckpointWriter(dcp.FileSystemWriter):
+    """Writes the shards of this rank to `folder`; `checksums` has what this rank has written, by file name."""
+
+    def __init__(self, folder: Path):
+        # No copying ahead: that would use the current stream of a thread, which is one of GPU 0 on every rank.
+        super().__init__(str(folder), per_thread_copy_ahead=0)
+        self.fs = self._files = _ChecksumFiles()
+
+    @property
+    def checksums(self) -> Files:
+        return self._files.entries
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """On rank 0, with what all ranks are about to write.
+
+        Raises:
+            OSError: it does not fit onto the disk.
+        """
+        needed = sum(_bytes(item) + _FRAME_BYTES for plan in plans for item in plan.items)
+        free = shutil.disk_usage(self.path).free
+        if needed > free:
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed} bytes are needed, {free} are free")
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[Any]]:
+        """The items of the plan in files of at most _FILE_BYTES (or of one item)."""
+        files: queue.Queue = queue.Queue()
+        for number, items in enumerate(_bounded(plan.items)):
+            name = f"{plan.storage_data.prefix}{number}.distcp"
+            files.put((self.fs.concat_path(self.path, name), name, items))
+        try:
+            return self._write_data(planner, files)
+        except RuntimeError:  # what torch.save makes of an error of the file that it writes to
+            raise self._files.error or RuntimeError("a tensor could not be written") from self._files.error
+
+
+def _bounded(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
+    chunk: list[WriteItem] = []
+    size = 0
+    for item in items:
+        if chunk and size + _bytes(item) > _FILE_BYTES:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(item)
+        size += _bytes(item)
+    if chunk:
+        yield chunk
+
+
+def _bytes(item: WriteItem) -> int:
+    data = item.tensor_data
+    return data.chunk.sizes.numel() * data.properties.dtype.itemsize if data else 0
+
+
+class _ChecksumFiles(FileSystem):
+    """Counts and checks the bytes on their way into the files, so that what the disk makes of them can be noticed."""
+
+    def __init__(self) -> None:
+        self.entries: Files = {}
+        self.error: OSError | None = None
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[IO[bytes]]:
+        with super().create_stream(path, mode) as stream:
+            if mode != "wb":
+                yield stream
+                return
+            checked = _Checked(stream, self)
+            yield checked
+        # The table of contents is written to `.metadata.tmp` and renamed.
+        self.entries[Path(path).name.removesuffix(".tmp")] = {"size": checked.size, "crc32": checked.crc32}
+
+
+class _Checked:
+    """What DCP and torch.save need of a stream that is written from its start to its end."""
+
+    def __init__(self, stream: IO[bytes], files: _ChecksumFiles):
+        self._stream, self._files = stream, files
+        self.size = self.crc32 = 0
+
+    def write(self, data) -> int:
+        try:
+            written = self._stream.write(data)
+        except OSError as error:
+            self._files.error = error
+            raise
+        self.crc32 = zlib.crc32(data, self.crc32)
+        self.size += memoryview(data).nbytes
+        return written
+
+    def tell(self) -> int:
+        return self.size
+
+    def fileno(self) -> int:
+        """For fsync, before which DCP does not flush its table of contents."""
+        self._stream.flush()
+        return self._stream.fileno()
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)

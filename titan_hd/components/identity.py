@@ -1,0 +1,110 @@
+"""What a checkpoint and the run that resumes from it must have in common."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from titan_hd.adapters.methods import adapter_identity
+from titan_hd.config.errors import UserError
+from titan_hd.config.job_config import JobConfig
+from titan_hd.models.registry import DecoderConfig
+
+# May differ where checkpoint.allow_mismatch names it; everything else of an identity never may.
+MAY_DIFFER = (
+    "adapter.alpha",
+    "adapter.dropout",
+    "hdpissa.aggregate",
+    "hdpissa.mute_scalar",
+    "training.global_batch_size",
+    "training.seed",
+    "training.master_dtype",
+    "data.shuffle",
+    "data.train",
+    "weights",
+)
+_WHY = {
+    "hdpissa.num_adapters": "each adapter has its own slice and its own moments, so K stays; with "
+    "hdpissa.num_adapters = 0, K is the number of data-parallel workers",
+}
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+def run_identity(
+    config: JobConfig, decoder: DecoderConfig, num_adapters: int, batch: int, data: str, weights: str
+) -> dict[str, Any]:
+    """By the key that a user would change. num_adapters, batch: the resolved K and global batch size; data: what the
+    samples are made of; weights: the fingerprint of the base model, "" if it is not at hand. Of the method's settings
+    only those that it reads."""
+    c, hdpissa = config, config.adapter.method == "hdpissa"
+    identity = {
+        "model": repr(decoder),
+        "weights": weights,
+        "adapter.method": c.adapter.method,
+        "adapter.target_modules": c.adapter.target_modules,
+        "hdpissa.num_adapters": num_adapters,
+        "training.global_batch_size": batch,
+        "training.seed": c.training.seed,
+        "training.master_dtype": c.training.master_dtype,
+        "optimizer.name": c.optimizer.name,
+        "data.shuffle": c.data.shuffle,
+        "data.train": data,
+    }
+    if c.adapter.method not in ("hdpissa", "full"):
+        identity |= adapter_identity(c.adapter)
+    if hdpissa:
+        identity |= {f"adapter.{key}": getattr(c.adapter, key) for key in ("rank", "dropout")}
+        identity["adapter.alpha"] = c.adapter.alpha or c.adapter.rank
+        identity |= {f"hdpissa.{key}": getattr(c.hdpissa, key) for key in ("slices", "aggregate", "mute_scalar")}
+    return identity
+
+
+def check_resumable(state: dict[str, Any], current: dict[str, Any], allowed: list[str]) -> list[str]:
+    """Compare a checkpoint's identity with this run's. Returns a line for each difference that `allowed` names.
+
+    Raises:
+        UserError: one line for each other one.
+    """
+    saved, errors, accepted = state["identity"], [], []
+    if state["base"] == "delta":  # half of the model is the base model's
+        allowed = [key for key in allowed if key != "weights"]
+    for key, value in current.items():
+        if saved.get(key) == value or (key == "weights" and not value):
+            continue
+        line = f"{key}: the checkpoint has {saved.get(key)!r}, this run {value!r}"
+        if key in allowed:
+            accepted.append(line)
+            continue
+        reason = f" ({_WHY[key]})" if key in _WHY else ""
+        allow = f', or checkpoint.allow_mismatch = ["{key}"]' if key in MAY_DIFFER else ""
+        errors.append(f"{line}{reason}; set it back{allow}, or start anew with checkpoint.load_step = 0")
+    if errors:
+        raise UserError("\n".join(errors))
+    return accepted
+
+
+def allow_mismatch_errors(keys: list[str]) -> list[str]:
+    """A line for each key that checkpoint.allow_mismatch cannot name."""
+    return [
+        f"checkpoint.allow_mismatch: {key!r} cannot differ; only {', '.join(MAY_DIFFER)} can"
+        for key in keys
+        if key not in MAY_DIFFER
+    ]
+
+
+def weights_fingerprint(directory: str) -> str:
+    """Tells base models apart without reading them: a hash of the names and sizes of the safetensors files and of 64
+    samples of each, the header among them. "" where there are none."""
+    digest, paths = hashlib.blake2b(digest_size=16), sorted(Path(directory).glob("*.safetensors")) if directory else []
+    try:
+        for path in paths:
+            size = path.stat().st_size
+            digest.update(f"{path.name}/{size}/".encode())
+            with open(path, "rb") as file:
+                for offset in sorted({size * i // _SAMPLES for i in range(_SAMPLES)}):
+                    file.seek(offset)
+                    digest.update(file.read(_SAMPLE_BYTES))
+    except OSError as error:
+        raise UserError(f"{error.filename or directory}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest() if paths else ""

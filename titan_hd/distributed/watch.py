@@ -1,0 +1,118 @@
+"""Who is late: one readable line shortly before a collective's time-out ends the run.
+
+Every rank knows which phase of the run it is in; that costs nothing. A thread looks at it now and then. Only where a
+phase lasts longer than half of the time-out does it tell the others, through the store of the process group: the phase,
+since when, where the main thread is, and whether it waits for others there. A rank that has waited in one place for
+most of the time-out reads what the others told and prints who does not wait: that is who the rest waits for. It works
+alike for gloo, whose time-outs are exceptions, and for nccl, which ends the process.
+"""
+
+from __future__ import annotations
+
+import json
+import linecache
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+_TELL, _REPORT = 0.5, 0.8  # parts of the time-out after which a rank tells its phase, and names who is late
+_MOST_NAMED = 8
+_PACKAGE, _TORCH = str(Path(__file__).parent.parent), str(Path(torch.__file__).parent)
+# Our own lines that wait for others, or for a GPU that does.
+_WAITS = (".wait(", ".item()", ".tolist()", "synchronize(")
+
+
+class _Phase:
+    name, since, timed = "starting", time.monotonic(), True
+
+
+_now = _Phase()
+
+
+def enter_phase(name: str, timed: bool = True) -> None:
+    """This rank begins another phase of the run. timed: the collectives' time-out holds for it."""
+    _now.name, _now.since, _now.timed = name, time.monotonic(), timed
+
+
+class Watch:
+    """Watches the main thread of this rank, from a thread, as long as the process lives.
+
+    timeout: seconds after which collectives give up; may be changed.
+    leave: called where this rank stands still beyond the time-out, which no collective does.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float, leave: Callable[[], None]):
+        self.timeout = timeout
+        self._store, self._rank, self._world_size, self._leave = store, rank, world_size, leave
+        self._main = threading.main_thread().ident
+        threading.Thread(target=self._run, name="watch", daemon=True).start()
+
+    def _run(self) -> None:
+        place, still_since, reported = None, time.monotonic(), ""
+        while True:
+            time.sleep(min(5.0, self.timeout / 40))
+            frame = sys._current_frames().get(self._main)
+            if frame is None or not _now.timed:
+                place = None
+                continue
+            phase, seconds = _now.name, time.monotonic() - _now.since
+            if place != (id(frame), frame.f_lasti, phase):
+                place, still_since = (id(frame), frame.f_lasti, phase), time.monotonic()
+            still = time.monotonic() - still_since
+            try:
+                if seconds > _TELL * self.timeout:
+                    self._tell(phase, seconds, frame)
+                if still > _REPORT * self.timeout and reported != phase and _waits(frame):
+                    reported = phase
+                    self._report(phase, still)
+            except RuntimeError:  # the store's host has ended: so has the run
+                return
+            if still > self.timeout:
+                self._leave()
+
+    def _tell(self, phase: str, seconds: float, frame: FrameType) -> None:
+        said = {"phase": phase, "seconds": round(seconds), "waits": _waits(frame), "where": _where(frame)}
+        self._store.set(f"rank {self._rank}", json.dumps(said))
+
+    def _report(self, phase: str, seconds: float) -> None:
+        if self._store.add(f"reported {phase}", 1) > 1:
+            return
+        late = [line for rank in range(self._world_size) if (line := self._lateness(rank, phase))]
+        if len(late) > _MOST_NAMED:
+            late[_MOST_NAMED:] = [f"and {len(late) - _MOST_NAMED} more ranks are late"]
+        found = "; ".join(late) or "nobody is late: the ranks may wait for different collectives"
+        waited = f"rank {self._rank} has waited for {seconds:.0f} s of {self.timeout:.0f} s in {phase!r}"
+        print(f"titan_hd: {waited}: {found}", file=sys.stderr, flush=True)
+
+    def _lateness(self, rank: int, phase: str) -> str | None:
+        """A line if a rank does not wait as this one does."""
+        key = f"rank {rank}"
+        if not self._store.check([key]):
+            return f"rank {rank} is late: it says nothing"
+        said = json.loads(self._store.get(key))
+        if said["waits"] and said["phase"] == phase:
+            return None
+        return f"rank {rank} is late: in {said['phase']!r} since {said['seconds']} s ({said['where']})"
+
+
+def _waits(frame: FrameType) -> bool:
+    """Whether the innermost frame is torch's, or a line of ours that waits."""
+    file = frame.f_code.co_filename
+    line = linecache.getline(file, frame.f_lineno or 0)
+    return file.startswith(_TORCH) or (file.startswith(_PACKAGE) and any(word in line for word in _WAITS))
+
+
+def _where(frame: FrameType | None) -> str:
+    """File and line of the innermost frame of titan_hd."""
+    while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
+    if frame is None:
+        return "outside of titan_hd"
+    return f"{os.path.relpath(frame.f_code.co_filename, Path(_PACKAGE).parent)}:{frame.f_lineno}"
