@@ -66,21 +66,20 @@ def local(parameter: torch.Tensor) -> torch.Tensor:
 
 def build(args: argparse.Namespace, mesh, sequence: bool, loss: bool, inputs: tuple[torch.Tensor, torch.Tensor]):
     """A pass of one variant, as a function that returns the loss."""
-    torch.manual_seed(dist.get_rank())
+    torch.manual_seed(0)
     heads = args.hidden // 64
     sizes = {"hidden_size": args.hidden, "intermediate_size": args.intermediate, "vocab_size": args.vocabulary}
     sizes |= {"num_hidden_layers": args.layers, "num_attention_heads": heads, "num_key_value_heads": heads}
     fixed = {"rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": False, "max_position_embeddings": 8192}
     head = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
     device = inputs[0].device
-    with torch.device("meta"):
+    with device:
         model = Decoder(parse_hf_config({**head, **sizes, **fixed}, "benchmark"))
         model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     apply_tensor_parallel(model, mesh, sequence, loss)
-    model.to_empty(device=device)
-    model.reset_buffers(device)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(local(parameter), std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
+    if args.fake:  # nothing arrived from the others
+        for parameter in model.parameters():
+            torch.nn.init.normal_(local(parameter), std=0.02)
     if args.checkpoint != "none":
         apply_activation_checkpointing(model, args.checkpoint)
 
