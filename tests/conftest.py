@@ -1,3 +1,5 @@
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -5,6 +7,9 @@ import pytest
 from tests.workers import WorkerPool
 
 REPOSITORY = Path(__file__).parent.parent
+# Runs of tests leave their tokenized records in no user's cache, and find none there.
+_CACHE = tempfile.TemporaryDirectory(prefix="titan_hd_tests_")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 
 @pytest.fixture(scope="session")

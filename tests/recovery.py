@@ -14,7 +14,7 @@ from pathlib import Path
 from tests import runs
 from tests.conftest import REPOSITORY
 
-START_SECONDS = 120  # a busy machine takes that long to import torch a few times
+START_SECONDS = 600  # a machine that is busy with other things takes minutes to import torch a few times
 
 
 class Launch:
@@ -42,20 +42,20 @@ class Launch:
 
     def wait_for_step(self, step: int) -> bool:
         """Until `step` has been logged; False if the run ended before."""
-        return self._wait(lambda: last_step(self.dump) >= step)
+        return self._wait(lambda: last_step(self.dump) >= step, 0.01)
 
     def wait_for_save(self) -> bool:
         """Until a checkpoint is being written; False if the run ended before."""
-        return self._wait(lambda: any(self.dump.glob("checkpoint/step-*.partial")))
+        return self._wait(lambda: any(self.dump.glob("checkpoint/step-*.partial")), 0.001)
 
-    def _wait(self, condition) -> bool:
+    def _wait(self, condition, pause: float) -> bool:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if condition():
                 return True
             if self.process.poll() is not None:
                 return False
-            time.sleep(0.001)
+            time.sleep(pause)
         self.kill_all()
         raise TimeoutError(self.end()[1])
 

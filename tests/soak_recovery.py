@@ -15,6 +15,7 @@ import random
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,12 +26,15 @@ from tests.recovery import Launch, last_step, records, tiny_run
 _STEPS_PER_KILL = 12
 
 
-def soak(folder: Path, kills: int, seed: int, workers: int) -> dict[str, int]:
-    """Returns how often each kind of kill was done. AssertionError: the disturbed run is another one."""
+def soak(
+    folder: Path, kills: int, seed: int, workers: int, train: Callable[[list[str]], object] | None = None
+) -> dict[str, int]:
+    """Returns how often each kind of kill was done. AssertionError: the disturbed run is another one.
+
+    train: runs without disturbance on as many workers; left out, by the launcher.
+    """
     steps = 2 * (kills + 1) * _STEPS_PER_KILL  # what a kill waits for, and what passes until it comes
-    undisturbed = Launch(tiny_run(folder, "undisturbed", training__steps=steps), workers)
-    status, said = undisturbed.end(timeout=3600)
-    assert status == 0, said
+    (train or (lambda argv: _finish(Launch(argv, workers))))(tiny_run(folder, "undisturbed", training__steps=steps))
     chance, done = random.Random(seed), collections.Counter()
     argv = tiny_run(folder, "disturbed", training__steps=steps)
     while True:
@@ -44,10 +48,14 @@ def soak(folder: Path, kills: int, seed: int, workers: int) -> dict[str, int]:
             raise AssertionError(f"the run ended after {done.total()} kills:\n{said}")
         done[kind] += 1
         print(f"{done.total()}: {kind} at step {last_step(launch.dump)}, status {status}", flush=True)
-    status, said = launch.end(timeout=3600)
-    assert status == 0, said
+    _finish(launch)
     compare(folder / "disturbed", folder / "undisturbed", steps)
     return dict(done)
+
+
+def _finish(launch: Launch) -> None:
+    status, said = launch.end(timeout=3600)
+    assert status == 0, said
 
 
 def _kill(launch: Launch, chance: random.Random) -> str | None:

@@ -24,6 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from titan_hd.config import manager
+from titan_hd.distributed.parallel_dims import mesh_picture
 from titan_hd.network import address_towards, interface_of
 from titan_hd.preflight import plan_run, update_plan
 from titan_hd.signals import REQUEUE, STATUS
@@ -47,7 +48,9 @@ def main() -> None:
     except manager.ConfigError as error:
         manager.exit_with(error.errors)
     if config.job.print_plan:
-        print(update_plan(config, plan).table() if config.adapter.method == "hdpissa" else "nothing is folded")
+        folds = config.adapter.method == "hdpissa"
+        print(mesh_picture(*plan.mesh, plan.num_adapters if folds else None))
+        print(update_plan(config, plan).table() if folds else "nothing is folded")
         return
     least, most = run.parse_min_max_nnodes(args.nnodes)
     if most > 1 and args.rdzv_endpoint:

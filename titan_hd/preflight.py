@@ -7,15 +7,14 @@ from pathlib import Path
 
 import torch
 
-from titan_hd.adapters.hdpissa import check_rank
+from titan_hd.adapters.methods import build_method
 from titan_hd.components.checkpoint_folder import CheckpointFolder
 from titan_hd.components.export import check_folder, export_folder
 from titan_hd.components.identity import allow_mismatch_errors
 from titan_hd.components.optimizer import optimizer_class
 from titan_hd.config.job_config import LINEAR_LAYERS, JobConfig
 from titan_hd.config.manager import ConfigError
-from titan_hd.data.sources import find_files
-from titan_hd.data.templates import load_template
+from titan_hd.data.dataset import check_data
 from titan_hd.distributed.parallel_dims import placement_error, resolve_shard_degree
 from titan_hd.distributed.tensor_parallel import ROW_WISE, tensor_parallel_errors
 from titan_hd.distributed.update.plan import Topology, UpdatePlan, plan_update
@@ -34,6 +33,11 @@ class RunPlan:
     tp: int
     num_adapters: int  # K; 1 for methods without logical adapters
     global_batch_size: int
+
+    @property
+    def mesh(self) -> tuple[int, int, int]:
+        """Degrees of replicas, shards and tensor parallelism."""
+        return self.dp_replicate, self.dp_shard, self.tp
 
 
 def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> RunPlan:
@@ -57,11 +61,8 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> Ru
     workers = max(1, world_size // tp)
     decoder = attempt(decoder_config, config)
     attempt(optimizer_class, config.optimizer.name)
-    if config.data.format in ("auto", "instruction") and needs_files:
-        attempt(load_template, config.data.template)
-    for key in ("train", "validation") if needs_files else ():
-        if getattr(config.data, key):
-            attempt(find_files, getattr(config.data, key), f"data.{key}")
+    if needs_files:
+        attempt(check_data, config.data)
     if config.export.enable and needs_files:
         attempt(check_folder, export_folder(config), config.model.hf_assets_path)
     if decoder and needs_files:
@@ -72,13 +73,17 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> Ru
     global_batch = training.global_batch_size
     if global_batch == -1:
         global_batch = training.local_batch_size * max(num_adapters, workers)
+    if config.data.streaming and config.data.shuffle_window < global_batch:
+        errors.append(f"data.shuffle_window: must be at least the global batch, {global_batch} records")
     error = placement_error(num_adapters, workers, global_batch, training.local_batch_size)
     if error:
         errors.append(error)
     if decoder is not None:
         sizes = {name: getattr(decoder, name) for name in ("num_key_value_heads", "intermediate_size")}
+        if parallelism.loss_parallel:
+            sizes["vocab_size"] = decoder.vocab_size
         errors += tensor_parallel_errors(sizes, tp)
-        errors += _shape_errors(config, decoder, num_adapters if hdpissa else 0)
+        errors += _method_errors(config, decoder, num_adapters)
     if errors:
         raise ConfigError(errors)
     return RunPlan(decoder, replicate, shard, tp, num_adapters, global_batch)
@@ -126,19 +131,16 @@ def decoder_config(config: JobConfig) -> DecoderConfig:
     return read_hf_config(config.model.hf_assets_path, config.model.name)
 
 
-def _shape_errors(config: JobConfig, decoder: DecoderConfig, num_adapters: int) -> list[str]:
+def _method_errors(config: JobConfig, decoder: DecoderConfig, num_adapters: int) -> list[str]:
     errors, shapes = [], decoder.linear_shapes()
-    for target in config.adapter.target_modules or []:
+    targets = config.adapter.target_modules or LINEAR_LAYERS
+    for target in targets:
         if target not in shapes:
             errors.append(f"adapter.target_modules: {target!r} is no linear layer; there are {', '.join(shapes)}")
-    if num_adapters:
-        rank = config.adapter.rank
-        directions = num_adapters * rank if config.hdpissa.slices == "orthogonal" else rank
-        for target in config.adapter.target_modules or LINEAR_LAYERS:
-            if target in shapes:
-                try:
-                    check_rank(target, shapes[target], directions, rank)
-                except ValueError as error:
-                    errors.append(str(error))
-                    break  # the other layers' lines would say the same
-    return errors
+    method = build_method(config, num_adapters)
+    if config.parallelism.tensor_parallel_degree > 1 and not method.tensor_parallel:
+        errors.append(
+            f"parallelism.tensor_parallel_degree: method {config.adapter.method} has no tensor parallelism; set it to 1"
+        )
+    faults = (method.shape_error(target, shapes[target]) for target in targets if target in shapes)
+    return errors + [fault for fault in faults if fault][:1]  # the other layers' lines would say the same

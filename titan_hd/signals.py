@@ -61,7 +61,7 @@ class StopSignals:
         impatient = self.status == INTERRUPTED and now - self._first > _SAME_SECONDS
         if not self._deferring or impatient:
             logger.warning("%s: stopped at once, without a checkpoint of this step", signal.Signals(number).name)
-            os._exit(status)
+            os._exit(self.status or status)
         if not self.status:
             self.status, self._first = status, now
             logger.warning("%s: saving and stopping after this step", signal.Signals(number).name)

@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 
 from titan_hd import __version__
-from titan_hd.adapters.full import FullFineTuning
-from titan_hd.adapters.hdpissa import HDPissa
+from titan_hd.adapters.adapter_linear import adapter_layers
+from titan_hd.adapters.methods import build_method
 from titan_hd.adapters.svd import SvdSettings
 from titan_hd.components import checkpoint as ckpt
 from titan_hd.components.environment import record_environment
 from titan_hd.components.export import export_hf
-from titan_hd.components.flops import flops_per_token
+from titan_hd.components.export_peft import export_peft
+from titan_hd.components.flops import flops_per_token, trained_work
 from titan_hd.components.generation import generate
 from titan_hd.components.identity import check_resumable, run_identity, weights_fingerprint
 from titan_hd.components.loss import token_loss_sum
@@ -41,13 +42,15 @@ from titan_hd.config import manager
 from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
 from titan_hd.config.seeding import stable_seed
-from titan_hd.data.dataset import build_records
-from titan_hd.data.loader import Batch, SampleOrder, TrainLoader
-from titan_hd.data.records import InstructionRecords, statistics_table
+from titan_hd.data.dataset import build_records, data_summary, sample_order
+from titan_hd.data.loader import Batch, GlobalBatches, TrainLoader
+from titan_hd.data.records import statistics_table
 from titan_hd.data.tokenizer import load_tokenizer
 from titan_hd.distributed.adapter_registry import AdapterRegistry
+from titan_hd.distributed.adapter_weights import initialize_adapters
 from titan_hd.distributed.collectives import once, together
-from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims
+from titan_hd.distributed.loss_parallel import vocabulary_parallel_loss_sum
+from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims, mesh_picture
 from titan_hd.distributed.parallelize import parallelize, reshard
 from titan_hd.distributed.slices import SliceSettings, compute_factors
 from titan_hd.distributed.tensor_parallel import apply_tensor_parallel
@@ -100,18 +103,17 @@ class Trainer:
         logger.info("titan_hd %s, torch %s, %d x %s", __version__, torch.__version__, w, device_name(self.device))
         if config.job.print_config:
             logger.info("configuration:\n%s", manager.to_toml(config))
+        for line in manager.ignored_keys(config):
+            logger.warning("%s", line)
         hosted = f", {self.placement.hosted} on each worker" if plan.num_adapters > 1 else ""
         logger.info(
-            "method %s: %d logical adapter(s)%s; global batch %d in %d micro-batch(es) per worker; mesh %d x %d x %d "
-            "(replicate x shard x tensor)",
+            "method %s: %d logical adapter(s)%s; global batch %d in %d micro-batch(es) per worker; %s",
             config.adapter.method,
             plan.num_adapters,
             hosted,
             plan.global_batch_size,
             self.placement.micro_batches,
-            plan.dp_replicate,
-            plan.dp_shard,
-            plan.tp,
+            mesh_picture(*plan.mesh, plan.num_adapters if config.adapter.method == "hdpissa" else None),
         )
 
     def _build_model(self) -> None:
@@ -121,16 +123,14 @@ class Trainer:
         with torch.device("meta"):
             self.model = Decoder(self.plan.decoder).to(getattr(torch, c.training.master_dtype))
         self.registry: AdapterRegistry | None = None
-        if c.adapter.method == "hdpissa":
-            h = c.hdpissa
-            method = HDPissa(
-                self.plan.num_adapters, c.adapter.rank, c.adapter.alpha, c.adapter.dropout, h.mute_scalar, h.slices
-            )
-        else:
-            method = FullFineTuning()
+        self.method = method = build_method(c, self.plan.num_adapters)
         trained = method.apply(self.model, c.adapter.target_modules)
+        self.loss_sum = token_loss_sum
         if self.plan.tp > 1:
-            apply_tensor_parallel(self.model, self.dims.world["tp"])
+            p, mesh = c.parallelism, self.dims.world["tp"]
+            apply_tensor_parallel(self.model, mesh, p.sequence_parallel, p.loss_parallel)
+            if p.loss_parallel:
+                self.loss_sum = functools.partial(vocabulary_parallel_loss_sum, group=mesh.get_group())
         if method.direct_update:
             self.registry = AdapterRegistry(self.model, method, self.dims.adapter_mesh(method.num_adapters))
         parallelize(
@@ -152,27 +152,34 @@ class Trainer:
         self.tokenizer = functools.cache(lambda: load_tokenizer(c.model.hf_assets_path))
         shape = self.plan.decoder.vocab_size, c.training.seq_len
         with together("reading the data"):
-            bar = c.metrics.progress_bar and self.dims.rank == 0
-            records = build_records(c.data, "train", *shape, self.tokenizer, bar)
+            bar = c.metrics.progress_bar
+            records = build_records(c.data, "train", *shape, self.tokenizer, bar, c.training.seed)
             self.validation_records = None
             if c.validation.enable:
                 self.validation_records = build_records(c.data, "validation", *shape, self.tokenizer, bar)
-                if c.validation.exact_match_samples and not isinstance(self.validation_records, InstructionRecords):
+                if c.validation.exact_match_samples and not self.validation_records.answerable:
                     raise UserError("validation.exact_match_samples: needs records with a prompt and a response")
         built = [records, self.validation_records] if self.validation_records else [records]
-        logger.info("%s", statistics_table([r.statistics for r in built]))
-        # Compiled blocks want one shape; otherwise padding to the longest record of a micro-batch is enough.
+        rows = [row for r in built for row in r.rows]
+        if rows:
+            logger.info("%s", statistics_table(rows))
+        # Compiled blocks want one shape, and so does attention to packs on a GPU, which is always compiled; otherwise
+        # padding to the longest row of a micro-batch is enough.
         self.pad_to = c.training.seq_len if c.compile.enable else None
-        batch = self.plan.global_batch_size
-        order = SampleOrder(len(records), c.data.shuffle, c.training.seed)
-        self.loader = TrainLoader(records, order, batch, self.pad_to)
-        self.total_steps = c.training.steps or max(1, int(c.training.epochs * len(records)) // batch)
-        logger.info("%d training records; %d steps of %d", len(records), self.total_steps, batch)
+        pad_to = c.training.seq_len if c.data.pack and self.device.type == "cuda" else self.pad_to
+        batch, order = self.plan.global_batch_size, sample_order(records, c.data, c.training.seq_len, c.training.seed)
+        micro_batches = [self.placement.samples(m) for m in range(self.placement.micro_batches)]
+        batches = GlobalBatches(records, order, batch, pad_to, c.data.pack)
+        self.loader = TrainLoader(batches, micro_batches, c.data.num_workers)
+        self.data_summary = data_summary(records, c.data, c.training.seq_len)
+        self.total_steps = c.training.steps or max(1, order.positions(c.training.epochs) // batch)
+        count = "streamed" if c.data.streaming else order.size
+        logger.info("%s training records; %d steps of %d", count, self.total_steps, batch)
 
     def _build_optimizer(self) -> None:
         # An adapter's parameters are zero when a step begins, so decay belongs to the fold, on W.
         decay = 0.0 if self.registry else self.config.optimizer.weight_decay
-        self.optimizer = build_optimizer(self.config.optimizer, self.trainable, decay)
+        self.optimizer = build_optimizer(self.config.optimizer, self.trainable, decay, self.method.lr_ratios)
 
     def _load_or_resume(self) -> None:
         """Weights and factors from the chosen checkpoint, or from the model directory and the SVD."""
@@ -203,9 +210,9 @@ class Trainer:
             init_weights(self.model, self.dims, c.training.seed)
         else:
             load_weights(self.model, self.dims, c.model.hf_assets_path, c.metrics.progress_bar)
+        if not self.step:
+            self._start_adapters()
         if self.registry:
-            if not self.step:
-                self._compute_factors()
             self.registry.materialize()
             self._build_fold()
 
@@ -226,19 +233,24 @@ class Trainer:
         )
         self.fold.prepare()
 
-    def _compute_factors(self) -> None:
-        """The adapters' slices, with a report of every SVD in svd.jsonl."""
-        enter_phase("computing the factors")
-        h = self.config.hdpissa
-        settings = SliceSettings(h.slices, self.config.training.seed, SvdSettings(h.svd, h.svd_niter), h.svd_cache)
+    def _start_adapters(self) -> None:
+        """First values of the adapters, with a report of every SVD in svd.jsonl."""
+        enter_phase("computing the adapters' first values")
+        a, h, seed = self.config.adapter, self.config.hdpissa, self.config.training.seed
+        if self.registry:
+            settings = SliceSettings(h.slices, seed, SvdSettings(a.svd, a.svd_niter), a.svd_cache)
+            waves, layers = compute_factors(self.registry, self.dims, settings), len(self.registry.entries)
+        else:
+            waves, layers = initialize_adapters(self.model, self.dims, seed), len(adapter_layers(self.model))
         start = said = time.perf_counter()
         reports: list[dict] = []
-        for wave in compute_factors(self.registry, self.dims, settings):
+        for wave in waves:
             reports += wave
             if time.perf_counter() - said > 10:
                 said = time.perf_counter()
-                logger.info("factors of %d of %d layers", len(reports), len(self.registry.entries))
-        logger.info("%s slices in %.1f s", h.slices, time.perf_counter() - start)
+                logger.info("factors of %d of %d layers", len(reports), layers)
+        if layers:
+            logger.info("first values of %d adapted layers in %.1f s", layers, time.perf_counter() - start)
         if reports and dist.get_rank() == 0:
             write_svd_report(Path(self.config.job.dump_folder) / "svd.jsonl", reports)
 
@@ -247,7 +259,8 @@ class Trainer:
         rank = dist.get_rank()
         self.metrics = MetricsLogger(c, rank, self.total_steps, self.step, self._saved_state.get("wandb_id"))
         self.profiler = build_profiler(c, rank)
-        self._window: list[tuple[int, float]] = []  # (tokens of all workers, seconds) of the steps since the last log
+        # (tokens and records of all workers, seconds) of the steps since the last log
+        self._window: list[tuple[int, int, float]] = []
         # (every how many steps, what); the last step always runs all of them
         self.hooks: list[tuple[int, Callable[[], None]]] = [(c.training.gc_freq, lambda: gc.collect(1))]
         if c.validation.enable:
@@ -260,12 +273,12 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One optimizer step over the global batch. Returns this step's numbers, the same on every worker."""
         enter_phase(f"step {self.step + 1}")
-        batches = [self.loader.batch(self.step, self.placement.samples(m)) for m in range(self.placement.micro_batches)]
+        batches = self.loader.step(self.step)
         adapters = [self.placement.first_adapter + self.placement.slot(m) for m in range(len(batches))]
-        counts, tokens = self._count_tokens(batches, adapters)
+        counts, tokens, sequences = self._count_tokens(batches, adapters)
         lr = self.config.optimizer.lr * lr_factor(self.config.lr_scheduler, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
         if self.registry:
             self.registry.zero_grad()
         else:
@@ -285,33 +298,35 @@ class Trainer:
             self.fold(lr, self.step)
         self.step += 1
         dist.all_reduce(loss_sum, group=self.dims.dp_mesh.get_group())
-        return {"loss": loss_sum.item() / max(1, sum(counts)), "grad_norm": grad_norm, "lr": lr, "tokens": tokens}
+        numbers = {"loss": loss_sum.item() / max(1, sum(counts)), "grad_norm": grad_norm, "lr": lr}
+        return {**numbers, "tokens": tokens, "sequences": sequences}
 
-    def _count_tokens(self, batches: list[Batch], adapters: list[int]) -> tuple[list[int], int]:
-        """Trained tokens of each logical adapter over the whole step, and all tokens of the step but padding."""
-        counts = torch.zeros(self.plan.num_adapters + 3, dtype=torch.long)
+    def _count_tokens(self, batches: list[Batch], adapters: list[int]) -> tuple[list[int], int, int]:
+        """Trained tokens of each logical adapter over the whole step, all tokens of the step but padding, records."""
+        counts = torch.zeros(self.plan.num_adapters + 4, dtype=torch.long)
         if self.dims.tp_rank == 0:  # the ranks of a tensor-parallel group have the same batches
             for batch, adapter in zip(batches, adapters):
                 counts[adapter] += batch.trained_tokens
-                counts[-3] += batch.tokens
+                counts[-4] += batch.tokens
+                counts[-3] += batch.sequences
         # What signals ask for travels with them.
         counts[-2], counts[-1] = self.signals.status == REQUEUE, self.signals.status == INTERRUPTED
         counts = counts.to(self.device)
         dist.all_reduce(counts)
-        *per_adapter, tokens, requeue, interrupted = counts.tolist()
+        *per_adapter, tokens, sequences, requeue, interrupted = counts.tolist()
         self.stop_status = INTERRUPTED if interrupted else REQUEUE if requeue else 0
-        return per_adapter, tokens
+        return per_adapter, tokens, sequences
 
     def _forward_backward(self, micro_batch: int, batch: Batch, trained_tokens: int) -> torch.Tensor:
         """Accumulate gradients of (sum of token losses / trained_tokens); returns the sum, detached."""
         if self.registry:
             self.registry.activate(self.placement.slot(micro_batch))
-            if self.config.adapter.dropout:
-                # Masks are a function of the samples, not of the worker that happens to compute them.
-                first = self.step * self.plan.global_batch_size + self.placement.samples(micro_batch).start
-                torch.manual_seed(stable_seed("dropout", self.config.training.seed, first))
-        logits = self.model(batch.input_ids.to(self.device))
-        loss = token_loss_sum(logits, batch.targets.to(self.device))
+        if self.config.adapter.dropout:
+            # Masks are a function of the samples, not of the worker that happens to compute them.
+            first = self.step * self.plan.global_batch_size + self.placement.samples(micro_batch).start
+            torch.manual_seed(stable_seed("dropout", self.config.training.seed, first))
+        batch = batch.to(self.device)
+        loss = self.loss_sum(self.model(batch.input_ids, documents=batch.documents), batch.targets)
         (loss / max(1, trained_tokens)).backward()
         return loss.detach()
 
@@ -342,7 +357,8 @@ class Trainer:
             resumes = "the same command goes on" if self.config.checkpoint.enable else "checkpoint.enable is not set"
             logger.warning("stopped after step %d of %d; %s", self.step, self.total_steps, resumes)
         elif self.config.export.enable:
-            export_hf(self.model, self.dims, self.config)
+            export = export_peft if self.config.export.format == "peft" else export_hf
+            export(self.model, self.dims, self.config)
         if failure:
             raise UserError(failure)
         return self.stop_status if stopped else 0
@@ -352,7 +368,8 @@ class Trainer:
         while self.step < self.total_steps and not self.stop_status:
             start = time.perf_counter()
             numbers = self.train_step()
-            self._window.append((int(numbers.pop("tokens")), time.perf_counter() - start))
+            sizes = int(numbers.pop("tokens")), int(numbers.pop("sequences"))
+            self._window.append((*sizes, time.perf_counter() - start))
             if self.profiler:
                 self.profiler.step()
             self.metrics.advance(numbers["loss"])
@@ -369,11 +386,11 @@ class Trainer:
     # --------------------------------------------------------------------------------------------------- periodic
 
     def _log(self, numbers: dict[str, float]) -> None:
-        tokens, seconds = map(sum, zip(*self._window))
+        tokens, sequences, seconds = map(sum, zip(*self._window))
         steps = len(self._window)
         self._window.clear()
-        length = tokens / (steps * self.plan.global_batch_size)
-        flops = flops_per_token(self.plan.decoder, length, *self._trained_sizes())
+        work = trained_work(self.model, tokens / (steps * self.placement.micro_batches * self.dims.dp_size))
+        flops = flops_per_token(self.plan.decoder, tokens / sequences, *work)
         rate = tokens / seconds
         self.metrics.log(
             self.step,
@@ -385,13 +402,6 @@ class Trainer:
                 "peak_memory_gib": peak_memory_gib(self.device),
             },
         )
-
-    def _trained_sizes(self) -> tuple[int, int]:
-        """Elements of the matrices that get a dW, and the sum of r (in + out) over adapted layers."""
-        if self.registry:
-            return 0, sum(self.registry.rank * sum(entry.shape) for entry in self.registry.entries.values())
-        looked_up = set() if self.model.lm_head is None else {"model.embed_tokens.weight"}
-        return sum(p.numel() for p, name in self.trainable.items() if p.dim() == 2 and name not in looked_up), 0
 
     def validate(self) -> None:
         """Validation loss and, if asked for, exact match of generated answers; logged under this step."""
@@ -411,6 +421,7 @@ class Trainer:
                 v.steps,
                 self.device,
                 group,
+                self.loss_sum,
             )
         }
         if v.exact_match_samples:
@@ -463,10 +474,10 @@ class Trainer:
     def _identity(self) -> dict[str, object]:
         c, plan = self.config, self.plan
         weights = "" if c.model.flavor else weights_fingerprint(c.model.hf_assets_path)
-        data = self.loader.records.statistics
-        return run_identity(c, plan.decoder, plan.num_adapters, plan.global_batch_size, data, weights)
+        return run_identity(c, plan.decoder, plan.num_adapters, plan.global_batch_size, self.data_summary, weights)
 
     def close(self) -> None:
+        self.loader.close()
         self.checkpointer.close()
         self.metrics.close()
         if self.profiler:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import multiprocessing
 import os
 import sys
 import traceback
@@ -100,9 +101,12 @@ def run_worker(run: Run) -> NoReturn:
     or 1 and a traceback.
 
     It leaves by os._exit: while the interpreter takes itself apart, a thread of gloo may want it once more and abort
-    the process (now and then on a busy machine), and a run that was complete would have failed.
+    the process (now and then on a busy machine), and a run that was complete would have failed. So it ends itself the
+    processes that the interpreter would have ended.
     """
     status = _exit_status(run)
+    for child in multiprocessing.active_children():
+        child.kill()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -3,9 +3,9 @@
     python tools/convert_checkpoint.py dcp-to-hf outputs/checkpoint/step-500 OUT --assets assets/hf/Llama-3.1-8B
     python tools/convert_checkpoint.py hf-to-dcp assets/hf/Llama-3.1-8B OUT
 
-`dcp-to-hf` takes the weights of a run's checkpoint, and everything else (config, tokenizer) from the base model.
-Whatever mesh wrote the checkpoint, one tensor and one of its stored shards are in memory at a time. No code in it is
-run.
+`dcp-to-hf` takes the weights of a run's checkpoint, with its adapters merged in, and everything else (config,
+tokenizer) from the base model. Whatever mesh wrote the checkpoint, one tensor and one of its stored shards are in
+memory at a time. No code in it is run.
 
 `hf-to-dcp` writes the weights alone, under the names that a run's checkpoint gives them ("model." and HF's name), one
 file for each tensor, so that one tensor is in memory at a time. For other trainers, and for `dcp-to-hf`; a titan_hd run
@@ -22,15 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
 from tqdm import tqdm
 
 from titan_hd.components.checkpoint_folder import STATE_FILE, read_train_state
+from titan_hd.components.checkpoint_weights import CheckpointWeights
 from titan_hd.components.dcp_reader import CheckpointReader
 from titan_hd.components.export import beside, check_folder, publish, start_folder, write_assets
 from titan_hd.components.model_card import model_card
-from titan_hd.components.pretrained import base_weights
 from titan_hd.config import manager
 from titan_hd.config.errors import UserError
 from titan_hd.models.decoder import Decoder
@@ -54,42 +53,25 @@ def dcp_to_hf(checkpoint: Path, folder: Path, assets: str, dtype: torch.dtype | 
     """
     state = read_train_state(checkpoint) if (checkpoint / STATE_FILE).is_file() else {}  # {}: no run wrote it
     check_folder(folder, assets)
-    model = _meta_model(assets)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    reader = CheckpointReader(checkpoint)
-    frozen = base_weights(state, reader, shapes, assets)
-    files = WeightFiles(assets, shapes, tied_head=model.lm_head is None) if frozen else None
-    stored = _one_dtype(
-        checkpoint, reader.weight_dtypes({name: shape for name, shape in shapes.items() if name not in frozen})
-    )
-    dtype = dtype or stored
-    settings = state.get("settings", {})
+    config = read_hf_config(assets)
+    weights = CheckpointWeights(CheckpointReader(checkpoint), state, config, assets)
+    shapes, stored = weights.shapes, _one_dtype(checkpoint, weights.dtypes)
+    dtype, settings = dtype or stored, state.get("settings", {})
     base = "" if settings.get("model", {}).get("flavor") else assets
-    card = model_card(model.config.hf, base, settings, {"step": state["step"]} if state else {})
+    card = model_card(config.hf, base, settings, {"step": state["step"]} if state else {})
     partial = beside(folder)
     with disk_faults(partial):
         start_folder(partial)
-        write_assets(partial, model.config.hf, dtype, assets, card)
+        write_assets(partial, config.hf, dtype, assets, card)
         slots, headers = plan_files(partial, shapes, dtype, max_file_bytes)
         check_space(partial, slots, shapes)
         write_headers(slots, headers)
         for name in tqdm(shapes, unit="tensor"):
-            values = torch.empty(shapes[name], dtype=stored)
-            if name in frozen:
-                files.read_into(name, values)
-            else:
-                _load(checkpoint, reader, f"model.{name}", values)
+            values = torch.empty(shapes[name], dtype=torch.float32 if name in weights.merged else stored)
+            weights.read_into(name, values)
             write_rows(slots[name], 0, values)
         sync_files(headers)
         publish(partial, folder)
-
-
-def _load(checkpoint: Path, reader: CheckpointReader, key: str, values: torch.Tensor) -> None:
-    try:
-        dcp.load({key: values}, storage_reader=reader, no_dist=True)
-    except CheckpointException as error:
-        reason = next(iter(error.failures.values()))[0]
-        raise UserError(f"{checkpoint}: {key}: cannot be read: {reason}") from None
 
 
 def _meta_model(assets: str) -> Decoder:
@@ -101,7 +83,7 @@ def _one_dtype(checkpoint: Path, dtypes: set[torch.dtype]) -> torch.dtype:
     if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
         names = ", ".join(sorted(map(str, dtypes)))
         raise UserError(f"{checkpoint}: the weights must have one floating-point dtype, not {names}")
-    return next(iter(dtypes))
+    return next(iter(dtypes), torch.float32)  # none: every weight is the base model's
 
 
 def hf_to_dcp(assets: str, folder: Path, dtype: torch.dtype | None) -> None:

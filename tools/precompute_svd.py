@@ -1,6 +1,6 @@
-"""Fills hdpissa.svd_cache for a configuration, offline and without a process group.
+"""Fills adapter.svd_cache for a configuration, offline and without a process group.
 
-    python tools/precompute_svd.py --config train_configs/llama31_8b_hdpissa.toml --hdpissa.svd_cache DIR
+    python tools/precompute_svd.py --config train_configs/llama31_8b_hdpissa.toml --adapter.svd_cache DIR
     python tools/precompute_svd.py --share 2/8 --config ...      every 8th weight, starting with the third
 
 Uses a GPU if there is one. A training run with the same settings then reads every weight's factors from the cache.
@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from titan_hd.adapters.hdpissa import HDPissa
+from titan_hd.adapters.methods import build_method
 from titan_hd.adapters.svd import SvdSettings
 from titan_hd.adapters.svd_cache import cached_factors
 from titan_hd.config import manager
@@ -31,20 +32,20 @@ from titan_hd.preflight import decoder_config
 
 def precompute(config: JobConfig, share: int, shares: int) -> None:
     """Decompose every targeted weight of the share that is not in the cache; one JSON line each on stdout."""
-    h = config.hdpissa
+    a = config.adapter
     with torch.device("meta"):
         model = Decoder(decoder_config(config))
     expected = {name: p.shape for name, p in model.named_parameters()}
     files = WeightFiles(config.model.hf_assets_path, expected, tied_head=model.lm_head is None)
-    method = HDPissa(h.num_adapters, config.adapter.rank, slices=h.slices)
-    names = method.apply(model, config.adapter.target_modules)[share::shares]
+    method = build_method(config, config.hdpissa.num_adapters)
+    directions = method.directions if isinstance(method, HDPissa) else a.rank
+    names = method.apply(model, a.target_modules)[share::shares]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     master = getattr(torch, config.training.master_dtype)  # what the run decomposes is the master
     for name in tqdm(names, unit="weight"):
         rows = files.read_rows(f"{name}.weight", 0, expected[f"{name}.weight"][0])
         weight = rows.to(device, master).float()
-        settings = SvdSettings(h.svd, h.svd_niter)
-        *_, report = cached_factors(weight, method.directions, settings, name, h.svd_cache)
+        *_, report = cached_factors(weight, directions, SvdSettings(a.svd, a.svd_niter), name, a.svd_cache)
         print(json.dumps(report))
 
 
@@ -62,11 +63,12 @@ def main() -> None:
         share, shares = parse_share(argv[1] if len(argv) > 1 else "")
         argv = argv[2:]
     config = manager.load_or_exit(argv)
+    hdpissa = config.adapter.method == "hdpissa"
     faults = {
-        "hdpissa.svd_cache: is missing; name the folder to fill": not config.hdpissa.svd_cache,
-        "hdpissa.num_adapters: is missing; the factors depend on it": not config.hdpissa.num_adapters,
-        f"adapter.method: {config.adapter.method} needs no SVD": config.adapter.method != "hdpissa",
-        "hdpissa.slices: random slices need no SVD": config.hdpissa.slices == "random",
+        "adapter.svd_cache: is missing; name the folder to fill": not config.adapter.svd_cache,
+        "hdpissa.num_adapters: is missing; the factors depend on it": hdpissa and not config.hdpissa.num_adapters,
+        f"adapter.method: {config.adapter.method} needs no SVD": config.adapter.method not in ("hdpissa", "pissa"),
+        "hdpissa.slices: random slices need no SVD": hdpissa and config.hdpissa.slices == "random",
         "model.hf_assets_path: is missing; random weights are not worth a cache": bool(config.model.flavor),
     }
     errors = [line for line, fault in faults.items() if fault]

@@ -33,40 +33,52 @@ def same(first: Path, second: Path) -> bool:
     return got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
 
-def choose(folder: Path) -> tuple[int | str | None, list[str]]:
-    """The step that a run would resume from, or why none; and the warnings."""
+def choose_with_each_damage(folder: Path) -> list[tuple[str, int | None, list[str]]]:
+    """What is chosen when one file of step-4 is cut off at the end, emptied, has one bit changed, is gone; for every
+    file: (its path, the step, the warnings). At last, when nothing whole is left: (the error, None, the warnings)."""
+    import torch.distributed as dist
+
     import titan_hd.components.checkpoint as checkpoint
 
+    checkpointer = checkpoint.Checkpointer(folder, 2, False, 60)
     said: list[str] = []
+
+    def choose(path: Path, content: bytes | None) -> int | None:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            path.unlink() if content is None else path.write_bytes(content)
+        dist.barrier()
+        said.clear()
+        return checkpointer.choose(-1)
+
+    found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint.logger, "warning", lambda text, *args: said.append(text % args))
+        for path in sorted((folder / "step-4").iterdir()):
+            content = path.read_bytes()
+            middle = len(content) // 2
+            flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+            for damaged in (content[:-1], b"", flipped, None):
+                found.append((str(path), choose(path, damaged), list(said)))
+            assert choose(path, content) == 4
+        choose(folder / "step-4" / "manifest.json", None)
         try:
-            return checkpoint.Checkpointer(folder, 2, False, 60).choose(-1), said
+            choose(next((folder / "step-2").glob("*.distcp")), b"")
         except UserError as error:
-            return str(error), said
+            found.append((str(error), None, list(said)))
+    return found
 
 
 def test_any_damage_is_noticed_and_the_checkpoint_before_is_used(workers, tmp_path: Path):
-    """Every file of a checkpoint in turn: cut off at the end, emptied, one bit changed, gone."""
     workers.run(2, runs.train, tiny_run(tmp_path, "dump", training__steps=4, checkpoint__interval=2))
-    folder = tmp_path / "dump" / "checkpoint"
-    whole = {path.name: path.read_bytes() for path in (folder / "step-4").iterdir()}
-    assert len(whole) == 5, "two ranks' shards, table of contents, state, manifest"
-    assert workers.run(2, choose, folder) == [(4, [])] * 2
-    for name, content in whole.items():
-        path = folder / "step-4" / name
-        middle = len(content) // 2
-        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        for damaged in (content[:-1], b"", flipped, None):
-            path.unlink() if damaged is None else path.write_bytes(damaged)
-            for step, said in workers.run(2, choose, folder):
-                assert step == 2, name
-                assert any(str(path) in line for line in said), said
-            path.write_bytes(content)
-    for step in (2, 4):
-        next((folder / f"step-{step}").glob("*.distcp")).write_bytes(b"")
-    for error, _ in workers.run(2, choose, folder):
-        assert "no whole checkpoint is left: name another checkpoint.load_step, or 0 to start anew" in error
+    first, second = workers.run(2, choose_with_each_damage, tmp_path / "dump" / "checkpoint")
+    assert first == second, "every rank knows the same"
+    *damaged, (error, _, _) = first
+    assert len(damaged) == 4 * 5, "two ranks' shards, table of contents, state, manifest"
+    for path, step, said in damaged:
+        assert step == 2, path
+        assert any(path in line for line in said), said
+    assert "no whole checkpoint is left: name another checkpoint.load_step, or 0 to start anew" in error
 
 
 @pytest.mark.parametrize("base", ["full", "delta"])

@@ -34,8 +34,26 @@ def setup(tmp_path):
     return argv
 
 
-@pytest.mark.parametrize("method", ["hdpissa", "full", "random", "bfloat16"])
-@pytest.mark.parametrize("mesh", ["tp", "tp-fsdp", "hsdp"])
+# Methods that every run below knows by name, beside hdpissa: what they change in the configuration.
+ADAPTERS = {
+    "lora": {"adapter__method": "lora", "adapter__rank": 3, "adapter__alpha": 4},
+    "pissa": {"adapter__method": "pissa", "adapter__rank": 3},
+    "dora": {"adapter__method": "dora", "adapter__rank": 3, "adapter__loraplus_lr_ratio": 4},
+}
+
+
+# Those that tensor parallelism does not split. Of bat's D of a row, and of most others, four workers have empty shards.
+UNSPLIT = {
+    "mora": {"adapter__method": "mora", "adapter__rank": 1, "adapter__dropout": 0.2},
+    "hira": {"adapter__method": "hira", "adapter__rank": 3, "adapter__dropout": 0.2},
+    "bone": {"adapter__method": "bone", "adapter__rank": 5, "adapter__dropout": 0.2},
+    "bat": {"adapter__method": "bat", "adapter__rank": 1, "adapter__dropout": 0.2},
+    "bat-row": {"adapter__method": "bat", "adapter__rank": 1, "adapter__bat_form": "row"},
+}
+MESHES = [(mesh, m) for mesh in ("tp", "tp-fsdp", "hsdp") for m in ("hdpissa", "full", "random", "bfloat16", *ADAPTERS)]
+
+
+@pytest.mark.parametrize(("mesh", "method"), [*MESHES, *(("hsdp", m) for m in UNSPLIT if m != "bat-row")])
 def test_same_losses_on_any_mesh(method, mesh, workers, setup, tmp_path):
     """Tensor parallelism and replicas, with resume from one mesh on another, and clipping that binds."""
     runs.write_model(tmp_path / "model", num_key_value_heads=2, intermediate_size=38)
@@ -44,6 +62,7 @@ def test_same_losses_on_any_mesh(method, mesh, workers, setup, tmp_path):
         "full": {"adapter__method": "full", "hdpissa__num_adapters": 0, "training__max_norm": 0.1},
         "random": {"hdpissa__slices": "random"},
         "bfloat16": {"training__master_dtype": "bfloat16", "optimizer__lr": 1e-3},
+        **{name: {**settings, "training__max_norm": 0.1} for name, settings in (ADAPTERS | UNSPLIT).items()},
     }[method]
     world_size, degrees = {
         "tp": (2, {"parallelism__tensor_parallel_degree": 2}),
@@ -92,7 +111,10 @@ def test_same_weights_of_every_variant_on_any_mesh(variant, method, workers, set
         assert max(errors.values()) < DELTA_TOLERANCE, errors
 
 
-@pytest.mark.parametrize("method", ["hdpissa", "full", "dropout", "random", "mute"])
+EVERY = ["hdpissa", "full", "dropout", "random", "mute", *ADAPTERS, *UNSPLIT, "lora-dropout"]
+
+
+@pytest.mark.parametrize("method", EVERY)
 def test_same_losses_on_any_number_of_workers(method, workers, setup):
     changes = {
         "hdpissa": {},
@@ -100,6 +122,9 @@ def test_same_losses_on_any_number_of_workers(method, workers, setup):
         "dropout": {"adapter__dropout": 0.3},
         "random": {"hdpissa__slices": "random"},
         "mute": {"hdpissa__mute_scalar": 1e-16},
+        "lora-dropout": {**ADAPTERS["lora"], "adapter__dropout": 0.3},
+        **ADAPTERS,
+        **UNSPLIT,
     }[method]
     losses = {n: workers.run(n, runs.train, setup(f"{method}-{n}", **changes))[0] for n in (1, 2, 4)}
     assert losses[2] == pytest.approx(losses[1], rel=LOSS_TOLERANCE)

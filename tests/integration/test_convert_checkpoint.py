@@ -24,19 +24,21 @@ def error_lines(result: subprocess.CompletedProcess) -> list[str]:
     return [line for line in result.stderr.splitlines() if line.startswith("titan_hd: error: ")]
 
 
-@pytest.fixture
-def run(workers, tmp_path):
+@pytest.fixture(params=["hdpissa", "dora"])
+def run(request, workers, tmp_path):
     """A run on four workers (FSDP 2 x tensor 2), with a checkpoint of its last step and an export of it."""
     runs.write_model(tmp_path / "model", num_key_value_heads=2, intermediate_size=38)
     runs.write_records(tmp_path / "records.jsonl")
     changes = {"checkpoint__enable": "true", "parallelism__tensor_parallel_degree": 2, "training__steps": 2}
-    changes |= {"hdpissa__num_adapters": 2, "training__global_batch_size": 2}
+    changes |= {"training__global_batch_size": 2, "adapter__method": request.param}
+    if request.param == "hdpissa":
+        changes |= {"hdpissa__num_adapters": 2}
     argv = runs.options(tmp_path / "model", tmp_path / "records.jsonl", tmp_path / "dump", **changes)
     workers.run(4, runs.train, argv)
     return tmp_path / "dump"
 
 
-def test_a_checkpoint_becomes_the_export_of_its_run(run, tmp_path):
+def test_a_checkpoint_becomes_the_export_of_its_run(run, request, tmp_path):
     step, out = run / "checkpoint" / "step-2", tmp_path / "out"
     result = convert("dcp-to-hf", step, out, "--assets", tmp_path / "model")
     assert result.returncode == 0, result.stderr
@@ -45,7 +47,7 @@ def test_a_checkpoint_becomes_the_export_of_its_run(run, tmp_path):
     assert all(torch.equal(got[name], want[name]) for name in want)
     assert json.loads((out / "config.json").read_text()) == json.loads((run / "hf" / "config.json").read_text())
     card = (out / "README.md").read_text()
-    assert "| adapter.method | hdpissa |" in card
+    assert f"| adapter.method | {request.node.callspec.params['run']} |" in card
     assert "| step | 2 |" in card
 
     # Again, over itself, in bf16 and small files.

@@ -238,7 +238,7 @@ def _no_data(step: Path) -> None:
     [
         (_no_state, "train_state.json: is not the state of a titan_hd run: KeyError: 'config'"),
         (_no_metadata, ".metadata: cannot be read: "),
-        (_no_data, "step-2: cannot be read: "),
+        (_no_data, ": cannot be read: "),
     ],
 )
 def test_a_torn_checkpoint_is_one_line(trained: Path, call, tmp_path: Path, break_it, line: str):
@@ -276,7 +276,7 @@ def test_a_checkpoint_with_more_than_the_model_is_refused(trained: Path, tmp_pat
     """Weights of a method beside the model's own would be lost without a word."""
     dcp.save({"model.extra": torch.zeros(2)}, checkpoint_id=str(tmp_path), no_dist=True)
     with pytest.raises(UserError) as caught:
-        CheckpointReader(tmp_path).weight_dtypes({"norm": torch.Size([2])})
+        CheckpointReader(tmp_path).tensor_dtypes({"norm": torch.Size([2])})
     assert str(caught.value).splitlines() == [
         f"{tmp_path}: model.extra: is not part of the model",
         f"{tmp_path}: model.norm: is missing",

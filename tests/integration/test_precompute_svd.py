@@ -16,7 +16,7 @@ def test_a_run_after_precompute_svd_computes_nothing(workers, tmp_path):
         tmp_path / "records.jsonl",
         tmp_path / "dump",
         hdpissa__num_adapters=2,
-        hdpissa__svd_cache=tmp_path / "cache",
+        adapter__svd_cache=tmp_path / "cache",
         training__global_batch_size=2,
         training__steps=1,
     )
@@ -34,6 +34,6 @@ def test_a_run_after_precompute_svd_computes_nothing(workers, tmp_path):
     assert len(used) == 14
     assert all(r["cached"] for r in used)
 
-    refused = subprocess.run([*tool, *argv[:-1], "--hdpissa.svd_cache="], capture_output=True, text=True, check=False)
+    refused = subprocess.run([*tool, *argv[:-1], "--adapter.svd_cache="], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
-    assert "hdpissa.svd_cache: is missing" in refused.stderr
+    assert "adapter.svd_cache: is missing" in refused.stderr

@@ -97,3 +97,25 @@ def test_a_bad_record_ends_the_run_by_default(setup, tmp_path: Path):
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("titan_hd: error: ")]
     assert line.startswith(f"titan_hd: error: {tmp_path}/data/b.jsonl:13: not valid JSON: ")
     assert "Traceback" not in result.stderr
+
+
+def test_a_mixture_and_a_stream_are_the_same_on_any_number_of_workers(workers, setup, tmp_path: Path):
+    """The mixture from two sources of other formats; the stream in small windows, over the end of the files."""
+    rows = [{"ask": "the fox?", "say": f"brown {ANIMALS[i % 4]}"} for i in range(9)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    asked = {"path": str(tmp_path / "asked.jsonl"), "template": "none", "prompt_field": "ask", "response_field": "say"}
+    chats = {"path": str(tmp_path / "data" / "a.jsonl.gz")}
+    settings = {"training__steps": 4, "optimizer__lr": 1e-2, "export__enable": "false"}
+    mixture = setup(data__train=json.dumps([{**asked, "weight": 1.5}, {**chats, "samples": 5}]), **settings)
+    stream = setup(data__train=json.dumps([asked, chats]), data__streaming="true", data__shuffle_window=8, **settings)
+    for arguments in (mixture, stream):
+        (alone,), both = (workers.run(n, runs.train, arguments) for n in (1, 2))
+        assert len(alone) == 4
+        assert both[0] == pytest.approx(alone, rel=1e-4)
+
+
+def test_a_window_smaller_than_a_batch(setup):
+    result = run(setup(data__streaming="true", data__shuffle_window=7))
+    assert result.returncode == 2
+    line = "titan_hd: error: data.shuffle_window: must be at least the global batch, 8 records"
+    assert line in result.stderr.splitlines()

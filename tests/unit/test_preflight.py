@@ -103,6 +103,16 @@ def test_slices_must_fit_the_smallest_targeted_layer(config):
     plan_run(config("--hdpissa.num_adapters", "5", "--adapter.rank", "8", "--hdpissa.slices", "top"), 1)
 
 
+@pytest.mark.parametrize("method", ["lora", "pissa", "dora"])
+def test_a_rank_must_fit_the_smallest_targeted_layer(config, method: str):
+    """k_proj of the debug model is 32 x 64. One adapter, whatever the number of workers."""
+    plan = plan_run(config("--adapter.method", method, "--adapter.rank", "32", "--hdpissa.num_adapters", "7"), 2)
+    assert plan.num_adapters == 1
+    (line,) = errors_of(config("--adapter.method", method, "--adapter.rank", "33"), 1)
+    assert line.startswith("adapter.rank: 33 is more than the smaller side of a weight, 32; k_proj")
+    plan_run(config("--adapter.method", method, "--adapter.rank", "33", "--adapter.target_modules", "q_proj"), 1)
+
+
 def test_full_fine_tuning_knows_no_rank(config):
     plan_run(config("--adapter.method", "full", "--adapter.rank", "9999", "--hdpissa.num_adapters", "7"), 2)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import nn
 
 from titan_hd.adapters.inject import find_linears
@@ -12,6 +14,11 @@ class FullFineTuning:
 
     num_adapters = 1
     direct_update = False
+    tensor_parallel = True
+    lr_ratios: ClassVar[dict[str, float]] = {}
+
+    def shape_error(self, name: str, shape: tuple[int, int]) -> None:
+        """Any shape will do."""
 
     def apply(self, model: nn.Module, target_modules: list[str] | None) -> list[str]:
         if target_modules is None:

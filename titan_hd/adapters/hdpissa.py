@@ -12,7 +12,7 @@ one input (query, key and value; gate and up) share their products with it and s
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +153,8 @@ class HDPissa:
     """HD-PiSSA: K logical adapters of rank r on every targeted layer; nothing else is trained."""
 
     direct_update = True
+    tensor_parallel = True
+    lr_ratios: ClassVar[dict[str, float]] = {}
 
     def __init__(
         self,
@@ -182,15 +184,18 @@ class HDPissa:
             lambda linear: HDPissaLinear(linear, self.scale, self.dropout, self.mute_scalar),
         )
         for name, layer in layers.items():
-            check_rank(name, (layer.out_features, layer.in_features), self.directions, self.rank)
+            error = self.shape_error(name, (layer.out_features, layer.in_features))
+            if error:
+                raise UserError(error)
         share_products(model)
         return list(layers)
 
-
-def check_rank(name: str, shape: tuple[int, int], directions: int, rank: int) -> None:
-    """ValueError if a weight [out, in] has fewer singular directions than the adapters' slices need."""
-    if directions > min(shape):
-        raise UserError(
-            f"adapter.rank: the slices need K * r = {directions // rank} * {rank} = {directions} singular directions, "
+    def shape_error(self, name: str, shape: tuple[int, int]) -> str | None:
+        """One line if a weight [out, in] has fewer singular directions than the adapters' slices need."""
+        k, r = self.directions // self.rank, self.rank
+        if self.directions <= min(shape):
+            return None
+        return (
+            f"adapter.rank: the slices need K * r = {k} * {r} = {self.directions} singular directions, "
             f"{name} of shape {list(shape)} has {min(shape)}; lower adapter.rank or hdpissa.num_adapters"
         )

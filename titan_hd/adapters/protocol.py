@@ -14,10 +14,18 @@ class Method(Protocol):
         which all workers train the same parameters.
     direct_update: the trainable tensors are zero when a step begins; what the optimizer adds to them is folded into W
         after the step. Otherwise the trainable tensors are the model's parameters and the optimizer's step is all.
+    tensor_parallel: whether tensor parallelism knows how to split it.
+    lr_ratios: last part of a parameter's name -> factor on optimizer.lr, where that is not 1.
     """
 
     num_adapters: int
     direct_update: bool
+    tensor_parallel: bool
+    lr_ratios: dict[str, float]
+
+    def shape_error(self, name: str, shape: tuple[int, int]) -> str | None:
+        """One line on why the layer `name` with a weight [out, in] cannot be trained so, or None."""
+        ...
 
     def apply(self, model: nn.Module, target_modules: list[str] | None) -> list[str]:
         """Change a model in place: replace the targeted linear layers, set `requires_grad` of every parameter.

@@ -98,6 +98,6 @@ def _write(path: Path, a: torch.Tensor, b: torch.Tensor) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        logger.warning("hdpissa.svd_cache: cannot write %s: %s", path, error)
+        logger.warning("adapter.svd_cache: cannot write %s: %s", path, error)
         with contextlib.suppress(OSError):
             partial.unlink()

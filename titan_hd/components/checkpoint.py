@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from titan_hd.adapters.adapter_linear import adapter_layers
 from titan_hd.components.checkpoint_folder import CheckpointFolder, damage, read_manifest, read_train_state
 from titan_hd.components.checkpoint_writer import CheckpointWriter
 from titan_hd.components.dcp_reader import CheckpointReader
@@ -42,7 +43,7 @@ from titan_hd.config.errors import UserError
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.collectives import once
 from titan_hd.distributed.watch import enter_phase
-from titan_hd.distributed.weights import base_parameters
+from titan_hd.distributed.weights import adapter_parameters, base_parameters
 
 logger = logging.getLogger("titan_hd")
 
@@ -50,14 +51,18 @@ T = TypeVar("T")
 
 
 def model_state(model: nn.Module, registry: AdapterRegistry | None, changed_only: bool) -> dict[str, torch.Tensor]:
-    """Weights by HF name and, for HD-PiSSA, the fixed factors, as DTensors. changed_only: no weights that training
-    leaves as the base model has them."""
-    folded = {f"{name}.weight" for name in registry.entries} if registry else set()
+    """Weights by HF name, the tensors of adapters beside them and, for HD-PiSSA, the fixed factors, as DTensors.
+
+    changed_only: no weights that are as the base model has them.
+    """
+    changed = {f"{name}.weight" for name in registry.entries} if registry else set()
+    changed |= {f"{name}.weight" for name, layer in adapter_layers(model).items() if layer.changes_weight}
     state: dict[str, torch.Tensor] = {
         f"model.{name}": p.detach()
         for name, p in base_parameters(model)
-        if not changed_only or p.requires_grad or name in folded
+        if not changed_only or p.requires_grad or name in changed
     }
+    state |= {f"adapters.{name}": p.detach() for name, p in adapter_parameters(model)}
     for name, entry in registry.entries.items() if registry else ():
         state[f"factors.{name}.A"], state[f"factors.{name}.B"] = entry.a, entry.b
     return state

@@ -84,15 +84,17 @@ class CheckpointReader(dcp.FileSystemReader):
     def holds(self, key: str) -> bool:
         return key in self._table.state_dict_metadata
 
-    def weight_dtypes(self, shapes: dict[str, torch.Size]) -> set[torch.dtype]:
-        """The dtypes of the weights, which are named "model." and the HF name; shapes: HF name -> shape.
+    def tensor_dtypes(self, shapes: dict[str, torch.Size], prefix: str = "model.") -> set[torch.dtype]:
+        """The dtypes of the weights, which are named "model." and the HF name, or of the tensors of another prefix.
+
+        shapes: name without the prefix -> shape.
 
         Raises:
-            UserError: a line for every weight that is missing or misshapen, or no part of the model.
+            UserError: a line for every tensor that is missing or misshapen, or no part of the model.
         """
         entries = self._table.state_dict_metadata
-        stored = {key: entry for key, entry in entries.items() if key.startswith("model.")}
-        expected = {f"model.{name}": shape for name, shape in shapes.items()}
+        stored = {key: entry for key, entry in entries.items() if key.startswith(prefix)}
+        expected = {f"{prefix}{name}": shape for name, shape in shapes.items()}
         errors = [f"{self.folder}: {key}: is not part of the model" for key in sorted(stored.keys() - expected.keys())]
         for key, shape in expected.items():
             entry = stored.get(key)

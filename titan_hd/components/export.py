@@ -41,6 +41,8 @@ _ASSET_FILES = (
     "chat_template.json",
     "original/tokenizer.model",
 )
+# By one of these `check_folder` knows what an export has written.
+_MARKS = ("config.json", "adapter_config.json")
 _GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -86,7 +88,7 @@ def check_folder(folder: Path, assets: str) -> None:
     for path in (folder, beside(folder), _old(folder)):
         if not os.path.lexists(path):
             continue
-        if not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").exists()):
+        if not path.is_dir() or (any(path.iterdir()) and not any((path / name).exists() for name in _MARKS)):
             raise UserError(f"export.folder: {path} is there and holds no model; name another folder")
 
 

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+from torch import nn
+
+from titan_hd.adapters.adapter_linear import AdapterLinear
+from titan_hd.adapters.hdpissa import HDPissaLinear
 from titan_hd.models.registry import DecoderConfig
 
 
-def flops_per_token(config: DecoderConfig, length: float, trained_weights: int, adapter_width: int) -> float:
+def flops_per_token(config: DecoderConfig, length: float, trained_weights: int, adapters: float) -> float:
     """Model FLOPs per token of one training step, without recomputation.
 
     length: tokens that a sequence really has. The whole attention matrix is counted, as by PaLM and torchtitan, so that
     figures compare; causal kernels compute half of it.
     trained_weights: elements of the matrices for which dW is computed (0 with a frozen base).
-    adapter_width: sum over the adapted layers of r (in + out).
+    adapters: what the adapters do per token.
 
     Products with W: 2 per element forward, 2 for dx, 2 more for dW where it is computed. Attention: twice as much
-    backward as forward. Exact mute: four skinny products, 4 r (in + out), for grad(dA) and grad(dB).
+    backward as forward.
     """
     per_layer = sum(out * width for out, width in config.linear_shapes().values())
     weights = config.num_hidden_layers * per_layer + config.vocab_size * config.hidden_size
     attention = 12 * config.num_attention_heads * config.head_dim * length * config.num_hidden_layers
-    return 4 * weights + 2 * trained_weights + attention + 4 * adapter_width
+    return 4 * weights + 2 * trained_weights + attention + adapters
+
+
+def trained_work(model: nn.Module, tokens: float) -> tuple[int, float]:
+    """`trained_weights` and `adapters` of `flops_per_token` for a model that a method was applied to.
+
+    tokens: of one worker's micro-batch. HD-PiSSA's exact mute: four skinny products, 4 r (in + out).
+    """
+    looked_up = None if getattr(model, "lm_head", None) is None else model.model.embed_tokens.weight
+    adapters, beside = 0.0, {looked_up}
+    for layer in model.modules():
+        if isinstance(layer, HDPissaLinear):
+            adapters += 4 * layer.delta_A.shape[1] * (layer.in_features + layer.out_features)
+            beside |= {layer.delta_A, layer.delta_B}
+        elif isinstance(layer, AdapterLinear):
+            adapters += layer.flops(tokens)
+            beside |= {getattr(layer, name) for name in layer.adapter_names}
+    return sum(p.numel() for p in model.parameters() if p.requires_grad and p.dim() == 2 and p not in beside), adapters

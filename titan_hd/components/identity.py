@@ -6,9 +6,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from titan_hd.adapters.methods import adapter_identity
 from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
-from titan_hd.data.records import Statistics
 from titan_hd.models.registry import DecoderConfig
 
 # May differ where checkpoint.allow_mismatch names it; everything else of an identity never may.
@@ -32,10 +32,11 @@ _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def run_identity(
-    config: JobConfig, decoder: DecoderConfig, num_adapters: int, batch: int, data: Statistics, weights: str
+    config: JobConfig, decoder: DecoderConfig, num_adapters: int, batch: int, data: str, weights: str
 ) -> dict[str, Any]:
-    """By the key that a user would change. num_adapters, batch: the resolved K and global batch size; weights: the
-    fingerprint of the base model, "" if it is not at hand. Of the method's settings only those that it reads."""
+    """By the key that a user would change. num_adapters, batch: the resolved K and global batch size; data: what the
+    samples are made of; weights: the fingerprint of the base model, "" if it is not at hand. Of the method's settings
+    only those that it reads."""
     c, hdpissa = config, config.adapter.method == "hdpissa"
     identity = {
         "model": repr(decoder),
@@ -48,8 +49,10 @@ def run_identity(
         "training.master_dtype": c.training.master_dtype,
         "optimizer.name": c.optimizer.name,
         "data.shuffle": c.data.shuffle,
-        "data.train": f"{data.records} records of format {data.format}, {data.tokens} tokens, {data.trained} trained",
+        "data.train": data,
     }
+    if c.adapter.method not in ("hdpissa", "full"):
+        identity |= adapter_identity(c.adapter)
     if hdpissa:
         identity |= {f"adapter.{key}": getattr(c.adapter, key) for key in ("rank", "dropout")}
         identity["adapter.alpha"] = c.adapter.alpha or c.adapter.rank

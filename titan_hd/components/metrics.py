@@ -126,7 +126,8 @@ class MetricsLogger:
             keep_records_until(path, first_step)
         else:
             path.unlink(missing_ok=True)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self._unwritten = b""
         self._bar = None
         if config.metrics.progress_bar and sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
@@ -146,8 +147,8 @@ class MetricsLogger:
         """Record values of one step (1-based) everywhere."""
         if not self.enabled:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps({"step": step, **values}).encode() + b"\n"
+        self._write()
         if self._wandb:
             self._wandb.log(values, step)
         if self._tensorboard:
@@ -158,7 +159,17 @@ class MetricsLogger:
     def sync(self) -> None:
         """Wait until the records are on the disk: a checkpoint must not know more steps than they."""
         if self.enabled:
-            os.fsync(self._file.fileno())
+            self._write(sync=True)
+
+    def _write(self, sync: bool = False) -> None:
+        """What a full disk does not take is written later: it stops neither training nor the record."""
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            if sync:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            logger.warning("metrics.jsonl: cannot be written (%s); its records wait", error.strerror)
 
     def advance(self, loss: float | None = None) -> None:
         """Move the progress bar by one step."""
@@ -170,6 +181,7 @@ class MetricsLogger:
     def close(self) -> None:
         if not self.enabled:
             return
+        self._write()
         self._file.close()
         if self._bar:
             self._bar.close()

@@ -14,6 +14,9 @@ _METHODS = {
     "hdpissa": "HD-PiSSA ([arXiv 2505.18777](https://arxiv.org/abs/2505.18777)): logical adapters train different SVD "
     "slices of each weight, and their updates are folded into the weight itself",
     "full": "full fine-tuning",
+    "lora": "LoRA ([arXiv 2106.09685](https://arxiv.org/abs/2106.09685)), merged into the weights",
+    "pissa": "PiSSA ([arXiv 2404.02948](https://arxiv.org/abs/2404.02948)), merged into the weights",
+    "dora": "DoRA ([arXiv 2402.09353](https://arxiv.org/abs/2402.09353)), merged into the weights",
 }
 _SECTIONS = ("training", "optimizer", "lr_scheduler", "adapter", "hdpissa", "parallelism")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

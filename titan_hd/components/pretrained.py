@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
 from titan_hd.components.checkpoint_folder import STATE_FILE, read_train_state
+from titan_hd.components.checkpoint_weights import CheckpointWeights
 from titan_hd.components.dcp_reader import CheckpointReader
-from titan_hd.components.identity import weights_fingerprint
 from titan_hd.config.errors import UserError
 from titan_hd.distributed.weights import materialize
 from titan_hd.models.decoder import Decoder
@@ -72,38 +69,11 @@ def _load_checkpoint(folder: Path, assets: str, dtype: torch.dtype, device: torc
         config = read_hf_config(directory)
     if identity.get("model") != repr(config):
         raise UserError(f"--assets: {directory}: its config.json is not that of the checkpoint's model")
-    model, reader = _meta_model(config, dtype), CheckpointReader(folder)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    frozen = base_weights(state, reader, shapes, directory)
-    stored = {name: shape for name, shape in shapes.items() if name not in frozen}
-    reader.weight_dtypes(stored)
-    files = WeightFiles(directory, shapes, model.lm_head is None) if frozen else None
+    weights = CheckpointWeights(CheckpointReader(folder), state, config, directory)
+    model = _meta_model(config, dtype)
     materialize(model, device)
-    tensors = {f"model.{name}": p for name, p in model.named_parameters() if name in stored}
-    for name in frozen:
-        files.read_into(name, model.get_parameter(name))
-    try:
-        with warnings.catch_warnings():  # that this is one process
-            warnings.simplefilter("ignore")
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except CheckpointException as error:
-        reason = next(iter(error.failures.values()))[0]
-        raise UserError(f"{folder}: cannot be read: {reason}") from None
+    with warnings.catch_warnings():  # that this is one process
+        warnings.simplefilter("ignore")
+        for name, parameter in model.named_parameters():
+            weights.read_into(name, parameter)
     return model, Path(directory)
-
-
-def base_weights(
-    state: dict[str, Any], reader: CheckpointReader, shapes: dict[str, torch.Size], directory: str
-) -> set[str]:
-    """The weights that a checkpoint leaves to the base model in `directory`: none, unless checkpoint.base was "delta".
-
-    Raises:
-        UserError: the directory holds another base model.
-    """
-    if state.get("base") != "delta":
-        return set()
-    if weights_fingerprint(directory) != state["identity"].get("weights"):
-        raise UserError(
-            f"--assets: {directory}: its weights are not those that the checkpoint {reader.folder} builds on"
-        )
-    return {name for name in shapes if not reader.holds(f"model.{name}")}

@@ -25,14 +25,15 @@ def validation_loss(
     limit: int,
     device: torch.device,
     group: dist.ProcessGroup,
+    loss_sum: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = token_loss_sum,
 ) -> float:
     """Mean loss per trained token over the records; every worker takes part in the same number of batches.
 
-    group: the data-parallel workers that share out the records.
+    group: the data-parallel workers that share out the records. loss_sum: of what the model returns, and targets.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in validation_batches(records, worker, workers, batch_size, pad_to, limit):
-        loss = token_loss_sum(model(batch.input_ids.to(device)), batch.targets.to(device))
+        loss = loss_sum(model(batch.input_ids.to(device)), batch.targets.to(device))
         totals += torch.stack((loss.double(), totals.new_tensor(batch.trained_tokens)))
     dist.all_reduce(totals, group=group)
     return (totals[0] / totals[1].clamp(min=1)).item()

@@ -22,8 +22,8 @@ class Job:
     print_config: bool = False
     """Print the resolved configuration at the start."""
     print_plan: bool = False
-    """Print how every weight's update would travel with this configuration and number of workers, and stop. Needs
-    neither GPUs nor weights."""
+    """Print which ranks would hold what and how every weight's update would travel, with this configuration and number
+    of workers, and stop. Needs neither GPUs nor weights."""
 
 
 @dataclass
@@ -39,12 +39,38 @@ class Model:
 
 
 @dataclass
+class DataSource:
+    """One entry of a list in data.train or data.validation; what it does not set is taken from [data]."""
+
+    path: str = ""
+    """As data.train."""
+    weight: float | None = None
+    """Of data.train only: every epoch takes round(weight * its records). Not set: 1, every record once."""
+    samples: int | None = None
+    """Of data.train only: every epoch takes exactly this many of its records. Give this or weight."""
+    format: Literal["auto", "instruction", "chat", "text", "tokens"] | None = None
+    """As data.format."""
+    template: str | None = None
+    """As data.template."""
+    prompt_field: str | None = None
+    """As data.prompt_field."""
+    response_field: str | None = None
+    """As data.response_field."""
+    text_field: str | None = None
+    """As data.text_field."""
+
+
+@dataclass
 class Data:
-    train: str = ""
-    """Training records: a file, a directory or a glob, read in the order of names. JSONL, a JSON array (both perhaps
-    .gz or .zst) or Parquet."""
-    validation: str = ""
-    """Validation records, in the same format as the training records."""
+    train: str | list[DataSource] = ""
+    """Training records: a file, a directory or a glob, read in the order of names (JSONL, a JSON array, both perhaps
+    .gz or .zst, or Parquet), or org/name[:config][:split] of the Hub (needs the package datasets). Or a mixture: a list
+    of paths or tables, [[data.train]] (on the command line as JSON), each with path, perhaps weight or samples, and
+    perhaps format, template, prompt_field, response_field, text_field instead of those of [data]. An epoch takes
+    round(weight * records) of a source, each record equally often, or exactly `samples`; a partial pass goes on where
+    the last epoch's ended, so that over the epochs no record is seen more than once more often than another."""
+    validation: str | list[DataSource] = ""
+    """Validation records, as data.train; of a list all records are read, in its order."""
     format: Literal["auto", "instruction", "chat", "text", "tokens"] = "auto"
     """instruction: a prompt and a response field. chat: messages [{role, content}, ...] or ShareGPT's conversations
     [{from, value}, ...], as the model's own chat template writes them; loss on every assistant turn and its end. text:
@@ -70,6 +96,25 @@ class Data:
     """The most bad records of a data set that data.on_error = "skip" leaves out; one more ends the run."""
     shuffle: bool = True
     """Permute the records anew in every epoch, as a function of (training.seed, epoch) alone."""
+    pack: bool = False
+    """Pack training records into rows of training.seq_len tokens. Records of a row do not see each other, and the loss
+    is that of the same records unpacked; a row counts as one record for training.local_batch_size, global_batch_size
+    and epochs."""
+    num_workers: int = 0
+    """Processes per worker that read training batches ahead. 0: none, which is enough unless reading a record is slow;
+    docs/packing.md has figures."""
+    num_proc: int = 0
+    """Processes that tokenize on a node. 0: one for each core; without a cache, the worker's share of the cores."""
+    cache_dir: str = "auto"
+    """Folder in which tokenized records are kept between runs and shared by the workers, keyed by the content of data
+    and tokenizer and by these settings. auto: titan_hd/tokens in $XDG_CACHE_HOME or ~/.cache. Empty: none, every worker
+    tokenizes all records and holds them in memory (as it always does with less than 1 MiB of data)."""
+    streaming: bool = False
+    """Tokenize nothing ahead: every worker reads through the files and encodes the records of its own batches. Needs
+    training.steps. Sample j of the run is record j of the files, which begin anew at their end; a bad record
+    (data.on_error = "skip", counted for each worker) or one without a label is a sample without loss."""
+    shuffle_window: int = 10000
+    """With data.streaming: data.shuffle permutes records within stretches of so many, whose text is held in memory."""
 
 
 @dataclass
@@ -128,17 +173,40 @@ class LRScheduler:
 
 @dataclass
 class Adapter:
-    method: Literal["hdpissa", "full"] = "hdpissa"
-    """How the model is trained."""
+    method: Literal["hdpissa", "full", "lora", "pissa", "dora", "mora", "hira", "bone", "bat"] = "hdpissa"
+    """How the model is trained; docs/methods.md says what each one is."""
     rank: int = 16
-    """Rank r of one adapter."""
+    """Rank r of one adapter; for bone and bat the size b of a block; mora has as many parameters as lora of this
+    rank."""
     alpha: float | None = None
-    """Adapter gradients are scaled by alpha / rank (a real number). Not set: alpha = rank."""
+    """The adapter (for hdpissa: its gradients) is scaled by alpha / rank (a real number). Not set: alpha = rank."""
+    rslora: bool = False
+    """rsLoRA: scale by alpha / sqrt(rank) instead (lora, pissa, dora)."""
+    loraplus_lr_ratio: float = 1.0
+    """LoRA+: the learning rate of lora_B is optimizer.lr times this (lora, pissa, dora)."""
+    init: Literal["default", "olora"] = "default"
+    """How the tensors of method lora start. default: A random, B zero. olora: from the QR decomposition of W, which is
+    taken out of the base weight."""
     dropout: float = 0.0
     """Dropout on the adapters' input."""
     target_modules: list[str] | None = None
     """Linear layers to train, matched on the last part of their HF name. Not set: all linear layers of the blocks;
     for method full: every weight of the model."""
+    svd: Literal["auto", "exact", "randomized"] = "auto"
+    """Algorithm for the principal directions (hdpissa, pissa). exact: a full decomposition. randomized: subspace
+    iteration for the K*r (pissa: r) leading ones. auto: randomized where it is much cheaper (see docs/svd.md), else
+    exact."""
+    svd_niter: int = 16
+    """Power iterations of the randomized algorithm; 16 leave an error of about 1e-3 in the product B A, see
+    docs/svd.md."""
+    svd_cache: str = ""
+    """Folder in which principal factors are kept between runs, keyed by the weights' content and these settings.
+    Empty: none."""
+    mora_type: Literal[1, 6] = 6
+    """How mora maps a layer's input to its square matrix. 1: blocks are summed, for large ranks. 6: blocks are
+    rotated, for small ranks."""
+    bat_form: Literal["column", "row"] = "column"
+    """bat's square blocks: column (PEFT's) has one for each row block of a weight, row one for each column block."""
 
 
 @dataclass
@@ -163,15 +231,6 @@ class HDPissa:
     Not set: 2 GiB, or as much as the worker's shards of the adapted weights if that is more."""
     exchange_in_flight: int = 2
     """Buckets of the exchange that are under way at the same time. 1: no overlap."""
-    svd: Literal["auto", "exact", "randomized"] = "auto"
-    """Algorithm for the principal slices. exact: a full decomposition. randomized: subspace iteration for the K*r
-    leading directions. auto: randomized where it is much cheaper (see docs/svd.md), else exact."""
-    svd_niter: int = 16
-    """Power iterations of the randomized algorithm; 16 leave an error of about 1e-3 in the product B A, see
-    docs/svd.md."""
-    svd_cache: str = ""
-    """Folder in which principal factors are kept between runs, keyed by the weights' content and these settings.
-    Empty: none."""
 
 
 @dataclass
@@ -182,6 +241,12 @@ class Parallelism:
     """Shards of the model (FSDP). -1: all workers that are left."""
     tensor_parallel_degree: int = 1
     """Ranks that split each linear layer of the blocks (tensor parallelism), within a node."""
+    sequence_parallel: bool = True
+    """With tensor parallelism: split the sequence between attention and MLP, so that norms and the activations that
+    are kept there are shared out; as many bytes travel."""
+    loss_parallel: bool = True
+    """With tensor parallelism: split embedding, head and loss by the vocabulary, which the degree must divide; no rank
+    then holds whole logits. false: whole on every tensor-parallel rank."""
 
 
 @dataclass
@@ -241,11 +306,14 @@ class Checkpoint:
 @dataclass
 class Export:
     enable: bool = False
-    """Write the final model as a Hugging Face directory."""
+    """Write the final model, or its adapters."""
+    format: Literal["hf", "peft"] = "hf"
+    """hf: the model as a Hugging Face directory, adapters merged. peft: the adapters alone, as the peft library loads
+    them onto the base model (lora, pissa, dora, hira, bone, bat); pissa and OLoRA become LoRA of rank 2r."""
     folder: str = "hf"
-    """Folder of the exported model inside job.dump_folder."""
+    """Folder of what is exported inside job.dump_folder."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """dtype of the exported weights."""
+    """dtype of the exported weights of format hf; adapters are written in float32."""
     max_shard_size_gb: float = 5.0
     """Largest size of an exported file in GB (10^9 bytes); a tensor that is larger gets a file of its own."""
 

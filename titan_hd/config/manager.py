@@ -15,6 +15,7 @@ import inspect
 import json
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -23,7 +24,7 @@ from typing import Any
 
 from titan_hd.config import job_config
 from titan_hd.config.errors import UserError
-from titan_hd.config.job_config import JobConfig
+from titan_hd.config.job_config import DataSource, JobConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -54,11 +55,27 @@ def load(argv: list[str]) -> JobConfig:
             _flatten(name, table, where, values, errors)
     for key, text in overrides:
         values[key] = (text, "command line")
-    config = _build(values, errors)
+    config = _build(_renamed(values), errors)
     faulty = {line.partition(":")[0] for line in errors}  # these keys hold their defaults now
     if not errors and not config.job.print_plan:  # what a faulty source would have given is not missing
         errors += check_presence(config)
     errors += [line for line in check_combinations(config) if line.partition(":")[0] not in faulty]
+    if errors:
+        raise ConfigError(errors)
+    return config
+
+
+def from_toml(text: str, where: str) -> JobConfig:
+    """A resolved configuration that was written by `to_toml`; where: what it came from. ConfigError as for `load`."""
+    errors: list[str] = []
+    try:
+        sections = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([f"{where}: its configuration is not valid TOML: {error}"]) from None
+    values: dict[str, tuple[Any, str]] = {}
+    for name, table in sections.items():
+        _flatten(name, {key: (value, where) for key, value in table.items()}, where, values, errors)
+    config = _build(_renamed(values), errors)
     if errors:
         raise ConfigError(errors)
     return config
@@ -141,6 +158,17 @@ def _read_toml(path: Path, errors: list[str], seen: tuple[Path, ...] = ()) -> di
     return merged
 
 
+# Keys that were moved; their old names still work.
+_RENAMED = {f"hdpissa.{key}": f"adapter.{key}" for key in ("svd", "svd_niter", "svd_cache")}
+
+
+def _renamed(values: dict[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
+    """Old names of keys replaced by the new ones, which win where both are given."""
+    return {_RENAMED.get(key, key): value for key, value in values.items()} | {
+        key: value for key, value in values.items() if key not in _RENAMED
+    }
+
+
 def _flatten(name: str, table: dict, where: str, values: dict, errors: list[str]) -> None:
     if name not in _fields(JobConfig):
         errors.append(f"{where}: [{name}]: unknown section{_hint(name, _fields(JobConfig))}")
@@ -178,17 +206,59 @@ def _build(values: dict[str, tuple[Any, str]], errors: list[str]) -> JobConfig:
         if section not in sections or name not in _fields(sections[section]):
             errors.append(f"{key}: unknown key ({where}){_hint(key, every_key)}")
             continue
-        annotation = _fields(sections[section])[name]
+        annotation, from_text = _fields(sections[section])[name], where == "command line"
+        if annotation == str | list[DataSource] and (not isinstance(value, str) or (from_text and _is_json(value))):
+            setattr(getattr(config, section), name, _sources(key, value, where, errors))
+            continue
         try:
-            from_text = where == "command line"
             setattr(getattr(config, section), name, _coerce(value, annotation, from_text))
         except ValueError as error:
             errors.append(f"{key}: {error}, not {value!r} ({where})")
     return config
 
 
+def _is_json(text: str) -> bool:
+    """Whether a path on the command line is meant as a list: globs, too, may begin with a bracket."""
+    return re.match(r"\s*\[\s*[\[{\"\]]", text) is not None
+
+
+def _sources(key: str, value: Any, where: str, errors: list[str]) -> list[DataSource]:
+    """data.train as a list of paths or tables; one line for every fault."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            errors.append(f"{key}: not valid JSON: {error} ({where})")
+            return []
+    if not isinstance(value, list) or not value:
+        errors.append(f"{key}: must be a path, or a list of paths or tables that is not empty, not {value!r} ({where})")
+        return []
+    sources = []
+    for place, entry in enumerate(value):
+        name, source = f"{key}[{place}]", DataSource()
+        sources.append(source)
+        if isinstance(entry, str):
+            entry = {"path": entry}
+        if not isinstance(entry, dict):
+            errors.append(f"{name}: must be a path or a table, not {entry!r} ({where})")
+            continue
+        if not entry.get("path"):
+            errors.append(f"{name}.path: is missing ({where})")
+        for field, given in entry.items():
+            if field not in _fields(DataSource):
+                errors.append(f"{name}.{field}: unknown key ({where}){_hint(field, _fields(DataSource))}")
+                continue
+            try:
+                setattr(source, field, _coerce(given, _fields(DataSource)[field], False))
+            except ValueError as error:
+                errors.append(f"{name}.{field}: {error}, not {given!r} ({where})")
+    return sources
+
+
 def _coerce(value: Any, annotation: Any, from_text: bool) -> Any:
     """Check `value` against a field's type; text from the command line is parsed to it. ValueError says what fits."""
+    if annotation == str | list[DataSource]:
+        annotation = str  # the lists are read by `_sources`
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         if from_text and value.lower() in ("none", ""):
@@ -250,6 +320,9 @@ def _number(value: Any, annotation: type, from_text: bool) -> int | float:
 
 _AT_LEAST = {
     "data.max_skipped": 0,
+    "data.num_workers": 0,
+    "data.num_proc": 0,
+    "data.shuffle_window": 1,
     "training.steps": 1,
     "training.seq_len": 2,
     "training.local_batch_size": 1,
@@ -261,11 +334,11 @@ _AT_LEAST = {
     "optimizer.weight_decay": 0,
     "lr_scheduler.warmup_steps": 0,
     "adapter.rank": 1,
+    "adapter.svd_niter": 0,
     "hdpissa.num_adapters": 0,
     "hdpissa.mute_scalar": 0,
     "hdpissa.factor_cache_gb": 0,
     "hdpissa.exchange_in_flight": 1,
-    "hdpissa.svd_niter": 0,
     "parallelism.data_parallel_replicate_degree": 1,
     "parallelism.tensor_parallel_degree": 1,
     "profiling.profile_freq": 1,
@@ -279,6 +352,47 @@ _AT_LEAST = {
     "validation.exact_match_samples": 0,
     "validation.batch_size": 0,
     "validation.max_new_tokens": 1,
+}
+
+
+_LORAS = ("lora", "pissa", "dora")
+# Keys that ask for a variant of a method -> the methods that have it.
+_VARIANTS = {
+    "adapter.rslora": _LORAS,
+    "adapter.loraplus_lr_ratio": _LORAS,
+    "adapter.init": ("lora",),
+    "adapter.mora_type": ("mora",),
+    "adapter.bat_form": ("bat",),
+}
+# Keys that another method may inherit and does not use -> the methods that do.
+_USED_BY = {
+    "adapter.alpha": ("hdpissa", *_LORAS),
+    "adapter.svd": ("hdpissa", "pissa"),
+    "adapter.svd_niter": ("hdpissa", "pissa"),
+    "adapter.svd_cache": ("hdpissa", "pissa"),
+    **{f"hdpissa.{f.name}": ("hdpissa",) for f in dataclasses.fields(job_config.HDPissa)},
+}
+
+
+def ignored_keys(config: JobConfig) -> list[str]:
+    """Keys that are set and that the method does not use, one line for all of them."""
+    default, method = JobConfig(), config.adapter.method
+    unused = [
+        key for key, methods in _USED_BY.items() if method not in methods and _get(config, key) != _get(default, key)
+    ]
+    return [f"{', '.join(unused)}: not used by adapter.method {method}"] if unused else []
+
+
+def _get(config: JobConfig, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+# Methods that export.format = "peft" refuses, and why.
+_NO_PEFT = {
+    "hdpissa": "it changes W itself, by a matrix that is not of low rank",
+    "full": "it has no adapters",
+    "mora": "the library does not have it",
 }
 
 
@@ -328,7 +442,22 @@ def check_combinations(config: JobConfig) -> list[str]:
         section, _, name = key.partition(".")
         value = getattr(getattr(config, section), name)
         require(0 <= value < 1, f"{key}: must be at least 0 and below 1, not {value}")
+    for key, methods in _VARIANTS.items():
+        name = key.partition(".")[2]
+        require(
+            getattr(c.adapter, name) == getattr(job_config.Adapter(), name) or c.adapter.method in methods,
+            f"{key}: is for {', '.join(methods)}, not for adapter.method {c.adapter.method}; leave it out",
+        )
+    require(c.adapter.loraplus_lr_ratio > 0, "adapter.loraplus_lr_ratio: must be above 0")
     require(c.adapter.alpha is None or c.adapter.alpha > 0, f"adapter.alpha: must be above 0, not {c.adapter.alpha}")
+    if c.export.enable and c.export.format == "peft":
+        reason = _NO_PEFT.get(c.adapter.method)
+        require(reason is None, f"export.format: peft cannot hold method {c.adapter.method}: {reason}; use hf")
+        require(
+            c.adapter.method != "bat" or c.adapter.bat_form == "column",
+            "export.format: peft has bat's column form alone, not adapter.bat_form row; use hf",
+        )
+        require(not c.model.flavor, "export.format: peft's adapter needs a base model; model.flavor has random weights")
     size = c.export.max_shard_size_gb
     require(size > 0, f"export.max_shard_size_gb: must be above 0, not {size}")
     require(c.adapter.target_modules != [], "adapter.target_modules: names no layer; leave it out for all")
@@ -337,7 +466,7 @@ def check_combinations(config: JobConfig) -> list[str]:
         "adapter.dropout: is not supported with tensor parallelism (each rank would drop other columns)",
     )
     require(
-        c.adapter.dropout == 0 or c.adapter.method == "hdpissa",
+        c.adapter.dropout == 0 or c.adapter.method != "full",
         f"adapter.dropout: method {c.adapter.method} has no adapters; set it to 0",
     )
     for key, folder in (("checkpoint.folder", c.checkpoint.folder), ("export.folder", c.export.folder)):
@@ -352,10 +481,36 @@ def check_combinations(config: JobConfig) -> list[str]:
         "leaves some of its weights alone",
     )
     require(
-        c.training.master_dtype == "float32" or c.adapter.method == "hdpissa",
-        f"training.master_dtype: bfloat16 needs adapter.method hdpissa (stochastic rounding at the fold), "
-        f"not {c.adapter.method}",
+        c.training.master_dtype == "float32" or c.adapter.method != "full",
+        "training.master_dtype: bfloat16 is for methods that keep W frozen or fold into it, not for full (small "
+        "updates would vanish)",
     )
+    return errors + _check_sources(config)
+
+
+def _check_sources(config: JobConfig) -> list[str]:
+    """Faults of the tables in data.train and data.validation, and of keys that streaming excludes."""
+    errors, streaming = [], config.data.streaming
+    for key in ("train", "validation"):
+        value = getattr(config.data, key)
+        for place, source in enumerate(value if isinstance(value, list) else []):
+            name, weight, samples = f"data.{key}[{place}]", source.weight, source.samples
+            reason = (
+                "validation reads every record once" if key == "validation" else "data.streaming reads all in order"
+            )
+            if key == "validation" or streaming:
+                errors += [f"{name}.weight: {reason}; leave it out"] * (weight is not None)
+                errors += [f"{name}.samples: {reason}; leave it out"] * (samples is not None)
+            elif weight is not None and samples is not None:
+                errors.append(f"{name}.samples: give either weight or samples")
+            if weight is not None and weight <= 0:
+                errors.append(f"{name}.weight: must be above 0, not {weight}")
+            if samples is not None and samples < 1:
+                errors.append(f"{name}.samples: must be at least 1, not {samples}")
+    if streaming and config.data.pack:
+        errors.append("data.pack: needs the lengths of all records, which data.streaming does not know; unset one")
+    if streaming and config.training.epochs is not None:
+        errors.append("training.epochs: data.streaming knows no length of an epoch; give training.steps")
     return errors
 
 
@@ -401,7 +556,12 @@ def to_toml(config: JobConfig) -> str:
 
 
 def _toml_value(value: Any) -> str:
-    """JSON's strings, numbers, booleans and lists of strings are TOML, but for escapes beyond 16 bits and DEL."""
+    """JSON's strings, numbers, booleans and lists of strings are TOML, but for escapes beyond 16 bits and DEL. The
+    tables of a list are written inline."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        tables = ({k: v for k, v in table.items() if v is not None} for table in value)
+        pairs = (", ".join(f"{k} = {_toml_value(v)}" for k, v in table.items()) for table in tables)
+        return "[" + ", ".join(f"{{ {table} }}" for table in pairs) + "]"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

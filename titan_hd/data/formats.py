@@ -6,6 +6,7 @@ Every `encode` raises UserError without naming the record; who calls it knows wh
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Protocol
 
 from titan_hd.config.errors import UserError
@@ -14,7 +15,7 @@ from titan_hd.data.chat import ChatTurns, load_chat_template
 from titan_hd.data.messages import read_messages, read_tools
 from titan_hd.data.records import IGNORE, Example
 from titan_hd.data.sources import Record
-from titan_hd.data.templates import Template
+from titan_hd.data.templates import Template, load_template
 from titan_hd.data.tokenizer_base import Tokenizer
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -48,6 +49,27 @@ def detect_format(config: Data, record: Record) -> tuple[str, str]:
         f"{record.where}: data.format: auto knows none of its fields ({', '.join(record)}); set data.format, and "
         "data.prompt_field and data.response_field, or data.text_field"
     )
+
+
+def build_format(config: Data, name: str, first: Record, vocab_size: int, tokenizer: Callable[[], Tokenizer]) -> Format:
+    """The format of that name.
+
+    first: a record of the data set, by which an instruction's fields are found.
+    tokenizer: called only where the format needs one.
+
+    Raises:
+        UserError: the tokenizer has more ids than the model, a field or a template is missing.
+    """
+    if name == "tokens":
+        return TokensFormat(vocab_size)
+    tokens = tokenizer()
+    if tokens.vocab_size > vocab_size:
+        raise UserError(
+            f"model.hf_assets_path: the tokenizer has {tokens.vocab_size} ids, the model's vocabulary {vocab_size}"
+        )
+    if name == "instruction":
+        return InstructionFormat(config, tokens, load_template(config.template, tokens), first)
+    return (ChatFormat if name == "chat" else TextFormat)(config, tokens)
 
 
 class TokensFormat:
@@ -91,6 +113,21 @@ class InstructionFormat:
             raise UserError(f"{self._response_field}: is empty")
         return prompt, text_of(record, "input") if isinstance(record.get("input"), str) else "", response
 
+    def question(self, record: Record) -> list:
+        return list(self.parts(record))
+
+    def write(self, question: list) -> str:
+        """The text in front of the response."""
+        prompt, extra, _ = question
+        return self.template.write(prompt, extra)
+
+    def prompt_ids(self, question: list) -> list[int]:
+        prompt, extra, _ = question
+        return self.template.prompt_ids(self.tokenizer, prompt, extra)
+
+    def stop_ids(self) -> frozenset[int]:
+        return self.template.stop_ids(self.tokenizer)
+
     def encode(self, record: Record) -> Example:
         """Prompt and response are encoded as one text; only what the template calls the response carries labels."""
         ids, start, stop = self.template.encode(self.tokenizer, *self.parts(record))
@@ -105,6 +142,23 @@ class ChatFormat:
     def __init__(self, config: Data, tokenizer: Tokenizer):
         self._tokenizer, self._train_on_prompt = tokenizer, config.train_on_prompt
         self._chat = load_chat_template(tokenizer)
+
+    def question(self, record: Record) -> list:
+        """The conversation up to its last assistant turn, the tools, and what the assistant says there."""
+        messages = read_messages(record)
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
+        return [messages[:last], read_tools(record), "".join(m["content"] or "" for m in messages[last : last + 1])]
+
+    def write(self, question: list) -> str:
+        """The text in front of the last assistant turn."""
+        messages, tools, _ = question
+        return self._chat.render(messages, add_generation_prompt=True, tools=tools)
+
+    def prompt_ids(self, question: list) -> list[int]:
+        return self._tokenizer.encode(self.write(question), special=True)
+
+    def stop_ids(self) -> frozenset[int]:
+        return ChatTurns(self._tokenizer).stop_ids(self._tokenizer)
 
     def encode(self, record: Record) -> Example:
         """The conversation is encoded as one text, as transformers' apply_chat_template does it. Every assistant turn

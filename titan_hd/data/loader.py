@@ -1,20 +1,25 @@
-"""The order of samples and their batches, as pure functions of (seed, position).
+"""Micro-batches of one worker for step after step, and the batches of a validation.
 
-Position p counts samples over the whole run. It lies in epoch p // N; within the epoch it stands at place p % N of a
-permutation seeded by (seed, epoch). A worker computes its own part of any global batch from that, so the loader's whole
-state is the number of optimizer steps done, and the same run sees the same batches on any number of workers.
+What a batch holds is a pure function of (seed, position), see `order`. A worker computes its own part of any global
+batch from that, so the loader's whole state is the number of optimizer steps done, and the same run sees the same
+batches on any number of workers, and with any number of data worker processes.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
+import multiprocessing
+import signal
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from torch.utils.data import Dataset, Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
-from titan_hd.config.seeding import stable_seed
+from titan_hd.data.order import Order
 from titan_hd.data.records import IGNORE, Example
 
 
@@ -26,65 +31,151 @@ class Records(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """input_ids and targets [B, T] on the host. targets[:, t] is the label of the token that follows position t.
+    """input_ids and targets [B, T]. targets[:, t] is the label of the token that follows position t.
 
-    tokens: ids without padding.
+    tokens: ids without padding. sequences: records in it. documents: [B, T] int32, the number of each token's record
+    within its row, where rows are packs; padding is a document of its own.
     """
 
     input_ids: torch.Tensor
     targets: torch.Tensor
     tokens: int
+    sequences: int
+    documents: torch.Tensor | None = None
 
     @property
     def trained_tokens(self) -> int:
         return int((self.targets != IGNORE).sum())
 
-
-class SampleOrder:
-    """Maps a position of the run to the index of a record."""
-
-    def __init__(self, size: int, shuffle: bool, seed: int):
-        self.size, self.shuffle, self.seed = size, shuffle, seed
-        self._permutation = functools.lru_cache(maxsize=2)(self._permute)
-
-    def __getitem__(self, position: int) -> int:
-        epoch, place = divmod(position, self.size)
-        return self._permutation(epoch)[place] if self.shuffle else place
-
-    def _permute(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(stable_seed("order", self.seed, epoch))
-        return torch.randperm(self.size, generator=generator).tolist()
+    def to(self, device: torch.device) -> Batch:
+        documents = None if self.documents is None else self.documents.to(device)
+        return replace(self, input_ids=self.input_ids.to(device), targets=self.targets.to(device), documents=documents)
 
 
 def collate(examples: Sequence[Example], pad_to: int | None) -> Batch:
-    """Pad at the right to `pad_to`, or to the longest example rounded up to a multiple of eight.
+    """A row for every example, padded at the right to `pad_to`, or to the longest one and a multiple of eight.
 
     Padding is never attended to by real tokens (attention is causal) and has no labels.
     """
-    length = pad_to or -(-max(len(e.input_ids) for e in examples) // 8) * 8
-    input_ids = torch.zeros(len(examples), length, dtype=torch.long)
-    targets = torch.full((len(examples), length), IGNORE, dtype=torch.long)
-    for row, example in enumerate(examples):
-        size = len(example.input_ids)
-        input_ids[row, :size] = torch.tensor(example.input_ids)
-        targets[row, : size - 1] = torch.tensor(example.labels[1:])
-    return Batch(input_ids, targets, sum(len(e.input_ids) for e in examples))
+    return _collate([[example] for example in examples], pad_to)
+
+
+def collate_packs(packs: Sequence[Sequence[Example]], pad_to: int | None) -> Batch:
+    """A row for every pack of examples, with the documents' numbers; padded as in `collate`.
+
+    The last token of a document has no target: the first token of the next is none of its business.
+    """
+    batch = _collate(packs, pad_to)
+    documents = torch.empty(batch.input_ids.shape, dtype=torch.int32)
+    for row, pack in enumerate(packs):
+        sizes = [len(example.input_ids) for example in pack]
+        sizes.append(documents.shape[1] - sum(sizes))
+        documents[row] = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), torch.tensor(sizes))
+    return replace(batch, documents=documents)
+
+
+def _collate(rows: Sequence[Sequence[Example]], pad_to: int | None) -> Batch:
+    sizes = [sum(len(example.input_ids) for example in row) for row in rows]
+    length = pad_to or -(-max(sizes) // 8) * 8
+    input_ids = torch.zeros(len(rows), length, dtype=torch.long)
+    targets = torch.full((len(rows), length), IGNORE, dtype=torch.long)
+    for row, examples in enumerate(rows):
+        end = 0
+        for example in examples:
+            start, end = end, end + len(example.input_ids)
+            input_ids[row, start:end] = torch.tensor(example.input_ids)
+            targets[row, start : end - 1] = torch.tensor(example.labels[1:])
+    return Batch(input_ids, targets, sum(sizes), sum(map(len, rows)))
+
+
+class GlobalBatches(Dataset):
+    """Any part of any optimizer step's global batch. packed: samples are packs."""
+
+    def __init__(self, records: Records, order: Order, global_batch_size: int, pad_to: int | None, packed: bool):
+        self.records, self.order, self.global_batch_size = records, order, global_batch_size
+        self.pad_to, self.packed = pad_to, packed
+
+    def __getitem__(self, part: tuple[int, range]) -> Batch:
+        """part: the optimizer step (0-based), and places in its global batch."""
+        step, places = part
+        first = step * self.global_batch_size
+        rows = [[self.records[int(i)] for i in self.order.sample(first + place)] for place in places]
+        return collate_packs(rows, self.pad_to) if self.packed else _collate(rows, self.pad_to)
+
+
+class _Cursor(Sampler):
+    """The micro-batches of all steps from one on, without an end."""
+
+    def __init__(self, step: int, micro_batches: Sequence[range]):
+        self.step, self.micro_batches = step, micro_batches
+
+    def __iter__(self) -> Iterator[tuple[int, range]]:
+        return ((step, places) for step in itertools.count(self.step) for places in self.micro_batches)
+
+
+def _ignore_interrupts(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the trainer answers it
 
 
 class TrainLoader:
-    """Micro-batches of one worker for any optimizer step.
+    """The micro-batches of one worker, read ahead by `num_workers` processes (0: read when they are asked for).
 
-    samples: for micro-batch m, the worker's places in a global batch.
+    The processes are started by a fork server, a fresh process: a fork of the trainer would inherit the locks of the
+    threads of gloo, nccl and CUDA in whatever state they are. They get the batches' source once, pickled.
+
+    micro_batches: for each micro-batch of a step, the worker's places in the global batch.
     """
 
-    def __init__(self, records: Records, order: SampleOrder, global_batch_size: int, pad_to: int | None):
-        self.records, self.order = records, order
-        self.global_batch_size, self.pad_to = global_batch_size, pad_to
+    def __init__(self, batches: GlobalBatches, micro_batches: Sequence[range], num_workers: int = 0):
+        self._batches, self._micro_batches, self._num_workers = batches, list(micro_batches), num_workers
+        self._iterator: Iterator[Batch] | None = None
+        self._next_step = -1
 
-    def batch(self, step: int, samples: range) -> Batch:
-        """The records at `samples` of optimizer step `step` (0-based)."""
-        start = step * self.global_batch_size
-        return collate([self.records[self.order[start + j]] for j in samples], self.pad_to)
+    def step(self, step: int) -> list[Batch]:
+        """The micro-batches of optimizer step `step` (0-based). Steps may be asked in any order; what is read ahead is
+        for those that follow."""
+        if step != self._next_step:
+            self._start(step)
+        try:
+            found = list(itertools.islice(self._iterator, len(self._micro_batches)))
+        except (RuntimeError, OSError, EOFError) as error:
+            self.close()
+            if not self._num_workers:
+                raise
+            line = "a data worker process failed or was killed (out of memory?); data.num_workers = 0 starts none"
+            raise RuntimeError(f"{line}: {error}") from error
+        self._next_step = step + 1
+        return found
+
+    def _start(self, step: int) -> None:
+        self.close()
+        processes = {}
+        if self._num_workers:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
+            processes = {"multiprocessing_context": context, "worker_init_fn": _ignore_interrupts}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 calls it, torch 2.13 warns
+            loader = StatefulDataLoader(
+                self._batches,
+                batch_size=None,
+                sampler=_Cursor(step, self._micro_batches),
+                num_workers=self._num_workers,
+                collate_fn=_as_it_is,
+                generator=torch.Generator(),  # it draws a seed for its processes: not from the run's generator
+                **processes,
+            )
+        self._iterator = iter(loader)
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._iterator is not None and self._num_workers:
+            self._iterator._shutdown_workers()  # the iterator may live on, in a traceback
+        self._iterator, self._next_step = None, -1
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 def validation_batches(

@@ -1,7 +1,10 @@
-"""Where records come from: files, directories and globs of JSONL, JSON arrays and Parquet, perhaps compressed.
+"""Where records come from: files, directories and globs of JSONL, JSON arrays and Parquet, perhaps compressed; or a
+data set of the Hub, which `titan_hd.data.hub_datasets` reads.
 
-Whatever is wrong with a record is said with its file and its line (or row), and passes through `Faults`, which knows
-whether bad records end the run or are skipped. What is wrong with a file as a whole always ends it.
+Files are read as `Raw` records, which cost next to nothing to pass over; `parse` makes a Record of one, perhaps in
+another process. Whatever is wrong with a record is said with its file and its line (or row), and passes through
+`Faults`, which knows whether bad records end the run or are skipped. What is wrong with a file as a whole always ends
+it.
 """
 
 from __future__ import annotations
@@ -16,14 +19,30 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from titan_hd.config.errors import UserError
+from titan_hd.data.hub_datasets import is_hub_name, read_dataset
 
 MAX_RECORD = 8 * 2**20  # bytes of a line; longer ones are binary data or a file without line ends
 _COMPRESSED = (".gz", ".zst")
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 _SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class Fault(str):
+    """What is wrong with a record, beginning with its file and line."""
+
+
+class Raw(NamedTuple):
+    """A record before it is understood.
+
+    where: its file and line (or row).
+    data: its line as it is in the file, a value that is decoded already, or what is wrong with it.
+    """
+
+    where: str
+    data: bytes | Fault | Any
 
 
 class Record(dict):
@@ -84,30 +103,78 @@ def find_files(path: str, key: str) -> list[Path]:
 
 
 def read_records(path: str, key: str, faults: Faults | None = None) -> Iterator[Record]:
-    """All records of the files at `path`, in the order of `find_files` and of their lines; empty lines are passed over.
+    """All records at `path`, in the order of `read_raw`.
 
     Raises:
         UserError: a file is missing or cannot be read, or what `faults` lets through (default: every bad record).
     """
     faults = faults or Faults()
-    for file in find_files(path, key):
-        before, empty = faults.count, True
-        for record in _read_file(file, key, faults):
-            empty = False
+    for raw in read_raw(path, key):
+        try:
+            record = parse(raw)
+        except UserError as error:
+            faults.report(str(error))
+        else:
             yield record
-        if empty and faults.count == before:
-            faults.report(f"{key}: {file} holds no record")
 
 
-def _read_file(path: Path, key: str, faults: Faults) -> Iterator[Record]:
+def read_raw(path: str, key: str) -> Iterator[Raw]:
+    """All records at `path`, in the order of `find_files` and of their lines; empty lines are passed over.
+
+    Raises:
+        UserError: a file is missing or cannot be read.
+    """
+    if is_hub_name(path):
+        for number, row in enumerate(read_dataset(path, key), 1):
+            yield Raw(f"{path}: row {number}", row)
+        return
+    for file in find_files(path, key):
+        raw = None
+        for raw in _read_file(file, key):
+            yield raw
+        if raw is None:
+            yield Raw(str(file), Fault(f"{key}: {file} holds no record"))
+
+
+def parse(raw: Raw) -> Record:
+    """The record that a Raw is.
+
+    Raises:
+        UserError: it is none; the line begins with its file and line.
+    """
+    if isinstance(raw.data, Fault):
+        raise UserError(raw.data)
+    value = _decode(raw.where, raw.data) if isinstance(raw.data, bytes) else raw.data
+    if not isinstance(value, dict):
+        raise UserError(f"{raw.where}: must be a JSON object, not {type(value).__name__}")
+    return Record(value, raw.where)
+
+
+def _decode(where: str, line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError:
+        reason = "not valid UTF-8"
+    except RecursionError:
+        reason = "not valid JSON: nested too deeply"
+    except ValueError as error:
+        reason = f"not valid JSON: {error}"
+    raise UserError(f"{where}: {reason}")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _read_file(path: Path, key: str) -> Iterator[Raw]:
     if path.name.endswith(".parquet"):
-        yield from _read_parquet(path, key, faults)
+        yield from _read_parquet(path, key)
         return
     try:
         with _open(path) as stream:
             # What is in a file says more than its name: many a .json has one record a line.
             is_array = stream.peek(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-            yield from (_read_array if is_array else _read_lines)(stream, path, faults)
+            yield from (_read_array if is_array else _read_lines)(stream, path)
     except OSError as error:  # gzip's own are among them
         raise UserError(f"{key}: cannot read {path}: {error.strerror or error}") from None
     except (EOFError, zlib.error) as error:
@@ -158,47 +225,20 @@ def _unpack_zst(path: Path) -> Iterator[bytes]:
         raise OSError("it ends too early")
 
 
-def _read_lines(stream: io.BufferedReader, path: Path, faults: Faults) -> Iterator[Record]:
+def _read_lines(stream: io.BufferedReader, path: Path) -> Iterator[Raw]:
     number = 0
     while line := stream.readline(MAX_RECORD + 1):
         number += 1
-        where = f"{path}:{number}"
         if len(line) > MAX_RECORD:
             while line and not line.endswith(b"\n"):
                 line = stream.readline(MAX_RECORD)
-            faults.report(f"{where}: is longer than {MAX_RECORD} bytes, the most that a record may have")
-        elif line.strip():
-            record = _parse_line(line, where, faults)
-            if record is not None:
-                yield record
+            where = f"{path}:{number}"
+            yield Raw(where, Fault(f"{where}: is longer than {MAX_RECORD} bytes, the most that a record may have"))
+        elif not line.isspace():
+            yield Raw(f"{path}:{number}", line)
 
 
-def _parse_line(line: bytes, where: str, faults: Faults) -> Record | None:
-    try:
-        return _as_record(json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant), where, faults)
-    except UnicodeDecodeError:
-        faults.report(f"{where}: not valid UTF-8")
-    except RecursionError:
-        faults.report(f"{where}: not valid JSON: nested too deeply")
-    except UserError:
-        raise
-    except ValueError as error:
-        faults.report(f"{where}: not valid JSON: {error}")
-    return None
-
-
-def _as_record(value: Any, where: str, faults: Faults) -> Record | None:
-    if isinstance(value, dict):
-        return Record(value, where)
-    faults.report(f"{where}: must be a JSON object, not {type(value).__name__}")
-    return None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
-
-
-def _read_array(stream: io.BufferedReader, path: Path, faults: Faults) -> Iterator[Record]:
+def _read_array(stream: io.BufferedReader, path: Path) -> Iterator[Raw]:
     """A file that is one JSON array."""
     data = stream.read()
     try:
@@ -207,9 +247,7 @@ def _read_array(stream: io.BufferedReader, path: Path, faults: Faults) -> Iterat
         raise UserError(f"{path}:{1 + data.count(10, 0, error.start)}: not valid UTF-8") from None
     del data
     for value, where in _array_values(text, path):
-        record = _as_record(value, where, faults)
-        if record is not None:
-            yield record
+        yield Raw(where, value)
 
 
 def _array_values(text: str, path: Path) -> Iterator[tuple[Any, str]]:
@@ -246,7 +284,7 @@ def _array_values(text: str, path: Path) -> Iterator[tuple[Any, str]]:
         raise UserError(f"{path}:{line}: not valid JSON: something stands behind the array")
 
 
-def _read_parquet(path: Path, key: str, faults: Faults) -> Iterator[Record]:
+def _read_parquet(path: Path, key: str) -> Iterator[Raw]:
     parquet, number = _library("pyarrow.parquet", path), 0
     try:
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
@@ -256,9 +294,8 @@ def _read_parquet(path: Path, key: str, faults: Faults) -> Iterator[Record]:
                 try:
                     fields = {name: column[row].as_py() for name, column in zip(batch.schema.names, batch.columns)}
                 except UnicodeDecodeError:
-                    faults.report(f"{where}: not valid UTF-8")
-                    continue
-                yield Record(fields, where)
+                    fields = Fault(f"{where}: not valid UTF-8")
+                yield Raw(where, fields)
     except OSError as error:  # pyarrow's ArrowIOError is one
         raise UserError(f"{key}: cannot read {path}: {error.strerror or error}") from None
     except _library("pyarrow", path).ArrowException as error:

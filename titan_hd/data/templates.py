@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from titan_hd.config.errors import UserError
@@ -21,13 +20,18 @@ _ALPACA_INPUT = (
 
 
 class Template:
-    """Writes prompts; `ending` is what stands between a response and the end-of-sequence token.
+    """Writes prompts from a text with {prompt}, or from one that also has {input} for records that have one; `ending`
+    is what stands between a response and the end-of-sequence token.
 
     special: control tokens spelled in the text are parsed; otherwise records and headings are plain text.
     """
 
-    def __init__(self, write: Callable[[str, str], str], ending: str, special: bool = False):
-        self.write, self.ending, self._special = write, ending, special
+    def __init__(self, text: str, text_with_input: str, ending: str, special: bool = False):
+        self._text, self._text_with_input, self.ending, self._special = text, text_with_input, ending, special
+
+    def write(self, prompt: str, extra: str) -> str:
+        """The text in front of the response."""
+        return _fill(self._text_with_input if extra else self._text, prompt, extra)
 
     def texts(self, prompt: str, extra: str, response: str) -> tuple[str, str]:
         """The text in front of the response, and the whole."""
@@ -71,16 +75,17 @@ def load_template(name: str, tokenizer: Tokenizer | None = None) -> Template | C
     if name == "chat":
         return ChatTurns(tokenizer)
     if name == "none":
-        return Template(lambda prompt, extra: f"{prompt}\n{extra}" if extra else prompt, "")
+        return Template("{prompt}", "{prompt}\n{input}", "")
     if name in ("alpaca", "pissa"):
-
-        def write(prompt: str, extra: str) -> str:
-            return _fill(_ALPACA_INPUT if extra else _ALPACA, prompt, extra)
-
-        return Template(write, "\n" if name == "pissa" else "")
+        return Template(_ALPACA, _ALPACA_INPUT, "\n" if name == "pissa" else "")
     text = _read(name)
     special = tokenizer is not None and not tokenizer.control_ids.isdisjoint(tokenizer.encode(text, special=True))
-    return Template(lambda prompt, extra: _fill(text, prompt, extra), "", special)
+    return Template(text, text, "", special)
+
+
+def template_file(name: str) -> Path | None:
+    """The file that a template is read from, if it is none of the known names."""
+    return None if name in ("chat", "none", "alpaca", "pissa") else Path(name)
 
 
 def _read(name: str) -> str:

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from titan_hd.adapters.hdpissa import HDPissa, HDPissaLinear
+from titan_hd.distributed.collectives import all_reduce
 
 
 @dataclass
@@ -153,5 +154,5 @@ class AdapterRegistry:
 
 def _sum_in_place(tensors: list[torch.Tensor], group: dist.ProcessGroup) -> None:
     flat = torch._utils._flatten_dense_tensors(tensors)
-    dist.all_reduce(flat, group=group)
+    all_reduce(flat, dist.get_world_size(group), group).wait()
     torch._foreach_copy_(tensors, torch._utils._unflatten_dense_tensors(flat, tensors))

@@ -83,6 +83,47 @@ def placement_error(num_adapters: int, workers: int, global_batch: int, local_ba
     return None
 
 
+_ROWS, _COLUMNS = 16, 8  # of the picture; what is more is abbreviated
+
+
+def mesh_picture(dp_replicate: int, dp_shard: int, tp: int, num_adapters: int | None) -> str:
+    """Which ranks hold what, as text: a line per data-parallel worker, a column per tp rank.
+
+    num_adapters: K, or None for methods without logical adapters.
+    """
+    workers = dp_replicate * dp_shard
+    lines = [f"mesh {dp_replicate} x {dp_shard} x {tp} (replicate x shard x tensor); ranks:"]
+    columns = _abbreviated(tp, _COLUMNS)
+    if tp > 1:
+        lines.append(f"{'':<24}" + "".join("   ..." if c is None else f"{f'tp {c}':>6}" for c in columns))
+    for worker in _abbreviated(workers, _ROWS):
+        if worker is None:
+            lines.append("  ...")
+            continue
+        replica, shard = divmod(worker, dp_shard)
+        ranks = "".join("   ..." if c is None else f"{worker * tp + c:>6}" for c in columns)
+        lines.append(f"  replica {replica:<4} shard {shard:<5}{ranks}{_hosted(worker, workers, num_adapters)}")
+    return "\n".join(lines)
+
+
+def _abbreviated(count: int, most: int) -> list[int | None]:
+    """0 to count - 1, with None for those left out where they are more than `most`."""
+    if count <= most:
+        return list(range(count))
+    return [*range(most - 2), None, count - 1]
+
+
+def _hosted(worker: int, workers: int, num_adapters: int | None) -> str:
+    """The adapters of a data-parallel worker, for its line."""
+    if num_adapters is None:
+        return ""
+    first, hosted = worker * num_adapters // workers, num_adapters // workers
+    if hosted > 1:
+        return f"   adapters {first} to {first + hosted - 1}"
+    shared = workers // num_adapters
+    return f"   adapter {first}" + (f", shared by {shared} workers" if shared > 1 else "")
+
+
 @dataclass
 class ParallelDims:
     """Meshes over the world, made in the order (dp_replicate, dp_shard, tp).
@@ -90,6 +131,7 @@ class ParallelDims:
     Attributes:
         fsdp_mesh: what `fully_shard` gets: [dp_shard], or [dp_replicate, dp_shard] for HSDP.
         dp_mesh: the data-parallel workers of this tp rank in one dimension.
+        dp_rank, tp_rank: this rank's places in dp_mesh and in its tp group.
     """
 
     dp_replicate: int
@@ -99,6 +141,8 @@ class ParallelDims:
     world: DeviceMesh = field(init=False)
     fsdp_mesh: DeviceMesh = field(init=False)
     dp_mesh: DeviceMesh = field(init=False)
+    dp_rank: int = field(init=False)
+    tp_rank: int = field(init=False)
 
     def __post_init__(self) -> None:
         names = ("dp_replicate", "dp_shard", "tp")
@@ -107,6 +151,8 @@ class ParallelDims:
         )
         self.fsdp_mesh = self.world[names[:2]] if self.dp_replicate > 1 else self.world["dp_shard"]
         self.dp_mesh = self.world[names[:2]]._flatten("dp") if self.dp_replicate > 1 else self.world["dp_shard"]
+        # Looked up once: every access by name builds a mesh of its own.
+        self.dp_rank, self.tp_rank = self.dp_mesh.get_local_rank(), self.world["tp"].get_local_rank()
 
     @property
     def dp_size(self) -> int:
@@ -115,14 +161,6 @@ class ParallelDims:
     @property
     def world_size(self) -> int:
         return self.dp_size * self.tp
-
-    @property
-    def dp_rank(self) -> int:
-        return self.dp_mesh.get_local_rank()
-
-    @property
-    def tp_rank(self) -> int:
-        return self.world["tp"].get_local_rank()
 
     @property
     def rank(self) -> int:
@@ -163,11 +201,11 @@ def owned_block(shape: tuple[int, ...], split: int | None, place: tuple[int, int
     elif split == 1:
         columns //= dims.tp
         column = tp_rank * columns
-    lo, hi = shard_rows(rows, dims.dp_shard)[shard]
+    lo, hi = shard_rows(rows, dims.dp_shard, shard)
     return Block(row + lo, hi - lo, column, columns)
 
 
-def shard_rows(rows: int, shards: int) -> list[tuple[int, int]]:
-    """Row range [start, stop) of each shard under DTensor's Shard(0): equal chunks, the last ones short or empty."""
+def shard_rows(rows: int, shards: int, shard: int) -> tuple[int, int]:
+    """Row range [start, stop) of a shard under DTensor's Shard(0): equal chunks, the last ones short or empty."""
     chunk = -(-rows // shards)
-    return [(min(rows, s * chunk), min(rows, (s + 1) * chunk)) for s in range(shards)]
+    return min(rows, shard * chunk), min(rows, (shard + 1) * chunk)

@@ -41,6 +41,7 @@ _ATTENTION_OPS = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
 }
 _MATMUL_OPS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 
@@ -105,6 +106,10 @@ def apply_fsdp(model: Decoder, dims: ParallelDims, ignored_params: set[nn.Parame
         )
         modules[0].set_gradient_divide_factor(1.0)
         modules[0].set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+    if not model.model.embed_tokens.weight.requires_grad and model.lm_head is not None:
+        # A frozen embedding has no backward pass, but FSDP2 would prefetch it during that of the first block.
+        first = model.model.layers[0]
+        first.set_modules_to_backward_prefetch([first])
 
 
 def reshard(model: Decoder) -> None:

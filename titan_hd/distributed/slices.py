@@ -18,7 +18,8 @@ from titan_hd.adapters.svd import SvdSettings, cut_slices, exact_cost, random_fa
 from titan_hd.adapters.svd_cache import cached_factors
 from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
 from titan_hd.distributed.collectives import exchange_lists
-from titan_hd.distributed.parallel_dims import ParallelDims, owned_block
+from titan_hd.distributed.parallel_dims import ParallelDims
+from titan_hd.distributed.whole import Sharded, collect, waves
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ def compute_factors(
         for name in names:
             _draw_factors(registry, dims, name, settings.seed)
         return
-    for start in range(0, len(names), dims.world_size):
-        wave = names[start : start + dims.world_size]
-        weight = _collect(registry, dims, wave)
+    for wave in waves(names, dims):
+        entries = [registry.entries[name] for name in wave]
+        weight = collect([Sharded(e.shape, e.split, e.weight_rows()) for e in entries], dims)
         factors, report = None, None
         if weight is not None:
             a, b, report = cached_factors(
@@ -67,36 +68,6 @@ def _draw_factors(registry: AdapterRegistry, dims: ParallelDims, name: str, seed
     a, b = _tp_part(a, b, entry, dims.tp, dims.tp_rank)
     device = entry.layer.weight.device
     registry.set_factors(name, a.to(device), b.to(device))
-
-
-def _collect(registry: AdapterRegistry, dims: ParallelDims, wave: list[str]) -> torch.Tensor | None:
-    """The whole weight that this rank owns in the wave, or None where the wave has no weight left for it."""
-    entries = [registry.entries[name] for name in wave]
-    local = [entry.weight_rows() for entry in entries]
-    nothing = local[0].new_empty(0)
-    send = [rows if _sends(entry, dims, dims.rank) else nothing for entry, rows in zip(entries, local)]
-    send += [nothing] * (dims.world_size - len(wave))
-    if dims.rank >= len(wave):
-        exchange_lists(send, [(0,)] * dims.world_size, dist.group.WORLD)
-        return None
-    mine = entries[dims.rank]
-    blocks = {
-        rank: owned_block(mine.shape, mine.split, dims.place(rank), dims)
-        for rank in range(dims.world_size)
-        if _sends(mine, dims, rank)
-    }
-    shapes = [(blocks[r].rows, blocks[r].columns) if r in blocks else (0,) for r in range(dims.world_size)]
-    received = exchange_lists(send, shapes, dist.group.WORLD)
-    weight = local[0].new_empty(mine.shape)
-    for rank, part in blocks.items():
-        weight[part.row : part.row + part.rows, part.column : part.column + part.columns] = received[rank]
-    return weight
-
-
-def _sends(entry: AdapterEntry, dims: ParallelDims, rank: int) -> bool:
-    """Whether a rank's part of a weight is needed: replicas hold the same, and so do tp ranks if it is not split."""
-    worker, _, tp_rank = dims.place(rank)
-    return worker < dims.dp_shard and (entry.split is not None or tp_rank == 0)
 
 
 def _deal(

@@ -1,101 +1,203 @@
-"""Tensor parallelism of a block: query, key, value, gate and up split by columns, o and down by rows (Megatron).
+"""Tensor parallelism: query, key, value, gate and up split by columns, o and down by rows (Megatron), and around them
+the sequence and the vocabulary.
 
 Weights are DTensors on the tp dimension before FSDP2 shards them over the data-parallel workers; activations stay plain
-tensors, replicated between the two halves of a block. In words: `copy_to_tp` in front of attention and MLP is the
-identity forward and sums dx over tp backward; `reduce_from_tp` behind o_proj and down_proj sums the output forward and
-is the identity backward. A layer computes with its tp-local matrix, which is a matrix of its own to everything else:
-HD-PiSSA's gradient of the factor that is not split comes out as a part on each tp rank and is summed once per step by
-the registry.
+tensors. A layer computes with its tp-local matrix, which is a matrix of its own to everything else: HD-PiSSA's gradient
+of the factor that is not split comes out as a part on each tp rank and is summed once per step by the registry.
 
-Embedding, norms and head are computed alike on every tp rank.
+What enters attention and MLP is whole on every rank, what leaves them is a sum of the ranks' parts (`tp_functions` has
+the words). Between them, the residual stream is
+
+* with sequence parallelism in pieces: gathered in front of each half of a block, reduce-scattered behind it. Norms
+  work on a piece, so their weights' gradients come in parts. As many bytes travel as without, and what a block keeps
+  or recomputes from is 1 / tp of it;
+* without, whole on every rank: nothing in front, an all-reduce behind.
+
+With loss parallelism, embedding and head are split by the vocabulary: a rank looks up the tokens that it has, the sum
+over ranks is the embedding; the head's logits stay split, and `loss_parallel` takes the loss of them. Tied weights are
+one matrix, split once. Without it both are whole and computed alike on every rank.
+
+Passes with a key/value cache (generation) have a whole residual stream and whole logits whatever is set.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from titan_hd.adapters.adapter_linear import AdapterLinear
 from titan_hd.adapters.hdpissa import HDPissaLinear
+from titan_hd.distributed.tp_functions import (
+    copy_to_tp,
+    gather_alike,
+    gather_sequence,
+    own_piece,
+    reduce_from_tp,
+    scatter_sequence,
+)
 from titan_hd.models.decoder import Decoder, RMSNorm
 
 COLUMN_WISE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROW_WISE = ("o_proj", "down_proj")
 
 
-class _CopyToTP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
+@dataclass
+class _Pass:
+    """How the current forward pass goes; set by the model's forward, read by its parts.
 
-    @staticmethod
-    def backward(ctx, gy):
-        return funcol.all_reduce(gy.contiguous(), "sum", ctx.group), None
+    length: T where the residual stream is in pieces, else None. whole_logits: gather the head's logits.
+    """
 
+    group: dist.ProcessGroup
+    length: int | None = None
+    whole_logits: bool = False
 
-class _ReduceFromTP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        return funcol.all_reduce(x.contiguous(), "sum", group)
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """The residual stream, or a norm of it, whole, in front of layers that give every rank a part of dx."""
+        return copy_to_tp(x, self.group) if self.length is None else gather_sequence(x, self.length, self.group)
 
-    @staticmethod
-    def backward(ctx, gy):
-        return gy, None
+    def leave(self, x: torch.Tensor) -> torch.Tensor:
+        """Parts of a sum, back to the residual stream."""
+        return reduce_from_tp(x, self.group) if self.length is None else scatter_sequence(x, self.group)
+
+    def of_piece(self, parameter: torch.Tensor) -> torch.Tensor:
+        """A whole parameter that works on pieces: its gradient comes in parts."""
+        return parameter if self.length is None else copy_to_tp(parameter, self.group)
 
 
 def tensor_parallel_errors(shapes: dict[str, int], degree: int) -> list[str]:
     """Why a model's sizes (name -> number) cannot be split over `degree` ranks, one line each."""
     return [
         f"parallelism.tensor_parallel_degree: {degree} does not divide {name} = {size}"
+        + ("; parallelism.loss_parallel = false keeps the vocabulary whole" if name == "vocab_size" else "")
         for name, size in shapes.items()
         if size % degree
     ]
 
 
-def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
-    """Split the linear layers of every block of a meta model over `mesh` (one dimension, "tp"), in place."""
-    group = mesh.get_group()
+def apply_tensor_parallel(
+    model: Decoder, mesh: DeviceMesh, sequence_parallel: bool = True, loss_parallel: bool = True
+) -> None:
+    """Split a meta model over `mesh` (one dimension, "tp"), in place.
+
+    With loss_parallel the model returns this rank's part of the logits, [B, T, vocabulary / tp], but for passes with a
+    cache.
+    """
+    state = _Pass(mesh.get_group())
+    model.forward = functools.partial(_forward, model.forward, state, sequence_parallel)
     for block in model.model.layers:
         for part in (block.self_attn, block.mlp):
-            part.forward = _with_copied_input(part.forward, group)
+            part.forward = _entered(part.forward, state)
             for name, layer in part.named_children():
                 if name in COLUMN_WISE:
-                    _split(layer, mesh, 0, None)
+                    _split(layer, mesh, 0, state)
                 elif name in ROW_WISE:
-                    _split(layer, mesh, 1, group)
+                    _split(layer, mesh, 1, state)
                 elif isinstance(layer, RMSNorm):  # of the rank's own heads: its gradient comes in parts
-                    layer.forward = functools.partial(_norm_of_own_heads, layer, group)
+                    layer.forward = functools.partial(_norm_of_own_heads, layer, state.group)
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            norm.forward = functools.partial(_norm_of_stream, norm, state)
+    model.model.norm.forward = functools.partial(_norm_of_stream, model.model.norm, state)
+    _split_vocabulary(model, mesh, state) if loss_parallel else _keep_vocabulary(model, state)
 
 
-def _with_copied_input(forward: Callable, group) -> Callable:
+def _forward(forward: Callable, state: _Pass, sequence_parallel: bool, input_ids: torch.Tensor, *args, **kwargs):
+    state.whole_logits = kwargs.get("cache") is not None
+    state.length = input_ids.shape[1] if sequence_parallel and not state.whole_logits else None
+    return forward(input_ids, *args, **kwargs)
+
+
+def _entered(forward: Callable, state: _Pass) -> Callable:
     def wrapped(x, *args):
-        return forward(_CopyToTP.apply(x, group), *args)
+        return forward(state.enter(x), *args)
 
     return wrapped
 
 
-def _norm_of_own_heads(norm: RMSNorm, group, x: torch.Tensor) -> torch.Tensor:
-    return norm.normalize(x, _CopyToTP.apply(norm.weight, group))
+def _norm_of_own_heads(norm: RMSNorm, group: dist.ProcessGroup, x: torch.Tensor) -> torch.Tensor:
+    return norm.normalize(x, copy_to_tp(norm.weight, group))
 
 
-def _split(layer: nn.Linear, mesh: DeviceMesh, dim: int, reduce_group) -> None:
+def _norm_of_stream(norm: RMSNorm, state: _Pass, x: torch.Tensor) -> torch.Tensor:
+    return norm.normalize(x, state.of_piece(norm.weight))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Embedding and head
+
+
+def _split_vocabulary(model: Decoder, mesh: DeviceMesh, state: _Pass) -> None:
+    embedding = model.model.embed_tokens
+    _distribute_weight(embedding, mesh, 0)
+    embedding.forward = functools.partial(_embed_own_tokens, embedding, state)
+    if model.lm_head is None:
+        model.tied_head = functools.partial(_own_logits, embedding, state)
+    else:
+        _distribute_weight(model.lm_head, mesh, 0)
+        model.lm_head.forward = functools.partial(_own_logits, model.lm_head, state)
+
+
+def _embed_own_tokens(embedding: nn.Embedding, state: _Pass, input_ids: torch.Tensor) -> torch.Tensor:
+    weight = embedding.weight.to_local()
+    local = input_ids - dist.get_rank(state.group) * len(weight)
+    others = (local < 0) | (local >= len(weight))
+    return state.leave(F.embedding(local.masked_fill(others, 0), weight).masked_fill(others[..., None], 0.0))
+
+
+def _own_logits(head: nn.Module, state: _Pass, x: torch.Tensor) -> torch.Tensor:
+    logits = F.linear(state.enter(x), head.weight.to_local())
+    return funcol.all_gather_tensor(logits.contiguous(), 2, state.group) if state.whole_logits else logits
+
+
+def _keep_vocabulary(model: Decoder, state: _Pass) -> None:
+    """Embed the own piece, and gather in front of the head, which every rank computes alike."""
+    embedding = model.model.embed_tokens
+    embedding.forward = functools.partial(_embed_own_piece, embedding, state)
+    if model.lm_head is None:
+        model.tied_head = functools.partial(_whole_input, model.tied_head, state)
+    else:
+        model.lm_head.forward = functools.partial(_whole_input, model.lm_head.forward, state)
+
+
+def _embed_own_piece(embedding: nn.Embedding, state: _Pass, input_ids: torch.Tensor) -> torch.Tensor:
+    mine = input_ids if state.length is None else own_piece(input_ids, state.group)
+    return F.embedding(mine, state.of_piece(embedding.weight))
+
+
+def _whole_input(head: Callable, state: _Pass, x: torch.Tensor) -> torch.Tensor:
+    return head(x if state.length is None else gather_alike(x, state.length, state.group))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear layers of the blocks
+
+
+def _distribute_weight(layer: nn.Module, mesh: DeviceMesh, dim: int) -> None:
+    weight = distribute_tensor(layer.weight.data, mesh, [Shard(dim)])
+    layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+
+
+def _split(layer: nn.Linear, mesh: DeviceMesh, dim: int, state: _Pass) -> None:
     """Make the weight a DTensor split in `dim`; the bias follows the output, or is added once behind the sum."""
-    trained = layer.weight.requires_grad
-    layer.weight = nn.Parameter(distribute_tensor(layer.weight.data, mesh, [Shard(dim)]), requires_grad=trained)
+    _distribute_weight(layer, mesh, dim)
     if layer.bias is not None and dim == 0:
         bias = distribute_tensor(layer.bias.data, mesh, [Shard(0)])
         layer.bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
 
     split_bias = layer.bias if dim == 0 else None
     parts = functools.partial(_local_parts, layer, split_bias is not None)
-    if isinstance(layer, HDPissaLinear):
+    if isinstance(layer, AdapterLinear):
+        _split_adapter(layer, mesh, dim)
+    if isinstance(layer, (AdapterLinear, HDPissaLinear)):
         layer.parameters_for_compute = parts
         compute = layer.forward
     else:
@@ -104,10 +206,26 @@ def _split(layer: nn.Linear, mesh: DeviceMesh, dim: int, reduce_group) -> None:
             return F.linear(x, *parts())
 
     def row_wise(x):
-        y = _ReduceFromTP.apply(compute(x), reduce_group)
-        return y if layer.bias is None else y + layer.bias
+        y = state.leave(compute(x))
+        return y if layer.bias is None else y + state.of_piece(layer.bias)
 
     layer.forward = compute if dim == 0 else row_wise
+
+
+def _split_adapter(layer: AdapterLinear, mesh: DeviceMesh, dim: int) -> None:
+    """Split the tensors that go with dimension `dim` of W; of the others every rank has a part of the gradient."""
+    group = mesh.get_group()
+    for name, tensor_dim in layer.tp_splits[dim].items():
+        tensor = distribute_tensor(getattr(layer, name).data, mesh, [Shard(tensor_dim)])
+        setattr(layer, name, nn.Parameter(tensor))
+    layer.tensor = functools.partial(_adapter_part, layer, frozenset(layer.tp_splits[dim]), group)
+    if dim == 1:
+        layer.sum_over_tp = functools.partial(funcol.all_reduce, reduceOp="sum", group=group)
+
+
+def _adapter_part(layer: AdapterLinear, split: frozenset[str], group, name: str) -> torch.Tensor:
+    tensor = getattr(layer, name)
+    return tensor.to_local() if name in split else copy_to_tp(tensor, group)
 
 
 def _local_parts(layer: nn.Linear, with_bias: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

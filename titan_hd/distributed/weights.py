@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import time
@@ -14,9 +15,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from titan_hd.adapters.adapter_linear import adapter_layers
 from titan_hd.config.seeding import stable_seed
+from titan_hd.distributed.adapter_weights import merged_weights
 from titan_hd.distributed.collectives import once, together
 from titan_hd.distributed.parallel_dims import Block, ParallelDims, owned_block
+from titan_hd.distributed.whole import tp_split
 from titan_hd.models.decoder import Decoder, RMSNorm
 from titan_hd.models.hf_weights import (
     WeightFiles,
@@ -41,21 +45,22 @@ def materialize(model: Decoder, device: torch.device) -> None:
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, DTensor]]:
     """The model's own parameters under their HF names, without the adapters' ones."""
+    beside = {name for name, _ in adapter_parameters(model)}
     for name, parameter in model.named_parameters():
-        if not name.endswith((".delta_A", ".delta_B")):
+        if not name.endswith((".delta_A", ".delta_B")) and name not in beside:
             yield name, parameter
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, DTensor]]:
+    """The tensors of adapters that stand beside a weight, as <layer>.<tensor>."""
+    for name, layer in adapter_layers(model).items():
+        for key in layer.adapter_names:
+            yield f"{name}.{key}", getattr(layer, key)
 
 
 def _block(parameter: DTensor, dims: ParallelDims) -> Block:
     """The rectangle of a parameter that this rank holds."""
-    return owned_block(tuple(parameter.shape), _tp_split(parameter), dims.place(dims.rank), dims)
-
-
-def _tp_split(parameter: DTensor) -> int | None:
-    """The dimension in which tensor parallelism splits a parameter: that of the last placement of a two-dimensional
-    sharding (FSDP2 puts the data-parallel dimensions first)."""
-    names = parameter.device_mesh.mesh_dim_names
-    return parameter.placements[-1].dim if "tp" in names and parameter.placements[-1].is_shard() else None
+    return owned_block(tuple(parameter.shape), tp_split(parameter), dims.place(dims.rank), dims)
 
 
 @torch.no_grad()
@@ -129,6 +134,8 @@ def write_weights(
 ) -> None:
     """Write safetensors files of bounded size; every rank writes what it holds in place. Collective.
 
+    Adapters are merged in fp32 on the way; the model stays as it is.
+
     The directory must exist on a file system that all ranks share. On return everything is on the disk.
 
     Raises:
@@ -141,14 +148,18 @@ def write_weights(
         if dims.rank == 0:
             check_space(directory, slots, shapes)
             write_headers(slots, headers)
+    adapted = {f"{name}.weight" for name in adapter_layers(model)}
+    own = [(name, p.to_local()) for name, p in parameters.items() if name not in adapted]
+    written = set()
+    for wave in itertools.chain([own], merged_weights(model, dims)):
+        with together("writing the weights"), disk_faults(directory):
+            for name, local in wave:
+                parameter = parameters[name]
+                # Replicas, and tp ranks of a parameter that is not split, hold the same.
+                writes = dims.dp_rank < dims.dp_shard and (tp_split(parameter) is not None or dims.tp_rank == 0)
+                if writes and local.numel():
+                    block = _block(parameter, dims)
+                    write_rows(slots[name], block.row, local, block.column)
+                    written.add(slots[name].file)
     with together("writing the weights"), disk_faults(directory):
-        written = set()
-        for name, parameter in parameters.items():
-            # Replicas, and tp ranks of a parameter that is not split, hold the same.
-            writes = dims.dp_rank < dims.dp_shard and (_tp_split(parameter) is not None or dims.tp_rank == 0)
-            local = parameter.to_local()
-            if writes and local.numel():
-                block = _block(parameter, dims)
-                write_rows(slots[name], block.row, local, block.column)
-                written.add(slots[name].file)
         sync_files(sorted(written))

@@ -12,7 +12,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 
+from titan_hd.models import flex
 from titan_hd.models.registry import DecoderConfig
 
 
@@ -143,7 +145,7 @@ class Attention(nn.Module):
         x: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: torch.Tensor | BlockMask | None,
         cache: LayerCache | None = None,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -155,14 +157,11 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if cache is not None:
             k, v = cache.update(k, v, positions)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self.kv_heads != self.heads,
-        )
+        grouped = self.kv_heads != self.heads
+        if isinstance(mask, BlockMask):
+            out = flex.attend(q, k, v, mask, grouped)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -197,7 +196,7 @@ class Block(nn.Module):
         x: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: torch.Tensor | BlockMask | None,
         cache: LayerCache | None = None,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -241,20 +240,25 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         """Logits [B, T, vocabulary] for token ids [B, T]; attention is causal.
 
-        positions: [B, T], of which RoPE and, with a cache, the slots are made; 0..T-1 unless given.
+        positions: [B, T], of which RoPE and, with a cache, the slots are made; unless given, 0..T-1, and with documents
+            from 0 on in each of them.
         documents: [B, T], a number for each token; tokens of different numbers do not see each other. For documents
-            packed into one row (with positions that restart) and for padding at the left.
+            packed into one row and for padding at the left.
         cache: keys and values of earlier passes, which the tokens see too; their own are added. Not with documents.
         select: [B], the one index into T whose logits are wanted; they come as [B, 1, vocabulary].
         """
         assert documents is None or cache is None
         stack, (batch, length) = self.model, input_ids.shape
-        if positions is None:
+        if positions is None and documents is not None:
+            positions = restarting_positions(documents)
+        elif positions is None:
             positions = torch.arange(length, device=input_ids.device)[None].expand(batch, -1)
         h = stack.embed_tokens(input_ids)
         cos, sin = stack.rotary_emb(positions, h.dtype)
         masks = {
-            window: attention_mask(length, window, positions, documents, cache.slots if cache else None)
+            window: flex.document_mask(documents, window)
+            if documents is not None and documents.device.type in flex.DEVICES
+            else attention_mask(length, window, positions, documents, cache.slots if cache else None)
             for window in set(self.config.layer_windows)
         }
         for i, layer in enumerate(stack.layers):
@@ -263,7 +267,11 @@ class Decoder(nn.Module):
         if select is not None:
             h = h[torch.arange(batch, device=h.device), select][:, None]
         h = stack.norm(h)
-        return F.linear(h, stack.embed_tokens.weight) if self.lm_head is None else self.lm_head(h)
+        return self.tied_head(h) if self.lm_head is None else self.lm_head(h)
+
+    def tied_head(self, h: torch.Tensor) -> torch.Tensor:
+        """Logits of tied models."""
+        return F.linear(h, self.model.embed_tokens.weight)
 
 
 def attention_mask(
@@ -293,3 +301,10 @@ def attention_mask(
     if documents is not None:
         mask = mask & (documents[:, :, None] == documents[:, None, :])
     return mask[:, None]
+
+
+def restarting_positions(documents: torch.Tensor) -> torch.Tensor:
+    """Each token's distance from the first of its document, [B, T]; a document's tokens stand side by side."""
+    index = torch.arange(documents.shape[1], device=documents.device)
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    return index - torch.where(begins, index, 0).cummax(1).values

@@ -105,4 +105,4 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_alone(tmp_path: Path, c
     with caplog.at_level(logging.WARNING, "titan_hd"):
         a, b, _ = factors(tmp_path / "file")
     assert_same((a, b), principal_factors(weight(), 4))
-    assert "hdpissa.svd_cache: cannot write" in caplog.text
+    assert "adapter.svd_cache: cannot write" in caplog.text

@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_what_dcp_wrote_is_read(folder: Path):
     reader = CheckpointReader(folder)
-    assert reader.weight_dtypes({"a": torch.Size([3, 4]), "b": torch.Size([2])}) == {torch.float32, torch.bfloat16}
+    assert reader.tensor_dtypes({"a": torch.Size([3, 4]), "b": torch.Size([2])}) == {torch.float32, torch.bfloat16}
     got = {name: torch.zeros_like(value) for name, value in TENSORS.items() if name != "step"}
     dcp.load(got, storage_reader=reader, no_dist=True)
     assert all(torch.equal(got[name], TENSORS[name]) for name in got)
@@ -68,7 +68,7 @@ def test_no_file_outside_is_opened(folder: Path, name: str):
 
 def test_what_does_not_fit_the_model_is_named(folder: Path):
     with pytest.raises(UserError) as caught:
-        CheckpointReader(folder).weight_dtypes({"a": torch.Size([4, 3]), "c": torch.Size([2])})
+        CheckpointReader(folder).tensor_dtypes({"a": torch.Size([4, 3]), "c": torch.Size([2])})
     assert str(caught.value).splitlines() == [
         f"{folder}: model.b: is not part of the model",
         f"{folder}: model.a: has shape [3, 4], must be [4, 3]",

@@ -21,8 +21,8 @@ SETTINGS = {
     "data": {"train": "/home/me/data/metamath.jsonl"},
     "training": {"steps": None, "epochs": 1.0, "seq_len": 512},
     "optimizer": {"name": "AdamW", "lr": 2e-5},
-    "adapter": {"method": "hdpissa", "rank": 16, "target_modules": ["q_proj", "k_proj"]},
-    "hdpissa": {"aggregate": "sum", "svd_cache": "/home/me/svd"},
+    "adapter": {"method": "hdpissa", "rank": 16, "target_modules": ["q_proj", "k_proj"], "svd_cache": "/home/me"},
+    "hdpissa": {"aggregate": "sum"},
 }
 
 

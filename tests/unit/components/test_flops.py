@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
-from titan_hd.components.flops import flops_per_token
+from titan_hd.adapters.adapter_linear import AdapterMethod
+from titan_hd.adapters.full import FullFineTuning
+from titan_hd.adapters.hdpissa import HDPissa, HDPissaLinear
+from titan_hd.adapters.lora import LoRALinear
+from titan_hd.adapters.protocol import Method
+from titan_hd.components.flops import flops_per_token, trained_work
+from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import flavor_config
 
 LLAMA = flavor_config("llama3", "8B")
@@ -26,12 +34,35 @@ def test_trained_weights_cost_six():
     assert flops_per_token(LLAMA, LENGTH, N, 0) == 6 * N + ATTENTION
 
 
-def test_adapters_cost_four_skinny_products():
+WIDTH = 16 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))  # r (in + out), r = 16
+
+
+def work(method: Method) -> tuple[int, float]:
+    """Of the 8B model with micro-batches of one full sequence."""
+    with torch.device("meta"):
+        model = Decoder(LLAMA)
+        method.apply(model, None)
+        for layer in model.modules():
+            if isinstance(layer, HDPissaLinear):  # as the adapter registry does, for one hosted adapter
+                layer.delta_A = nn.Parameter(torch.empty(1, 16, layer.in_features))
+                layer.delta_B = nn.Parameter(torch.empty(1, layer.out_features, 16))
+    return trained_work(model, LENGTH)
+
+
+def test_hdpissa_costs_four_skinny_products():
     """gy B, (gy B)^T x, x A^T, gy^T (x A^T): 2 r out or 2 r in each."""
-    width = 16 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
-    added = flops_per_token(LLAMA, LENGTH, 0, width) - flops_per_token(LLAMA, LENGTH, 0, 0)
-    assert added == 4 * width
+    assert work(HDPissa(1, 16)) == (0, 4 * WIDTH)
+    added = flops_per_token(LLAMA, LENGTH, 0, 4 * WIDTH) - flops_per_token(LLAMA, LENGTH, 0, 0)
+    assert added == 4 * WIDTH
     assert added < 0.01 * 4 * N
+
+
+def test_lora_costs_six():
+    assert work(AdapterMethod(LoRALinear, {"rank": 16, "scale": 1.0})) == (0, 6 * WIDTH)
+
+
+def test_full_trains_what_is_multiplied_with():
+    assert work(FullFineTuning()) == (N, 0)
 
 
 @pytest.mark.parametrize(("trained", "figure"), [(0, 42.9e9), (N, 57.9e9)])

@@ -87,3 +87,28 @@ class TestMetricsLogger:
     def test_other_ranks_write_nothing(self, tmp_path: Path):
         self.log(self.config(tmp_path), 0, 3, rank=1)
         assert not (tmp_path / "run").exists()
+
+    def test_a_full_disk_delays_records_and_loses_none(self, tmp_path: Path):
+        metrics = MetricsLogger(self.config(tmp_path), 0, 10, 0)
+        real, metrics._file = metrics._file, FullDisk()
+        metrics.log(1, {"loss": 0.1})
+        metrics.log(2, {"loss": 0.2})
+        metrics.sync()
+        metrics._file = real
+        metrics.log(3, {"loss": 0.3})
+        assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines(1, 2, 3)[5:], (
+            "five bytes went to the full disk"
+        )
+        metrics.close()
+
+
+class FullDisk:
+    """Takes five bytes, then none."""
+
+    room = 5
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        self.room = 0
+        return 5

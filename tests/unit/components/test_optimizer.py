@@ -18,9 +18,10 @@ EVERY = sorted(
 )
 
 
-def parameters() -> list[nn.Parameter]:
+def parameters() -> dict[nn.Parameter, str]:
     generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((2, 3, 4), (2, 4, 3))]
+    shapes = {"layer.lora_A": (2, 3, 4), "layer.lora_B": (2, 4, 3)}
+    return {nn.Parameter(torch.randn(shape, generator=generator)): name for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("name", ["Adamw", "adam", "", "Optimizer", "LBFGS", "lr_scheduler", "no_such", "__doc__"])

@@ -415,6 +415,53 @@ class TestCombinations:
         assert load([*needed, "--model.hf_assets_path", "some/dir"]).model.hf_assets_path == "some/dir"
 
 
+class TestKeysOfMethods:
+    @pytest.mark.parametrize("method", ["hdpissa", "full", "dora"])
+    def test_a_variant_that_a_method_does_not_have(self, method: str):
+        (line,) = errors_of([*NEEDED, "--adapter.method", method, "--adapter.init", "olora"])
+        assert line == f"adapter.init: is for lora, not for adapter.method {method}; leave it out"
+
+    @pytest.mark.parametrize("option", ["--adapter.rslora=true", "--adapter.loraplus_lr_ratio=16"])
+    def test_variants_of_lora(self, option: str):
+        for method in ("lora", "pissa", "dora"):
+            load([*NEEDED, "--adapter.method", method, option])
+        for method in ("hdpissa", "full"):
+            (line,) = errors_of([*NEEDED, "--adapter.method", method, option])
+            assert "is for lora, pissa, dora, not for" in line
+
+    def test_inherited_keys_without_a_meaning_are_named_once(self):
+        words = ["--hdpissa.num_adapters", "8", "--adapter.svd_cache", "d", "--adapter.alpha", "4"]
+        assert manager.ignored_keys(load([*NEEDED, *words])) == []
+        (line,) = manager.ignored_keys(load([*NEEDED, *words, "--adapter.method", "lora"]))
+        assert line == "adapter.svd_cache, hdpissa.num_adapters: not used by adapter.method lora"
+        (line,) = manager.ignored_keys(load([*NEEDED, *words, "--adapter.method", "full"]))
+        assert line.startswith("adapter.alpha, adapter.svd_cache, hdpissa.num_adapters: ")
+        assert manager.ignored_keys(load([*NEEDED, "--adapter.method", "full"])) == []
+
+    def test_the_tables_name_real_keys(self):
+        assert {*manager._VARIANTS, *manager._USED_BY, *manager._RENAMED.values()} <= set(KEYS)
+
+    def test_old_names_of_the_svds_keys(self, toml):
+        path = toml("[hdpissa]\nsvd_cache = 'old'\nsvd_niter = 3")
+        adapter = load([*NEEDED, "--config", path, "--hdpissa.svd", "exact"]).adapter
+        assert (adapter.svd, adapter.svd_niter, adapter.svd_cache) == ("exact", 3, "old")
+        assert load([*NEEDED, "--config", path, "--adapter.svd_cache", "new"]).adapter.svd_cache == "new"
+        (line,) = errors_of([*NEEDED, "--hdpissa.svd_niter", "-1"])
+        assert line.startswith("adapter.svd_niter: must be at least 0")
+
+    def test_a_frozen_base_may_be_bf16(self):
+        words = [*NEEDED, "--training.master_dtype", "bfloat16"]
+        load([*words, "--adapter.method", "lora"])
+        (line,) = errors_of([*words, "--adapter.method", "full"])
+        assert line.startswith("training.master_dtype: ")
+
+    def test_what_a_run_wrote_is_read_again(self):
+        config = load([*NEEDED, "--adapter.method", "dora", "--adapter.rank", "3"])
+        assert manager.from_toml(manager.to_toml(config), "here") == config
+        with pytest.raises(manager.ConfigError, match=r"adapter.nosuch: unknown key \(here\)"):
+            manager.from_toml("[adapter]\nnosuch = 1", "here")
+
+
 class TestDocumentation:
     def test_every_field_has_documentation(self):
         docs = manager._field_docs()

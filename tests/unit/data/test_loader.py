@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titan_hd.config.manager import ConfigError, load
-from titan_hd.data.loader import SampleOrder, TrainLoader, collate, validation_batches
+from titan_hd.data.loader import GlobalBatches, TrainLoader, collate, collate_packs, validation_batches
+from titan_hd.data.order import SampleOrder
 from titan_hd.data.records import IGNORE, Example
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
@@ -97,28 +102,119 @@ class TestCollate:
         assert batch.targets[0, :9].tolist() == batch.input_ids[0, 1:10].tolist()
 
 
-class TestTrainLoader:
+class TestCollatePacks:
+    def test_by_hand(self):
+        first, second = Example([5, 6, 7], [5, 6, 7]), Example([8, 9], [IGNORE, 9])
+        batch = collate_packs([[first, second], [second]], pad_to=8)
+        assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [8, 9] + [0] * 6]
+        # 7 is not told to predict 8, although 8 stands behind it
+        assert batch.targets.tolist() == [[6, 7, IGNORE, 9] + [IGNORE] * 4, [9] + [IGNORE] * 7]
+        assert batch.documents.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2], [0, 0] + [1] * 6]
+        assert (batch.tokens, batch.sequences, batch.trained_tokens) == (7, 3, 4)
+
+    def test_a_label_of_a_documents_first_token_is_nobodys_target(self):
+        """Format tokens may label the first token; packed, the document before it must not learn to predict it."""
+        batch = collate_packs([[Example([1, 2], [1, 2]), Example([3], [3]), Example([4, 5], [4, 5])]], None)
+        assert batch.targets[0].tolist() == [2, IGNORE, IGNORE, 5, IGNORE, IGNORE, IGNORE, IGNORE]
+
+    def test_without_padding_there_is_no_document_for_it(self):
+        batch = collate_packs([[Example([1] * 5, [1] * 5), Example([2] * 3, [2] * 3)]], 8)
+        assert batch.documents.tolist() == [[0] * 5 + [1] * 3]
+
+    def test_padded_as_far_as_needed(self):
+        batch = collate_packs([[Example([1] * 5, [1] * 5), Example([2] * 6, [2] * 6)]], None)
+        assert batch.input_ids.shape == batch.targets.shape == batch.documents.shape == (1, 16)
+
+
+def batches(count: int, order: SampleOrder, batch_size: int) -> GlobalBatches:
+    return GlobalBatches(examples(count), order, batch_size, 8, packed=False)
+
+
+class TestGlobalBatches:
     @pytest.mark.parametrize("workers", [1, 2, 4])
     def test_workers_together_read_what_one_would(self, workers: int):
-        records, order, batch_size = examples(13), SampleOrder(13, True, 7), 8
-        loader = TrainLoader(records, order, batch_size, pad_to=8)
+        source = batches(13, SampleOrder(13, True, 7), 8)
         for step in range(5):
-            whole = loader.batch(step, range(batch_size)).input_ids
-            share = batch_size // workers
-            parts = [loader.batch(step, range(w * share, (w + 1) * share)).input_ids for w in range(workers)]
+            whole = source[step, range(8)].input_ids
+            share = 8 // workers
+            parts = [source[step, range(w * share, (w + 1) * share)].input_ids for w in range(workers)]
             assert torch.equal(torch.cat(parts), whole)
 
     def test_steps_go_through_the_records_in_order(self):
         """With shuffle = false, step t reads records t * B to (t + 1) * B - 1, wrapping round."""
-        loader = TrainLoader(examples(5), SampleOrder(5, False, 0), 4, pad_to=8)
-        firsts = [loader.batch(step, range(4)).input_ids[:, 0].tolist() for step in range(3)]
+        source = batches(5, SampleOrder(5, False, 0), 4)
+        firsts = [source[step, range(4)].input_ids[:, 0].tolist() for step in range(3)]
         assert firsts == [[1, 2, 3, 4], [5, 1, 2, 3], [4, 5, 1, 2]]
 
     def test_an_epoch_boundary_inside_a_batch(self):
-        loader = TrainLoader(examples(5), SampleOrder(5, True, 0), 4, pad_to=8)
-        seen = torch.cat([loader.batch(step, range(4)).input_ids[:, 0] for step in range(5)]).tolist()
+        source = batches(5, SampleOrder(5, True, 0), 4)
+        seen = torch.cat([source[step, range(4)].input_ids[:, 0] for step in range(5)]).tolist()
         for epoch in range(4):
             assert sorted(seen[epoch * 5 : epoch * 5 + 5]) == [1, 2, 3, 4, 5]
+
+
+class Faulty:
+    """Record 6 cannot be read."""
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, index: int) -> Example:
+        if index == 6:
+            raise ValueError("record 6 is torn")
+        return Example([index + 1, 1], [index + 1, 1])
+
+
+class TestTrainLoader:
+    MICRO_BATCHES = (range(0, 2), range(4, 6))
+
+    def test_steps_in_any_order(self):
+        source = batches(13, SampleOrder(13, True, 7), 8)
+        loader = TrainLoader(source, self.MICRO_BATCHES)
+        for step in (0, 1, 2, 7, 8, 3, 3):
+            for batch, places in zip(loader.step(step), self.MICRO_BATCHES, strict=True):
+                assert torch.equal(batch.input_ids, source[step, places].input_ids)
+
+    def test_the_process_generator_is_left_alone(self):
+        torch.manual_seed(0)
+        expected = torch.rand(3)
+        torch.manual_seed(0)
+        TrainLoader(batches(13, SampleOrder(13, True, 7), 8), self.MICRO_BATCHES).step(0)
+        assert torch.equal(torch.rand(3), expected)
+
+    def test_with_processes_it_gives_the_same_and_leaves_none(self):
+        """One or two processes, from the start and from a cursor; packed batches travel with their documents."""
+        source = GlobalBatches(examples(13), SampleOrder(13, True, 7), 8, 8, packed=True)
+        for num_workers, first in ((2, 0), (1, 5)):
+            loader = TrainLoader(source, self.MICRO_BATCHES, num_workers)
+            for step in range(first, first + 4):
+                for batch, places in zip(loader.step(step), self.MICRO_BATCHES, strict=True):
+                    expected = source[step, places]
+                    assert torch.equal(batch.input_ids, expected.input_ids)
+                    assert torch.equal(batch.targets, expected.targets)
+                    assert torch.equal(batch.documents, expected.documents)
+            assert len(multiprocessing.active_children()) >= num_workers
+            loader.close()
+            assert not multiprocessing.active_children()
+
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    def test_what_a_record_raises_is_raised(self, num_workers: int):
+        source = GlobalBatches(Faulty(), SampleOrder(9, False, 0), 3, None, packed=False)
+        loader = TrainLoader(source, [range(0, 3)], num_workers)
+        assert len(loader.step(0) + loader.step(1)) == 2
+        with pytest.raises(ValueError, match="record 6 is torn"):
+            loader.step(2)
+        loader.close()
+
+    @pytest.mark.timeout(120)
+    def test_a_killed_process_is_an_error_and_no_hang(self):
+        loader = TrainLoader(batches(13, SampleOrder(13, True, 7), 8), self.MICRO_BATCHES, 1)
+        loader.step(0)
+        (child,) = multiprocessing.active_children()
+        os.kill(child.pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match=r"a data worker process failed or was killed .*data\.num_workers = 0"):
+            [loader.step(step) for step in range(1, 100)]
+        assert not multiprocessing.active_children()
 
 
 class TestValidationBatches:
@@ -133,6 +229,14 @@ class TestValidationBatches:
         firsts = sorted(first for batch in every for first in batch.input_ids[:, 0].tolist() if first)
         assert firsts == list(range(1, count + 1))
         assert sum(batch.trained_tokens for batch in every) == sum(i % 5 for i in range(count))
+
+    @pytest.mark.parametrize("count", [1, 2, 5])
+    def test_fewer_records_than_workers(self, count: int):
+        """0 < n < workers: everybody gets one batch, some of them nothing but a filler without labels."""
+        dealt = [list(validation_batches(examples(count), w, 6, 1, None, -1)) for w in range(6)]
+        assert [len(batches) for batches in dealt] == [1] * 6
+        assert [d[0].input_ids[0, 0].item() for d in dealt] == [*range(1, count + 1), *[0] * (6 - count)]
+        assert [d[0].trained_tokens for d in dealt] == [*range(count), *[0] * (6 - count)]
 
     def test_no_more_batches_than_needed(self):
         for count, batches in ((1, 1), (6, 1), (7, 2), (12, 2), (13, 3)):

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titan_hd.distributed.parallel_dims import AdapterPlacement, placement_error, resolve_shard_degree, shard_rows
+from titan_hd.distributed.parallel_dims import (
+    AdapterPlacement,
+    mesh_picture,
+    placement_error,
+    resolve_shard_degree,
+    shard_rows,
+)
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -110,7 +116,7 @@ class TestShards:
         """DTensor's Shard(0) chunks as torch.chunk does, with empty shards for what is left."""
         chunks = torch.arange(rows).chunk(shards) if rows else ()
         expected = [chunk.tolist() for chunk in chunks] + [[]] * (shards - len(chunks))
-        assert [list(range(lo, hi)) for lo, hi in shard_rows(rows, shards)] == expected
+        assert [list(range(*shard_rows(rows, shards, shard))) for shard in range(shards)] == expected
 
     @pytest.mark.parametrize(
         ("replicate", "shard", "world", "result"),
@@ -128,3 +134,39 @@ class TestShards:
     def test_degrees_that_do_not_multiply(self, replicate: int, shard: int, world: int):
         with pytest.raises(ValueError, match=r"parallelism.data_parallel_shard_degree: .* number of workers, 8"):
             resolve_shard_degree(replicate, shard, 1, world)
+
+
+class TestMeshPicture:
+    def test_hsdp_with_tensor_parallelism_and_shared_adapters(self):
+        assert mesh_picture(2, 2, 2, 2).splitlines() == [
+            "mesh 2 x 2 x 2 (replicate x shard x tensor); ranks:",
+            "                          tp 0  tp 1",
+            "  replica 0    shard 0         0     1   adapter 0, shared by 2 workers",
+            "  replica 0    shard 1         2     3   adapter 0, shared by 2 workers",
+            "  replica 1    shard 0         4     5   adapter 1, shared by 2 workers",
+            "  replica 1    shard 1         6     7   adapter 1, shared by 2 workers",
+        ]
+
+    def test_virtual_adapters_one_each_and_none(self):
+        assert mesh_picture(1, 2, 1, 8).splitlines()[1:] == [
+            "  replica 0    shard 0         0   adapters 0 to 3",
+            "  replica 0    shard 1         1   adapters 4 to 7",
+        ]
+        assert mesh_picture(1, 2, 1, 2).endswith("   adapter 1")
+        assert mesh_picture(1, 2, 1, None).endswith("shard 1         1")
+
+    def test_large_worlds_are_abbreviated(self):
+        lines = mesh_picture(8, 32, 16, 8).splitlines()
+        assert len(lines) == 2 + 16
+        assert lines[-2] == "  ..."
+        ranks = "  4080  4081  4082  4083  4084  4085   ...  4095"
+        assert lines[-1] == f"  replica 7    shard 31   {ranks}   adapter 7, shared by 32 workers"
+
+    @PROPERTY
+    @given(runs())
+    def test_it_says_what_the_placement_says(self, run: tuple[int, int, int, int]):
+        k, w, *_ = run
+        for placement, line in zip(placements(*run), mesh_picture(1, w, 1, k).splitlines()[1:15]):
+            last = placement.first_adapter + placement.hosted - 1
+            said = f"adapters {placement.first_adapter} to {last}" if placement.hosted > 1 else f"adapter {last}"
+            assert said in line

@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from titan_hd.config.errors import UserError
 from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
-from titan_hd.distributed.collectives import once, together
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.update.apply import Rounding, add_product, add_rows, factored_update
 from titan_hd.distributed.update.dense import DenseGroups, exchange_dense, rows_at_a_time
@@ -137,14 +136,20 @@ class Fold:
 
 
 def check_same_plan(plan: UpdatePlan) -> None:
-    """ValueError on every rank if the ranks' plans differ: they would wait for different collectives."""
-    same = once("comparing the plans", plan.digest) == plan.digest()
-    with together("comparing the plans"):
-        if not same:
-            raise UserError(
-                f"hdpissa.exchange: rank {dist.get_rank()} plans another update than rank 0; "
-                "all ranks need the same configuration, model and version"
-            )
+    """ValueError on every rank if the ranks' plans differ: they would wait for different collectives.
+
+    Two numbers travel, whatever the number of ranks.
+    """
+    mine = torch.tensor(int(plan.digest()[:15], 16))
+    first = mine.clone()
+    dist.broadcast(first, src=0)
+    different = torch.tensor(dist.get_world_size() if torch.equal(mine, first) else dist.get_rank())
+    dist.all_reduce(different, op=dist.ReduceOp.MIN)
+    if different < dist.get_world_size():
+        raise UserError(
+            f"hdpissa.exchange: rank {different} plans another update than rank 0; "
+            "all ranks need the same configuration, model and version"
+        )
 
 
 @torch.no_grad()

@@ -1,0 +1,193 @@
+"""What tools/scaling.py computes: its bytes against counted ones, its memory and growth against ranks of huge worlds.
+
+A world of thousands is one process here: the "fake" backend returns from every collective at once, with what it was
+given. So values are meaningless, and shapes, sizes and the work of set-up are those of a true rank 0.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import pstats
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests import runs
+from titan_hd.components.metrics import init_logging
+from titan_hd.config import manager
+from titan_hd.distributed.collectives import TRAFFIC
+from titan_hd.distributed.update.plan import Topology
+from titan_hd.distributed.weights import base_parameters
+from titan_hd.models.registry import read_hf_config
+from titan_hd.preflight import plan_run
+from titan_hd.train import Trainer
+from tools.scaling import Work, fsdp_gathers, shared_gradients, state_bytes
+
+
+def trainer(argv: list[str]) -> Trainer:
+    init_logging(rank=1)
+    config = manager.load(argv)
+    return Trainer(config, plan_run(config, dist.get_world_size()), torch.device("cpu"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes
+
+
+class Gathers(TorchDispatchMode):
+    """Bytes received in each all-gather into one tensor, while `counting`."""
+
+    def __init__(self):
+        super().__init__()
+        self.received: list[int] = []
+        self.counting = True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.counting and func is torch.ops.c10d._allgather_base_.default:
+            self.received.append(args[0].nbytes - args[1].nbytes)
+        return func(*args, **(kwargs or {}))
+
+
+def received(argv: list[str]) -> tuple[list[int], int, int]:
+    """All-gathers of the second step's forward and backward passes; bytes of its exchange, counted and planned."""
+    run = trainer(argv)
+    run.train_step()
+    gathers, before = Gathers(), TRAFFIC.received
+    if run.registry:
+        fold = run.fold
+
+        def uncounted(*args):
+            gathers.counting = False
+            fold(*args)
+
+        run.fold = uncounted
+    with gathers:
+        run.train_step()
+    run.close()
+    planned = sum(w.received for w in fold.plan.weights) if run.registry else 0
+    return gathers.received, TRAFFIC.received - before, planned
+
+
+MESHES = {
+    "two": (2, 2, 1, {}),
+    "virtual": (2, 4, 1, {}),
+    "four": (4, 4, 1, {}),
+    "groups": (4, 2, 1, {}),
+    "hsdp": (4, 2, 2, {}),
+    "dense": (4, 4, 2, {"hdpissa__exchange": "dense"}),
+    "tied": (2, 2, 1, {"tied": True}),
+    "full": (2, 1, 1, {"adapter__method": "full"}),
+    "eight": (8, 8, 1, {}),
+    "eight-groups": (8, 2, 2, {}),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c[:5] == "eight" else c for c in MESHES])
+def test_bytes_of_a_step_are_those_counted(case, request, tmp_path: Path):
+    world, num_adapters, replicate, options = MESHES[case]
+    options = dict(options)
+    runs.write_model(tmp_path / "model", tie_word_embeddings=options.pop("tied", False), num_key_value_heads=2)
+    runs.write_records(tmp_path / "records.jsonl")
+    argv = runs.options(
+        tmp_path / "model",
+        tmp_path / "records.jsonl",
+        tmp_path / "dump",
+        hdpissa__num_adapters=num_adapters,
+        parallelism__data_parallel_replicate_degree=replicate,
+        training__global_batch_size=8,
+        training__steps=3,
+        **options,
+    )
+    pool = request.getfixturevalue("eight_workers" if world == 8 else "workers")
+    trained = case == "full"
+    work = Work(read_hf_config(tmp_path / "model"), rank=1)
+    shared = 0 if trained else shared_gradients(work, Topology(num_adapters, 1, replicate, world // replicate))
+    expected = fsdp_gathers(work.config, world // replicate, 4, trained) * (8 // world)  # fp32, per micro-batch
+    for gathers, counted, planned in pool.run(world, received, argv):
+        assert sorted(gathers) == sorted(expected)
+        assert counted == planned + shared
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Large worlds
+
+
+def fake_run(world: int, argv: list[str]) -> tuple[Trainer, int]:
+    """Rank 0 of a world of so many after one step, and the number of Python calls of its set-up and step."""
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    with cProfile.Profile() as profile:
+        run = trainer(argv)
+        run.train_step()
+    run.close()
+    return run, sum(calls for _, calls, *_ in pstats.Stats(profile).stats.values())
+
+
+def nbytes(tensors) -> int:
+    return sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in tensors)
+
+
+def fake_state(world: int, argv: list[str]) -> tuple[dict[str, int], dict[str, int], int, int]:
+    """Bytes that rank 0 holds, as counted and as computed; the size of the update's plan; Python calls."""
+    run, calls = fake_run(world, argv)
+    layers = [entry.layer for entry in run.registry.entries.values()]
+    deltas = [p for layer in layers for p in (layer.delta_A, layer.delta_B)]
+    moments = [run.optimizer.state[p][key] for p in deltas for key in ("exp_avg", "exp_avg_sq")]
+    fixed = [t for entry in run.registry.entries.values() for t in (entry.a, entry.b)]
+    counted = {
+        "shards": nbytes(p for _, p in base_parameters(run.model)),
+        "adapters": nbytes([*deltas, *moments, *fixed, *(p.grad for p in deltas)]),
+        "cache": nbytes(t for pair in run.fold._static.values() for t in pair),
+    }
+    work = Work(run.plan.decoder, run.config.adapter.rank)
+    return counted, state_bytes(work, run.fold.plan), len(repr(run.fold.plan)), calls
+
+
+def fake_argv(folder: Path, **overrides) -> list[str]:
+    runs.write_records(folder / "records.jsonl", count=8)
+    config = {"model__hf_assets_path": "", "model__name": "llama3", "model__flavor": "debugmodel"}
+    return runs.options(
+        Path(),
+        folder / "records.jsonl",
+        folder / "dump",
+        **config,
+        hdpissa__num_adapters=8,
+        adapter__rank=2,
+        **overrides,
+    )
+
+
+@pytest.mark.parametrize(
+    ("world", "replicate", "slices"),
+    [
+        (512, 1, "orthogonal"),
+        (512, 64, "random"),
+        pytest.param(4096, 512, "orthogonal", marks=pytest.mark.slow),
+    ],
+)
+def test_memory_of_a_rank_is_the_formulas(world, replicate, slices, workers, tmp_path: Path):
+    argv = fake_argv(
+        tmp_path, parallelism__data_parallel_replicate_degree=replicate, hdpissa__slices=slices, export__enable="false"
+    )
+    ((counted, computed, _, _),) = workers.run(1, fake_state, world, argv)
+    assert counted == computed
+    assert all(counted.values())
+
+
+@pytest.mark.parametrize("worlds", [(64, 128, 512), pytest.param((64, 512, 4096), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("replicate", [1, 8])
+def test_work_of_set_up_and_step_grows_at_most_linearly(replicate, worlds, workers, tmp_path: Path):
+    argv = fake_argv(tmp_path, parallelism__data_parallel_replicate_degree=replicate, export__enable="false")
+    results = []
+    for world in worlds:
+        workers.run(1, fake_state, world, argv)  # DTensor remembers how it shards each operation: count warm runs
+        results += workers.run(1, fake_state, world, argv)
+    (_, _, plan, low), (_, _, _, middle), (_, _, large_plan, high) = results
+    small, medium, large = worlds
+    print("Python calls of set-up and one step:", dict(zip(worlds, (low, middle, high))))  # shown by pytest -s
+    assert large_plan <= plan + 100, "the plan knows shards, not ranks"
+    assert high - middle <= 1.2 * (large - medium) / (medium - small) * (middle - low)

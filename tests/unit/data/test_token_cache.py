@@ -1,0 +1,315 @@
+"""Tokenized once: entries are whole or made anew, one process writes, errors reach those who wait."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.unit.data.test_formats import chat_directory
+from tests.unit.data.test_records import message
+from titan_hd.config.job_config import Data
+from titan_hd.data import dataset, token_processes
+from titan_hd.data.dataset import build_records
+from titan_hd.data.records import InstructionRecords
+from titan_hd.data.tokenizer import load_tokenizer
+
+WORDS = ("the fox", "brown dog", "my box", "lazy jug", "1 + 2")
+
+
+@pytest.fixture
+def setup(tmp_path: Path, monkeypatch):
+    """A tokenizer's directory, and 60 records in two files; everything is large enough for the cache."""
+    monkeypatch.setattr(dataset, "SMALL", 0)
+    monkeypatch.setattr(dataset, "CHUNK_RECORDS", 7)
+    chat_directory(tmp_path / "model")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [{"prompt": WORDS[i % 5] * (1 + i % 4), "response": WORDS[i % 3]} for i in range(60)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:25]))
+    (folder / "b.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[25:]))
+    return tmp_path
+
+
+def build(setup: Path, key: str = "train", seq_len: int = 40, tokenizer=None, **settings):
+    settings = {"cache_dir": str(setup / "cache"), "num_proc": 1, "template": "none", **settings}
+    data = Data(**{key: str(setup / "data"), **settings})
+    return build_records(data, key, 500, seq_len, tokenizer or (lambda: load_tokenizer(setup / "model")))
+
+
+def entries(setup: Path) -> list[Path]:
+    return sorted(path for path in (setup / "cache").iterdir() if path.name[0] != ".")
+
+
+def leave_no_encoding(monkeypatch) -> None:
+    monkeypatch.setattr("titan_hd.data.encoding.Encoder.chunk", None)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"train_on_prompt": True}, {"template": "chat", "seq_len": 200}, {"seq_len": 6}, {"seq_len": 4}],
+    ids=str,
+)
+def test_equal_to_what_is_held_in_memory(setup: Path, monkeypatch, settings: dict):
+    memory, written = build(setup, cache_dir="", **settings), build(setup, **settings)
+    leave_no_encoding(monkeypatch)
+    read = build(setup, **settings)
+    for records in (written, read):
+        assert list(records) == list(memory)
+        assert records.statistics == memory.statistics
+        assert records.lengths().tolist() == memory.lengths().tolist()
+    base = read._arrays["ids"]
+    assert isinstance(base.base, np.memmap) or isinstance(base, np.memmap)
+    assert list(pickle.loads(pickle.dumps(read))) == list(memory)
+    assert len(pickle.dumps(read)) < 2000, "other processes map the files themselves"
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_chunks_do_not_show(setup: Path, monkeypatch, chunk: int):
+    whole = build(setup, cache_dir="")
+    monkeypatch.setattr(dataset, "CHUNK_RECORDS", chunk)
+    assert list(build(setup, cache_dir="")) == list(whole)
+
+
+def test_tokens_have_labels_of_their_own(setup: Path, monkeypatch):
+    rows = [{"input_ids": [1, 2, 3], "labels": [-100, 7, 8]}, {"input_ids": [4], "labels": [-100]}]
+    path = setup / "t.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for _ in range(2):
+        records = build(setup, train=str(path), tokenizer=lambda: 1 / 0)
+        assert [(e.input_ids, e.labels) for e in records] == [tuple(r.values()) for r in rows]
+        leave_no_encoding(monkeypatch)
+
+
+@pytest.mark.parametrize("format", ["instruction", "chat"])
+def test_questions_are_kept_for_validation(setup: Path, monkeypatch, format: str):
+    turns = [("user", "the fox"), ("assistant", "dog"), ("user", "and?"), ("assistant", "my box"), ("user", "1")]
+    chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    row = chat if format == "chat" else {"prompt": "the fox", "response": "my box"}
+    path = setup / "v.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    for _ in range(2):
+        records = build(setup, "validation", 200, validation=str(path), template="chat")
+        assert isinstance(records, InstructionRecords)
+        assert records.response(0) == "my box"
+        ids = records.prompt_ids(0)
+        assert records[0].input_ids[: len(ids)] == ids
+        assert records.prompt(0).endswith("<|im_start|>assistant\n")
+        assert not set(records.stop_ids()).isdisjoint(load_tokenizer(setup / "model").control_ids)
+        assert ("and?" in records.prompt(0)) == (format == "chat")
+        leave_no_encoding(monkeypatch)
+
+
+def test_what_an_entry_depends_on(setup: Path):
+    build(setup)
+    different = [
+        {"seq_len": 41},
+        {"template": "chat", "seq_len": 90},
+        {"train_on_prompt": True},
+        {"prompt_field": "response"},
+    ]
+    different += [{"on_error": "skip"}, {"format": "text", "text_field": "prompt"}]
+    for count, settings in enumerate(different, 2):
+        build(setup, **settings)
+        assert len(entries(setup)) == count, settings
+    build(setup, num_proc=3, format="instruction", max_skipped=100, shuffle=False)
+    assert len(entries(setup)) == count, "neither the number of processes nor the order"
+    with (setup / "data" / "b.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "the fox", "response": "dog"}) + "\n")
+    assert len(build(setup)) == 61
+    (setup / "model" / "tokenizer_config.json").write_text(
+        (setup / "model" / "tokenizer_config.json").read_text() + " "
+    )
+    build(setup)
+    assert len(entries(setup)) == count + 2
+
+
+def test_a_template_file_counts_by_its_content(setup: Path):
+    template = setup / "template.txt"
+    for text in ("the {prompt}", "my {prompt}", "the {prompt}"):
+        template.write_text(text)
+        build(setup, template=str(template))
+    assert len(entries(setup)) == 2
+
+
+def test_moved_files_are_known_and_named(setup: Path, caplog):
+    caplog.set_level(logging.INFO, "titan_hd")
+    with (setup / "data" / "b.jsonl").open("a") as file:
+        file.write("{\n")
+    build(setup, on_error="skip")
+    (setup / "data").rename(setup / "moved")
+    records = build(setup, on_error="skip", train=str(setup / "moved"))
+    assert len(entries(setup)) == 1
+    assert records.statistics.first_bad.startswith(f"{setup}/moved/b.jsonl:36: not valid JSON")
+    assert f"1 bad records are skipped; the first: {setup}/moved/b.jsonl:36" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "meta", "no meta"])
+def test_a_damaged_entry_is_made_anew(setup: Path, caplog, damage: str):
+    expected = list(build(setup))
+    (entry,) = entries(setup)
+    if damage == "cut":
+        os.truncate(entry / "ids", 8)
+    elif damage == "gone":
+        (entry / "spans").unlink()
+    elif damage == "meta":
+        os.truncate(entry / "meta.json", 20)
+    else:
+        (entry / "meta.json").unlink()
+    assert list(build(setup)) == expected
+    assert f"{entry} is damaged" in caplog.text
+    caplog.clear()
+    assert list(build(setup)) == expected
+    assert not caplog.text
+
+
+def test_a_folder_that_cannot_be_used(setup: Path):
+    (setup / "file").write_text("")
+    text = message(build, setup, cache_dir=str(setup / "file" / "cache"))
+    assert text.startswith(f"data.cache_dir: cannot use {setup}/file/cache: ")
+
+
+def test_little_data_is_not_cached(setup: Path, monkeypatch):
+    monkeypatch.setattr(dataset, "SMALL", 2**20)
+    assert len(build(setup)) == 60
+    assert not (setup / "cache").exists()
+
+
+PROGRAM = """
+    import sys, time, json
+    from pathlib import Path
+    from titan_hd.config.job_config import Data
+    from titan_hd.data import dataset, encoding
+    from titan_hd.data.tokenizer import load_tokenizer
+
+    folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
+    dataset.SMALL, dataset.CHUNK_RECORDS = 0, 7
+    chunk = encoding.Encoder.chunk
+    def slow(self, raws):
+        print("chunk", flush=True)
+        time.sleep(seconds)
+        return chunk(self, raws)
+    encoding.Encoder.chunk = slow
+    data = Data(train=str(folder / "data"), template="none", cache_dir=str(folder / "cache"), num_proc=1)
+    try:
+        records = dataset.build_records(data, "train", 500, 40, lambda: load_tokenizer(folder / "model"))
+        print(json.dumps([e.input_ids for e in records]))
+    except ValueError as error:
+        print("error", error)
+"""
+
+
+def start(setup: Path, seconds: float) -> subprocess.Popen:
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(setup), str(seconds)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def test_a_writer_that_is_killed_leaves_nothing_behind(setup: Path):
+    expected = [e.input_ids for e in build(setup, cache_dir="")]
+    writer = start(setup, 60)
+    assert writer.stdout.readline() == "chunk\n"  # it is writing
+    reader = start(setup, 0)  # and this one waits for it
+    deadline = time.monotonic() + 60
+    while not list((setup / "cache").glob(".*.lock")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    said = reader.communicate(timeout=60)[0].splitlines()
+    assert said.count("chunk") == 9  # 60 records by seven: it has made all of it
+    assert json.loads(said[-1]) == expected
+    (entry,) = entries(setup)
+    left = [path.name for path in (setup / "cache").iterdir() if path != entry]
+    assert left == [f".{entry.name}.lock"], "the killed one's part is removed"
+
+
+def test_of_two_at_once_one_writes(setup: Path):
+    programs = [start(setup, 0.05) for _ in range(2)]
+    said = [program.communicate(timeout=120)[0].splitlines() for program in programs]
+    assert sum(lines.count("chunk") for lines in said) == 9
+    assert said[0][-1] == said[1][-1]
+    assert len(json.loads(said[0][-1])) == 60
+
+
+def test_who_waited_fails_with_the_writer(setup: Path):
+    """And does not try the same for as long again, one after the other."""
+    with (setup / "data" / "b.jsonl").open("a") as file:
+        file.write("{\n")
+    programs = [start(setup, 0.3) for _ in range(2)]
+    said = [program.communicate(timeout=120)[0].splitlines() for program in programs]
+    assert len({lines[-1] for lines in said}) == 1
+    assert said[0][-1].startswith(f"error {setup}/data/b.jsonl:36: not valid JSON: ")
+    assert sum(lines.count("chunk") for lines in said) < 18
+    assert entries(setup) == []
+
+
+class TestProcesses:
+    @pytest.mark.parametrize("count", [1, 2, 3])
+    def test_the_order_is_the_files(self, setup: Path, count: int):
+        alone = build(setup, "validation", cache_dir="")
+        records = build(setup, "validation", num_proc=count)
+        assert list(records) == list(alone)
+        assert [records.response(i) for i in range(60)] == [alone.response(i) for i in range(60)]
+        assert records.statistics == alone.statistics
+
+    @pytest.mark.parametrize("line", ["{", '{"prompt": 1, "response": "x"}', "[1]"])
+    def test_the_first_bad_record_is_named(self, setup: Path, line: str):
+        path = setup / "data" / "a.jsonl"
+        rows = path.read_text().splitlines()
+        for place in (20, 9, 10):
+            rows[place] = line
+        path.write_text("\n".join(rows))
+        text = message(build, setup, num_proc=3)
+        assert text.startswith(f"{path}:10: ")
+        assert text == message(build, setup, num_proc=1)
+
+    def test_the_limit_counts_over_all(self, setup: Path):
+        path = setup / "data" / "a.jsonl"
+        rows = path.read_text().splitlines()
+        rows[::3] = ["{"] * 9
+        path.write_text("\n".join(rows) + "\n")
+        records = build(setup, num_proc=3, on_error="skip", max_skipped=9)
+        assert (len(records), records.statistics.bad) == (51, 9)
+        assert list(records) == list(build(setup, num_proc=1, on_error="skip", max_skipped=9, cache_dir=""))
+        text = message(build, setup, num_proc=3, on_error="skip", max_skipped=8)
+        assert text.startswith(f"data.max_skipped: more than 8 bad records; the first: {path}:1: ")
+
+    def test_a_file_that_ends_early_is_said_after_what_is_before_it(self, setup: Path):
+        good = (setup / "data" / "a.jsonl").read_bytes()
+        import gzip
+
+        packed = gzip.compress(good * 50)[:-100]
+        (setup / "data" / "c.jsonl.gz").write_bytes(packed)
+        assert message(build, setup, num_proc=2).startswith(f"data.train: cannot read {setup}/data/c.jsonl.gz: ")
+        (setup / "data" / "b.jsonl").write_bytes(good + b"{\n")
+        assert message(build, setup, num_proc=2).startswith(f"{setup}/data/b.jsonl:26: ")
+
+    def test_a_process_that_is_killed(self, setup: Path, monkeypatch):
+        send = token_processes.TokenProcesses._send
+
+        def kill_then_send(self, connection, chunk):
+            self._programs[connection].kill()
+            self._programs[connection].wait()
+            send(self, connection, chunk)
+
+        monkeypatch.setattr(token_processes.TokenProcesses, "_send", kill_then_send)
+        text = message(build, setup, num_proc=2)
+        assert text.startswith("data.num_proc: a tokenizing process ended with signal 9")
+
+    def test_a_chat_template_travels(self, setup: Path):
+        chat = {"messages": [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "dog"}]}
+        path = setup / "c.jsonl"
+        path.write_text((json.dumps(chat) + "\n") * 20)
+        records = build(setup, seq_len=100, train=str(path), num_proc=2)
+        assert list(records) == list(build(setup, seq_len=100, train=str(path), num_proc=1, cache_dir=""))

@@ -1,0 +1,73 @@
+"""Which signals are noted, which stop at once, and what a repetition means."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from titan_hd import signals
+from titan_hd.signals import INTERRUPTED, REQUEUE, StopSignals
+
+
+class Left(BaseException):
+    """Instead of leaving the process."""
+
+
+@pytest.fixture(autouse=True)
+def stays(monkeypatch):
+    def leave(status):
+        raise Left(status)
+
+    monkeypatch.setattr(signals.os, "_exit", leave)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, REQUEUE), (signal.SIGUSR1, REQUEUE), (signal.SIGINT, INTERRUPTED)]
+)
+def test_noted_while_steps_run_and_obeyed_at_once_otherwise(number, status):
+    stop = StopSignals()
+    with stop.deferred():
+        stop._take(number)
+    assert stop.status == status
+    with pytest.raises(Left, match=str(int(status))):
+        stop._take(number)
+
+
+def test_the_same_signal_by_two_ways_is_one(clock):
+    """A scheduler signals workers and launcher, and the launcher passes it on."""
+    stop = StopSignals()
+    with stop.deferred():
+        stop._take(signal.SIGINT)
+        clock[0] = 0.5
+        stop._take(signal.SIGINT)
+        assert stop.status == INTERRUPTED
+
+
+def test_a_second_ctrl_c_stops_at_once(clock):
+    """What the launcher makes of it is SIGTERM."""
+    for second in (signal.SIGINT, signal.SIGTERM):
+        stop = StopSignals()
+        clock[0] = 0.0
+        with stop.deferred():
+            stop._take(signal.SIGINT)
+            clock[0] = 3.0
+            with pytest.raises(Left, match=str(int(INTERRUPTED))):
+                stop._take(second)
+
+
+def test_a_scheduler_may_repeat_itself(clock):
+    """SIGUSR1 before the limit, SIGTERM at the limit: the save goes on."""
+    stop = StopSignals()
+    with stop.deferred():
+        stop._take(signal.SIGUSR1)
+        clock[0] = 100.0
+        stop._take(signal.SIGTERM)
+    assert stop.status == REQUEUE

@@ -1,0 +1,88 @@
+"""tools/scaling.py: its arithmetic by hand, what its rows say, its faults. Its bytes: tests/distributed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from titan_hd.distributed.update.plan import Topology
+from titan_hd.models.registry import flavor_config
+from tools.scaling import Cluster, Work, authors_estimate, best, compute_seconds, estimate, fsdp_gathers, table
+
+LLAMA_8B = Work(flavor_config("llama3", "8B"))
+CLUSTER = Cluster()
+
+
+def test_rings_use_the_links_of_all_members_of_a_node():
+    cluster = Cluster(nvlink_latency=0.0, network_latency=0.0)
+    assert cluster.ring(450e9, 8, 8) == 1.0
+    assert cluster.ring(400e9, 64, 8) == 1.0, "eight links of 50 GB/s bring a node its data"
+    assert cluster.ring(50e9, 8, 1) == 1.0
+    assert cluster.all_to_all(50e9, 8, 1) == 1.0
+    assert cluster.all_to_all(63e9, 64, 8) == pytest.approx(56 / 50), "56 of 63 parts come from other nodes"
+    assert cluster.ring(1e9, 1, 1) == cluster.all_to_all(1e9, 1, 1) == 0.0
+    assert CLUSTER.ring(0.0, 64, 8) == pytest.approx(7 * 5e-6 + 56 * 1e-6)
+
+
+def test_gathers_of_llama_8b_by_hand():
+    """On 8 shards: 7/8 of everything once in bf16, of the blocks twice; a trained embedding twice."""
+    embedding = 128256 * 4096
+    blocks = 32 * (2 * 4096**2 + 2 * 1024 * 4096 + 3 * 14336 * 4096 + 2 * 4096)
+    once = embedding + 2 * blocks + (embedding + 4096)
+    assert sum(fsdp_gathers(LLAMA_8B.config, 8, 2)) == 2 * once * 7 // 8
+    assert sum(fsdp_gathers(LLAMA_8B.config, 8, 2, trained=True)) == 2 * (once + embedding) * 7 // 8
+    assert len(fsdp_gathers(LLAMA_8B.config, 8, 2)) == 1 + 2 * 32 + 1
+
+
+def test_compute_is_4n_and_the_recomputed_forward():
+    """Blocks of 6.98e9 elements and a head of 0.525e9; attention of 8,192 tokens; a dense gradient is 2N more."""
+    per_second = CLUSTER.peak * CLUSTER.utilisation / LLAMA_8B.tokens
+    blocks = 32 * (2 * 4096**2 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
+    model = 4 * (blocks + 128256 * 4096) + 12 * 4096 * 8192 * 32 + 4 * 41.9e6
+    again = 2 * blocks + 4 * 4096 * 8192 * 32
+    assert compute_seconds(LLAMA_8B, CLUSTER) == pytest.approx((model + again) / per_second, rel=1e-4)
+    dense = compute_seconds(LLAMA_8B, CLUSTER, dense_gradient=True) - compute_seconds(LLAMA_8B, CLUSTER)
+    assert dense == pytest.approx(2 * blocks / per_second)
+
+
+def test_more_gpus_cost_little_at_a_fixed_k():
+    steps = [best(LLAMA_8B, gpus, 8, "factors", CLUSTER) for gpus in (8, 64, 512, 4096)]
+    assert all(step.memory < CLUSTER.memory for step in steps)
+    assert all(step.efficiency > 0.95 for step in steps)
+    assert [step.gpus for step in steps] == [8, 64, 512, 4096]
+
+
+def test_the_authors_scheme_grows_with_the_gpus():
+    eight, many = (authors_estimate(LLAMA_8B, gpus, CLUSTER) for gpus in (8, 64))
+    assert many.exchanged == pytest.approx(9 * eight.exchanged)
+    ours = estimate(LLAMA_8B, Topology(64, 16, 1, 64), "factors", CLUSTER)
+    assert many.exchange > 5 * ours.exchange
+    assert "impossible: K * r = 2048 singular directions, the smallest weight has 1024" in table(
+        LLAMA_8B, [128], [8], CLUSTER
+    )
+
+
+def test_a_model_that_fits_nowhere_is_said_to():
+    assert "does not fit" in table(Work(flavor_config("llama3", "70B")), [8], [8], CLUSTER)
+
+
+def run(*argv: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPOSITORY / "tools" / "scaling.py"), *argv]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_command_line_and_its_faults():
+    done = run("--flavor", "debugmodel", "--rank", "2", "--gpus", "8,16", "--tokens", "64", "--length", "64")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 2 + 3 + 5
+    for argv, line in {
+        ("--flavor", "9B"): "model.flavor: must be one of",
+        ("--adapters", "3"): "--adapters: 3 adapters cannot be dealt to 8 GPUs; one number must divide the other",
+    }.items():
+        done = run(*argv)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"titan_hd: error: {line}")
+        assert len(done.stderr.splitlines()) == 1

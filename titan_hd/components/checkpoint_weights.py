@@ -1,0 +1,88 @@
+"""Weights of a checkpoint by HF name, in one process, whatever they were stored as."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from titan_hd.adapters.adapter_linear import AdapterLinear, adapter_layers
+from titan_hd.adapters.methods import build_method
+from titan_hd.components.dcp_reader import CheckpointReader
+from titan_hd.components.identity import weights_fingerprint
+from titan_hd.config import manager
+from titan_hd.config.errors import UserError
+from titan_hd.models.decoder import Decoder
+from titan_hd.models.hf_weights import WeightFiles
+from titan_hd.models.registry import DecoderConfig
+
+
+class CheckpointWeights:
+    """Reads one weight after the other: as it is stored; of the base model, where a checkpoint holds only what changed;
+    and merged in fp32, where an adapter stands beside it.
+
+    state: what `read_train_state` gave, empty for a checkpoint of weights alone. directory: has the base model.
+
+    Attributes:
+        shapes: of all weights of the model.
+        dtypes: of the weights that are stored.
+        merged: names of the weights that an adapter stands beside.
+
+    Raises:
+        UserError: tensors are missing or misshapen, or the directory holds another base model; a line for each.
+    """
+
+    def __init__(self, reader: CheckpointReader, state: dict[str, Any], decoder: DecoderConfig, directory: str):
+        self._reader = reader
+        with torch.device("meta"):
+            model = Decoder(decoder)
+        self.shapes = {name: p.shape for name, p in model.named_parameters()}
+        self._layers: dict[str, AdapterLinear] = {}
+        if state:
+            config = manager.from_toml(state["config"], str(reader.folder))
+            with torch.device("meta"):
+                build_method(config).apply(model, config.adapter.target_modules)
+            self._layers = {f"{name}.weight": layer for name, layer in adapter_layers(model).items()}
+        self.merged = self._layers.keys()
+        self._base = self._of_the_base(state, directory)
+        self._files = WeightFiles(directory, self.shapes, model.lm_head is None) if self._base else None
+        self.dtypes = reader.tensor_dtypes({name: s for name, s in self.shapes.items() if name not in self._base})
+        layers = self._layers.values()
+        beside = {f"{layer.name}.{key}": getattr(layer, key).shape for layer in layers for key in layer.adapter_names}
+        reader.tensor_dtypes(beside, "adapters.")
+
+    def _of_the_base(self, state: dict[str, Any], directory: str) -> set[str]:
+        if state.get("base") != "delta":
+            return set()
+        if weights_fingerprint(directory) != state["identity"].get("weights"):
+            folder = self._reader.folder
+            raise UserError(f"--assets: {directory}: its weights are not those that the checkpoint {folder} builds on")
+        return {name for name in self.shapes if not self._reader.holds(f"model.{name}")}
+
+    def read_into(self, name: str, weight: torch.Tensor) -> None:
+        """Fill `weight`, rounded once to its dtype."""
+        layer = self._layers.get(name)
+        if layer is None:
+            self._read(name, weight)
+            return
+        whole = torch.empty(weight.shape, dtype=torch.float32)
+        self._read(name, whole)
+        tensors = {key: torch.empty(getattr(layer, key).shape) for key in layer.adapter_names}
+        for key, tensor in tensors.items():
+            self._load(f"adapters.{layer.name}.{key}", tensor)
+        weight.copy_(layer.merged(whole, **tensors))
+
+    def _read(self, name: str, weight: torch.Tensor) -> None:
+        if name in self._base:
+            self._files.read_into(name, weight)
+        else:
+            self._load(f"model.{name}", weight)
+
+    def _load(self, key: str, values: torch.Tensor) -> None:
+        try:
+            dcp.load({key: values}, storage_reader=self._reader, no_dist=True)
+        except CheckpointException as error:
+            reason = next(iter(error.failures.values()))[0]
+            raise UserError(f"{self._reader.folder}: {key}: cannot be read: {reason}") from None

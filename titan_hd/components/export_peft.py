@@ -1,0 +1,157 @@
+"""Writes the adapters alone, as a directory that the peft library loads onto the base model.
+
+Every rank makes the tensors of the layers dealt to it (`distributed.whole`), and rank 0 gathers them, wave by wave, and
+writes one file. They are fp32: an adapter is small, and the two halves of a PiSSA adapter nearly cancel, which rounding
+would undo.
+
+PiSSA and OLoRA train A, B over a base weight W - s B0 A0, while peft's user has W. So the adapter is of rank 2r:
+s B A - s B0 A0. A0 and B0 are kept nowhere: s B0 A0 is the base model's weight minus the frozen one, a matrix of rank
+r, whose decomposition is as good as the first values themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from titan_hd import __version__
+from titan_hd.adapters.adapter_linear import AdapterLinear, adapter_layers
+from titan_hd.adapters.lora import LoRALinear
+from titan_hd.adapters.svd import SvdSettings, principal_factors
+from titan_hd.components.export import beside, check_folder, export_folder, publish, start_folder
+from titan_hd.components.model_card import base_name
+from titan_hd.config.job_config import LINEAR_LAYERS, JobConfig
+from titan_hd.distributed.collectives import together
+from titan_hd.distributed.parallel_dims import ParallelDims
+from titan_hd.distributed.whole import collect, sharded, waves
+from titan_hd.models.decoder import Decoder
+from titan_hd.models.hf_weights import WeightFiles, disk_faults
+
+logger = logging.getLogger("titan_hd")
+
+# Our names of tensors -> peft's, where they differ.
+_PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+_MAGNITUDE = "lora_magnitude_delta"  # of DoRA; peft keeps m, ours is m - ||W||
+
+
+def export_peft(model: Decoder, dims: ParallelDims, config: JobConfig) -> None:
+    """Write the adapters to export.folder: adapter_config.json and adapter_model.safetensors. Collective.
+
+    Raises:
+        UserError: the folder holds something else, the disk fails, or the base model's files are needed and are not as
+            they were; on every rank.
+    """
+    folder, assets = export_folder(config), config.model.hf_assets_path
+    partial, tensors = beside(folder), {}
+    with together("looking at the export folder"):
+        check_folder(folder, assets)
+        base = _base_files(model, assets)
+    for wave in _adapter_waves(model, dims, base):
+        tensors |= wave
+    with together("writing the adapter"), disk_faults(partial):
+        if dims.rank == 0:
+            start_folder(partial)
+            text = json.dumps(adapter_config(config, base_name(model.config.hf, assets)), indent=2)
+            (partial / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+            save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt", "titan_hd": __version__})
+            publish(partial, folder)
+            logger.info("exported the adapter (%d tensors, float32) to %s", len(tensors), folder)
+
+
+def _base_files(model: Decoder, assets: str) -> WeightFiles | None:
+    """The base model's weights, if a method has changed them."""
+    layers = adapter_layers(model)
+    if not any(layer.changes_weight for layer in layers.values()):
+        return None
+    beside_weights = {f"{name}.{key}" for name, layer in layers.items() for key in layer.adapter_names}
+    expected = {name: p.shape for name, p in model.named_parameters() if name not in beside_weights}
+    return WeightFiles(assets, expected, tied_head=model.lm_head is None)
+
+
+@torch.no_grad()
+def _adapter_waves(model: Decoder, dims: ParallelDims, base: WeightFiles | None) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors by peft's names, on the host, wave by wave; all of them on rank 0, nothing on the others."""
+    layers = adapter_layers(model)
+    needs_weight = any(layer.changes_weight or _MAGNITUDE in layer.adapter_names for layer in layers.values())
+    for names in waves(list(layers), dims):
+        wave = [layers[name] for name in names]
+        weight = collect([sharded(layer.weight) for layer in wave], dims) if needs_weight else None
+        parts = {key: [sharded(getattr(layer, key)) for layer in wave] for key in wave[0].adapter_names}
+        tensors = {key: collect(part, dims) for key, part in parts.items()}
+        mine: dict[str, torch.Tensor] = {}
+        with together("reading the base model"):
+            if dims.rank < len(wave):
+                layer, name = wave[dims.rank], names[dims.rank]
+                frozen = None if weight is None else weight.float()
+                taken_out = _base_weight(base, name, frozen) - frozen if layer.changes_weight else None
+                for key, value in peft_tensors(layer, tensors, frozen, taken_out).items():
+                    mine[f"base_model.model.{name}.{key}"] = value.cpu().contiguous()
+        everyones: list[dict[str, torch.Tensor] | None] = [None] * dims.world_size
+        dist.gather_object(mine, everyones if dims.rank == 0 else None)
+        yield {key: value for part in everyones if part for key, value in part.items()}
+
+
+def _base_weight(base: WeightFiles, name: str, like: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(like)
+    base.read_into(f"{name}.weight", out)
+    return out
+
+
+def peft_tensors(
+    layer: AdapterLinear,
+    tensors: dict[str, torch.Tensor],
+    weight: torch.Tensor | None = None,
+    taken_out: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """What peft keeps of a layer, by its names within the layer.
+
+    weight: the frozen weight [out, in] (DoRA). taken_out: what the method took out of the base model's weight.
+    """
+    if taken_out is not None:
+        assert isinstance(layer, LoRALinear)
+        a0, b0 = principal_factors(taken_out, layer.rank, SvdSettings())
+        a, b = tensors["lora_A"], tensors["lora_B"]
+        tensors = {"lora_A": torch.cat([a, a0]), "lora_B": torch.cat([layer.scale * b, -b0], 1)}
+    elif _MAGNITUDE in tensors:
+        magnitude = layer.magnitude(weight, tensors[_MAGNITUDE])
+        tensors = {key: t for key, t in tensors.items() if key != _MAGNITUDE} | {"lora_magnitude_vector": magnitude}
+    return {_PEFT_NAMES.get(key, key): value for key, value in tensors.items()}
+
+
+def adapter_config(config: JobConfig, base: str) -> dict[str, Any]:
+    """adapter_config.json for the run's method; base: the name of the base model."""
+    a = config.adapter
+    return {
+        **_METHODS[a.method](config),
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "target_modules": a.target_modules or LINEAR_LAYERS,
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def _lora(config: JobConfig) -> dict[str, Any]:
+    a = config.adapter
+    common = {"peft_type": "LORA", "lora_dropout": a.dropout, "bias": "none", "use_dora": a.method == "dora"}
+    if a.method == "pissa" or a.init == "olora":  # the scale is in B
+        return {**common, "r": 2 * a.rank, "lora_alpha": 2 * a.rank, "use_rslora": False}
+    return {**common, "r": a.rank, "lora_alpha": a.rank if a.alpha is None else a.alpha, "use_rslora": a.rslora}
+
+
+def _miss(config: JobConfig) -> dict[str, Any]:
+    a = config.adapter
+    variant = "bat" if a.method == "bat" else True
+    return {"peft_type": "MISS", "r": a.rank, "miss_dropout": a.dropout, "bias": "none", "init_weights": variant}
+
+
+def _hira(config: JobConfig) -> dict[str, Any]:
+    return {"peft_type": "HIRA", "r": config.adapter.rank, "hira_dropout": config.adapter.dropout}
+
+
+_METHODS = {"lora": _lora, "pissa": _lora, "dora": _lora, "bone": _miss, "bat": _miss, "hira": _hira}

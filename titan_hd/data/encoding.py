@@ -1,0 +1,161 @@
+"""Raw records -> chunks of token ids and labels -> the flat arrays of `TokenizedRecords`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+
+from titan_hd.config.errors import UserError
+from titan_hd.data.formats import Format
+from titan_hd.data.records import IGNORE, Example, Statistics
+from titan_hd.data.sources import Raw, Record, parse
+
+# The arrays of `TokenizedRecords`. Those that end in "ends" begin with 0 and count what is in another one.
+DTYPES = {
+    "ids": np.dtype("<i4"),
+    "ends": np.dtype("<i8"),
+    "labels": np.dtype("<i4"),
+    "spans": np.dtype("<i4"),
+    "span_ends": np.dtype("<i8"),
+    "questions": np.dtype("u1"),
+    "question_ends": np.dtype("<i8"),
+}
+
+
+@dataclass
+class Chunk:
+    """Some records, encoded: the parts that they add to the arrays (of those that end in "ends": sizes, not ends), what
+    became of them (without the bad ones), and what is wrong with each bad one, in order."""
+
+    arrays: dict[str, np.ndarray]
+    statistics: Statistics
+    faults: list[str]
+    read: int
+
+
+class Encoder:
+    """Encodes records of one data set.
+
+    keep_questions: of a format that has them, for InstructionRecords.
+    stop_at_fault: what comes behind a bad record is not wanted.
+    """
+
+    def __init__(
+        self, name: str, format_name: str, format: Format, seq_len: int, keep_questions: bool, stop_at_fault: bool
+    ):
+        self._name, self._format_name, self._format, self._seq_len = name, format_name, format, seq_len
+        self._keep_questions, self._stop_at_fault = keep_questions, stop_at_fault
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The arrays that the records have."""
+        labels = ("labels",) if self._format_name == "tokens" else ("spans", "span_ends")
+        return ("ids", "ends", *labels, *(("questions", "question_ends") if self._keep_questions else ()))
+
+    def example(self, raw: Raw, statistics: Statistics) -> tuple[Example, Record] | None:
+        """One record, cut at seq_len and counted.
+
+        A record without anything to train on is counted and left out; but in format "tokens", where records are taken
+        as they are, only if the cut took its labels.
+
+        Raises:
+            UserError: it is a bad one; the line begins with its file and line.
+        """
+        record = parse(raw)
+        try:
+            example = self._format.encode(record)
+        except UserError as error:
+            raise UserError(f"{record.where}: {error}") from None
+        s, length = statistics, len(example.input_ids)
+        s.longest, is_cut = max(s.longest, length), length > self._seq_len
+        if is_cut:
+            example = Example(example.input_ids[: self._seq_len], example.labels[: self._seq_len])
+        trained = example.trained_tokens
+        if not trained and (is_cut or self._format_name != "tokens"):
+            s.unlabelled += 1
+            s.first_unlabelled = s.first_unlabelled or record.where
+            return None
+        s.truncated += is_cut
+        s.records += 1
+        s.tokens += len(example.input_ids)
+        s.trained += trained
+        return example, record
+
+    def chunk(self, raws: list[Raw]) -> Chunk:
+        """Many records at once."""
+        statistics, faults = Statistics(self._name, self._format_name), []
+        ids: list[int] = []
+        labels: list[int] = []
+        lengths: list[int] = []
+        questions: list[bytes] = []
+        for raw in raws:
+            try:
+                taken = self.example(raw, statistics)
+            except UserError as error:
+                faults.append(str(error))
+                if self._stop_at_fault:
+                    break
+                continue
+            if taken is None:
+                continue
+            example, record = taken
+            ids += example.input_ids
+            labels += example.labels
+            lengths.append(len(example.input_ids))
+            if self._keep_questions:
+                questions.append(json.dumps(self._format.question(record)).encode())
+        arrays = {"ids": np.array(ids, DTYPES["ids"]), "ends": np.array(lengths, DTYPES["ends"])}
+        if "labels" in self.names:
+            arrays["labels"] = np.array(labels, DTYPES["labels"])
+        else:
+            arrays["spans"], arrays["span_ends"] = _spans(np.array(labels, DTYPES["labels"]), arrays["ends"])
+        if self._keep_questions:
+            arrays["questions"] = np.frombuffer(b"".join(questions), DTYPES["questions"])
+            arrays["question_ends"] = np.array([len(text) for text in questions], DTYPES["question_ends"])
+        return Chunk(arrays, statistics, faults, len(raws))
+
+
+def _spans(labels: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Runs of labels: (start, stop) in its record of each, int32 [n, 2], and how many each record has, int64."""
+    starts_of_records = np.cumsum(lengths) - lengths
+    trained = np.concatenate(([False], labels != IGNORE, [False]))
+    # A border between two records ends a run and begins another.
+    change = trained[1:] != trained[:-1]
+    change[starts_of_records] = trained[1:][starts_of_records]
+    starts = np.flatnonzero(trained[1:] & change)
+    ends = change.copy()
+    ends[starts_of_records] = trained[:-1][starts_of_records]
+    stops = np.flatnonzero(trained[:-1] & ends)
+    record = np.searchsorted(starts_of_records, starts, side="right") - 1
+    spans = np.stack((starts, stops), 1) - starts_of_records[record, None]
+    return spans.astype(DTYPES["spans"]), np.bincount(record, minlength=len(lengths)).astype(DTYPES["span_ends"])
+
+
+class ArrayWriter:
+    """Appends chunks to the arrays of a data set, each a file of plain little-endian numbers.
+
+    open_file: gives the file of an array by its name.
+    """
+
+    def __init__(self, names: tuple[str, ...], open_file: Callable[[str], BinaryIO]):
+        self.files = {name: open_file(name) for name in names}
+        self._ends = {name: 0 for name in names if name.endswith("ends")}
+        for name in self._ends:
+            self.files[name].write(np.zeros(1, DTYPES[name]).tobytes())
+
+    def add(self, arrays: dict[str, np.ndarray]) -> None:
+        for name, values in arrays.items():
+            if name in self._ends:
+                values = self._ends[name] + np.cumsum(values, dtype=DTYPES[name])
+                self._ends[name] = int(values[-1]) if len(values) else self._ends[name]
+            self.files[name].write(np.ascontiguousarray(values).data)
+
+
+def as_array(name: str, values: np.ndarray) -> np.ndarray:
+    """The array that a file of plain bytes holds."""
+    array = values.view(DTYPES[name])
+    return array.reshape(-1, 2) if name == "spans" else array

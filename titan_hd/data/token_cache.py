@@ -1,0 +1,208 @@
+"""Tokenized records on disk: written once, mapped into memory by every worker and every later run.
+
+An entry is a folder named by a hash of everything that its content depends on. It holds one plain file of little-endian
+numbers for each array of `TokenizedRecords`, and meta.json with their sizes and the statistics. It is written beside
+its place and renamed when it is complete, so that what is there is whole unless somebody damaged it later, which the
+sizes show. Who finds no entry takes the key's lock and writes it; others wait for the lock and read it. The lock is
+the kernel's (flock): it ends with its process. Nodes whose locks do not reach each other write one entry each, and the
+first to rename wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+import numpy as np
+
+from titan_hd.config.errors import UserError
+from titan_hd.data.encoding import as_array
+from titan_hd.data.records import Statistics
+
+VERSION = 1  # of what an entry looks like and of how records become tokens
+logger = logging.getLogger("titan_hd")
+
+
+def cache_folder(setting: str) -> Path | None:
+    """The folder that data.cache_dir means; None for no cache."""
+    if setting != "auto":
+        return Path(setting).expanduser() if setting else None
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "titan_hd" / "tokens"
+
+
+def content_key(settings: dict[str, object], files: list[Path]) -> str:
+    """A hash of settings, and of the bytes of files in their order.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    key = hashlib.blake2b(json.dumps([VERSION, settings], sort_keys=True).encode(), digest_size=16)
+    for path in files:
+        content = hashlib.blake2b(digest_size=16)
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                content.update(block)
+        key.update(content.digest())
+    return key.hexdigest()
+
+
+class MappedArrays(dict):
+    """The arrays of an entry, mapped from its files; pickled, it is the folder's name."""
+
+    def __init__(self, folder: Path, sizes: dict[str, int]):
+        self._folder, self._sizes = folder, sizes
+        for name, size in sizes.items():  # an empty file cannot be mapped
+            raw = np.memmap(folder / name, np.uint8, "r", shape=(size,)) if size else np.zeros(0, np.uint8)
+            self[name] = as_array(name, raw)
+
+    def __reduce__(self):
+        return MappedArrays, (self._folder, self._sizes)
+
+
+@dataclasses.dataclass
+class Entry:
+    """What an entry holds."""
+
+    statistics: Statistics
+    arrays: MappedArrays
+
+
+class Lock:
+    """The lock file of a key. It holds how many writers failed, and why the last one did: those who waited for it would
+    fail in the same way, one after the other."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def failures(self) -> tuple[int, str]:
+        self._file.seek(0)
+        lines = self._file.read().splitlines()
+        return len(lines), json.loads(lines[-1]) if lines else ""
+
+    def note_failure(self, line: str) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+class TokenCache:
+    """The entries in one folder.
+
+    Raises (all methods):
+        UserError: the folder cannot be written or read; the line names data.cache_dir.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def get(self, key: str, sources: list[str], write: Callable[[Callable[[str], BinaryIO]], Statistics]) -> Entry:
+        """The entry of a key, which is written first where there is none.
+
+        sources: names of the files that it is made of; of the statistics, what names one of them follows when they
+            have moved since.
+        write: fills the arrays, whose files the function that it is given opens by name.
+
+        Raises:
+            UserError: also what `write` raised here, or in the process that was waited for.
+        """
+        try:
+            entry = self._read(key, sources)
+            if entry:
+                return entry
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self._locked(key) as lock:
+                entry = self._read(key, sources)
+                if not entry:
+                    self._write(key, sources, write, lock)
+                    entry = self._read(key, sources)
+        except OSError as error:
+            raise UserError(
+                f"data.cache_dir: cannot use {self._folder}: {error.strerror or error}; name another folder, or an "
+                "empty one for no cache"
+            ) from None
+        if entry is None:
+            raise UserError(f"data.cache_dir: {self._folder / key} is not what was just written there")
+        return entry
+
+    def _read(self, key: str, sources: list[str]) -> Entry | None:
+        """The entry, if it is there and whole; a damaged one is warned about."""
+        folder = self._folder / key
+        if not folder.is_dir():
+            return None
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            sizes, statistics = meta["sizes"], Statistics(**meta["statistics"])
+            for old, new in zip(meta["sources"], sources):
+                for field in ("first_unlabelled", "first_bad"):
+                    text = getattr(statistics, field)
+                    if text.startswith(f"{old}:"):
+                        setattr(statistics, field, new + text.removeprefix(old))
+            wrong = [name for name, size in sizes.items() if (folder / name).stat().st_size != size]
+            if not wrong:
+                return Entry(statistics, MappedArrays(folder, sizes))
+            reason = f"{wrong[0]} has another size than meta.json says"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        logger.warning("data.cache_dir: %s is damaged (%s); it is made anew", folder, reason)
+        return None
+
+    @contextlib.contextmanager
+    def _locked(self, key: str) -> Iterator[Lock]:
+        with open(self._folder / f".{key}.lock", "a+", encoding="utf-8") as file:
+            lock = Lock(file)
+            before = lock.failures()
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("waiting for the process that tokenizes into %s", self._folder)
+                fcntl.flock(file, fcntl.LOCK_EX)
+                after = lock.failures()
+                if after[0] != before[0]:
+                    raise UserError(after[1]) from None
+            yield lock
+
+    def _write(
+        self,
+        key: str,
+        sources: list[str],
+        write: Callable[[Callable[[str], BinaryIO]], Statistics],
+        lock: Lock,
+    ) -> None:
+        host = socket.gethostname()
+        for left in self._folder.glob(f".{key}.{host}.*"):  # by a process that was killed: the lock is ours
+            shutil.rmtree(left)
+        folder = self._folder / f".{key}.{host}.{os.getpid()}"
+        folder.mkdir()
+        try:
+            with contextlib.ExitStack() as stack:
+                files: dict[str, BinaryIO] = {}
+
+                def open_file(name: str) -> BinaryIO:
+                    files[name] = stack.enter_context(open(folder / name, "wb"))
+                    return files[name]
+
+                statistics = write(open_file)
+                for file in files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
+                sizes = {name: file.tell() for name, file in files.items()}
+            meta = {"sizes": sizes, "statistics": dataclasses.asdict(statistics), "sources": sources}
+            (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+            if self._read(key, sources) is None:  # another node may have been quicker
+                shutil.rmtree(self._folder / key, ignore_errors=True)
+                os.rename(folder, self._folder / key)
+        except UserError as error:
+            lock.note_failure(str(error))
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,93 @@
+"""Whole tensors, each on one rank, and back: for work on a weight that needs all of it (an SVD, a merge).
+
+Tensors are dealt in waves of one per rank. In a wave, every rank sends its part of tensor j to rank j (`collect`), rank
+j computes, and sends every rank its part of the result (`hand_back`): two all-to-alls, and nobody holds more than one
+whole tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from titan_hd.distributed.collectives import exchange_lists
+from titan_hd.distributed.parallel_dims import Block, ParallelDims, owned_block
+
+
+class Sharded(NamedTuple):
+    """A tensor of `shape`, split over tp in dimension `split` (None: not), of which this rank holds `local`."""
+
+    shape: tuple[int, ...]
+    split: int | None
+    local: torch.Tensor
+
+
+def sharded(parameter: DTensor) -> Sharded:
+    """A parameter that FSDP2 shards."""
+    return Sharded(tuple(parameter.shape), tp_split(parameter), parameter.detach().to_local())
+
+
+def tp_split(parameter: DTensor) -> int | None:
+    """The dimension in which tensor parallelism splits a parameter: that of the last placement of a two-dimensional
+    sharding (FSDP2 puts the data-parallel dimensions first)."""
+    names = parameter.device_mesh.mesh_dim_names
+    return parameter.placements[-1].dim if "tp" in names and parameter.placements[-1].is_shard() else None
+
+
+def waves(names: Sequence[str], dims: ParallelDims) -> Iterator[list[str]]:
+    """One name for every rank at a time; the last wave may be short."""
+    for start in range(0, len(names), dims.world_size):
+        yield list(names[start : start + dims.world_size])
+
+
+def collect(wave: list[Sharded], dims: ParallelDims) -> torch.Tensor | None:
+    """Tensor number `rank` of the wave, whole, or None where the wave has none left for this rank. Collective."""
+    nothing = wave[0].local.new_empty(0)
+    send = [tensor.local if _sends(tensor, dims, dims.rank) else nothing for tensor in wave]
+    send += [nothing] * (dims.world_size - len(wave))
+    if dims.rank >= len(wave):
+        exchange_lists(send, [(0,)] * dims.world_size, dist.group.WORLD)
+        return None
+    mine = wave[dims.rank]
+    blocks = {
+        rank: owned_block(mine.shape, mine.split, dims.place(rank), dims)
+        for rank in range(dims.world_size)
+        if _sends(mine, dims, rank)
+    }
+    whole = mine.local.new_empty(mine.shape)
+    shapes = [cut(whole, blocks[r]).shape if r in blocks else (0,) for r in range(dims.world_size)]
+    received = exchange_lists(send, shapes, dist.group.WORLD)
+    for rank, block in blocks.items():
+        cut(whole, block).copy_(received[rank])
+    return whole
+
+
+def hand_back(wave: list[Sharded], whole: torch.Tensor | None, dims: ParallelDims) -> list[torch.Tensor]:
+    """This rank's part of every tensor of the wave, in fp32, from the ranks that have them whole. Collective.
+
+    whole: fp32, of the shape of tensor number `rank` of the wave; None where `collect` gave None.
+    """
+    size, device = dims.world_size, wave[0].local.device
+    send = [torch.empty(0, device=device)] * size
+    if whole is not None:
+        mine = wave[dims.rank]
+        send = [cut(whole, owned_block(mine.shape, mine.split, dims.place(rank), dims)) for rank in range(size)]
+    shapes: list[tuple[int, ...]] = [tuple(tensor.local.shape) for tensor in wave]
+    shapes += [(0,)] * (size - len(wave))
+    return exchange_lists(send, shapes, dist.group.WORLD)[: len(wave)]
+
+
+def cut(whole: torch.Tensor, block: Block) -> torch.Tensor:
+    """A view of a block of a tensor [rows], [rows, columns] or [rows, columns, ...]."""
+    part = whole[block.row : block.row + block.rows]
+    return part[:, block.column : block.column + block.columns] if whole.dim() > 1 else part
+
+
+def _sends(tensor: Sharded, dims: ParallelDims, rank: int) -> bool:
+    """Whether a rank's part of a tensor is needed: replicas hold the same, and so do tp ranks if it is not split."""
+    worker, _, tp_rank = dims.place(rank)
+    return worker < dims.dp_shard and (tensor.split is not None or tp_rank == 0)

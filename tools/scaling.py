@@ -1,0 +1,340 @@
+"""What a step costs on 8 to 4,096 GPUs, on paper: compute, all-gathers of the weights, exchange of the updates.
+
+    python tools/scaling.py --model llama3 --flavor 8B
+    python tools/scaling.py --flavor 70B --adapters 8 --gpus 64,512,4096 --network 25 --utilisation 0.5
+
+Weak scaling: every GPU computes `--tokens` per micro-batch and `--micro-batches` per optimizer step. Bytes of the
+exchange are those of the update plan (`distributed/update/plan.py`), gathers those of the FSDP2 groups; both equal what
+the collectives count (tests/distributed/test_scaling.py). Seconds are bytes over an assumed bandwidth: see
+docs/scaling.md for the assumptions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from titan_hd.components.flops import flops_per_token
+from titan_hd.config import manager
+from titan_hd.config.errors import UserError
+from titan_hd.distributed.parallelize import fsdp_groups
+from titan_hd.distributed.update.fold import bucket_bytes
+from titan_hd.distributed.update.plan import Topology, UpdatePlan, plan_update
+from titan_hd.models.decoder import Decoder
+from titan_hd.models.registry import DecoderConfig, flavor_config
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Rates in units of 1 per second: bytes, FLOPs. Defaults are assumptions for nodes of eight H100."""
+
+    node: int = 8
+    nvlink: float = 450e9  # received per GPU inside a node (NVLink 4, one direction)
+    network: float = 50e9  # received per GPU between nodes (one 400 Gb/s link each)
+    nvlink_latency: float = 1e-6  # of one hop of a ring
+    network_latency: float = 5e-6
+    peak: float = 989e12  # bf16, dense
+    utilisation: float = 0.4
+    fold_rate: float = 50e12  # of the fp32 products of the fold
+    memory: float = 75e9  # usable
+
+    def ring(self, received: float, size: int, per_node: int) -> float:
+        """Seconds of an all-gather or reduce-scatter among `size` GPUs, `per_node` of them on each node.
+
+        A ring enters a node by every member's own network link, so all of these links together bring a node its data.
+        """
+        if size == 1:
+            return 0.0
+        nodes = -(-size // per_node)
+        rate = self.nvlink if nodes == 1 else min(self.nvlink, per_node * self.network)
+        return received / rate + (nodes - 1) * self.network_latency + (size - nodes) * self.nvlink_latency
+
+    def all_to_all(self, received: float, size: int, per_node: int) -> float:
+        """Seconds of an all-to-all: what comes from other nodes passes the GPU's own network link."""
+        if size == 1:
+            return 0.0
+        nodes = -(-size // per_node)
+        outside = received * (size - min(size, per_node)) / (size - 1)
+        seconds = max(outside / self.network, (received - outside) / self.nvlink)
+        return seconds + (nodes - 1) * self.network_latency + (size - nodes) * self.nvlink_latency
+
+
+@dataclass(frozen=True)
+class Work:
+    """The model and what a GPU does in a step: tokens per micro-batch, in sequences of `length`."""
+
+    config: DecoderConfig
+    rank: int = 16
+    tokens: int = 8192
+    length: int = 8192
+    micro_batches: int = 1
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Every linear layer of the blocks under its full name."""
+        linears = self.config.linear_shapes().items()
+        blocks = range(self.config.num_hidden_layers)
+        return {f"model.layers.{i}.{name}": shape for i in blocks for name, shape in linears}
+
+    @property
+    def largest_k(self) -> int:
+        """Most adapters with K * r directions in every weight."""
+        return min(min(shape) for shape in self.shapes().values()) // self.rank
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One row: seconds per step, GB received per GPU and step, bytes held per GPU."""
+
+    gpus: int
+    num_adapters: int
+    mesh: str
+    route: str
+    compute: float
+    gathers: float
+    exchange: float
+    gathered: float
+    exchanged: float
+    memory: float
+
+    @property
+    def step(self) -> float:
+        """Gathers run beside the compute, the exchange after it."""
+        return max(self.compute, self.gathers) + self.exchange
+
+    @property
+    def efficiency(self) -> float:
+        return self.compute / self.step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes
+
+
+def fsdp_gathers(config: DecoderConfig, shards: int, element: int, trained: bool = False) -> list[int]:
+    """Bytes that a GPU receives in each all-gather of the weights of one micro-batch (a forward and a backward pass).
+
+    element: bytes of an element as gathered. trained: method full, whose backward pass wants the embedding again.
+    """
+    gathers = []
+    for numel, again, embedding in _groups(config, shards):
+        passes = 1 if not again or (embedding and not trained) else 2
+        gathers += [(shards - 1) * numel * element] * passes
+    return gathers
+
+
+def _groups(config: DecoderConfig, shards: int) -> Iterator[tuple[int, bool, bool]]:
+    """Of each FSDP2 group: elements of a (padded) shard, whether backward gathers it again, whether it embeds."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    seen = set()
+    for modules, reshard in fsdp_groups(model):
+        mine = {p for module in modules for p in module.parameters()} - seen
+        seen |= mine
+        if mine:
+            yield sum(_shard(p, shards) for p in mine), reshard, model.model.embed_tokens in modules
+
+
+def _shard(parameter: torch.Tensor, shards: int) -> int:
+    return -(-parameter.shape[0] // shards) * parameter[0].numel()
+
+
+def shared_gradients(work: Work, topology: Topology) -> int:
+    """Bytes received for the sum over the workers that share an adapter (0 where K >= workers)."""
+    size = topology.workers // topology.holders
+    return 2 * (size - 1) * 4 * adapter_elements(work, topology) // size
+
+
+def adapter_elements(work: Work, topology: Topology) -> int:
+    """Elements of dA and dB of the hosted adapters."""
+    return topology.hosted * work.rank * sum(sum(shape) for shape in work.shapes().values())
+
+
+def state_bytes(work: Work, plan: UpdatePlan) -> dict[str, int]:
+    """What the first worker holds all the time: fp32 shards of W; A, B, dA, dB, their gradients and Adam's moments; the
+    cached static factors."""
+    topology = plan.topology
+    return {
+        "shards": 4 * sum(numel for numel, _, _ in _groups(work.config, topology.dp_shard)),
+        "adapters": 5 * 4 * adapter_elements(work, topology),
+        "cache": sum(w.cache_bytes for w in plan.weights if w.cached),
+    }
+
+
+def passing_bytes(work: Work, plan: UpdatePlan) -> int:
+    """The most that comes and goes: activations (each block recomputed) beside gathered weights, or buckets."""
+    c, t, bf16 = work.config, work.tokens, 2
+    widths = sum(out for out, _ in c.linear_shapes().values()) + 4 * c.hidden_size
+    activations = t * bf16 * (c.num_hidden_layers * c.hidden_size + 2 * widths)
+    logits = t * c.vocab_size * (bf16 + 3 * 4)  # bf16; fp32, their softmax and its gradient
+    numels = [plan.topology.dp_shard * numel for numel, _, _ in _groups(c, plan.topology.dp_shard)]
+    gathered = bf16 * (sum(sorted(numels)[-2:]) + max(numels))
+    buckets = [bucket_bytes(plan, names, plan.topology.wire_bytes) for names in plan.buckets]
+    return max(activations + logits + gathered, 2 * max(b[0] for b in buckets) + max(b[1] for b in buckets))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Seconds
+
+
+def compute_seconds(work: Work, cluster: Cluster, dense_gradient: bool = False) -> float:
+    """4N + attention, every block computed again in the backward pass; with a dense gradient 6N."""
+    c = work.config
+    weights = sum(out * width for out, width in work.shapes().values())
+    width = sum(work.rank * sum(shape) for shape in work.shapes().values())
+    flops = flops_per_token(c, work.length, weights if dense_gradient else 0, width)
+    again = 2 * weights + 4 * c.num_attention_heads * c.head_dim * work.length * c.num_hidden_layers
+    return work.micro_batches * work.tokens * (flops + again) / (cluster.peak * cluster.utilisation)
+
+
+def gather_seconds(work: Work, topology: Topology, cluster: Cluster) -> tuple[float, float]:
+    """Seconds and bytes of a step's all-gathers in bf16."""
+    shards = topology.dp_shard
+    gathers = fsdp_gathers(work.config, shards, 2)
+    seconds = sum(cluster.ring(received, shards, min(shards, cluster.node)) for received in gathers)
+    return work.micro_batches * seconds, work.micro_batches * sum(gathers)
+
+
+def exchange_seconds(work: Work, plan: UpdatePlan, cluster: Cluster) -> tuple[float, float]:
+    """Seconds and bytes of the fold and of the sum over workers that share an adapter.
+
+    Holders stand as far apart as they can (workers / holders), so that they are on different nodes where K is at most
+    the number of nodes. The products of one bucket run beside the collectives of the next.
+    """
+    t = plan.topology
+    apart, n = t.workers // t.holders, t.holders
+    per_node = max(1, min(n, cluster.node // apart))
+    wire = products = 0.0
+    for w in plan.weights:
+        out, width = w.shape
+        if w.route == "factors":
+            a = w.factors_bytes * width // (width + t.chunk(out))
+            wire += cluster.ring(a, n, per_node) + cluster.all_to_all(w.factors_bytes - a, n, per_node)
+            products += 2 * t.chunk(out) * width * 2 * t.num_adapters * t.rank
+        else:
+            rows = (t.dp_shard - 1) * t.chunk(out) * width * t.wire_bytes
+            wire += cluster.ring(rows, t.dp_shard, min(t.dp_shard, cluster.node))
+            across = max(1, cluster.node // t.dp_shard)
+            wire += 2 * cluster.ring((w.dense_bytes - rows) / 2, t.dp_replicate, min(t.dp_replicate, across))
+            products += 2 * out * width * 2 * t.hosted * t.rank
+    shared = shared_gradients(work, t)
+    sums = 2 * cluster.ring(shared / 2, apart, min(apart, cluster.node))
+    received = sum(w.received for w in plan.weights) + shared
+    return max(wire, products / cluster.fold_rate) + sums, received
+
+
+def estimate(work: Work, topology: Topology, exchange: str, cluster: Cluster) -> Estimate:
+    """A step of titan_hd on one mesh."""
+    plan = plan_update(work.shapes(), topology, exchange)
+    gathers, gathered = gather_seconds(work, topology, cluster)
+    seconds, exchanged = exchange_seconds(work, plan, cluster)
+    mesh = f"{topology.dp_replicate} x {topology.dp_shard}"
+    memory = sum(state_bytes(work, plan).values()) + passing_bytes(work, plan)
+    compute = compute_seconds(work, cluster)
+    k, gpus = topology.num_adapters, topology.workers
+    return Estimate(gpus, k, mesh, exchange, compute, gathers, seconds, gathered, exchanged, memory)
+
+
+def authors_estimate(work: Work, gpus: int, cluster: Cluster) -> Estimate:
+    """The published script's scheme, K = GPUs, were it to run on several nodes: W whole and in fp32 everywhere, dense
+    gradients, A, B, dA, dB of everybody to everybody, and everybody forms the whole sum."""
+    shapes = work.shapes().values()
+    per_adapter = 2 * 4 * work.rank * sum(sum(shape) for shape in shapes)
+    received = (gpus - 1) * per_adapter
+    products = 4 * gpus * work.rank * sum(out * width for out, width in shapes) / cluster.fold_rate
+    wire = cluster.ring(received, gpus, min(gpus, cluster.node))
+    whole = sum(numel for numel, _, _ in _groups(work.config, 1))
+    plan = plan_update(work.shapes(), Topology(1, work.rank, 1, 1))
+    memory = 4 * whole + 5 * per_adapter // 2 + passing_bytes(work, plan)
+    compute = compute_seconds(work, cluster, dense_gradient=True)
+    return Estimate(gpus, gpus, "whole W", "authors", compute, 0.0, wire + products, 0.0, received, memory)
+
+
+def best(work: Work, gpus: int, num_adapters: int, exchange: str, cluster: Cluster) -> Estimate:
+    """The fastest mesh of whole nodes that fits into memory; the smallest one in memory where none does."""
+    shards = [s for s in range(min(gpus, cluster.node), gpus + 1) if gpus % s == 0 and s % min(gpus, cluster.node) == 0]
+    rows = [
+        estimate(work, Topology(num_adapters, work.rank, gpus // s, s), exchange, cluster)
+        for s in shards
+        if (s & (s - 1)) == 0
+    ]
+    fitting = [row for row in rows if row.memory <= cluster.memory]
+    return min(fitting, key=lambda row: row.step) if fitting else min(rows, key=lambda row: row.memory)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def table(work: Work, gpu_counts: list[int], num_adapters: list[int], cluster: Cluster) -> str:
+    """Rows for every number of GPUs: K of the list on both routes, K = GPUs, and the authors' scheme."""
+    lines = [
+        f"{'GPUs':>5} {'K':>5}  {'mesh':<10}{'route':<8} {'compute':>8} {'gathers':>8} {'exchange':>8} {'step s':>8}"
+        f" {'of ideal':>8} {'GB gathered':>11} {'exchanged':>9} {'GB held':>8}"
+    ]
+    for gpus in gpu_counts:
+        most = max(k for k in range(1, min(gpus, work.largest_k) + 1) if gpus % k == 0)
+        ks = sorted({k for k in [*num_adapters, most] if k <= work.largest_k})
+        rows = [best(work, gpus, k, route, cluster) for k in ks for route in ("factors", "dense")]
+        lines += [_line(row, cluster.memory) for row in rows]
+        if gpus <= work.largest_k:
+            lines.append(_line(authors_estimate(work, gpus, cluster), cluster.memory))
+        else:
+            lines.append(
+                f"{gpus:>5} {gpus:>5}  {'whole W':<10}{'authors':<8} impossible: K * r = {gpus * work.rank} singular "
+                f"directions, the smallest weight has {work.largest_k * work.rank}"
+            )
+    return "\n".join(lines)
+
+
+def _line(row: Estimate, memory: float) -> str:
+    head = f"{row.gpus:>5} {row.num_adapters:>5}  {row.mesh:<10}{row.route:<8}"
+    seconds = "".join(f" {s:>8.3f}" for s in (row.compute, row.gathers, row.exchange, row.step))
+    sizes = f" {row.efficiency:>8.1%} {row.gathered / 1e9:>11.2f} {row.exchanged / 1e9:>9.3f} {row.memory / 1e9:>8.1f}"
+    return head + seconds + sizes + ("  does not fit" if row.memory > memory else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama3", help="family, as model.name")
+    parser.add_argument("--flavor", default="8B", help="size, as model.flavor")
+    parser.add_argument("--gpus", default="8,64,512,4096", help="numbers of GPUs (powers of two)")
+    parser.add_argument("--adapters", default="8", help="values of K, beside K = GPUs as far as the rank allows")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=8192, help="per GPU and micro-batch")
+    parser.add_argument("--length", type=int, default=8192, help="tokens of a sequence")
+    parser.add_argument("--micro-batches", type=int, default=1)
+    parser.add_argument("--nvlink", type=float, default=450, help="GB/s per GPU inside a node")
+    parser.add_argument("--network", type=float, default=50, help="GB/s per GPU between nodes")
+    parser.add_argument("--peak", type=float, default=989, help="TFLOP/s of a GPU in bf16")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that compute reaches")
+    parser.add_argument("--memory", type=float, default=75, help="usable GB of a GPU")
+    args = parser.parse_args()
+    try:
+        work = Work(flavor_config(args.model, args.flavor), args.rank, args.tokens, args.length, args.micro_batches)
+    except UserError as error:
+        manager.exit_with(str(error).splitlines())
+    cluster = Cluster(
+        nvlink=args.nvlink * 1e9,
+        network=args.network * 1e9,
+        peak=args.peak * 1e12,
+        utilisation=args.utilisation,
+        memory=args.memory * 1e9,
+    )
+    gpus, adapters = ([int(part) for part in text.split(",")] for text in (args.gpus, args.adapters))
+    odd = [(k, n) for n in gpus for k in adapters if max(k, n) % min(k, n)]
+    if odd:
+        k, n = odd[0]
+        manager.exit_with([f"--adapters: {k} adapters cannot be dealt to {n} GPUs; one number must divide the other"])
+    print(f"{args.model} {args.flavor}, r = {args.rank}, {args.micro_batches} x {args.tokens} tokens per GPU and step")
+    print(table(work, gpus, adapters, cluster))
+
+
+if __name__ == "__main__":
+    main()
