@@ -7,15 +7,15 @@
 # NOT YET RUN ON A GPU. Only its parts have been dry-run on a CPU, on the debug model:
 #     FLAVOR=debugmodel SEQ_LEN=64 LOCAL_BATCH=1 ADAPTER_RANK=4 ONLY=train ./benchmarks/gpu_check.sh
 #
-# Parts: tests (pytest -m gpu), linear, update, svd, train (20 steps of a random Llama-3.1-8B with K = 8 virtual
-# adapters, with and without torch.compile). Each part has a time limit and the next runs even if it fails; the summary
+# Parts: tests (pytest -m gpu), linear, update, svd, loader, train (20 steps of a random Llama-3.1-8B with K = 8 virtual
+# adapters, with and without torch.compile, and packed). Each part has a time limit and the next runs even if it fails; the summary
 # at the end lists every part's exit status. Needs about 80 GB of GPU memory for the training as it stands (fp32
 # masters 32 GB, factors, deltas, gradients and moments of all adapters 8 GB, logits and activations by LOCAL_BATCH).
 set -uo pipefail
 
 OUT=${OUT:-outputs/gpu_check}
 PYTHON=${PYTHON:-python3}
-ONLY=${ONLY:-tests linear update svd train}
+ONLY=${ONLY:-tests linear update svd loader train}
 FLAVOR=${FLAVOR:-8B}
 SEQ_LEN=${SEQ_LEN:-2048}
 LOCAL_BATCH=${LOCAL_BATCH:-2}
@@ -39,15 +39,15 @@ part() {
 
 wanted() { [[ " $ONLY " == *" $1 "* ]]; }
 
-# 64 random records of SEQ_LEN tokens, every token trained: what is measured is speed.
+# FILE RECORDS SHORTEST LONGEST: random records, every token trained: what is measured is speed.
 write_records() {
-  "$PYTHON" - "$1" "$SEQ_LEN" <<'PYTHON'
+  "$PYTHON" - "$@" <<'PYTHON'
 import json, random, sys
-path, length = sys.argv[1], int(sys.argv[2])
+path, (count, shortest, longest) = sys.argv[1], map(int, sys.argv[2:])
 random.seed(0)
 with open(path, "w") as file:
-    for _ in range(64):
-        ids = [random.randrange(256) for _ in range(length)]
+    for _ in range(count):
+        ids = [random.randrange(256) for _ in range(random.randint(shortest, longest))]
         file.write(json.dumps({"input_ids": ids, "labels": ids}) + "\n")
 PYTHON
 }
@@ -129,14 +129,22 @@ if wanted svd; then
   part svd "$PYTHON" -m benchmarks.bench_svd --true-8b --repetitions 1
 fi
 
+if wanted loader; then
+  part loader "$PYTHON" -m benchmarks.bench_loader
+fi
+
 if wanted train; then
   temporary=$(mktemp -d)
   trap 'rm -rf "$temporary"' EXIT
-  write_records "$temporary/records.jsonl"
+  write_records "$temporary/records.jsonl" 64 "$SEQ_LEN" "$SEQ_LEN"
+  write_records "$temporary/short.jsonl" 2000 4 "$((SEQ_LEN / 4))"
   write_config "$temporary/config.toml" "$temporary/records.jsonl"
   cp "$temporary/config.toml" "$OUT/train.toml"
   train train-eager
   train train-compile --compile.enable true
+  train train-packed --data.train "$temporary/short.jsonl" --data.pack true
+  train train-packed-compile --data.train "$temporary/short.jsonl" --data.pack true --compile.enable true
+  train train-unpacked --data.train "$temporary/short.jsonl"
 fi
 
 printf '\n=== summary\n'

@@ -116,12 +116,18 @@ def _check_start(config: JobConfig, decoder: DecoderConfig) -> None:
     c = config.checkpoint
     checkpoints = CheckpointFolder(Path(config.job.dump_folder) / c.folder, c.keep_latest_k)
     resumes = c.enable and checkpoints.candidates(c.load_step)
-    if (resumes and c.base == "full") or config.model.flavor:
+    if (resumes and c.base == "full" and not _export_reads_base(config)) or config.model.flavor:
         return
     with torch.device("meta"):
         model = Decoder(decoder)
     expected = {name: p.shape for name, p in model.named_parameters()}
     WeightFiles(config.model.hf_assets_path, expected, tied_head=model.lm_head is None)
+
+
+def _export_reads_base(config: JobConfig) -> bool:
+    """Whether the export needs the weights that the run started from: an adapter over a base that was changed."""
+    changes_weight = config.adapter.method == "pissa" or config.adapter.init != "default"
+    return changes_weight and config.export.enable and config.export.format == "peft"
 
 
 def decoder_config(config: JobConfig) -> DecoderConfig:

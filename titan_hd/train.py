@@ -25,7 +25,6 @@ from titan_hd.components.environment import record_environment
 from titan_hd.components.export import export_hf
 from titan_hd.components.export_peft import export_peft
 from titan_hd.components.flops import flops_per_token, trained_work
-from titan_hd.components.generation import generate
 from titan_hd.components.identity import check_resumable, run_identity, weights_fingerprint
 from titan_hd.components.loss import token_loss_sum
 from titan_hd.components.lr_scheduler import lr_factor
@@ -37,7 +36,7 @@ from titan_hd.components.metrics import (
 from titan_hd.components.optimizer import build_optimizer, clip_gradients
 from titan_hd.components.profiling import build_profiler
 from titan_hd.components.run_lock import RunLock
-from titan_hd.components.validation import exact_match, validation_loss
+from titan_hd.components.validation import Validator
 from titan_hd.config import manager
 from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
@@ -51,7 +50,7 @@ from titan_hd.distributed.adapter_weights import initialize_adapters
 from titan_hd.distributed.collectives import once, together
 from titan_hd.distributed.loss_parallel import vocabulary_parallel_loss_sum
 from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims, mesh_picture
-from titan_hd.distributed.parallelize import parallelize, reshard
+from titan_hd.distributed.parallelize import parallelize
 from titan_hd.distributed.slices import SliceSettings, compute_factors
 from titan_hd.distributed.tensor_parallel import apply_tensor_parallel
 from titan_hd.distributed.update.fold import Fold, check_finite
@@ -149,24 +148,26 @@ class Trainer:
 
     def _build_data(self) -> None:
         c = self.config
-        self.tokenizer = functools.cache(lambda: load_tokenizer(c.model.hf_assets_path))
+        tokenizer = functools.cache(lambda: load_tokenizer(c.model.hf_assets_path))
         shape = self.plan.decoder.vocab_size, c.training.seq_len
         with together("reading the data"):
             bar = c.metrics.progress_bar
-            records = build_records(c.data, "train", *shape, self.tokenizer, bar, c.training.seed)
-            self.validation_records = None
+            records = build_records(c.data, "train", *shape, tokenizer, bar, c.training.seed)
+            built = [records]
             if c.validation.enable:
-                self.validation_records = build_records(c.data, "validation", *shape, self.tokenizer, bar)
-                if c.validation.exact_match_samples and not self.validation_records.answerable:
+                built.append(build_records(c.data, "validation", *shape, tokenizer, bar))
+                if c.validation.exact_match_samples and not built[1].answerable:
                     raise UserError("validation.exact_match_samples: needs records with a prompt and a response")
-        built = [records, self.validation_records] if self.validation_records else [records]
         rows = [row for r in built for row in r.rows]
         if rows:
             logger.info("%s", statistics_table(rows))
         # Compiled blocks want one shape, and so does attention to packs on a GPU, which is always compiled; otherwise
         # padding to the longest row of a micro-batch is enough.
-        self.pad_to = c.training.seq_len if c.compile.enable else None
-        pad_to = c.training.seq_len if c.data.pack and self.device.type == "cuda" else self.pad_to
+        pad_to = c.training.seq_len if c.compile.enable else None
+        if c.validation.enable:
+            self.validator = Validator(c, self.dims, self.device, built[1], pad_to, self.loss_sum, tokenizer)
+        if c.data.pack and self.device.type == "cuda":
+            pad_to = c.training.seq_len
         batch, order = self.plan.global_batch_size, sample_order(records, c.data, c.training.seq_len, c.training.seed)
         micro_batches = [self.placement.samples(m) for m in range(self.placement.micro_batches)]
         batches = GlobalBatches(records, order, batch, pad_to, c.data.pack)
@@ -406,50 +407,7 @@ class Trainer:
     def validate(self) -> None:
         """Validation loss and, if asked for, exact match of generated answers; logged under this step."""
         enter_phase(f"validation after step {self.step}")
-        c, v = self.config, self.config.validation
-        worker, workers, group = self.dims.dp_rank, self.dims.dp_size, self.dims.dp_mesh.get_group()
-        batch_size = v.batch_size or c.training.local_batch_size
-        self.model.eval()
-        values = {
-            "validation_loss": validation_loss(
-                self.model,
-                self.validation_records,
-                worker,
-                workers,
-                batch_size,
-                self.pad_to,
-                v.steps,
-                self.device,
-                group,
-                self.loss_sum,
-            )
-        }
-        if v.exact_match_samples:
-            tokenizer = self.tokenizer()
-            values["validation_exact_match"] = exact_match(
-                self.model,
-                self.validation_records,
-                tokenizer,
-                v.exact_match_samples,
-                v.answer_marker,
-                worker,
-                workers,
-                lambda prompts: generate(
-                    self.model,
-                    prompts,
-                    self.validation_records.stop_ids(),
-                    v.max_new_tokens,
-                    self.device,
-                    group=dist.group.WORLD,
-                    tp_group=self.dims.world["tp"].get_group() if self.dims.tp > 1 else None,
-                ),
-                self.device,
-                group,
-                batch_size,
-            )
-        self.model.train()
-        reshard(self.model)
-        self.metrics.log(self.step, values)
+        self.metrics.log(self.step, self.validator.run(self.model))
 
     def save(self) -> None:
         """Save a checkpoint of this step, if there is none yet."""

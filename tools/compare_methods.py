@@ -25,8 +25,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from titan_hd.components.comparison import match_rank, parse_methods, plot, read_result, write_tables
 from titan_hd.config import manager
@@ -34,6 +33,7 @@ from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
 from titan_hd.preflight import RunPlan, decoder_config, plan_run
 
+_RUN_TRAIN = Path(__file__).resolve().parent.parent / "run_train.sh"
 _OPTIONS = {
     "--methods": "all",
     "--match": "rank",
@@ -98,7 +98,7 @@ def finish(run: ComparedRun, workers: int) -> int:
     started.write_text(said, encoding="utf-8")
     print(f"== {run.name}", flush=True)
     status = subprocess.run(
-        [str(ROOT / "run_train.sh"), *run.options], env={**os.environ, "NGPU": str(workers)}, check=False
+        [str(_RUN_TRAIN), *run.options], env={**os.environ, "NGPU": str(workers)}, check=False
     ).returncode
     if status == 0:
         marker.touch()

@@ -26,7 +26,7 @@ from titan_hd.config import manager
 from titan_hd.config.errors import UserError
 from titan_hd.distributed.parallelize import fsdp_groups
 from titan_hd.distributed.update.fold import bucket_bytes
-from titan_hd.distributed.update.plan import Topology, UpdatePlan, plan_update
+from titan_hd.distributed.update.plan import Topology, UpdatePlan, WeightPlan, plan_update
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import DecoderConfig, flavor_config
 
@@ -210,23 +210,32 @@ def exchange_seconds(work: Work, plan: UpdatePlan, cluster: Cluster) -> tuple[fl
     t = plan.topology
     apart, n = t.workers // t.holders, t.holders
     per_node = max(1, min(n, cluster.node // apart))
+    weights = {w.name: w for w in plan.weights}
     wire = products = 0.0
-    for w in plan.weights:
-        out, width = w.shape
-        if w.route == "factors":
-            a = w.factors_bytes * width // (width + t.chunk(out))
-            wire += cluster.ring(a, n, per_node) + cluster.all_to_all(w.factors_bytes - a, n, per_node)
-            products += 2 * t.chunk(out) * width * 2 * t.num_adapters * t.rank
-        else:
-            rows = (t.dp_shard - 1) * t.chunk(out) * width * t.wire_bytes
-            wire += cluster.ring(rows, t.dp_shard, min(t.dp_shard, cluster.node))
-            across = max(1, cluster.node // t.dp_shard)
-            wire += 2 * cluster.ring((w.dense_bytes - rows) / 2, t.dp_replicate, min(t.dp_replicate, across))
-            products += 2 * out * width * 2 * t.hosted * t.rank
+    for bucket in plan.buckets:
+        a = b = 0
+        for w in (weights[name] for name in bucket):
+            out, width = w.shape
+            if w.route == "factors":
+                a += w.factors_bytes * width // (width + t.chunk(out))
+                b += w.factors_bytes * t.chunk(out) // (width + t.chunk(out))
+                products += 2 * t.chunk(out) * width * 2 * t.num_adapters * t.rank
+            else:
+                wire += _dense_seconds(w, t, cluster)
+                products += 2 * out * width * 2 * t.hosted * t.rank
+        wire += cluster.ring(a, n, per_node) + cluster.all_to_all(b, n, per_node) if a else 0.0
     shared = shared_gradients(work, t)
     sums = 2 * cluster.ring(shared / 2, apart, min(apart, cluster.node))
     received = sum(w.received for w in plan.weights) + shared
     return max(wire, products / cluster.fold_rate) + sums, received
+
+
+def _dense_seconds(w: WeightPlan, t: Topology, cluster: Cluster) -> float:
+    """A reduce-scatter over the shards, then an all-reduce over the replicas."""
+    scattered = (t.dp_shard - 1) * t.chunk(w.shape[0]) * w.shape[1] * t.wire_bytes
+    across = max(1, cluster.node // t.dp_shard)
+    seconds = cluster.ring(scattered, t.dp_shard, min(t.dp_shard, cluster.node))
+    return seconds + 2 * cluster.ring((w.dense_bytes - scattered) / 2, t.dp_replicate, min(t.dp_replicate, across))
 
 
 def estimate(work: Work, topology: Topology, exchange: str, cluster: Cluster) -> Estimate:
@@ -257,7 +266,8 @@ def authors_estimate(work: Work, gpus: int, cluster: Cluster) -> Estimate:
 
 
 def best(work: Work, gpus: int, num_adapters: int, exchange: str, cluster: Cluster) -> Estimate:
-    """The fastest mesh of whole nodes that fits into memory; the smallest one in memory where none does."""
+    """The mesh of whole nodes that fits into memory and is fastest; of those within 1% of it, the one that gathers
+    least. Where none fits, the smallest one in memory."""
     shards = [s for s in range(min(gpus, cluster.node), gpus + 1) if gpus % s == 0 and s % min(gpus, cluster.node) == 0]
     rows = [
         estimate(work, Topology(num_adapters, work.rank, gpus // s, s), exchange, cluster)
@@ -265,7 +275,10 @@ def best(work: Work, gpus: int, num_adapters: int, exchange: str, cluster: Clust
         if (s & (s - 1)) == 0
     ]
     fitting = [row for row in rows if row.memory <= cluster.memory]
-    return min(fitting, key=lambda row: row.step) if fitting else min(rows, key=lambda row: row.memory)
+    if not fitting:
+        return min(rows, key=lambda row: row.memory)
+    fastest = min(row.step for row in fitting)
+    return min((row for row in fitting if row.step <= 1.01 * fastest), key=lambda row: row.gathers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,9 @@ tp                       2        2  1  tensor parallelism alone: both adapters 
 tp-fsdp, tp-virtual      4        =  1  tensor parallelism x FSDP, uneven shards of tp-local matrices
 tp-groups, tp-mute       4        1, 2  ... with an adapter that two workers share; with the mute scalar
 tp-all                   4        2  1  ... with compile, recomputation, the dense route, weight decay
+tp-whole                 4        2  1  ... without sequence and loss parallelism
+tp-selective             4        2  1  ... with selective checkpointing, a tied head
+cube, cube-all           8        4  1  2 replicas x 2 shards x 2 tp ranks; with all of tp-all (slow)
 """
 
 import pytest
@@ -77,12 +80,30 @@ CASES = {
             "optimizer__weight_decay": 0.3,
         },
     ),
+    "tp-whole": (
+        4,
+        2,
+        {**TP, "parallelism__sequence_parallel": "false", "parallelism__loss_parallel": "false"},
+    ),
+    "tp-selective": (
+        4,
+        2,
+        {
+            **TP,
+            "activation_checkpoint__mode": "selective",
+            "model": {**TP["model"], "tie_word_embeddings": True, "seed": 1},
+        },
+    ),
 }
+CASES["cube"] = (8, 4, {**TP, "parallelism__data_parallel_replicate_degree": 2})
+CASES["cube-all"] = (8, 4, {**CASES["tp-all"][2], "parallelism__data_parallel_replicate_degree": 2})
+SLOW = ("cube", "cube-all")
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_weights_equal_the_oracle(case, workers, tmp_path):
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])
+def test_weights_equal_the_oracle(case, request, tmp_path):
     world_size, num_adapters, overrides = CASES[case]
+    workers = request.getfixturevalue("eight_workers" if world_size == 8 else "workers")
     overrides = dict(overrides)
     config, start = runs.write_model(tmp_path / "model", **overrides.pop("model", {}))
     records = runs.write_records(tmp_path / "records.jsonl")

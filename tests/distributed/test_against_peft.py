@@ -95,11 +95,14 @@ def test_twenty_steps_equal_those_of_peft(method, workers, tmp_path):
     losses = workers.run(2, runs.train, argv)[0]
     ratio = float(ours.get("adapter__loraplus_lr_ratio", 1.0))
     want_losses, want = train_with_peft(tmp_path / "model", records, theirs, ratio)
-    assert losses == pytest.approx(want_losses, abs=LOSS_TOLERANCE)
+    apart = max(abs(a - b) for a, b in zip(losses, want_losses, strict=True))
+    assert apart < LOSS_TOLERANCE
     assert losses[-1] < losses[0] - 0.05, "something was learnt"
     got = runs.exported(tmp_path / "run")
     assert got.keys() == want.keys()
-    assert all((got[name] - want[name]).abs().max() < WEIGHT_TOLERANCE for name in got)
+    error = max((got[name] - want[name]).abs().max().item() for name in got)
+    print(f"{method}: loss {losses[0]:.3f} to {losses[-1]:.3f}; off by {apart:.1e}, the weights by {error:.1e}")
+    assert error < WEIGHT_TOLERANCE
     moved = [name for name in got if not torch.equal(got[name], start[name])]
     assert {name.split(".")[-2] for name in moved} == set(LINEAR_LAYERS)
 

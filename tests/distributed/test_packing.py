@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from tests import oracle, runs
+from titan_hd.components.flops import flops_per_token
 from titan_hd.data.loader import Batch, GlobalBatches, collate
 from titan_hd.data.order import PackOrder
+from titan_hd.models.registry import parse_hf_config
 
 # Sums of the same fp32 numbers in another order; relative.
 LOSS_TOLERANCE = 1e-5
@@ -82,6 +84,28 @@ def test_one_step_equals_the_dense_gradient_in_float64(workers, setup, tmp_path)
     assert max(errors.values()) < DELTA_TOLERANCE, errors
 
 
+@pytest.mark.parametrize("method", ["hdpissa", "full"])
+def test_with_tensor_parallelism(method: str, workers, setup, tmp_path):
+    """The sequence is split between the ranks, in the midst of documents."""
+    _, start = runs.write_model(tmp_path / "model", num_key_value_heads=2, intermediate_size=38)
+    (plain,) = workers.run(1, runs.train, setup("plain", method))
+    split = workers.run(2, runs.train, setup("split", method, parallelism__tensor_parallel_degree=2))[0]
+    assert split == pytest.approx(plain, rel=LOSS_TOLERANCE)
+    errors = runs.delta_error(runs.exported(tmp_path / "split"), runs.exported(tmp_path / "plain"), start)
+    assert max(errors.values()) < DELTA_TOLERANCE, errors
+
+
+def test_a_mixture_is_packed_anew_for_every_epoch(workers, setup, tmp_path):
+    """Several epochs, resumed in their midst on another number of workers."""
+    runs.write_records(tmp_path / "other.jsonl", count=30, seed=1)
+    sources = [{"path": str(tmp_path / "records.jsonl"), "weight": 0.5}, {"path": str(tmp_path / "other.jsonl")}]
+    changes = {"data__train": json.dumps(sources), "training__steps": 8, "checkpoint__enable": "true"}
+    whole = workers.run(1, runs.train, setup("whole", **changes))[0]
+    first = workers.run(2, runs.train, setup("resumed", **changes), stop_after=5)[0]
+    rest = workers.run(1, runs.train, setup("resumed", **changes))[0]
+    assert first + rest == pytest.approx(whole, rel=LOSS_TOLERANCE)
+
+
 @pytest.mark.parametrize("changes", [{"mode": "full"}, {"mode": "selective"}, {"mode": "selective", "compile": "true"}])
 def test_checkpointing_and_compilation_change_nothing(changes: dict[str, str], workers, setup, tmp_path):
     (plain,) = workers.run(1, runs.train, setup("plain"))
@@ -93,7 +117,8 @@ def test_checkpointing_and_compilation_change_nothing(changes: dict[str, str], w
 
 
 def test_resumed_twice_and_tokens_are_real_ones(workers, setup, tmp_path):
-    """On two workers, on one, on four; the rates count tokens, not padding: as many as the records have."""
+    """On two workers, on one, on four; the rates count tokens, not padding: as many as the records have. Attention's
+    FLOPs go by the length of records, not of rows."""
     changes = {"training__steps": 6, "checkpoint__enable": "true"}
     whole = workers.run(2, runs.train, setup("whole", **changes))[0]
     first = workers.run(2, runs.train, setup("r", **changes), stop_after=2)[0]
@@ -101,12 +126,16 @@ def test_resumed_twice_and_tokens_are_real_ones(workers, setup, tmp_path):
     third = workers.run(4, runs.train, setup("r", **changes))[0]
     assert first + second + third == pytest.approx(whole, rel=LOSS_TOLERANCE)
     for change in ({"data__pack": "false"}, {"training__seq_len": 40}):
-        with pytest.raises(RuntimeError, match=r"(data\.pack|training\.seq_len): the checkpoint has"):
+        with pytest.raises(RuntimeError, match=r"the checkpoint has .* packs of 32 tokens.*, this run"):
             workers.run(2, runs.train, setup("r", **changes | change))
     logged = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     records = runs.write_records(tmp_path / "records.jsonl", count=40)
     order = PackOrder(np.array([len(r["input_ids"]) for r in records]), SEQ_LEN, True, 42, 40)
+    decoder = parse_hf_config(runs.ODD, "tests")
+    width = decoder.num_hidden_layers * sum(map(sum, decoder.linear_shapes().values()))  # of rank 1
     for step, line in enumerate(logged):
         documents = [records[i] for place in range(8) for i in order.sample(step * 8 + place)]
         tokens = sum(len(d["input_ids"]) for d in documents)
         assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(tokens)
+        flops = flops_per_token(decoder, tokens / len(documents), 0, width)
+        assert line["tflops_per_worker"] == pytest.approx(line["tokens_per_second"] * flops / 1e12 / 2)

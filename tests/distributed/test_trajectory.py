@@ -83,6 +83,40 @@ def test_same_losses_on_any_mesh(method, mesh, workers, setup, tmp_path):
     assert error.sqrt() < 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["hdpissa", "full"])
+@pytest.mark.parametrize("whole", ["none", "sequence", "vocabulary"])
+def test_same_losses_on_a_cube(whole, method, eight_workers, setup, tmp_path):
+    """2 replicas x 2 shards x 2 tp ranks, to resume from one mesh on another."""
+    runs.write_model(tmp_path / "model", num_key_value_heads=2, intermediate_size=38)
+    changes = {"training__max_norm": 0.1, "checkpoint__enable": "true"}
+    if method == "full":
+        changes |= {"adapter__method": "full", "hdpissa__num_adapters": 0}
+    cube = {"parallelism__tensor_parallel_degree": 2, "parallelism__data_parallel_replicate_degree": 2}
+    cube |= {"none": {}, "sequence": {"parallelism__sequence_parallel": "false"}}.get(
+        whole, {"parallelism__loss_parallel": "false"}
+    )
+    (plain,) = eight_workers.run(1, runs.train, setup("plain", **changes))
+    first = eight_workers.run(8, runs.train, setup("m", **changes, **cube), stop_after=3)[0]
+    rest = eight_workers.run(2, runs.train, setup("m", **changes))[0]
+    assert first + rest == pytest.approx(plain, rel=LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize("method", ["hdpissa", "lora"])
+def test_dropout_with_tensor_parallelism(method, workers, setup, tmp_path):
+    """The masks of one process: of a split input, each rank's columns of the mask of the whole."""
+    runs.write_model(tmp_path / "model", num_key_value_heads=2, intermediate_size=38)
+    changes = {"adapter__dropout": 0.3, "adapter__method": method, "training__steps": 4}
+    if method == "lora":
+        changes |= {"hdpissa__num_adapters": 0}
+    tp = {"parallelism__tensor_parallel_degree": 2}
+    (plain,) = workers.run(1, runs.train, setup("plain", **changes))
+    assert workers.run(2, runs.train, setup("tp", **changes, **tp))[1] == pytest.approx(plain, rel=LOSS_TOLERANCE)
+    assert workers.run(4, runs.train, setup("both", **changes, **tp))[3] == pytest.approx(plain, rel=LOSS_TOLERANCE)
+    (without,) = workers.run(1, runs.train, setup("without", **changes | {"adapter__dropout": 0.0}))
+    assert plain[-1] != pytest.approx(without[-1], rel=10 * LOSS_TOLERANCE)
+
+
 VARIANTS = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "qwen2-tied": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True},

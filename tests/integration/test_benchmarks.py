@@ -14,8 +14,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = {
     "linear": "--in-features 24 --out-features 16 --tokens 32 --hidden 64 --intermediate 48 --head-dim 8 --seq-len 16 "
     "--rank 2 --threads 1 --repetitions 1",
+    "methods": "--hidden 32 --intermediate 48 --head-dim 8 --tokens 32 --seq-len 16 --rank 2 --repetitions 1",
     "update": "--cases 24x40k8r2 --workers 2 --repetitions 1",
+    "tokenize": "--records 60 --num-proc 1 2",
+    "loader": "--records 60 --mean-length 20 --seq-len 64 --seconds 0.05 --num-workers 0 1 --pack 50",
     "checkpoint": "--megabytes 5 --workers 2 --saves 1",
+    "tensor_parallel": "--hidden 128 --intermediate 32 --layers 1 --vocabulary 32 --tokens 9 --repetitions 1",
     "svd": "--sizes 48x32 --count 8 --threads 1 --repetitions 1",
 }
 
@@ -33,6 +37,9 @@ def test_it_runs_and_ends_with_a_line_for_machines(name: str):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     said = json.loads(done.stdout.strip().splitlines()[-1])
+    if name == "tensor_parallel":
+        losses = [result["loss"] for result in said["results"].values()]
+        assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
     if name == "update":
         for variant, result in said["results"]["cases"]["24x40k8r2"].items():
             if variant != "products":

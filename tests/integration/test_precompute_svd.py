@@ -4,17 +4,21 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests import runs
 from tests.conftest import REPOSITORY
 
 
-def test_a_run_after_precompute_svd_computes_nothing(workers, tmp_path):
+@pytest.mark.parametrize("method", ["hdpissa", "pissa"])
+def test_a_run_after_precompute_svd_computes_nothing(method, workers, tmp_path):
     runs.write_model(tmp_path / "model")
     runs.write_records(tmp_path / "records.jsonl")
     argv = runs.options(
         tmp_path / "model",
         tmp_path / "records.jsonl",
         tmp_path / "dump",
+        adapter__method=method,
         hdpissa__num_adapters=2,
         adapter__svd_cache=tmp_path / "cache",
         training__global_batch_size=2,

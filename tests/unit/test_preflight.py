@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -142,6 +144,18 @@ def test_weights_are_checked_before_anything_is_allocated(config, tmp_path: Path
     plan_run(config(model=model), 1, needs_files=False)  # job.print_plan
 
 
+def test_blocks_that_do_not_divide_a_weight(config):
+    """bat is refused by name with the layer; so is tensor parallelism for the methods that it does not split."""
+    (line,) = errors_of(config("--adapter.method", "bat", "--adapter.rank", "24"), 1)
+    assert line.startswith("adapter.rank: method bat cuts weights in blocks of adapter.rank, 24 x 24")
+    assert "q_proj has shape [64, 64]" in line
+    for method in ("mora", "hira", "bone", "bat"):
+        options = ("--adapter.method", method, "--adapter.rank", "4")
+        plan_run(config(*options), 2)
+        (line,) = errors_of(config(*options, "--parallelism.tensor_parallel_degree", "2"), 2)
+        assert line == f"parallelism.tensor_parallel_degree: method {method} has no tensor parallelism; set it to 1"
+
+
 def test_a_run_that_resumes_needs_no_weights(config, tmp_path: Path):
     write_model(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
@@ -150,7 +164,24 @@ def test_a_run_that_resumes_needs_no_weights(config, tmp_path: Path):
     argv = ("--job.dump_folder", str(tmp_path), "--checkpoint.enable")
     model = ("--model.hf_assets_path", str(tmp_path / "model"))
     plan_run(config(*argv, model=model), 1)
+    adapter = ("--adapter.method", "pissa", "--adapter.rank", "2", "--export.enable", "--export.format", "peft")
+    (line,) = errors_of(config(*argv, *adapter, model=model), 1)
+    assert "holds no model.safetensors" in line, "the adapter of rank 2r is relative to them"
     (line,) = errors_of(config(*argv, "--checkpoint.load_step", "2", model=model), 1)
     assert line.startswith("checkpoint.load_step: ")
     (line,) = errors_of(config(*argv, "--checkpoint.load_step", "0", model=model), 1)
     assert "holds no model.safetensors" in line
+
+
+def test_tensor_parallelism_splits_the_vocabulary_or_leaves_it_whole(config):
+    """The debug model has 2 key/value heads and a vocabulary of 256; 257 of a config.json divide by nothing."""
+    tp = ("--parallelism.tensor_parallel_degree", "2")
+    plan_run(config(*tp), 2)
+    odd = dataclasses.replace(plan_run(config(*tp), 2).decoder, vocab_size=257)
+    with mock.patch("titan_hd.preflight.decoder_config", return_value=odd):
+        (line,) = errors_of(config(*tp), 2)
+        assert line == (
+            "parallelism.tensor_parallel_degree: 2 does not divide vocab_size = 257; "
+            "parallelism.loss_parallel = false keeps the vocabulary whole"
+        )
+        plan_run(config(*tp, "--parallelism.loss_parallel", "false"), 2)

@@ -82,7 +82,7 @@ class AdapterLinear(nn.Linear):
         return value
 
     def dropped(self, x: torch.Tensor) -> torch.Tensor:
-        """The adapter's input: x after dropout."""
+        """The adapter's input: x after dropout; tensor parallelism draws the mask of the whole input."""
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 

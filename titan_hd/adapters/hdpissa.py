@@ -116,6 +116,10 @@ class HDPissaLinear(nn.Linear):
         assert self.bound is not None, "no adapter is bound; AdapterRegistry.activate comes first"
         return Operands(*self.parameters_for_compute(), *self.bound)
 
+    def dropped(self, x: torch.Tensor) -> torch.Tensor:
+        """The adapter's input: x after dropout; tensor parallelism draws the mask of the whole input."""
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
     @property
     def shares_products(self) -> bool:
         """Whether the exact mute runs on the layer's own input: dropout draws another mask for every layer."""
@@ -125,7 +129,7 @@ class HDPissaLinear(nn.Linear):
         if not torch.is_grad_enabled():  # nothing to learn: the frozen layer
             return F.linear(x, *self.parameters_for_compute())
         layer = self.operands()
-        x_adapter = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        x_adapter = self.dropped(x)
         if self.mute_scalar == 0.0:
             return exact_mute(x, [layer], self.scale, x_adapter)[0]
         low_rank = F.linear(x_adapter, (layer.a + layer.da).to(x.dtype))

@@ -163,8 +163,7 @@ def read_result(
 
 def write_tables(folder: Path, results: list[Result], threshold: float) -> str:
     """Write table.md, table.csv and losses.csv; returns what table.md holds."""
-    by_name = {result.name: result for result in results}
-    unit = by_name.get("lora", results[0])
+    unit = next((result for result in results if result.name.partition("+")[0] == "lora"), results[0])
     rows = [_row(result, unit, threshold) for result in results]
     _write_csv(folder / "table.csv", rows)
     steps = sorted({step for result in results for step in result.losses})
@@ -180,10 +179,10 @@ def _row(result: Result, unit: Result, threshold: float) -> dict[str, str]:
     ranks = result.ranks["all"]
     return {
         "run": result.name,
-        "rank": "-" if result.name.startswith("full") else str(result.rank),
+        "rank": "-" if result.name.partition("+")[0] == "full" else str(result.rank),
         "trained parameters": f"{result.parameters:,}",
         "loss": f"{result.loss:.4f}",
-        **{key.removeprefix("validation_"): f"{value:.4g}" for key, value in result.validation.items()},
+        **{key.replace("_", " "): f"{value:.4g}" for key, value in result.validation.items()},
         f"step time / {unit.name}": f"{result.step_seconds / unit.step_seconds:.2f}",
         f"tokens/s / {unit.name}": f"{result.tokens_per_second / unit.tokens_per_second:.2f}",
         "peak memory GiB": f"{result.peak_memory_gib:.3f}",

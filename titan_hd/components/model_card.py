@@ -17,6 +17,10 @@ _METHODS = {
     "lora": "LoRA ([arXiv 2106.09685](https://arxiv.org/abs/2106.09685)), merged into the weights",
     "pissa": "PiSSA ([arXiv 2404.02948](https://arxiv.org/abs/2404.02948)), merged into the weights",
     "dora": "DoRA ([arXiv 2402.09353](https://arxiv.org/abs/2402.09353)), merged into the weights",
+    "mora": "MoRA ([arXiv 2405.12130](https://arxiv.org/abs/2405.12130)), merged into the weights",
+    "hira": "HiRA (ICLR 2025), merged into the weights",
+    "bone": "Bone ([arXiv 2409.15371](https://arxiv.org/abs/2409.15371)), merged into the weights",
+    "bat": "Bat ([arXiv 2409.15371](https://arxiv.org/abs/2409.15371)), merged into the weights",
 }
 _SECTIONS = ("training", "optimizer", "lr_scheduler", "adapter", "hdpissa", "parallelism")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

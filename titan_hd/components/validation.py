@@ -8,10 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from titan_hd.components.generation import generate
 from titan_hd.components.loss import token_loss_sum
+from titan_hd.config.job_config import JobConfig
 from titan_hd.data.loader import Records, validation_batches
 from titan_hd.data.records import InstructionRecords
 from titan_hd.data.tokenizer import Tokenizer
+from titan_hd.distributed.parallel_dims import ParallelDims
+from titan_hd.distributed.parallelize import reshard
+from titan_hd.models.decoder import Decoder
 
 
 @torch.no_grad()
@@ -77,3 +82,58 @@ def exact_match(
     total = torch.tensor(right, device=device)
     dist.all_reduce(total, group=group)
     return total.item() / samples
+
+
+class Validator:
+    """What a run validates on, and how. tokenizer: called only to generate answers. loss_sum: see `validation_loss`."""
+
+    def __init__(
+        self,
+        config: JobConfig,
+        dims: ParallelDims,
+        device: torch.device,
+        records: Records,
+        pad_to: int | None,
+        loss_sum: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        tokenizer: Callable[[], Tokenizer],
+    ):
+        self.settings, self.dims, self.device, self.records = config.validation, dims, device, records
+        self.batch_size = config.validation.batch_size or config.training.local_batch_size
+        self.pad_to, self.loss_sum, self.tokenizer = pad_to, loss_sum, tokenizer
+
+    def run(self, model: Decoder) -> dict[str, float]:
+        """validation_loss and, if asked for, validation_exact_match. Collective; leaves the model as for training."""
+        s, dims = self.settings, self.dims
+        share, group = (dims.dp_rank, dims.dp_size), dims.dp_mesh.get_group()
+        model.eval()
+        loss = validation_loss(
+            model, self.records, *share, self.batch_size, self.pad_to, s.steps, self.device, group, self.loss_sum
+        )
+        values = {"validation_loss": loss}
+        if s.exact_match_samples:
+            values["validation_exact_match"] = exact_match(
+                model,
+                self.records,
+                self.tokenizer(),
+                s.exact_match_samples,
+                s.answer_marker,
+                *share,
+                lambda prompts: self._generate(model, prompts),
+                self.device,
+                group,
+                self.batch_size,
+            )
+        model.train()
+        reshard(model)
+        return values
+
+    def _generate(self, model: Decoder, prompts: list[list[int]]) -> list[list[int]]:
+        return generate(
+            model,
+            prompts,
+            self.records.stop_ids(),
+            self.settings.max_new_tokens,
+            self.device,
+            group=dist.group.WORLD,
+            tp_group=self.dims.world["tp"].get_group() if self.dims.tp > 1 else None,
+        )

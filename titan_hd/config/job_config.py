@@ -102,9 +102,10 @@ class Data:
     and epochs."""
     num_workers: int = 0
     """Processes per worker that read training batches ahead. 0: none, which is enough unless reading a record is slow;
-    docs/packing.md has figures."""
+    docs/benchmarks.md has figures."""
     num_proc: int = 0
-    """Processes that tokenize on a node. 0: one for each core; without a cache, the worker's share of the cores."""
+    """Processes that tokenize on a node. 0: one for each core (at most 32); without a cache, of each worker's share of
+    the cores."""
     cache_dir: str = "auto"
     """Folder in which tokenized records are kept between runs and shared by the workers, keyed by the content of data
     and tokenizer and by these settings. auto: titan_hd/tokens in $XDG_CACHE_HOME or ~/.cache. Empty: none, every worker
@@ -137,8 +138,9 @@ class Training:
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype in which the weights are all-gathered and computed with."""
     master_dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype of the sharded master weights. bfloat16 (hdpissa only) halves their memory; the fold then rounds
-    stochastically, because an update of relative size 1e-5 would vanish."""
+    """dtype of the sharded master weights. bfloat16 halves their memory. For hdpissa the fold then rounds
+    stochastically, because an update of relative size 1e-5 would vanish; methods with adapters beside a frozen W keep
+    those in float32; full needs float32."""
     gc_freq: int = 50
     """Python garbage is collected every this many steps, by all workers at once."""
 
@@ -247,6 +249,8 @@ class Parallelism:
     loss_parallel: bool = True
     """With tensor parallelism: split embedding, head and loss by the vocabulary, which the degree must divide; no rank
     then holds whole logits. false: whole on every tensor-parallel rank."""
+    context_parallel_degree: int = 1
+    """Ranks that split the sequence of attention itself. Only 1: docs/meshes.md says what to use for long sequences."""
 
 
 @dataclass

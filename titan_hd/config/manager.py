@@ -428,6 +428,12 @@ def check_combinations(config: JobConfig) -> list[str]:
     require(gbs == -1 or gbs >= 1, f"training.global_batch_size: must be -1 or at least 1, not {gbs}")
     shard = c.parallelism.data_parallel_shard_degree
     require(shard == -1 or shard >= 1, f"parallelism.data_parallel_shard_degree: must be -1 or at least 1, not {shard}")
+    context = c.parallelism.context_parallel_degree
+    require(
+        context == 1,
+        f"parallelism.context_parallel_degree: must be 1, not {context}; for long sequences use "
+        'parallelism.tensor_parallel_degree and activation_checkpoint.mode = "full"',
+    )
     steps = c.validation.steps
     require(steps == -1 or steps >= 1, f"validation.steps: must be -1 or at least 1, not {steps}")
     require(
@@ -461,10 +467,6 @@ def check_combinations(config: JobConfig) -> list[str]:
     size = c.export.max_shard_size_gb
     require(size > 0, f"export.max_shard_size_gb: must be above 0, not {size}")
     require(c.adapter.target_modules != [], "adapter.target_modules: names no layer; leave it out for all")
-    require(
-        c.parallelism.tensor_parallel_degree == 1 or c.adapter.dropout == 0,
-        "adapter.dropout: is not supported with tensor parallelism (each rank would drop other columns)",
-    )
     require(
         c.adapter.dropout == 0 or c.adapter.method != "full",
         f"adapter.dropout: method {c.adapter.method} has no adapters; set it to 0",

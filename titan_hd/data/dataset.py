@@ -32,6 +32,7 @@ from titan_hd.data.tokenizer_base import Tokenizer
 
 SMALL = 2**20  # bytes of files that every worker tokenizes by itself, in a second or two
 CHUNK_RECORDS, CHUNK_BYTES = 512, 2**19
+MAX_PROCESSES = 32  # more would wait for the one that reads and writes
 logger = logging.getLogger("titan_hd")
 
 
@@ -264,8 +265,9 @@ def _process_count(config: Data) -> int:
     """data.num_proc, else the cores of this node; where every worker tokenizes for itself, its share of them."""
     if config.num_proc:
         return config.num_proc
-    cores = len(os.sched_getaffinity(0))
-    return cores if cache_folder(config.cache_dir) else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = 1 if cache_folder(config.cache_dir) else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(cores // share, MAX_PROCESSES))
 
 
 def _chunks(raws: Iterable[Raw]) -> Iterator[list[Raw]]:

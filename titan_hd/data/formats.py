@@ -12,6 +12,7 @@ from typing import Protocol
 from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import Data
 from titan_hd.data.chat import ChatTurns, load_chat_template
+from titan_hd.data.chat_spans import TurnFinder
 from titan_hd.data.messages import read_messages, read_tools
 from titan_hd.data.records import IGNORE, Example
 from titan_hd.data.sources import Record
@@ -142,6 +143,7 @@ class ChatFormat:
     def __init__(self, config: Data, tokenizer: Tokenizer):
         self._tokenizer, self._train_on_prompt = tokenizer, config.train_on_prompt
         self._chat = load_chat_template(tokenizer)
+        self._turns = TurnFinder(self._chat, tokenizer)
 
     def question(self, record: Record) -> list:
         """The conversation up to its last assistant turn, the tools, and what the assistant says there."""
@@ -169,40 +171,10 @@ class ChatFormat:
         ids = self._tokenizer.encode(whole, special=True)
         if self._train_on_prompt:
             return Example(ids, ids)
-        turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-        if not turns:
-            raise UserError("holds no assistant turn, so that there is nothing to train on")
         labels = [IGNORE] * len(ids)
-        for place in turns:
-            span = slice(*self._span(messages, tools, place, whole, ids))
-            labels[span] = ids[span]
+        for start, stop in self._turns.spans(messages, tools, whole, ids):
+            labels[start:stop] = ids[start:stop]
         return Example(ids, labels)
-
-    def _span(self, messages: list[dict], tools: list | None, place: int, whole: str, ids: list[int]):
-        """From where to where the turn at `place` is trained on, in tokens of the whole conversation.
-
-        The conversation is written up to the turn and up to its end: both must be how the whole begins. A token that
-        reaches across the border between the template's heading and the answer counts as the heading's. The
-        end-of-turn token is a control token, and those cut a text for the tokenizer: up to there the tokens of the
-        beginning are those of the whole.
-        """
-        if place == 0:
-            raise UserError("begins with an assistant turn; a system's or user's must come first")
-        before = self._chat.render(messages[:place], add_generation_prompt=True, tools=tools)
-        after = whole if place == len(messages) - 1 else self._chat.render(messages[: place + 1], tools=tools)
-        if not (after.startswith(before) and whole.startswith(after)):
-            raise UserError(
-                f"the chat template writes turn {place + 1} differently when the conversation goes on, so that what is "
-                "trained on cannot be told"
-            )
-        start = len(self._tokenizer.encode(before, special=True))
-        end = ids if after is whole else self._tokenizer.encode(after, special=True)
-        stop = next((i + 1 for i in reversed(range(start, len(end))) if end[i] in self._tokenizer.control_ids), None)
-        if stop is None:
-            raise UserError(f"the chat template ends turn {place + 1} with no special token")
-        if ids[:stop] != end[:stop]:
-            raise UserError(f"the tokenizer encodes turn {place + 1} differently when the conversation goes on")
-        return start, stop
 
 
 class TextFormat:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -137,7 +138,7 @@ class TrainLoader:
         if step != self._next_step:
             self._start(step)
         try:
-            found = list(itertools.islice(self._iterator, len(self._micro_batches)))
+            found = list(map(_received, itertools.islice(self._iterator, len(self._micro_batches))))
         except (RuntimeError, OSError, EOFError) as error:
             self.close()
             if not self._num_workers:
@@ -161,7 +162,7 @@ class TrainLoader:
                 batch_size=None,
                 sampler=_Cursor(step, self._micro_batches),
                 num_workers=self._num_workers,
-                collate_fn=_as_it_is,
+                collate_fn=_sent,
                 generator=torch.Generator(),  # it draws a seed for its processes: not from the run's generator
                 **processes,
             )
@@ -174,8 +175,14 @@ class TrainLoader:
         self._iterator, self._next_step = None, -1
 
 
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
+def _sent(batch: Batch) -> dict[str, object]:
+    """A batch as arrays, which come through a pipe. Tensors would take shared memory and open files: that costs more
+    than the batch itself."""
+    return {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in vars(batch).items()}
+
+
+def _received(fields: dict[str, object]) -> Batch:
+    return Batch(**{key: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for key, x in fields.items()})
 
 
 def validation_batches(

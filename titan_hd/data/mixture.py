@@ -8,6 +8,7 @@ source has been taken more than once more often than another.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import DataSource
 from titan_hd.config.seeding import stable_seed
 from titan_hd.data.records import Example, Statistics, TokenizedRecords
+
+logger = logging.getLogger("titan_hd")
 
 
 @dataclass(frozen=True)
@@ -146,5 +149,7 @@ class Mixture(Concatenation):
     def __init__(self, name: str, sources: list[DataSource], records: list[TokenizedRecords], shuffle: bool, seed: int):
         super().__init__(name, records)
         self.shares = [share_of(s, len(r), f"{name}[{i}]") for i, (s, r) in enumerate(zip(sources, records))]
+        for part, share in zip(records, self.shares):
+            logger.info("%s: an epoch takes %d of %d records", part.statistics.name, share.taken, share.records)
         order = MixtureOrder(self.shares, shuffle, seed)
         self.size, self.index = order.size, order.index

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ class Tokenizer:
             right of everything that attends, so that its value cannot matter.
         stop_ids: generation ends at any of them: eos_id and what generation_config.json lists.
         control_ids: the tokens that `encode` gives only where `special` is set, and that `decode` leaves out.
+        control_tokens: the texts of those that a text can spell -> their ids.
         vocab_size: ids are below this.
         special_tokens: bos_token, eos_token, ... -> their text, as far as the directory names them.
         directory: where it was loaded from.
@@ -34,6 +37,7 @@ class Tokenizer:
     pad_id: int
     stop_ids: frozenset[int]
     control_ids: frozenset[int] = frozenset()
+    control_tokens: Mapping[str, int] = types.MappingProxyType({})
     vocab_size: int
     special_tokens: dict[str, str]
     directory: Path

@@ -24,7 +24,8 @@ class JsonTokenizer(Tokenizer):
         # Vocabularies may have gaps: what must fit into the embedding is the largest id.
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         added = self._tokenizer.get_added_tokens_decoder()
-        self.control_ids = frozenset(i for i, token in added.items() if token.special)
+        self.control_tokens = {token.content: i for i, token in added.items() if token.special}
+        self.control_ids = frozenset(self.control_tokens.values())
         eos_id = self._id(settings, "eos_token")
         if eos_id is None:
             raise UserError(f"{path}: no end-of-sequence token; name eos_token in tokenizer_config.json beside it")

@@ -38,17 +38,17 @@ class SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, OSError):
             raise UserError(f"{path}: is neither a SentencePiece model nor tiktoken's ranks") from None
         size = self._processor.vocab_size()
-        self._control = {self._processor.id_to_piece(i): i for i in range(size) if self._processor.is_control(i)}
-        self._control |= self._added(path, settings, size)
-        self.control_ids = frozenset((*self._control.values(), self._processor.unk_id()))
-        self.vocab_size = max((size - 1, *self._control.values())) + 1
+        self.control_tokens = {self._processor.id_to_piece(i): i for i in range(size) if self._processor.is_control(i)}
+        self.control_tokens |= self._added(path, settings, size)
+        self.control_ids = frozenset((*self.control_tokens.values(), self._processor.unk_id()))
+        self.vocab_size = max((size - 1, *self.control_tokens.values())) + 1
         eos_id = self._id(settings, "eos_token", self._processor.eos_id())
         if eos_id is None:
             raise UserError(f"{path}: has no end-of-sequence token")
         bos_id = self._id(settings, "bos_token", self._processor.bos_id())
         with_bos = settings.values.get("add_bos_token", True)
         self._set_ends(settings, bos_id if with_bos else None, eos_id, self._id(settings, "pad_token", -1))
-        self._splitter = re.compile(f"({'|'.join(map(re.escape, sorted(self._control, key=len, reverse=True)))})")
+        self._splitter = re.compile(f"({'|'.join(map(re.escape, sorted(self.control_tokens, key=len, reverse=True)))})")
 
     def _added(self, path: Path, settings: Settings, size: int) -> dict[str, int]:
         """Control tokens that tokenizer_config.json adds behind the model's own."""
@@ -64,8 +64,8 @@ class SentencePieceTokenizer(Tokenizer):
     def _id(self, settings: Settings, name: str, default: int) -> int | None:
         """The token that the settings name, else the model's own (and then its text is noted)."""
         token = settings.special_tokens.get(name)
-        if token in self._control:
-            return self._control[token]
+        if token in self.control_tokens:
+            return self.control_tokens[token]
         found = self._processor.piece_to_id(token) if token else self._processor.unk_id()
         if found != self._processor.unk_id():
             return found
@@ -79,7 +79,7 @@ class SentencePieceTokenizer(Tokenizer):
             return self._processor.encode(text)
         ids: list[int] = []
         for place, part in enumerate(self._splitter.split(text)):
-            ids += [self._control[part]] if place % 2 else self._processor.encode(part)
+            ids += [self.control_tokens[part]] if place % 2 else self._processor.encode(part)
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -102,7 +102,7 @@ class TiktokenTokenizer(Tokenizer):
         self._encoding = tiktoken.Encoding(
             path.stem, pat_str=_LLAMA3_PIECES, mergeable_ranks=ranks, special_tokens=control
         )
-        self._ranks, self.control_ids = len(ranks), frozenset(control.values())
+        self._ranks, self.control_tokens, self.control_ids = len(ranks), control, frozenset(control.values())
         self.vocab_size = len(ranks) + len(control)
         tokens = settings.special_tokens
         named = {key: control[text] for key, text in tokens.items() if text in control}

@@ -39,6 +39,7 @@ from titan_hd.adapters.hdpissa import HDPissaLinear
 from titan_hd.distributed.tp_functions import (
     copy_to_tp,
     gather_alike,
+    gather_dim,
     gather_sequence,
     own_piece,
     reduce_from_tp,
@@ -155,7 +156,7 @@ def _embed_own_tokens(embedding: nn.Embedding, state: _Pass, input_ids: torch.Te
 
 def _own_logits(head: nn.Module, state: _Pass, x: torch.Tensor) -> torch.Tensor:
     logits = F.linear(state.enter(x), head.weight.to_local())
-    return funcol.all_gather_tensor(logits.contiguous(), 2, state.group) if state.whole_logits else logits
+    return gather_dim(logits, 2, state.group) if state.whole_logits else logits
 
 
 def _keep_vocabulary(model: Decoder, state: _Pass) -> None:
@@ -198,6 +199,8 @@ def _split(layer: nn.Linear, mesh: DeviceMesh, dim: int, state: _Pass) -> None:
     if isinstance(layer, AdapterLinear):
         _split_adapter(layer, mesh, dim)
     if isinstance(layer, (AdapterLinear, HDPissaLinear)):
+        if dim == 1:
+            layer.dropped = functools.partial(_dropped_columns, layer, state.group)
         layer.parameters_for_compute = parts
         compute = layer.forward
     else:
@@ -210,6 +213,17 @@ def _split(layer: nn.Linear, mesh: DeviceMesh, dim: int, state: _Pass) -> None:
         return y if layer.bias is None else y + state.of_piece(layer.bias)
 
     layer.forward = compute if dim == 0 else row_wise
+
+
+def _dropped_columns(layer: AdapterLinear | HDPissaLinear, group: dist.ProcessGroup, x: torch.Tensor) -> torch.Tensor:
+    """Dropout of this rank's columns of the input. Every rank draws the mask of the whole input, which is the one that
+    is drawn without tensor parallelism: generators are seeded by the samples, so they are alike on tp ranks."""
+    if not (layer.dropout and layer.training):
+        return x
+    size = dist.get_world_size(group)
+    whole = F.dropout(x.new_ones(*x.shape[:-1], size * x.shape[-1]), layer.dropout)
+    kept = whole.chunk(size, dim=-1)[dist.get_rank(group)] != 0
+    return torch.where(kept, x / (1 - layer.dropout), 0.0)
 
 
 def _split_adapter(layer: AdapterLinear, mesh: DeviceMesh, dim: int) -> None:

@@ -19,6 +19,10 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 
+# torch 2.13 deprecates the older names, 2.11 knows no others.
+_all_gather_single = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+_reduce_scatter_single = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+
 
 class _CopyToTP(torch.autograd.Function):
     @staticmethod
@@ -28,13 +32,13 @@ class _CopyToTP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gy):
-        return funcol.all_reduce(gy.contiguous(), "sum", ctx.group), None
+        return _all_reduce(gy, ctx.group), None
 
 
 class _ReduceFromTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
-        return funcol.all_reduce(x.contiguous(), "sum", group)
+        return _all_reduce(x, group)
 
     @staticmethod
     def backward(ctx, gy):
@@ -97,6 +101,11 @@ def gather_alike(x: torch.Tensor, length: int, group: dist.ProcessGroup) -> torc
     return _GatherAlike.apply(x, length, group)
 
 
+def gather_dim(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """All ranks' tensors, concatenated in a dimension. No gradient."""
+    return _arrived(_all_gather_single(x.contiguous(), dim, group))
+
+
 def own_piece(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """This rank's piece of a whole [B, T, ...]; gradients flow, into this piece alone."""
     return _padded(x, group).chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)]
@@ -108,8 +117,17 @@ def _padded(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def _gather(x: torch.Tensor, length: int, group: dist.ProcessGroup) -> torch.Tensor:
-    return funcol.all_gather_tensor(x.contiguous(), 1, group)[:, :length]
+    return gather_dim(x, 1, group)[:, :length]
 
 
 def _reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    return funcol.reduce_scatter_tensor(_padded(x, group).contiguous(), "sum", 1, group)
+    return _arrived(_reduce_scatter_single(_padded(x, group).contiguous(), "sum", 1, group))
+
+
+def _all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return _arrived(funcol.all_reduce(x.contiguous(), "sum", group))
+
+
+def _arrived(x: torch.Tensor) -> torch.Tensor:
+    """A plain tensor: each layer that reads one that is still under way would wrap and save one of its own."""
+    return x.wait() if isinstance(x, funcol.AsyncCollectiveTensor) else x

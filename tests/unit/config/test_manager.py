@@ -392,6 +392,7 @@ class TestCombinations:
             ("hdpissa.mute_scalar", "-1e-16"),
             ("parallelism.data_parallel_replicate_degree", "0"),
             ("parallelism.data_parallel_shard_degree", "0"),
+            ("parallelism.context_parallel_degree", "2"),
             ("checkpoint.interval", "0"),
             ("checkpoint.load_step", "-2"),
             ("metrics.log_freq", "0"),
@@ -428,6 +429,34 @@ class TestKeysOfMethods:
         for method in ("hdpissa", "full"):
             (line,) = errors_of([*NEEDED, "--adapter.method", method, option])
             assert "is for lora, pissa, dora, not for" in line
+
+    def test_variants_of_mora_and_bat(self):
+        load([*NEEDED, "--adapter.method", "mora", "--adapter.mora_type", "1"])
+        load([*NEEDED, "--adapter.method", "bat", "--adapter.bat_form", "row"])
+        (line,) = errors_of([*NEEDED, "--adapter.mora_type", "1"])
+        assert line == "adapter.mora_type: is for mora, not for adapter.method hdpissa; leave it out"
+        (line,) = errors_of([*NEEDED, "--adapter.method", "bat", "--adapter.mora_type", "2"])
+        assert line.startswith("adapter.mora_type: must be 1 or 6")
+
+    def test_what_peft_cannot_hold(self):
+        model = ["--model.flavor=", "--model.hf_assets_path=model"]
+        words = [*NEEDED, *model, "--export.enable", "--export.format", "peft", "--adapter.method"]
+        for method in ("lora", "pissa", "dora", "hira", "bone", "bat"):
+            load([*words, method])
+        reasons = {"hdpissa": "not of low rank", "full": "it has no adapters", "mora": "the library does not have it"}
+        for method, reason in reasons.items():
+            (line,) = errors_of([*words, method])
+            assert line.startswith(f"export.format: peft cannot hold method {method}: ")
+            assert reason in line
+        (line,) = errors_of([*words, "bat", "--adapter.bat_form", "row"])
+        assert line.startswith("export.format: peft has bat's column form alone")
+        (line,) = errors_of([*words, "lora", "--model.flavor=debugmodel"])
+        assert line.startswith("export.format: peft's adapter needs a base model")
+
+    @pytest.mark.parametrize("method", ["mora", "hira", "bone", "bat"])
+    def test_methods_without_alpha_say_so(self, method: str):
+        (line,) = manager.ignored_keys(load([*NEEDED, "--adapter.alpha", "4", "--adapter.method", method]))
+        assert line == f"adapter.alpha: not used by adapter.method {method}"
 
     def test_inherited_keys_without_a_meaning_are_named_once(self):
         words = ["--hdpissa.num_adapters", "8", "--adapter.svd_cache", "d", "--adapter.alpha", "4"]

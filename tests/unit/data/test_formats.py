@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.data.test_records import Letters
 from tests.unit.data.test_tokenizer import pieces_directory
 from titan_hd.config.job_config import Data
+from titan_hd.data import chat_spans
+from titan_hd.data.chat import ChatTemplate
 from titan_hd.data.dataset import build_records
 from titan_hd.data.formats import ChatFormat, detect_format
 from titan_hd.data.loader import collate
@@ -168,6 +170,82 @@ class TestChat:
 
     def test_tools_must_be_a_list(self, chatml: Tokenizer):
         assert message(encode, chatml, turns(USER, ANSWER), tools="add") == "tools: must be a list"
+
+
+class TestManyTurns:
+    """What is found in time linear in the number of turns is what rendering up to every turn gives."""
+
+    CONTENTS: ClassVar = [
+        "the fox",
+        " dog ",
+        "assistant\n",
+        "1 + 2",
+        "<|im_end|>",
+        "<|im_start|>assistant\n",
+        "\ue000",
+        "a\n\n",
+    ]
+
+    def both(self, monkeypatch, tokenizer: Tokenizer, messages: list[dict]) -> tuple:
+        """What `encode` gives or says as it is, and where no content is marked and no control token found."""
+        results = []
+        for quick in (True, False):
+            with monkeypatch.context() as patch:
+                if not quick:
+                    patch.setattr(chat_spans._Conversation, "contents", lambda *_: {})
+                    patch.setattr(chat_spans.TurnFinder, "_controls", lambda *_: None)
+                try:
+                    results.append(encode(tokenizer, messages))
+                except ValueError as error:
+                    results.append(str(error))
+        return tuple(results)
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.lists(st.tuples(st.booleans(), st.sampled_from(CONTENTS)), min_size=1, max_size=9))
+    def test_the_same_as_slowly(self, chatml: Tokenizer, monkeypatch, said: list[tuple[bool, str]]):
+        messages = turns(USER, *(("assistant" if by else "user", text) for by, text in said), ANSWER)
+        quick, slow = self.both(monkeypatch, chatml, messages)
+        assert quick == slow
+
+    @pytest.mark.parametrize("name", ["llama3_1_hf", "qwen2_5_hf"])
+    def test_real_tokenizers(self, shared_data: Path, monkeypatch, name: str):
+        tokenizer = load_tokenizer(shared_data / "tokenizers" / name)
+        said = [turns(("user", f"{i} apples?"), ("assistant", f" {i}\nand\n")) for i in range(6)]
+        quick, slow = self.both(monkeypatch, tokenizer, [m for pair in said for m in pair])
+        assert quick == slow
+        assert len(stretches(quick)) == 6
+
+    def test_linear(self, chatml: Tokenizer, monkeypatch):
+        """Counted, not timed: messages that are rendered and characters that are encoded, for ten times the turns."""
+        short, long = (self.work(chatml, monkeypatch, turns(USER, ANSWER) * count) for count in (5, 50))
+        assert 0 < long[0] < 12 * short[0]
+        assert 0 < long[1] < 12 * short[1]
+
+    def work(self, tokenizer: Tokenizer, monkeypatch, messages: list[dict]) -> tuple[int, int]:
+        rendered, encoded = [], []
+        render, run = ChatTemplate.render, tokenizer.encode
+
+        def counting_render(chat, messages, *args, **kwargs):
+            rendered.append(len(messages))
+            return render(chat, messages, *args, **kwargs)
+
+        def counting_encode(text, special=False):
+            encoded.append(len(text))
+            return run(text, special)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ChatTemplate, "render", counting_render)
+            patch.setattr(tokenizer, "encode", counting_encode)
+            encode(tokenizer, messages)
+        return sum(rendered), sum(encoded)
+
+    def test_a_middle_turn_that_is_written_otherwise(self, tmp_path: Path):
+        template = CHATML.replace(
+            "{{ m.content }}", "{{ m.content[:2] if loop.index == 4 and not loop.last else m.content }}"
+        )
+        tokenizer = load_tokenizer(chat_directory(tmp_path, template))
+        text = message(encode, tokenizer, turns(USER, ANSWER) * 3)
+        assert text.startswith("the chat template writes turn 4 differently when the conversation goes on")
 
 
 class TestTemplatesThatDoNotAllowIt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -187,20 +188,22 @@ def test_little_data_is_not_cached(setup: Path, monkeypatch):
 
 
 PROGRAM = """
-    import sys, time, json
+    import json, logging, sys, time
     from pathlib import Path
     from titan_hd.config.job_config import Data
     from titan_hd.data import dataset, encoding
     from titan_hd.data.tokenizer import load_tokenizer
 
-    folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+    folder = Path(sys.argv[1])
     dataset.SMALL, dataset.CHUNK_RECORDS = 0, 7
     chunk = encoding.Encoder.chunk
-    def slow(self, raws):
+    def waiting(self, raws):
         print("chunk", flush=True)
-        time.sleep(seconds)
+        while not (folder / "go").exists():
+            time.sleep(0.02)
         return chunk(self, raws)
-    encoding.Encoder.chunk = slow
+    encoding.Encoder.chunk = waiting
     data = Data(train=str(folder / "data"), template="none", cache_dir=str(folder / "cache"), num_proc=1)
     try:
         records = dataset.build_records(data, "train", 500, 40, lambda: load_tokenizer(folder / "model"))
@@ -208,49 +211,69 @@ PROGRAM = """
     except ValueError as error:
         print("error", error)
 """
+CHUNKS = 9  # 60 records by seven
 
 
-def start(setup: Path, seconds: float) -> subprocess.Popen:
-    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(setup), str(seconds)]
+def start(setup: Path) -> subprocess.Popen:
+    """A program that tokenizes once the file `go` is there."""
+    command = [sys.executable, "-u", "-c", textwrap.dedent(PROGRAM), str(setup)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def test_a_writer_that_is_killed_leaves_nothing_behind(setup: Path):
-    expected = [e.input_ids for e in build(setup, cache_dir="")]
-    writer = start(setup, 60)
-    assert writer.stdout.readline() == "chunk\n"  # it is writing
-    reader = start(setup, 0)  # and this one waits for it
-    deadline = time.monotonic() + 60
-    while not list((setup / "cache").glob(".*.lock")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+def wait_for(program: subprocess.Popen, words: str) -> None:
+    assert any(line.startswith(words) for line in iter(program.stdout.readline, ""))
+
+
+@pytest.fixture
+def writer_and_reader(setup: Path) -> Iterator[tuple[subprocess.Popen, subprocess.Popen]]:
+    """Two programs; the first is in the middle of writing an entry, the second waits for it."""
+    writer = start(setup)
+    wait_for(writer, "chunk")
+    reader = start(setup)
+    wait_for(reader, "waiting for the process that tokenizes")
+    yield writer, reader
+    for program in (writer, reader):
+        program.kill()
+        program.communicate()
+
+
+def rest(program: subprocess.Popen) -> list[str]:
+    return program.communicate(timeout=300)[0].splitlines()
+
+
+def test_a_writer_that_is_killed_leaves_nothing_behind(setup: Path, writer_and_reader):
+    writer, reader = writer_and_reader
     writer.send_signal(signal.SIGKILL)
     writer.wait()
-    said = reader.communicate(timeout=60)[0].splitlines()
-    assert said.count("chunk") == 9  # 60 records by seven: it has made all of it
-    assert json.loads(said[-1]) == expected
+    (setup / "go").touch()
+    said = rest(reader)
+    assert said.count("chunk") == CHUNKS, "it has made all of it"
+    assert json.loads(said[-1]) == [e.input_ids for e in build(setup, cache_dir="")]
     (entry,) = entries(setup)
     left = [path.name for path in (setup / "cache").iterdir() if path != entry]
     assert left == [f".{entry.name}.lock"], "the killed one's part is removed"
 
 
-def test_of_two_at_once_one_writes(setup: Path):
-    programs = [start(setup, 0.05) for _ in range(2)]
-    said = [program.communicate(timeout=120)[0].splitlines() for program in programs]
-    assert sum(lines.count("chunk") for lines in said) == 9
-    assert said[0][-1] == said[1][-1]
-    assert len(json.loads(said[0][-1])) == 60
+def test_of_two_at_once_one_writes(setup: Path, writer_and_reader):
+    (setup / "go").touch()
+    wrote, read = map(rest, writer_and_reader)
+    assert 1 + wrote.count("chunk") == CHUNKS
+    assert "chunk" not in read
+    assert wrote[-1] == read[-1]
+    assert len(json.loads(read[-1])) == 60
 
 
-def test_who_waited_fails_with_the_writer(setup: Path):
+def test_who_waited_fails_with_the_writer(setup: Path, request):
     """And does not try the same for as long again, one after the other."""
     with (setup / "data" / "b.jsonl").open("a") as file:
         file.write("{\n")
-    programs = [start(setup, 0.3) for _ in range(2)]
-    said = [program.communicate(timeout=120)[0].splitlines() for program in programs]
-    assert len({lines[-1] for lines in said}) == 1
-    assert said[0][-1].startswith(f"error {setup}/data/b.jsonl:36: not valid JSON: ")
-    assert sum(lines.count("chunk") for lines in said) < 18
+    programs = request.getfixturevalue("writer_and_reader")
+    (setup / "go").touch()
+    wrote, read = map(rest, programs)
+    assert "chunk" not in read
+    assert wrote[-1] == read[-1]
+    assert read[-1].startswith(f"error {setup}/data/b.jsonl:36: not valid JSON: ")
     assert entries(setup) == []
 
 
@@ -287,8 +310,6 @@ class TestProcesses:
 
     def test_a_file_that_ends_early_is_said_after_what_is_before_it(self, setup: Path):
         good = (setup / "data" / "a.jsonl").read_bytes()
-        import gzip
-
         packed = gzip.compress(good * 50)[:-100]
         (setup / "data" / "c.jsonl.gz").write_bytes(packed)
         assert message(build, setup, num_proc=2).startswith(f"data.train: cannot read {setup}/data/c.jsonl.gz: ")

@@ -153,6 +153,7 @@ class TestAgainstTransformers:
         positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
         documents = torch.stack([torch.repeat_interleave(torch.arange(len(r)), torch.tensor(r)) for r in lengths])
         packed = model(input_ids, positions, documents)
+        assert torch.equal(model(input_ids, documents=documents), packed)  # positions restart unless given
         for row, pieces in enumerate(lengths):
             alone = [model(piece[None]) for piece in input_ids[row].split(pieces)]
             torch.testing.assert_close(packed[row], torch.cat(alone, 1)[0], rtol=0, atol=LOGIT_TOLERANCE)
