@@ -245,7 +245,7 @@ class Parallelism:
     """Ranks that split each linear layer of the blocks (tensor parallelism), within a node."""
     sequence_parallel: bool = True
     """With tensor parallelism: split the sequence between attention and MLP, so that norms and the activations that
-    are kept there are shared out; as many bytes travel."""
+    are kept there are shared out; as many bytes travel (docs/meshes.md)."""
     loss_parallel: bool = True
     """With tensor parallelism: split embedding, head and loss by the vocabulary, which the degree must divide; no rank
     then holds whole logits. false: whole on every tensor-parallel rank."""
