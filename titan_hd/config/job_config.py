@@ -1,7 +1,7 @@
 """The configuration as dataclasses. The string under each field is its documentation and its `--help` text.
 
 Sections and keys follow torchtitan where it has them. Nothing here is checked against another key: single values are
-checked by `manager`, combinations by `manager.check_combinations`, and whatever needs the model's shapes or the number
+checked by `manager`, combinations by `checks.check_combinations`, and whatever needs the model's shapes or the number
 of workers by `titan_hd.preflight`.
 """
 
