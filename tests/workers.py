@@ -6,6 +6,7 @@ Starting Python and torch costs seconds, a gloo group costs milliseconds: so the
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import tempfile
 import traceback
@@ -42,6 +43,8 @@ def _serve(rank: int, connection) -> None:
                 dist.destroy_process_group()
             torch._dynamo.reset()
         connection.send(result)
+        gc.collect()  # a Trainer refers to itself; the threads of its process groups live as long as it does
+        gc.freeze()  # what is left are modules: the next collection need not look at them
 
 
 class WorkerPool:
