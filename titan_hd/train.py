@@ -274,7 +274,7 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One optimizer step over the global batch. Returns this step's numbers, the same on every worker."""
         enter_phase(f"step {self.step + 1}")
-        batches = self.loader.step(self.step)
+        batches = self._read_batches()
         adapters = [self.placement.first_adapter + self.placement.slot(m) for m in range(len(batches))]
         counts, tokens, sequences = self._count_tokens(batches, adapters)
         lr = self.config.optimizer.lr * lr_factor(self.config.lr_scheduler, self.step, self.total_steps)
@@ -301,6 +301,12 @@ class Trainer:
         dist.all_reduce(loss_sum, group=self.dims.dp_mesh.get_group())
         numbers = {"loss": loss_sum.item() / max(1, sum(counts)), "grad_norm": grad_norm, "lr": lr}
         return {**numbers, "tokens": tokens, "sequences": sequences}
+
+    def _read_batches(self) -> list[Batch]:
+        if not self.config.data.streaming:
+            return self.loader.step(self.step)
+        with together(f"step {self.step + 1}"):  # a stream's bad record is seen only by those who need it
+            return self.loader.step(self.step)
 
     def _count_tokens(self, batches: list[Batch], adapters: list[int]) -> tuple[list[int], int, int]:
         """Trained tokens of each logical adapter over the whole step, all tokens of the step but padding, records."""
