@@ -209,7 +209,7 @@ class TestTrainLoader:
         source = GlobalBatches(Faulty(), SampleOrder(9, False, 0), 3, None, packed=False)
         loader = TrainLoader(source, [range(0, 3)], num_workers)
         assert len(loader.step(0) + loader.step(1)) == 2
-        with pytest.raises(UserError, match="^record 6 is torn$"):  # one line, also from another process
+        with pytest.raises(UserError, match=r"^record 6 is torn$"):  # one line, also from another process
             loader.step(2)
         loader.close()
 
