@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import logging
@@ -181,6 +182,44 @@ def test_a_folder_that_cannot_be_used(setup: Path):
     assert text.startswith(f"data.cache_dir: cannot use {setup}/file/cache: ")
 
 
+def test_a_user_without_a_home(setup: Path, monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does where the user is a mere number
+    text = message(build, setup, cache_dir="auto")
+    assert text.startswith("data.cache_dir: ~/.cache/titan_hd/tokens: this user has no home directory; name a folder")
+
+
+def test_a_full_disk_is_noted_for_those_who_wait(setup: Path, monkeypatch):
+    """Each of them would fill it once more, one after the other."""
+    monkeypatch.setattr("titan_hd.data.token_cache.os.fsync", refuse)
+    text = message(build, setup)
+    assert text.startswith(f"data.cache_dir: cannot use {setup}/cache: No space left on device; name another folder")
+    (lock,) = (setup / "cache").iterdir()
+    assert json.loads(lock.read_text()) == text
+
+
+def refuse(*unused) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_an_entry_that_came_in_between_stays(setup: Path, monkeypatch):
+    """Another node's, where locks do not reach it; its readers have mapped the files."""
+    expected, fsync = list(build(setup)), os.fsync
+    (entry,) = entries(setup)
+    entry.rename(setup / "kept")
+    inode = (setup / "kept" / "ids").stat().st_ino
+
+    def quicker(file: int) -> None:
+        if not entry.exists():
+            (setup / "kept").rename(entry)
+        fsync(file)
+
+    monkeypatch.setattr("titan_hd.data.token_cache.os.fsync", quicker)
+    assert list(build(setup)) == expected
+    assert (entry / "ids").stat().st_ino == inode
+
+
 def test_little_data_is_not_cached(setup: Path, monkeypatch):
     monkeypatch.setattr(dataset, "SMALL", 2**20)
     assert len(build(setup)) == 60
@@ -327,6 +366,20 @@ class TestProcesses:
         monkeypatch.setattr(token_processes.TokenProcesses, "_send", kill_then_send)
         text = message(build, setup, num_proc=2)
         assert text.startswith("data.num_proc: a tokenizing process ended with signal 9")
+
+    def test_one_that_cannot_be_started(self, setup: Path, monkeypatch):
+        start, programs = subprocess.Popen, []
+
+        def popen(*arguments, **options) -> subprocess.Popen:
+            if programs:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            programs.append(start(*arguments, **options))
+            return programs[0]
+
+        monkeypatch.setattr(token_processes.subprocess, "Popen", popen)
+        text = message(build, setup, num_proc=3)
+        assert text.startswith("data.num_proc: cannot start 3 tokenizing processes (1 are running): Resource temporari")
+        assert programs[0].returncode == 0, "it has ended"
 
     def test_a_chat_template_travels(self, setup: Path):
         chat = {"messages": [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "dog"}]}
