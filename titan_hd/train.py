@@ -47,7 +47,7 @@ from titan_hd.data.records import statistics_table
 from titan_hd.data.tokenizer import load_tokenizer
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.adapter_weights import initialize_adapters
-from titan_hd.distributed.collectives import once, together
+from titan_hd.distributed.collectives import once, require_equal, together
 from titan_hd.distributed.loss_parallel import vocabulary_parallel_loss_sum
 from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims, mesh_picture
 from titan_hd.distributed.parallelize import parallelize
@@ -158,6 +158,9 @@ class Trainer:
                 built.append(build_records(c.data, "validation", *shape, tokenizer, bar))
                 if c.validation.exact_match_samples and not built[1].answerable:
                     raise UserError("validation.exact_match_samples: needs records with a prompt and a response")
+        # A node with a file of its own that differs would end its steps, or its validation, at another time.
+        for key, read in zip(("data.train", "data.validation"), built):
+            require_equal(key, data_summary(read, c.data, c.training.seq_len))
         rows = [row for r in built for row in r.rows]
         if rows:
             logger.info("%s", statistics_table(rows))

@@ -29,7 +29,7 @@ from titan_hd.config.errors import UserError
 from titan_hd.data.encoding import as_array
 from titan_hd.data.records import Statistics
 
-VERSION = 1  # of what an entry looks like and of how records become tokens
+VERSION = 2  # of what an entry looks like and of how records become tokens
 logger = logging.getLogger("titan_hd")
 
 

@@ -21,9 +21,9 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.unit.data.test_formats import chat_directory
 from tests.unit.data.test_records import message
-from titan_hd.config.job_config import Data
+from titan_hd.config.job_config import Data, DataSource
 from titan_hd.data import dataset, token_processes
-from titan_hd.data.dataset import build_records
+from titan_hd.data.dataset import build_records, data_summary
 from titan_hd.data.records import InstructionRecords
 from titan_hd.data.tokenizer import load_tokenizer
 
@@ -135,6 +135,38 @@ def test_what_an_entry_depends_on(setup: Path):
     )
     build(setup)
     assert len(entries(setup)) == count + 2
+
+
+@pytest.mark.parametrize("cache", ["", "cache"])
+def test_a_file_that_changes_while_it_is_read(setup: Path, monkeypatch, cache: str):
+    """The entry would be under the name of what the file was before."""
+    path, parse = setup / "data" / "b.jsonl", dataset.Encoder.chunk
+
+    def download(self, raws):
+        with path.open("a") as file:
+            file.write('{"prompt": "the fox", "response": "dog"}\n')
+        return parse(self, raws)
+
+    monkeypatch.setattr(dataset.Encoder, "chunk", download)
+    text = message(build, setup, cache_dir=cache and str(setup / cache))
+    assert text == f"data.train: {path} was changed while it was read; start again when it is complete"
+
+
+def test_records_are_told_apart_by_their_content(setup: Path):
+    """Which has the same number of records and tokens after two files change places, but samples of other records."""
+
+    def summary(**settings) -> str:
+        return data_summary(build(setup, **settings), Data(**settings), 40)
+
+    before = summary()
+    assert before == summary(cache_dir="") == summary(num_proc=2)
+    a, b = (setup / "data" / name for name in ("a.jsonl", "b.jsonl"))
+    a.rename(setup / "data" / "c.jsonl")
+    after = summary()
+    assert after.partition("content")[0] == before.partition("content")[0]
+    assert after != before
+    both = [DataSource(str(path)) for path in (setup / "data" / "c.jsonl", b)]
+    assert summary(train=both) != summary(train=both[::-1])
 
 
 def test_a_template_file_counts_by_its_content(setup: Path):
