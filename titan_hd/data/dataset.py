@@ -296,12 +296,22 @@ def _chunks(raws: Iterable[Raw]) -> Iterator[list[Raw]]:
     size = 0
     for raw in raws:
         chunk.append(raw)
-        size += len(raw.data) if isinstance(raw.data, bytes) else 0
+        size += _size(raw.data)
         if len(chunk) == CHUNK_RECORDS or size >= CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
     if chunk:
         yield chunk
+
+
+def _size(value: object, depth: int = 4) -> int:
+    """About how many bytes a record's line or its decoded value holds, as deep as conversations go."""
+    if isinstance(value, (bytes, str)):
+        return len(value)
+    if isinstance(value, list) and value and isinstance(value[0], int):
+        return 8 * len(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(_size(part, depth - 1) for part in parts) if depth else 0
 
 
 def _check_what_is_left(statistics: Statistics, seq_len: int) -> None:

@@ -25,6 +25,7 @@ from titan_hd.config.job_config import Data, DataSource
 from titan_hd.data import dataset, token_processes
 from titan_hd.data.dataset import build_records, data_summary
 from titan_hd.data.records import InstructionRecords
+from titan_hd.data.sources import Raw
 from titan_hd.data.tokenizer import load_tokenizer
 
 WORDS = ("the fox", "brown dog", "my box", "lazy jug", "1 + 2")
@@ -82,6 +83,31 @@ def test_chunks_do_not_show(setup: Path, monkeypatch, chunk: int):
     whole = build(setup, cache_dir="")
     monkeypatch.setattr(dataset, "CHUNK_RECORDS", chunk)
     assert list(build(setup, cache_dir="")) == list(whole)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"x" * 1000,
+        {"text": "x" * 1000},
+        {"messages": [{"role": "user", "content": "x" * 500}, {"role": "assistant", "content": "x" * 500}]},
+        {"input_ids": [7] * 64, "labels": [7] * 64},
+    ],
+    ids=["line", "text", "chat", "tokens"],
+)
+def test_long_records_make_short_chunks(monkeypatch, value):
+    """Also those that come decoded, from Parquet or a JSON array: a process holds one chunk at a time."""
+    monkeypatch.setattr(dataset, "CHUNK_BYTES", 10_000)
+    sizes = [len(chunk) for chunk in dataset._chunks(Raw("r:1", value) for _ in range(100))]
+    assert max(sizes) in (10, 11)
+    assert sum(sizes) == 100
+
+
+def test_deep_records_are_measured():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert dataset._size({"a": deep, "b": None, "c": "xy", "d": []}) == 2
 
 
 def test_tokens_have_labels_of_their_own(setup: Path, monkeypatch):
