@@ -37,7 +37,7 @@ from titan_hd.components.optimizer import build_optimizer, clip_gradients
 from titan_hd.components.profiling import build_profiler
 from titan_hd.components.run_lock import RunLock
 from titan_hd.components.validation import Validator
-from titan_hd.config import manager
+from titan_hd.config import checks, manager
 from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
 from titan_hd.config.seeding import stable_seed
@@ -102,7 +102,7 @@ class Trainer:
         logger.info("titan_hd %s, torch %s, %d x %s", __version__, torch.__version__, w, device_name(self.device))
         if config.job.print_config:
             logger.info("configuration:\n%s", manager.to_toml(config))
-        for line in manager.ignored_keys(config):
+        for line in checks.ignored_keys(config):
             logger.warning("%s", line)
         hosted = f", {self.placement.hosted} on each worker" if plan.num_adapters > 1 else ""
         logger.info(

@@ -22,6 +22,7 @@ from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.collectives import once
 from titan_hd.distributed.watch import Watch
+from titan_hd.models.hf_weights import disk_faults
 from titan_hd.preflight import RunPlan, plan_run
 from titan_hd.signals import StopSignals
 
@@ -74,7 +75,8 @@ def _record_flight(dump_folder: Path) -> None:
     if not torch.cuda.is_available():
         return
     if int(os.environ["RANK"]) == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        with disk_faults(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     for name, value in {
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",

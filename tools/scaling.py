@@ -187,8 +187,8 @@ def compute_seconds(work: Work, cluster: Cluster, dense_gradient: bool = False) 
     """4N + attention, every block computed again in the backward pass; with a dense gradient 6N."""
     c = work.config
     weights = sum(out * width for out, width in work.shapes().values())
-    width = sum(work.rank * sum(shape) for shape in work.shapes().values())
-    flops = flops_per_token(c, work.length, weights if dense_gradient else 0, width)
+    adapters = 4 * sum(work.rank * sum(shape) for shape in work.shapes().values())
+    flops = flops_per_token(c, work.length, weights if dense_gradient else 0, adapters)
     again = 2 * weights + 4 * c.num_attention_heads * c.head_dim * work.length * c.num_hidden_layers
     return work.micro_batches * work.tokens * (flops + again) / (cluster.peak * cluster.utilisation)
 

@@ -212,13 +212,13 @@ def test_the_late_rank_is_named_before_the_time_out(nodes, tmp_path):
     (tmp_path / "hook" / "sitecustomize.py").write_text(
         "import os, time\n"
         "if os.environ.get('RANK') == '1':\n"
-        "    import titan_hd.data.loader as loader\n"
-        "    batch = loader.TrainLoader.batch\n"
-        "    def late(self, step, samples):\n"
+        "    import titan_hd.components.lr_scheduler as schedule\n"
+        "    factor = schedule.lr_factor\n"
+        "    def late(config, step, total):\n"
         "        if step == 2:\n"
         "            time.sleep(600)\n"
-        "        return batch(self, step, samples)\n"
-        "    loader.TrainLoader.batch = late\n"
+        "        return factor(config, step, total)\n"
+        "    schedule.lr_factor = late\n"
     )
     start = time.monotonic()
     hook = {"PYTHONPATH": str(tmp_path / "hook")}

@@ -1,7 +1,7 @@
 """The configuration as dataclasses. The string under each field is its documentation and its `--help` text.
 
 Sections and keys follow torchtitan where it has them. Nothing here is checked against another key: single values are
-checked by `manager`, combinations by `manager.check_combinations`, and whatever needs the model's shapes or the number
+checked by `manager`, combinations by `checks.check_combinations`, and whatever needs the model's shapes or the number
 of workers by `titan_hd.preflight`.
 """
 
@@ -245,7 +245,7 @@ class Parallelism:
     """Ranks that split each linear layer of the blocks (tensor parallelism), within a node."""
     sequence_parallel: bool = True
     """With tensor parallelism: split the sequence between attention and MLP, so that norms and the activations that
-    are kept there are shared out; as many bytes travel."""
+    are kept there are shared out; as many bytes travel (docs/meshes.md)."""
     loss_parallel: bool = True
     """With tensor parallelism: split embedding, head and loss by the vocabulary, which the degree must divide; no rank
     then holds whole logits. false: whole on every tensor-parallel rank."""

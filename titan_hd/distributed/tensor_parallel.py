@@ -9,8 +9,8 @@ What enters attention and MLP is whole on every rank, what leaves them is a sum 
 the words). Between them, the residual stream is
 
 * with sequence parallelism in pieces: gathered in front of each half of a block, reduce-scattered behind it. Norms
-  work on a piece, so their weights' gradients come in parts. As many bytes travel as without, and what a block keeps
-  or recomputes from is 1 / tp of it;
+  work on a piece, so their weights' gradients come in parts. As many bytes travel as without (but for the recomputed
+  MLP's input), and what a block keeps between its halves, or recomputes from, is 1 / tp of it;
 * without, whole on every rank: nothing in front, an all-reduce behind.
 
 With loss parallelism, embedding and head are split by the vocabulary: a rank looks up the tokens that it has, the sum

@@ -57,7 +57,7 @@ class Watch:
     def _run(self) -> None:
         place, still_since, reported = None, time.monotonic(), ""
         while True:
-            time.sleep(min(5.0, self.timeout / 40))
+            time.sleep(min(0.5, self.timeout / 40))  # short also where the time-out is about to become so
             frame = sys._current_frames().get(self._main)
             if frame is None or not _now.timed:
                 place = None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from titan_hd.config import job_config, manager
+from titan_hd.config import checks, job_config, manager
 from titan_hd.config.job_config import JobConfig
 from titan_hd.config.manager import ConfigError, load
 
@@ -455,20 +455,20 @@ class TestKeysOfMethods:
 
     @pytest.mark.parametrize("method", ["mora", "hira", "bone", "bat"])
     def test_methods_without_alpha_say_so(self, method: str):
-        (line,) = manager.ignored_keys(load([*NEEDED, "--adapter.alpha", "4", "--adapter.method", method]))
+        (line,) = checks.ignored_keys(load([*NEEDED, "--adapter.alpha", "4", "--adapter.method", method]))
         assert line == f"adapter.alpha: not used by adapter.method {method}"
 
     def test_inherited_keys_without_a_meaning_are_named_once(self):
         words = ["--hdpissa.num_adapters", "8", "--adapter.svd_cache", "d", "--adapter.alpha", "4"]
-        assert manager.ignored_keys(load([*NEEDED, *words])) == []
-        (line,) = manager.ignored_keys(load([*NEEDED, *words, "--adapter.method", "lora"]))
+        assert checks.ignored_keys(load([*NEEDED, *words])) == []
+        (line,) = checks.ignored_keys(load([*NEEDED, *words, "--adapter.method", "lora"]))
         assert line == "adapter.svd_cache, hdpissa.num_adapters: not used by adapter.method lora"
-        (line,) = manager.ignored_keys(load([*NEEDED, *words, "--adapter.method", "full"]))
+        (line,) = checks.ignored_keys(load([*NEEDED, *words, "--adapter.method", "full"]))
         assert line.startswith("adapter.alpha, adapter.svd_cache, hdpissa.num_adapters: ")
-        assert manager.ignored_keys(load([*NEEDED, "--adapter.method", "full"])) == []
+        assert checks.ignored_keys(load([*NEEDED, "--adapter.method", "full"])) == []
 
     def test_the_tables_name_real_keys(self):
-        assert {*manager._VARIANTS, *manager._USED_BY, *manager._RENAMED.values()} <= set(KEYS)
+        assert {*checks._VARIANTS, *checks._USED_BY, *manager._RENAMED.values()} <= set(KEYS)
 
     def test_old_names_of_the_svds_keys(self, toml):
         path = toml("[hdpissa]\nsvd_cache = 'old'\nsvd_niter = 3")
@@ -527,7 +527,7 @@ class TestDocumentation:
         assert second.startswith("titan_hd: error: optimizer.lr: must be a number")
 
     def test_limits_name_real_keys(self):
-        assert set(manager._AT_LEAST) <= set(KEYS)
+        assert set(checks._AT_LEAST) <= set(KEYS)
 
 
 class TestToToml:

@@ -1,0 +1,210 @@
+"""What a configuration must fulfil that single types do not say: ranges, and combinations of keys.
+
+Nothing here needs files, shapes or the number of workers; those are `titan_hd.preflight`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from titan_hd.config import job_config
+from titan_hd.config.job_config import JobConfig
+
+_AT_LEAST = {
+    "data.max_skipped": 0,
+    "data.num_workers": 0,
+    "data.num_proc": 0,
+    "data.shuffle_window": 1,
+    "training.steps": 1,
+    "training.seq_len": 2,
+    "training.local_batch_size": 1,
+    "training.max_norm": 0,
+    "training.gc_freq": 1,
+    "training.seed": 0,
+    "optimizer.lr": 0,
+    "optimizer.eps": 0,
+    "optimizer.weight_decay": 0,
+    "lr_scheduler.warmup_steps": 0,
+    "adapter.rank": 1,
+    "adapter.svd_niter": 0,
+    "hdpissa.num_adapters": 0,
+    "hdpissa.mute_scalar": 0,
+    "hdpissa.factor_cache_gb": 0,
+    "hdpissa.exchange_in_flight": 1,
+    "parallelism.data_parallel_replicate_degree": 1,
+    "parallelism.tensor_parallel_degree": 1,
+    "profiling.profile_freq": 1,
+    "comm.init_timeout_seconds": 1,
+    "comm.train_timeout_seconds": 1,
+    "checkpoint.interval": 1,
+    "checkpoint.keep_latest_k": 0,
+    "checkpoint.load_step": -1,
+    "metrics.log_freq": 1,
+    "validation.freq": 1,
+    "validation.exact_match_samples": 0,
+    "validation.batch_size": 0,
+    "validation.max_new_tokens": 1,
+}
+
+
+_LORAS = ("lora", "pissa", "dora")
+# Keys that ask for a variant of a method -> the methods that have it.
+_VARIANTS = {
+    "adapter.rslora": _LORAS,
+    "adapter.loraplus_lr_ratio": _LORAS,
+    "adapter.init": ("lora",),
+    "adapter.mora_type": ("mora",),
+    "adapter.bat_form": ("bat",),
+}
+# Keys that another method may inherit and does not use -> the methods that do.
+_USED_BY = {
+    "adapter.alpha": ("hdpissa", *_LORAS),
+    "adapter.svd": ("hdpissa", "pissa"),
+    "adapter.svd_niter": ("hdpissa", "pissa"),
+    "adapter.svd_cache": ("hdpissa", "pissa"),
+    **{f"hdpissa.{f.name}": ("hdpissa",) for f in dataclasses.fields(job_config.HDPissa)},
+}
+
+
+def ignored_keys(config: JobConfig) -> list[str]:
+    """Keys that are set and that the method does not use, one line for all of them."""
+    default, method = JobConfig(), config.adapter.method
+    unused = [
+        key for key, methods in _USED_BY.items() if method not in methods and _get(config, key) != _get(default, key)
+    ]
+    return [f"{', '.join(unused)}: not used by adapter.method {method}"] if unused else []
+
+
+def _get(config: JobConfig, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+# Methods that export.format = "peft" refuses, and why.
+_NO_PEFT = {
+    "hdpissa": "it changes W itself, by a matrix that is not of low rank",
+    "full": "it has no adapters",
+    "mora": "the library does not have it",
+}
+
+
+def check_presence(config: JobConfig) -> list[str]:
+    """Keys that must be given and are not, one line each."""
+    c = config
+    no_model = not c.model.hf_assets_path and not (c.model.name and c.model.flavor)
+    faults = {
+        "training.steps: give either training.steps or training.epochs": (c.training.steps is None)
+        == (c.training.epochs is None),
+        "data.train: is missing; give the training records": not c.data.train,
+        "model.hf_assets_path: is missing; give a HF directory, or model.name and model.flavor": no_model,
+        "data.validation: is missing; validation.enable needs it": c.validation.enable and not c.data.validation,
+    }
+    return [line for line, fault in faults.items() if fault]
+
+
+def check_combinations(config: JobConfig) -> list[str]:
+    """Faults of single values and of combinations of keys, one line each."""
+    errors = []
+
+    def require(condition: bool, line: str) -> None:
+        if not condition:
+            errors.append(line)
+
+    for key, least in _AT_LEAST.items():
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        require(value is None or value >= least, f"{key}: must be at least {least}, not {value}")
+    c = config
+    require(c.training.epochs is None or c.training.epochs > 0, "training.epochs: must be above 0")
+    gbs = c.training.global_batch_size
+    require(gbs == -1 or gbs >= 1, f"training.global_batch_size: must be -1 or at least 1, not {gbs}")
+    shard = c.parallelism.data_parallel_shard_degree
+    require(shard == -1 or shard >= 1, f"parallelism.data_parallel_shard_degree: must be -1 or at least 1, not {shard}")
+    context = c.parallelism.context_parallel_degree
+    require(
+        context == 1,
+        f"parallelism.context_parallel_degree: must be 1, not {context}; for long sequences use "
+        'parallelism.tensor_parallel_degree and activation_checkpoint.mode = "full"',
+    )
+    steps = c.validation.steps
+    require(steps == -1 or steps >= 1, f"validation.steps: must be -1 or at least 1, not {steps}")
+    require(
+        c.lr_scheduler.warmup_steps is None or c.lr_scheduler.warmup_ratio is None,
+        "lr_scheduler.warmup_ratio: give either warmup_steps or warmup_ratio",
+    )
+    for key in ("lr_scheduler.warmup_ratio", "lr_scheduler.min_lr_factor"):
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        require(value is None or 0 <= value <= 1, f"{key}: must be between 0 and 1, not {value}")
+    for key in ("optimizer.beta1", "optimizer.beta2", "adapter.dropout"):
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        require(0 <= value < 1, f"{key}: must be at least 0 and below 1, not {value}")
+    for key, methods in _VARIANTS.items():
+        name = key.partition(".")[2]
+        require(
+            getattr(c.adapter, name) == getattr(job_config.Adapter(), name) or c.adapter.method in methods,
+            f"{key}: is for {', '.join(methods)}, not for adapter.method {c.adapter.method}; leave it out",
+        )
+    require(c.adapter.loraplus_lr_ratio > 0, "adapter.loraplus_lr_ratio: must be above 0")
+    require(c.adapter.alpha is None or c.adapter.alpha > 0, f"adapter.alpha: must be above 0, not {c.adapter.alpha}")
+    if c.export.enable and c.export.format == "peft":
+        reason = _NO_PEFT.get(c.adapter.method)
+        require(reason is None, f"export.format: peft cannot hold method {c.adapter.method}: {reason}; use hf")
+        require(
+            c.adapter.method != "bat" or c.adapter.bat_form == "column",
+            "export.format: peft has bat's column form alone, not adapter.bat_form row; use hf",
+        )
+        require(not c.model.flavor, "export.format: peft's adapter needs a base model; model.flavor has random weights")
+    size = c.export.max_shard_size_gb
+    require(size > 0, f"export.max_shard_size_gb: must be above 0, not {size}")
+    require(c.adapter.target_modules != [], "adapter.target_modules: names no layer; leave it out for all")
+    require(
+        c.adapter.dropout == 0 or c.adapter.method != "full",
+        f"adapter.dropout: method {c.adapter.method} has no adapters; set it to 0",
+    )
+    for key, folder in (("checkpoint.folder", c.checkpoint.folder), ("export.folder", c.export.folder)):
+        require(
+            os.path.normpath(folder) not in ("", ".", "..") and not os.path.normpath(folder).endswith("/.."),
+            f"{key}: must name a folder of its own, not {folder!r}",
+        )
+    trains_all = c.adapter.method == "full" and c.adapter.target_modules is None
+    require(
+        c.checkpoint.base == "full" or (c.model.hf_assets_path and not c.model.flavor and not trains_all),
+        "checkpoint.base: delta needs a base model in model.hf_assets_path (and no model.flavor), and a method that "
+        "leaves some of its weights alone",
+    )
+    require(
+        c.training.master_dtype == "float32" or c.adapter.method != "full",
+        "training.master_dtype: bfloat16 is for methods that keep W frozen or fold into it, not for full (small "
+        "updates would vanish)",
+    )
+    return errors + _check_sources(config)
+
+
+def _check_sources(config: JobConfig) -> list[str]:
+    """Faults of the tables in data.train and data.validation, and of keys that streaming excludes."""
+    errors, streaming = [], config.data.streaming
+    for key in ("train", "validation"):
+        value = getattr(config.data, key)
+        for place, source in enumerate(value if isinstance(value, list) else []):
+            name, weight, samples = f"data.{key}[{place}]", source.weight, source.samples
+            reason = (
+                "validation reads every record once" if key == "validation" else "data.streaming reads all in order"
+            )
+            if key == "validation" or streaming:
+                errors += [f"{name}.weight: {reason}; leave it out"] * (weight is not None)
+                errors += [f"{name}.samples: {reason}; leave it out"] * (samples is not None)
+            elif weight is not None and samples is not None:
+                errors.append(f"{name}.samples: give either weight or samples")
+            if weight is not None and weight <= 0:
+                errors.append(f"{name}.weight: must be above 0, not {weight}")
+            if samples is not None and samples < 1:
+                errors.append(f"{name}.samples: must be at least 1, not {samples}")
+    if streaming and config.data.pack:
+        errors.append("data.pack: needs the lengths of all records, which data.streaming does not know; unset one")
+    if streaming and config.training.epochs is not None:
+        errors.append("training.epochs: data.streaming knows no length of an epoch; give training.steps")
+    return errors
