@@ -47,7 +47,7 @@ from titan_hd.data.records import statistics_table
 from titan_hd.data.tokenizer import load_tokenizer
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.adapter_weights import initialize_adapters
-from titan_hd.distributed.collectives import once, together
+from titan_hd.distributed.collectives import once, require_equal, together
 from titan_hd.distributed.loss_parallel import vocabulary_parallel_loss_sum
 from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims, mesh_picture
 from titan_hd.distributed.parallelize import parallelize
@@ -158,6 +158,9 @@ class Trainer:
                 built.append(build_records(c.data, "validation", *shape, tokenizer, bar))
                 if c.validation.exact_match_samples and not built[1].answerable:
                     raise UserError("validation.exact_match_samples: needs records with a prompt and a response")
+        # A node with a file of its own that differs would end its steps, or its validation, at another time.
+        for key, read in zip(("data.train", "data.validation"), built):
+            require_equal(key, data_summary(read, c.data, c.training.seq_len))
         rows = [row for r in built for row in r.rows]
         if rows:
             logger.info("%s", statistics_table(rows))
@@ -274,7 +277,7 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One optimizer step over the global batch. Returns this step's numbers, the same on every worker."""
         enter_phase(f"step {self.step + 1}")
-        batches = self.loader.step(self.step)
+        batches = self._read_batches()
         adapters = [self.placement.first_adapter + self.placement.slot(m) for m in range(len(batches))]
         counts, tokens, sequences = self._count_tokens(batches, adapters)
         lr = self.config.optimizer.lr * lr_factor(self.config.lr_scheduler, self.step, self.total_steps)
@@ -301,6 +304,12 @@ class Trainer:
         dist.all_reduce(loss_sum, group=self.dims.dp_mesh.get_group())
         numbers = {"loss": loss_sum.item() / max(1, sum(counts)), "grad_norm": grad_norm, "lr": lr}
         return {**numbers, "tokens": tokens, "sequences": sequences}
+
+    def _read_batches(self) -> list[Batch]:
+        if not self.config.data.streaming:
+            return self.loader.step(self.step)
+        with together(f"step {self.step + 1}"):  # a stream's bad record is seen only by those who need it
+            return self.loader.step(self.step)
 
     def _count_tokens(self, batches: list[Batch], adapters: list[int]) -> tuple[list[int], int, int]:
         """Trained tokens of each logical adapter over the whole step, all tokens of the step but padding, records."""

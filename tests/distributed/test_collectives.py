@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from titan_hd.config.errors import UserError
-from titan_hd.distributed.collectives import once, together
+from titan_hd.distributed.collectives import once, require_equal, together
 
 
 def value_of_rank_0() -> tuple:
@@ -53,3 +53,17 @@ def objects_sent_when_all_is_well() -> int:
 def test_together_sends_no_objects_while_all_is_well(workers):
     """At thousands of ranks each would get as many."""
     assert workers.run(2, objects_sent_when_all_is_well) == [0, 0]
+
+
+def compare(values: list[str]) -> str:
+    try:
+        require_equal("data.train", values[dist.get_rank()])
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_what_must_be_equal(workers):
+    assert workers.run(2, compare, ["9 records", "9 records"]) == ["", ""]
+    line = "data.train: must be the same on every node, but rank 0 has 9 records, and rank 1 8 records"
+    assert workers.run(2, compare, ["9 records", "8 records"]) == [line] * 2

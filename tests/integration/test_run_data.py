@@ -15,6 +15,7 @@ from tests import runs
 from tests.conftest import REPOSITORY
 from tests.integration.test_run_train import CPU_ONLY
 from tests.unit.data.test_formats import chat_directory
+from titan_hd.config.errors import UserError
 from titan_hd.data.tokenizer import load_tokenizer
 
 ANIMALS = ["fox", "dog", "jug", "box"]
@@ -112,6 +113,25 @@ def test_a_mixture_and_a_stream_are_the_same_on_any_number_of_workers(workers, s
         (alone,), both = (workers.run(n, runs.train, arguments) for n in (1, 2))
         assert len(alone) == 4
         assert both[0] == pytest.approx(alone, rel=1e-4)
+
+
+def what_ends(arguments: list[str]) -> str:
+    try:
+        runs.train(arguments)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_streams_bad_record_ends_every_worker_with_its_line(workers, setup, tmp_path: Path):
+    """Only the second worker reads it; only the first says what is wrong."""
+    rows = [json.dumps({"messages": conversation(i)}) for i in range(8)]
+    (tmp_path / "torn.jsonl").write_text("\n".join([*rows[:5], "{torn", *rows[6:]]))
+    settings = {"data__streaming": "true", "data__shuffle": "false", "data__on_error": "raise"}
+    first, second = workers.run(2, what_ends, setup(data__train=tmp_path / "torn.jsonl", **settings))
+    assert first == second
+    assert first.startswith(f"{tmp_path}/torn.jsonl:6: not valid JSON")
+    assert first.endswith("(on rank 1, step 1)")
 
 
 def test_a_window_smaller_than_a_batch(setup):

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -86,11 +87,13 @@ def sample_order(
 
 
 def data_summary(records: TokenizedRecords | Concatenation | StreamedRecords, config: Data, seq_len: int) -> str:
-    """What tells the samples of a run from those of another: equal for equal records, mixtures and packs."""
+    """What tells the samples of a run from those of another: equal for equal records, mixtures and packs (of a stream,
+    for files of equal sizes)."""
     if isinstance(records, StreamedRecords):
-        return f"a stream, permuted in windows of {config.shuffle_window}" if config.shuffle else "a stream"
+        said = f"a stream of {records.extent}"
+        return f"{said}, permuted in windows of {config.shuffle_window}" if config.shuffle else said
     s = records.statistics
-    said = f"{s.records} records of format {s.format}, {s.tokens} tokens, {s.trained} trained"
+    said = f"{s.records} records of format {s.format}, {s.tokens} tokens, {s.trained} trained, content {s.content}"
     if isinstance(records, Mixture):
         said += ", of each source " + ", ".join(f"{share.taken} of {share.records}" for share in records.shares)
     return f"{said}; packs of {seq_len} tokens" if config.pack else said
@@ -114,7 +117,15 @@ def _build_stream(
         format = build_format(own, chosen, first, vocab_size, tokenizer)
         sources.append(StreamSource(path, name, Encoder(name, chosen, format, seq_len, False, not skip)))
     order = WindowOrder(config.shuffle_window, config.shuffle, seed)
-    return StreamedRecords(sources, order, Faults(skip, config.max_skipped))
+    return StreamedRecords(sources, order, Faults(skip, config.max_skipped), " and ".join(map(_extent, sources)))
+
+
+def _extent(source: StreamSource) -> str:
+    """How much a source of a stream holds, as far as that is known before it is read."""
+    if is_hub_name(source.path):
+        return source.path
+    sizes = [size for size, _ in _stamps(find_files(source.path, source.name))]
+    return f"{len(sizes)} file(s) of {sum(sizes)} bytes"
 
 
 def source_config(config: Data, source: DataSource) -> Data:
@@ -192,7 +203,8 @@ class _Source:
             str(self._directory),
         )
         self._files = [] if is_hub_name(path) else find_files(path, name)
-        self._is_small = bool(self._files) and sum(file.stat().st_size for file in self._files) < SMALL
+        self._stamps = _stamps(self._files)
+        self._is_small = bool(self._files) and sum(size for size, _ in self._stamps) < SMALL
         self._progress = progress
 
     def build(self) -> TokenizedRecords:
@@ -249,7 +261,10 @@ class _Source:
                 writer.add(chunk.arrays)
                 statistics.add(chunk.statistics)
                 bar.update(chunk.read)
-        statistics.bad, statistics.first_bad = faults.count, faults.first
+        statistics.bad, statistics.first_bad, statistics.content = faults.count, faults.first, writer.content()
+        for file, before, now in zip(self._files, self._stamps, _stamps(self._files)):
+            if now != before:
+                raise UserError(f"{task.name}: {file} was changed while it was read; start again when it is complete")
         return statistics
 
     def _encoded(self, encoder: Encoder) -> Iterator[Chunk]:
@@ -259,6 +274,12 @@ class _Source:
             return
         with TokenProcesses(self._task, count) as processes:
             yield from processes.encode(chunks)
+
+
+def _stamps(files: list[Path]) -> list[tuple[int, int]]:
+    """Size and time of the last change of every file; a missing one has neither."""
+    found = [file.stat() if file.exists() else None for file in files]
+    return [(stat.st_size, stat.st_mtime_ns) if stat else (0, 0) for stat in found]
 
 
 def _process_count(config: Data) -> int:
@@ -275,12 +296,22 @@ def _chunks(raws: Iterable[Raw]) -> Iterator[list[Raw]]:
     size = 0
     for raw in raws:
         chunk.append(raw)
-        size += len(raw.data) if isinstance(raw.data, bytes) else 0
+        size += _size(raw.data)
         if len(chunk) == CHUNK_RECORDS or size >= CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
     if chunk:
         yield chunk
+
+
+def _size(value: object, depth: int = 4) -> int:
+    """About how many bytes a record's line or its decoded value holds, as deep as conversations go."""
+    if isinstance(value, (bytes, str)):
+        return len(value)
+    if isinstance(value, list) and value and isinstance(value[0], int):
+        return 8 * len(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(_size(part, depth - 1) for part in parts) if depth else 0
 
 
 def _check_what_is_left(statistics: Statistics, seq_len: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,16 +144,28 @@ class ArrayWriter:
 
     def __init__(self, names: tuple[str, ...], open_file: Callable[[str], BinaryIO]):
         self.files = {name: open_file(name) for name in names}
+        self._hashes = {name: hashlib.blake2b(digest_size=8) for name in names if not name.startswith("question")}
         self._ends = {name: 0 for name in names if name.endswith("ends")}
         for name in self._ends:
-            self.files[name].write(np.zeros(1, DTYPES[name]).tobytes())
+            self._write(name, np.zeros(1, DTYPES[name]))
 
     def add(self, arrays: dict[str, np.ndarray]) -> None:
         for name, values in arrays.items():
             if name in self._ends:
                 values = self._ends[name] + np.cumsum(values, dtype=DTYPES[name])
                 self._ends[name] = int(values[-1]) if len(values) else self._ends[name]
-            self.files[name].write(np.ascontiguousarray(values).data)
+            self._write(name, np.ascontiguousarray(values))
+
+    def _write(self, name: str, values: np.ndarray) -> None:
+        flat = values.reshape(-1).data
+        self.files[name].write(flat)
+        if name in self._hashes:
+            self._hashes[name].update(flat)
+
+    def content(self) -> str:
+        """A hash of the ids and labels of all records, however they came in chunks."""
+        digests = b"".join(self._hashes[name].digest() for name in sorted(self._hashes))
+        return hashlib.blake2b(digests, digest_size=8).hexdigest()
 
 
 def as_array(name: str, values: np.ndarray) -> np.ndarray:

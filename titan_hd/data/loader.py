@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from titan_hd.config.errors import UserError
 from titan_hd.data.order import Order
 from titan_hd.data.records import IGNORE, Example
 
@@ -104,6 +105,20 @@ class GlobalBatches(Dataset):
         return collate_packs(rows, self.pad_to) if self.packed else _collate(rows, self.pad_to)
 
 
+class _Answers(Dataset):
+    """What a data worker process makes of its parts. What the user can mend is an answer like any other: raised there,
+    it would come wrapped into a traceback."""
+
+    def __init__(self, batches: GlobalBatches):
+        self._batches = batches
+
+    def __getitem__(self, part: tuple[int, range]) -> Batch | UserError:
+        try:
+            return self._batches[part]
+        except UserError as error:
+            return error
+
+
 class _Cursor(Sampler):
     """The micro-batches of all steps from one on, without an end."""
 
@@ -158,7 +173,7 @@ class TrainLoader:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 calls it, torch 2.13 warns
             loader = StatefulDataLoader(
-                self._batches,
+                _Answers(self._batches),
                 batch_size=None,
                 sampler=_Cursor(step, self._micro_batches),
                 num_workers=self._num_workers,
@@ -175,13 +190,17 @@ class TrainLoader:
         self._iterator, self._next_step = None, -1
 
 
-def _sent(batch: Batch) -> dict[str, object]:
-    """A batch as arrays, which come through a pipe. Tensors would take shared memory and open files: that costs more
-    than the batch itself."""
+def _sent(batch: Batch | UserError) -> dict[str, object] | str:
+    """A batch as arrays, which come through a pipe; an error as its line. Tensors would take shared memory and open
+    files: that costs more than the batch itself."""
+    if isinstance(batch, UserError):
+        return str(batch)
     return {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in vars(batch).items()}
 
 
-def _received(fields: dict[str, object]) -> Batch:
+def _received(fields: dict[str, object] | str) -> Batch:
+    if isinstance(fields, str):
+        raise UserError(fields)
     return Batch(**{key: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for key, x in fields.items()})
 
 

@@ -31,7 +31,7 @@ class Statistics:
     records, tokens, trained: of what is kept, after the cut. truncated: records that were cut. unlabelled: records
     left out because no label is within training.seq_len. bad: records left out by data.on_error = "skip". longest:
     tokens of the longest record before the cut. first_unlabelled, first_bad: file and line of the first of those, and
-    what is wrong with it.
+    what is wrong with it. content: a hash of the ids and labels of all records, one for each source.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Statistics:
     longest: int = 0
     first_unlabelled: str = ""
     first_bad: str = ""
+    content: str = ""
 
     def add(self, other: Statistics) -> None:
         """Count other records, which come behind these, as well."""
@@ -53,6 +54,7 @@ class Statistics:
         self.longest = max(self.longest, other.longest)
         self.first_unlabelled = self.first_unlabelled or other.first_unlabelled
         self.first_bad = self.first_bad or other.first_bad
+        self.content = " ".join(filter(None, (self.content, other.content)))
 
 
 def statistics_table(rows: list[Statistics]) -> str:

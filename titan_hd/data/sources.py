@@ -9,6 +9,7 @@ it.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import importlib
@@ -25,6 +26,7 @@ from titan_hd.config.errors import UserError
 from titan_hd.data.hub_datasets import is_hub_name, read_dataset
 
 MAX_RECORD = 8 * 2**20  # bytes of a line; longer ones are binary data or a file without line ends
+PIECE = 2**20  # bytes of a JSON array that are read at once
 _COMPRESSED = (".gz", ".zst")
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -239,49 +241,79 @@ def _read_lines(stream: io.BufferedReader, path: Path) -> Iterator[Raw]:
 
 
 def _read_array(stream: io.BufferedReader, path: Path) -> Iterator[Raw]:
-    """A file that is one JSON array."""
-    data = stream.read()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{1 + data.count(10, 0, error.start)}: not valid UTF-8") from None
-    del data
-    for value, where in _array_values(text, path):
-        yield Raw(where, value)
-
-
-def _array_values(text: str, path: Path) -> Iterator[tuple[Any, str]]:
-    """Each value of a JSON array, and where it begins. A mistake ends the run: behind it nothing is sure."""
-    decoder = json.JSONDecoder(parse_constant=_refuse_constant)
-    place, line, number = 0, 1, 0
-
-    def advance(to: int) -> str:
-        """Go on to the first sign from `to` on, which is returned."""
-        nonlocal place, line
-        start, place = place, _SPACE.match(text, to).end()
-        line += text.count("\n", start, place)
-        return text[place : place + 1]
-
-    advance(0)
-    sign = advance(place + 1)
+    """A file that is one JSON array. A mistake in it ends the run: behind it nothing is sure."""
+    array, number = _ArrayText(stream, path), 0
+    array.advance(0)
+    sign = array.advance(1)
     while sign != "]":
         number += 1
-        where = f"{path}:{line}: record {number}"
-        try:
-            value, end = decoder.raw_decode(text, place)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: record {number}: not valid JSON: {error.msg}") from None
-        except (ValueError, RecursionError) as error:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise UserError(f"{where}: not valid JSON: {reason}") from None
-        yield value, where
-        sign = advance(end)
-        if sign == "," and advance(place + 1) != "]":
+        where = f"{path}:{array.line}: record {number}"
+        value, size = array.value(number)
+        yield Raw(where, value)
+        sign = array.advance(size)
+        if sign == "," and array.advance(1) != "]":
             sign = ","
         elif sign != "]":
-            raise UserError(f"{path}:{line}: record {number}: not valid JSON: no comma and record, or ], behind it")
-    if advance(place + 1):
-        raise UserError(f"{path}:{line}: not valid JSON: something stands behind the array")
+            raise array.error(number, array.line, "no comma and record, or ], behind it")
+    if array.advance(1):
+        raise UserError(f"{path}:{array.line}: not valid JSON: something stands behind the array")
+
+
+class _ArrayText:
+    """The text of a JSON array, of which little more than a record is held at a time.
+
+    Attributes:
+        line: that of the sign which is next.
+    """
+
+    def __init__(self, stream: io.BufferedReader, path: Path):
+        self._stream, self._path = stream, path
+        self._unicode = codecs.getincrementaldecoder("utf-8-sig")()
+        self._json = json.JSONDecoder(parse_constant=_refuse_constant)
+        self._text, self._place, self.line = "", 0, 1
+
+    def _read_on(self) -> bool:
+        """Hold at least twice as much as is unread; False at the end of the file."""
+        data = self._stream.read(max(PIECE, len(self._text) - self._place))
+        try:
+            more = self._unicode.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            line = self.line + self._text.count("\n", self._place) + error.object.count(10, 0, error.start)
+            raise UserError(f"{self._path}:{line}: not valid UTF-8") from None
+        self._text, self._place = self._text[self._place :] + more, 0
+        return bool(data)
+
+    def advance(self, count: int) -> str:
+        """Go on by so many signs and then to one that is no space, which is returned; "" at the end of the file."""
+        start, self._place = self._place, self._place + count
+        while True:
+            self._place = _SPACE.match(self._text, self._place).end()
+            self.line += self._text.count("\n", start, self._place)
+            if self._place < len(self._text) or not self._read_on():
+                return self._text[self._place : self._place + 1]
+            start = self._place
+
+    def value(self, number: int) -> tuple[Any, int]:
+        """The value that begins here, and its size in signs. number: of the record, for messages."""
+        while True:
+            fault = None
+            try:
+                value, end = self._json.raw_decode(self._text, self._place)
+                size = end - self._place
+            except json.JSONDecodeError as error:  # perhaps only because its end is not held yet
+                end = len(self._text)
+                fault = self.error(number, self.line + self._text.count("\n", self._place, error.pos), error.msg)
+            except (ValueError, RecursionError) as error:
+                reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+                raise self.error(number, self.line, reason) from None
+            if end == len(self._text) and self._read_on():
+                continue
+            if fault:
+                raise fault
+            return value, size
+
+    def error(self, number: int, line: int, reason: str) -> UserError:
+        return UserError(f"{self._path}:{line}: record {number}: not valid JSON: {reason}")
 
 
 def _read_parquet(path: Path, key: str) -> Iterator[Raw]:

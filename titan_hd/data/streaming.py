@@ -68,12 +68,14 @@ class StreamedRecords:
     Attributes:
         order: position of the run -> place in the stream.
         statistics: of the records that were encoded here.
+        extent: how much the sources hold, in words.
     """
 
     answerable = False
 
-    def __init__(self, sources: list[StreamSource], order: WindowOrder, faults: Faults):
-        self._sources, self.order, self._faults = sources, order, faults
+    def __init__(self, sources: list[StreamSource], order: WindowOrder, faults: Faults, extent: str):
+        self._sources, self.order, self._faults, self.extent = sources, order, faults, extent
+        self._bad: set[str] = set()  # where the bad records are: each counts once, however often it comes by
         self.statistics = Statistics("data.train", "streamed")
         self.rows: list[Statistics] = []  # nothing is known ahead
         self._total = 0  # records of all files, once their end has been seen
@@ -101,8 +103,10 @@ class StreamedRecords:
         try:
             taken = source.encoder.example(raw, self.statistics)
         except UserError as error:
-            self._faults.report(str(error))
-            logger.warning("%s; it is left out", error)
+            if raw.where not in self._bad:
+                self._faults.report(str(error))
+                self._bad.add(raw.where)
+                logger.warning("%s; it is left out", error)
             return EMPTY
         return taken[0] if taken else EMPTY
 

@@ -29,16 +29,26 @@ from titan_hd.config.errors import UserError
 from titan_hd.data.encoding import as_array
 from titan_hd.data.records import Statistics
 
-VERSION = 1  # of what an entry looks like and of how records become tokens
+VERSION = 2  # of what an entry looks like and of how records become tokens
 logger = logging.getLogger("titan_hd")
 
 
 def cache_folder(setting: str) -> Path | None:
-    """The folder that data.cache_dir means; None for no cache."""
-    if setting != "auto":
-        return Path(setting).expanduser() if setting else None
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "titan_hd" / "tokens"
+    """The folder that data.cache_dir means; None for no cache.
+
+    Raises:
+        UserError: it is in a home directory, and there is none.
+    """
+    if not setting:
+        return None
+    if setting == "auto":
+        setting = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "titan_hd", "tokens")
+    try:
+        return Path(setting).expanduser()
+    except RuntimeError:  # a container's user may be a mere number
+        raise UserError(
+            f"data.cache_dir: {setting}: this user has no home directory; name a folder, or an empty one for no cache"
+        ) from None
 
 
 def content_key(settings: dict[str, object], files: list[Path]) -> str:
@@ -126,13 +136,16 @@ class TokenCache:
                     self._write(key, sources, write, lock)
                     entry = self._read(key, sources)
         except OSError as error:
-            raise UserError(
-                f"data.cache_dir: cannot use {self._folder}: {error.strerror or error}; name another folder, or an "
-                "empty one for no cache"
-            ) from None
+            raise self._unusable(error) from None
         if entry is None:
             raise UserError(f"data.cache_dir: {self._folder / key} is not what was just written there")
         return entry
+
+    def _unusable(self, error: OSError) -> UserError:
+        return UserError(
+            f"data.cache_dir: cannot use {self._folder}: {error.strerror or error}; name another folder, or an empty "
+            "one for no cache"
+        )
 
     def _read(self, key: str, sources: list[str]) -> Entry | None:
         """The entry, if it is there and whole; a damaged one is warned about."""
@@ -198,11 +211,15 @@ class TokenCache:
                 sizes = {name: file.tell() for name, file in files.items()}
             meta = {"sizes": sizes, "statistics": dataclasses.asdict(statistics), "sources": sources}
             (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-            if self._read(key, sources) is None:  # another node may have been quicker
-                shutil.rmtree(self._folder / key, ignore_errors=True)
+            try:
                 os.rename(folder, self._folder / key)
-        except UserError as error:
-            lock.note_failure(str(error))
+            except OSError:  # something is there: another node's, which may be in use, or a damaged one
+                if self._read(key, sources) is None:
+                    shutil.rmtree(self._folder / key, ignore_errors=True)
+                    os.rename(folder, self._folder / key)
+        except (UserError, OSError) as error:
+            shutil.rmtree(folder, ignore_errors=True)  # first: the disk may be full
+            lock.note_failure(str(error if isinstance(error, UserError) else self._unusable(error)))
             raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -60,14 +60,24 @@ class TokenProcesses:
             "RAYON_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
         }
-        for _ in range(count):
-            ours, theirs = Pipe()
+        try:
+            for _ in range(count):
+                self._start(task, environment)
+        except OSError as error:  # no more processes, memory or open files; or it ended at once
+            started = len(self._programs)
+            self.close()
+            raise UserError(
+                f"data.num_proc: cannot start {count} tokenizing processes ({started} are running): "
+                f"{error.strerror or error}; set a smaller number"
+            ) from None
+
+    def _start(self, task: Task, environment: dict[str, str]) -> None:
+        ours, theirs = Pipe()
+        with theirs:
             command = [sys.executable, "-m", "titan_hd.data.token_processes", str(theirs.fileno())]
-            self._programs[ours] = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
-            )
-            theirs.close()
-            ours.send(task)
+            program = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
+        self._programs[ours] = program
+        ours.send(task)
 
     def encode(self, chunks: Iterator[list[Raw]]) -> Iterator[Chunk]:
         """The chunks encoded, in their order, whoever is quicker.

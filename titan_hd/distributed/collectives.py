@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -64,6 +65,25 @@ def once(what: str, function: Callable[[], T]) -> T:
     if box[1] is not None:
         raise UserError(box[1])
     return box[0]
+
+
+def require_equal(key: str, value: str) -> None:
+    """Make sure that a value is the same on every rank; the good case costs two numbers.
+
+    Raises:
+        UserError: on every rank; the line begins with `key` and shows two of the values.
+    """
+    number = int.from_bytes(hashlib.blake2b(value.encode(), digest_size=7).digest(), "big")
+    extremes = torch.tensor([number, -number])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    if extremes[0] == -extremes[1]:
+        return
+    values: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    rank = next(rank for rank, other in enumerate(values) if other != values[0])
+    raise UserError(
+        f"{key}: must be the same on every node, but rank 0 has {values[0]}, and rank {rank} {values[rank]}"
+    )
 
 
 # torch 2.13 deprecates the older names, 2.11 knows no others.

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from titan_hd.config.errors import UserError
 from titan_hd.config.manager import ConfigError, load
 from titan_hd.data.loader import GlobalBatches, TrainLoader, collate, collate_packs, validation_batches
 from titan_hd.data.order import SampleOrder
@@ -162,7 +163,7 @@ class Faulty:
 
     def __getitem__(self, index: int) -> Example:
         if index == 6:
-            raise ValueError("record 6 is torn")
+            raise UserError("record 6 is torn")
         return Example([index + 1, 1], [index + 1, 1])
 
 
@@ -208,7 +209,7 @@ class TestTrainLoader:
         source = GlobalBatches(Faulty(), SampleOrder(9, False, 0), 3, None, packed=False)
         loader = TrainLoader(source, [range(0, 3)], num_workers)
         assert len(loader.step(0) + loader.step(1)) == 2
-        with pytest.raises(ValueError, match="record 6 is torn"):
+        with pytest.raises(UserError, match=r"^record 6 is torn$"):  # one line, also from another process
             loader.step(2)
         loader.close()
 

@@ -6,11 +6,13 @@ import builtins
 import gzip
 import json
 import random
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from titan_hd.data.sources import MAX_RECORD, Faults, find_files, read_records
+from titan_hd.data import sources
+from titan_hd.data.sources import MAX_RECORD, Faults, find_files, read_raw, read_records
 
 ROWS = [{"a": 1}, {"a": "ü"}, {"a": None, "b": [1, {"c": "x"}]}]
 
@@ -177,6 +179,7 @@ class TestArrays:
         content = text % " ,\n".join(map(json.dumps, ROWS))
         assert read(write(tmp_path / "r.json", content.encode())) == ROWS
 
+    @pytest.mark.parametrize("piece", [1, 7, 2**20])
     @pytest.mark.parametrize(
         ("text", "says"),
         [
@@ -193,9 +196,37 @@ class TestArrays:
             ('[{"a": 1},\n{"a": "\\xff"}]', ":2: not valid UTF-8"),
         ],
     )
-    def test_faults(self, tmp_path: Path, text: str, says: str):
+    def test_faults(self, tmp_path: Path, monkeypatch, text: str, says: str, piece: int):
+        monkeypatch.setattr(sources, "PIECE", piece)
         path = write(tmp_path / "r.json", text.replace("\\xff", "\xff").encode("latin-1"))
         assert message(path) == path + says
+
+    @pytest.mark.parametrize("piece", [1, 2, 3, 10, 1000])
+    def test_read_in_pieces(self, tmp_path: Path, monkeypatch, piece: int):
+        """Whatever a piece ends in: a space, a sign of several bytes, an escape, a number."""
+        rows = [{"a": 'é\U0001f680 \\ " [,]' * i, "b": [{"c": i}, -1.5e3]} for i in range(9)]
+        text = json.dumps(rows, indent=3, ensure_ascii=False)
+        path = write(tmp_path / "r.json", b"\xef\xbb\xbf" + text.encode() + b" \n")
+        whole = read(path)
+        assert whole == rows
+        monkeypatch.setattr(sources, "PIECE", piece)
+        assert read(path) == rows
+        assert [r.where for r in read(path)] == [r.where for r in whole]
+        numbers = write(tmp_path / "n.json", b"[{}, 1234]")
+        assert message(numbers) == f"{numbers}:1: record 2: must be a JSON object, not int"
+
+    def test_little_is_held_of_a_large_one(self, tmp_path: Path):
+        """Every worker looks at the first record, and must not read the whole file for it."""
+        row = json.dumps({"a": "x" * 1000}).encode()
+        path = tmp_path / "r.json"
+        path.write_bytes(b"[" + b",\n".join([row] * 20_000) + b"]")
+        tracemalloc.start()
+        first = next(read_records(str(path), "data.train"))
+        assert len(first["a"]) == 1000
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+        assert sum(1 for _ in read_raw(str(path), "data.train")) == 20_000
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+        tracemalloc.stop()
 
     def test_an_empty_one(self, tmp_path: Path):
         path = write(tmp_path / "r.json", b"[ ]")

@@ -13,7 +13,7 @@ import pytest
 from tests.unit.data.test_records import Letters, message
 from titan_hd.config.job_config import Data, DataSource
 from titan_hd.data import streaming
-from titan_hd.data.dataset import build_records, sample_order
+from titan_hd.data.dataset import build_records, data_summary, sample_order
 from titan_hd.data.streaming import EMPTY, StreamedRecords, WindowOrder
 
 COUNT = 23  # records: two files of 10 and 13
@@ -97,7 +97,12 @@ def test_records_without_loss_keep_their_place(tmp_path: Path, caplog):
     assert EMPTY.trained_tokens == 0
     assert f"{path}:2: not valid JSON" in caplog.text
     assert f"{path}:5: prompt: must be a string; it is left out" in caplog.text
-    assert message(records.__getitem__, 8).startswith("data.max_skipped: more than 2 bad records; the first: ")
+    said = len(caplog.records)
+    assert [records[i] == EMPTY for i in range(7, 21)] == [example == EMPTY for example in found] * 2
+    assert len(caplog.records) == said, "a record that comes by again is neither said nor counted again"
+    records = stream([str(path)], window=7, shuffle=False, on_error="skip", max_skipped=1)
+    assert records[1] == EMPTY
+    assert message(records.__getitem__, 4).startswith("data.max_skipped: more than 1 bad records; the first: ")
     records = stream([str(path)], window=7, shuffle=False)
     assert records[0].input_ids == [1, 3, 28, 2]
     assert message(records.__getitem__, 1).startswith(f"{path}:2: not valid JSON")
@@ -126,3 +131,10 @@ def test_no_record(tmp_path: Path):
     (tmp_path / "e.jsonl").write_text("")
     assert "holds no record" in message(stream, [str(tmp_path / "e.jsonl")])
     assert streaming.EMPTY.input_ids == [0]
+
+
+def test_what_tells_it_from_another(paths):
+    records = stream(paths)
+    data = Data(streaming=True, shuffle_window=5)
+    first, second = (f"1 file(s) of {os.path.getsize(path)} bytes" for path in paths)
+    assert data_summary(records, data, 16) == f"a stream of {first} and {second}, permuted in windows of 5"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import logging
@@ -20,10 +21,11 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.unit.data.test_formats import chat_directory
 from tests.unit.data.test_records import message
-from titan_hd.config.job_config import Data
+from titan_hd.config.job_config import Data, DataSource
 from titan_hd.data import dataset, token_processes
-from titan_hd.data.dataset import build_records
+from titan_hd.data.dataset import build_records, data_summary
 from titan_hd.data.records import InstructionRecords
+from titan_hd.data.sources import Raw
 from titan_hd.data.tokenizer import load_tokenizer
 
 WORDS = ("the fox", "brown dog", "my box", "lazy jug", "1 + 2")
@@ -83,6 +85,31 @@ def test_chunks_do_not_show(setup: Path, monkeypatch, chunk: int):
     assert list(build(setup, cache_dir="")) == list(whole)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"x" * 1000,
+        {"text": "x" * 1000},
+        {"messages": [{"role": "user", "content": "x" * 500}, {"role": "assistant", "content": "x" * 500}]},
+        {"input_ids": [7] * 64, "labels": [7] * 64},
+    ],
+    ids=["line", "text", "chat", "tokens"],
+)
+def test_long_records_make_short_chunks(monkeypatch, value):
+    """Also those that come decoded, from Parquet or a JSON array: a process holds one chunk at a time."""
+    monkeypatch.setattr(dataset, "CHUNK_BYTES", 10_000)
+    sizes = [len(chunk) for chunk in dataset._chunks(Raw("r:1", value) for _ in range(100))]
+    assert max(sizes) in (10, 11)
+    assert sum(sizes) == 100
+
+
+def test_deep_records_are_measured():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert dataset._size({"a": deep, "b": None, "c": "xy", "d": []}) == 2
+
+
 def test_tokens_have_labels_of_their_own(setup: Path, monkeypatch):
     rows = [{"input_ids": [1, 2, 3], "labels": [-100, 7, 8]}, {"input_ids": [4], "labels": [-100]}]
     path = setup / "t.jsonl"
@@ -136,6 +163,38 @@ def test_what_an_entry_depends_on(setup: Path):
     assert len(entries(setup)) == count + 2
 
 
+@pytest.mark.parametrize("cache", ["", "cache"])
+def test_a_file_that_changes_while_it_is_read(setup: Path, monkeypatch, cache: str):
+    """The entry would be under the name of what the file was before."""
+    path, parse = setup / "data" / "b.jsonl", dataset.Encoder.chunk
+
+    def download(self, raws):
+        with path.open("a") as file:
+            file.write('{"prompt": "the fox", "response": "dog"}\n')
+        return parse(self, raws)
+
+    monkeypatch.setattr(dataset.Encoder, "chunk", download)
+    text = message(build, setup, cache_dir=cache and str(setup / cache))
+    assert text == f"data.train: {path} was changed while it was read; start again when it is complete"
+
+
+def test_records_are_told_apart_by_their_content(setup: Path):
+    """Which has the same number of records and tokens after two files change places, but samples of other records."""
+
+    def summary(**settings) -> str:
+        return data_summary(build(setup, **settings), Data(**settings), 40)
+
+    before = summary()
+    assert before == summary(cache_dir="") == summary(num_proc=2)
+    a, b = (setup / "data" / name for name in ("a.jsonl", "b.jsonl"))
+    a.rename(setup / "data" / "c.jsonl")
+    after = summary()
+    assert after.partition("content")[0] == before.partition("content")[0]
+    assert after != before
+    both = [DataSource(str(path)) for path in (setup / "data" / "c.jsonl", b)]
+    assert summary(train=both) != summary(train=both[::-1])
+
+
 def test_a_template_file_counts_by_its_content(setup: Path):
     template = setup / "template.txt"
     for text in ("the {prompt}", "my {prompt}", "the {prompt}"):
@@ -179,6 +238,44 @@ def test_a_folder_that_cannot_be_used(setup: Path):
     (setup / "file").write_text("")
     text = message(build, setup, cache_dir=str(setup / "file" / "cache"))
     assert text.startswith(f"data.cache_dir: cannot use {setup}/file/cache: ")
+
+
+def test_a_user_without_a_home(setup: Path, monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does where the user is a mere number
+    text = message(build, setup, cache_dir="auto")
+    assert text.startswith("data.cache_dir: ~/.cache/titan_hd/tokens: this user has no home directory; name a folder")
+
+
+def test_a_full_disk_is_noted_for_those_who_wait(setup: Path, monkeypatch):
+    """Each of them would fill it once more, one after the other."""
+    monkeypatch.setattr("titan_hd.data.token_cache.os.fsync", refuse)
+    text = message(build, setup)
+    assert text.startswith(f"data.cache_dir: cannot use {setup}/cache: No space left on device; name another folder")
+    (lock,) = (setup / "cache").iterdir()
+    assert json.loads(lock.read_text()) == text
+
+
+def refuse(*unused) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_an_entry_that_came_in_between_stays(setup: Path, monkeypatch):
+    """Another node's, where locks do not reach it; its readers have mapped the files."""
+    expected, fsync = list(build(setup)), os.fsync
+    (entry,) = entries(setup)
+    entry.rename(setup / "kept")
+    inode = (setup / "kept" / "ids").stat().st_ino
+
+    def quicker(file: int) -> None:
+        if not entry.exists():
+            (setup / "kept").rename(entry)
+        fsync(file)
+
+    monkeypatch.setattr("titan_hd.data.token_cache.os.fsync", quicker)
+    assert list(build(setup)) == expected
+    assert (entry / "ids").stat().st_ino == inode
 
 
 def test_little_data_is_not_cached(setup: Path, monkeypatch):
@@ -327,6 +424,20 @@ class TestProcesses:
         monkeypatch.setattr(token_processes.TokenProcesses, "_send", kill_then_send)
         text = message(build, setup, num_proc=2)
         assert text.startswith("data.num_proc: a tokenizing process ended with signal 9")
+
+    def test_one_that_cannot_be_started(self, setup: Path, monkeypatch):
+        start, programs = subprocess.Popen, []
+
+        def popen(*arguments, **options) -> subprocess.Popen:
+            if programs:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            programs.append(start(*arguments, **options))
+            return programs[0]
+
+        monkeypatch.setattr(token_processes.subprocess, "Popen", popen)
+        text = message(build, setup, num_proc=3)
+        assert text.startswith("data.num_proc: cannot start 3 tokenizing processes (1 are running): Resource temporari")
+        assert programs[0].returncode == 0, "it has ended"
 
     def test_a_chat_template_travels(self, setup: Path):
         chat = {"messages": [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "dog"}]}
