@@ -80,18 +80,26 @@ class CheckpointFolder:
         """Complete `step-N.partial`, whose other `files` are on the disk, and give it its name; then purge.
 
         Raises:
-            OSError: the disk is full or fails; nothing but the partial folder has changed.
+            OSError: the disk is full or fails, or a file that a rank wrote is not there; nothing but the partial folder
+                has changed.
         """
         partial = self.partial(step)
+        for name, entry in files.items():
+            if not (partial / name).is_file() or (partial / name).stat().st_size != entry["size"]:
+                shared = "all nodes must write to one file system (job.dump_folder)"
+                raise OSError(f"{name} is not there as its rank has written it: {shared}")
         files = {**files, STATE_FILE: write_text(partial / STATE_FILE, json.dumps(state, indent=1))}
         write_text(partial / MANIFEST, json.dumps({"files": dict(sorted(files.items()))}, indent=1))
         sync_folder(partial)
-        self._set_aside(step)
+        self.set_aside(step)
         partial.rename(self.path(step))
         sync_folder(self.folder)
-        self._purge()
+        try:
+            self._purge()
+        except OSError as error:  # the checkpoint is there: its save has not failed
+            logger.warning("%s: an old checkpoint cannot be removed: %s", self.folder, error)
 
-    def _set_aside(self, step: int) -> None:
+    def set_aside(self, step: int) -> None:
         """Rename this and later checkpoints: the run went back behind them, so they are another run's, or damaged."""
         for later in [s for s in self.steps() if s >= step]:
             aside = self.folder / f"abandoned-{later}"
