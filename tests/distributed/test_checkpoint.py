@@ -136,6 +136,27 @@ def test_what_may_differ_and_what_may_not(workers, tmp_path: Path):
     assert len(losses) == 3
 
 
+def test_a_run_that_went_back_and_was_killed_goes_on_from_there(workers, tmp_path: Path):
+    """Before its first save: later checkpoints are no longer the run's, and metrics.jsonl gets no gap. Nor does a run
+    with fewer steps than its checkpoint export that as if it were its own."""
+    argv = tiny_run(tmp_path, "dump", training__steps=6)
+    workers.run(1, runs.train, argv)
+    for said in workers.run(1, train_or_say, [*argv, "--training.steps=5"]):
+        assert said.startswith("training.steps, training.epochs: 5 steps, but the checkpoint to resume from has 6; ")
+    workers.run(1, start_alone, [*argv, "--checkpoint.load_step=3"])
+    names = {path.name for path in (tmp_path / "dump" / "checkpoint").iterdir()}
+    assert names == {"step-3", "abandoned-6"}
+    assert len(workers.run(1, runs.train, argv)[0]) == 3
+    assert [record["step"] for record in records(tmp_path / "dump")] == list(range(1, 7))
+
+
+def start_alone(argv: list[str]) -> None:
+    """All of a run but its steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("titan_hd.train.Trainer.train", lambda self: 0)
+        runs.train(argv)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MiB; a checkpoint of the tiny run takes a quarter of it."""
