@@ -154,6 +154,18 @@ def damage(path: Path, entry: dict[str, Any]) -> str | None:
     return None if checksum == entry["crc32"] else f"{path}: its content has changed since it was written"
 
 
+def check_files(checkpoint: Path) -> None:
+    """Read all files of a checkpoint, in one process.
+
+    Raises:
+        UserError: a line for each that is not as it was written.
+    """
+    files = read_manifest(checkpoint)
+    faults = [line for name in sorted(files) if (line := damage(checkpoint / name, files[name]))]
+    if faults:
+        raise UserError("\n".join(faults))
+
+
 def read_train_state(checkpoint: Path) -> dict[str, Any]:
     """The state of the run that wrote a checkpoint; its configuration, parsed, under "settings".
 
