@@ -355,7 +355,11 @@ class Trainer:
         gc.disable()  # collected by a hook instead: workers that pause at different times wait for each other
         first_step = self.step
         with self.signals.deferred():
-            self._train_steps(first_step)
+            try:
+                self._train_steps(first_step)
+            except (FloatingPointError, UserError):  # of all workers alike; what is being saved is from before
+                self.checkpointer.wait()
+                raise
             if self.config.checkpoint.enable and self.step > first_step:
                 self.save()
             enter_phase("finishing", timed=False)
