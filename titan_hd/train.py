@@ -201,6 +201,11 @@ class Trainer:
             self._saved_state = once("reading the checkpoint's state", lambda: self.checkpointer.train_state(self.step))
             for line in check_resumable(self._saved_state, self.identity, c.checkpoint.allow_mismatch):
                 logger.warning("%s; checkpoint.allow_mismatch accepts it", line)
+        if self.step > self.total_steps:
+            raise UserError(
+                f"training.steps, training.epochs: {self.total_steps} steps, but the checkpoint to resume from has "
+                f"{self.step}; name more, or checkpoint.load_step, or another job.dump_folder"
+            )
         if self.step:
             if self._saved_state["base"] == "delta":
                 load_weights(self.model, self.dims, c.model.hf_assets_path, c.metrics.progress_bar)
@@ -261,7 +266,10 @@ class Trainer:
     def _build_metrics(self) -> None:
         c = self.config
         rank = dist.get_rank()
-        self.metrics = MetricsLogger(c, rank, self.total_steps, self.step, self._saved_state.get("wandb_id"))
+        if c.checkpoint.enable:
+            self.checkpointer.leave_behind(self.step)
+        with together("opening metrics.jsonl"), disk_faults(Path(c.job.dump_folder)):
+            self.metrics = MetricsLogger(c, rank, self.total_steps, self.step, self._saved_state.get("wandb_id"))
         self.profiler = build_profiler(c, rank)
         # (tokens and records of all workers, seconds) of the steps since the last log
         self._window: list[tuple[int, int, float]] = []
@@ -356,7 +364,11 @@ class Trainer:
         gc.disable()  # collected by a hook instead: workers that pause at different times wait for each other
         first_step = self.step
         with self.signals.deferred():
-            self._train_steps(first_step)
+            try:
+                self._train_steps(first_step)
+            except (FloatingPointError, UserError):  # of all workers alike; what is being saved is from before
+                self.checkpointer.wait()
+                raise
             if self.config.checkpoint.enable and self.step > first_step:
                 self.save()
             enter_phase("finishing", timed=False)

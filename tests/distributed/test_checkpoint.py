@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from tests import runs
 from tests.recovery import records, tiny_run
+from titan_hd.components.checkpoint_folder import CheckpointFolder
 from titan_hd.components.pretrained import load_pretrained
 from titan_hd.config.errors import UserError
 
@@ -134,6 +136,51 @@ def test_what_may_differ_and_what_may_not(workers, tmp_path: Path):
         assert [said[: len(line)] for said in workers.run(2, train_or_say, [*argv, *changes])] == [line] * 2
     (losses, _) = workers.run(2, train_or_say, [*argv, '--checkpoint.allow_mismatch=["data.train"]'])
     assert len(losses) == 3
+
+
+def test_a_run_that_went_back_and_was_killed_goes_on_from_there(workers, tmp_path: Path):
+    """Before its first save: later checkpoints are no longer the run's, and metrics.jsonl gets no gap. Nor does a run
+    with fewer steps than its checkpoint export that as if it were its own."""
+    argv = tiny_run(tmp_path, "dump", training__steps=6)
+    workers.run(1, runs.train, argv)
+    for said in workers.run(1, train_or_say, [*argv, "--training.steps=5"]):
+        assert said.startswith("training.steps, training.epochs: 5 steps, but the checkpoint to resume from has 6; ")
+    workers.run(1, start_alone, [*argv, "--checkpoint.load_step=3"])
+    names = {path.name for path in (tmp_path / "dump" / "checkpoint").iterdir()}
+    assert names == {"step-3", "abandoned-6"}
+    assert len(workers.run(1, runs.train, argv)[0]) == 3
+    assert [record["step"] for record in records(tmp_path / "dump")] == list(range(1, 7))
+
+
+def fail_while_saving(argv: list[str]) -> bool:
+    """A loss that is no number, in the step after a slow save; whether the checkpoint is there when that is said."""
+    from titan_hd.train import Trainer
+
+    step, publish = Trainer.train_step, CheckpointFolder.publish
+
+    def failing(self):
+        if self.step == 3:
+            raise FloatingPointError("step 4: the gradient norm is nan")
+        return step(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", failing)
+        patch.setattr(CheckpointFolder, "publish", lambda *args: time.sleep(1) or publish(*args))
+        with pytest.raises(FloatingPointError):
+            runs.train(argv)
+        folder = next(a for a in argv if a.startswith("--job.dump_folder=")).partition("=")[2]
+        return (Path(folder) / "checkpoint" / "step-3").exists()
+
+
+def test_a_run_that_fails_finishes_the_save_that_is_under_way(workers, tmp_path: Path):
+    assert workers.run(2, fail_while_saving, tiny_run(tmp_path, "dump", training__steps=6)) == [True, True]
+
+
+def start_alone(argv: list[str]) -> None:
+    """All of a run but its steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("titan_hd.train.Trainer.train", lambda self: 0)
+        runs.train(argv)
 
 
 @pytest.fixture

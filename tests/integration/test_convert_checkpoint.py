@@ -72,7 +72,7 @@ def test_a_checkpoint_becomes_the_export_of_its_run(run, request, tmp_path):
     shard = max(step.glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:100])
     (line,) = error_lines(convert("dcp-to-hf", step, tmp_path / "other", "--assets", tmp_path / "model"))
-    assert ": cannot be read: " in line
+    assert f"{shard}: has 100 bytes, must have " in line
     assert not (tmp_path / "other").exists()
     (step / ".metadata").write_bytes(b"torn")
     (line,) = error_lines(convert("dcp-to-hf", step, tmp_path / "other", "--assets", tmp_path / "model"))

@@ -238,9 +238,21 @@ class Checkpointer:
             for line in faults:
                 logger.warning("checkpoint %s is damaged, and skipped: %s", self.files.path(step), line)
         if steps:
-            advice = "name another checkpoint.load_step, or 0 to start anew"
-            raise UserError("\n".join(f"{line} (no whole checkpoint is left: {advice})" for line in faults))
+            left = "no whole checkpoint is left" if load_step == -1 else "it is the one that is asked for"
+            advice = f"{left}: name another checkpoint.load_step, or 0 to start anew"
+            raise UserError("\n".join(f"{line} ({advice})" for line in faults))
         return None
+
+    def leave_behind(self, step: int) -> None:
+        """Set aside the checkpoints after `step`, where a run begins that forgets the records of later steps: a start
+        after it would go on from there, with a gap in the records.
+
+        Raises:
+            UserError: the disk refuses it.
+        """
+        fault = self._on_rank_zero(lambda: self.files.set_aside(step + 1))
+        if fault:
+            raise UserError(f"{self.files.folder}: the checkpoints after step {step} cannot be set aside: {fault}")
 
     def _verify(self, step: int) -> list[str]:
         """What is wrong with the files of a checkpoint, the same on every rank. Each rank reads its share of them."""

@@ -80,18 +80,26 @@ class CheckpointFolder:
         """Complete `step-N.partial`, whose other `files` are on the disk, and give it its name; then purge.
 
         Raises:
-            OSError: the disk is full or fails; nothing but the partial folder has changed.
+            OSError: the disk is full or fails, or a file that a rank wrote is not there; nothing but the partial folder
+                has changed.
         """
         partial = self.partial(step)
+        for name, entry in files.items():
+            if not (partial / name).is_file() or (partial / name).stat().st_size != entry["size"]:
+                shared = "all nodes must write to one file system (job.dump_folder)"
+                raise OSError(f"{name} is not there as its rank has written it: {shared}")
         files = {**files, STATE_FILE: write_text(partial / STATE_FILE, json.dumps(state, indent=1))}
         write_text(partial / MANIFEST, json.dumps({"files": dict(sorted(files.items()))}, indent=1))
         sync_folder(partial)
-        self._set_aside(step)
+        self.set_aside(step)
         partial.rename(self.path(step))
         sync_folder(self.folder)
-        self._purge()
+        try:
+            self._purge()
+        except OSError as error:  # the checkpoint is there: its save has not failed
+            logger.warning("%s: an old checkpoint cannot be removed: %s", self.folder, error)
 
-    def _set_aside(self, step: int) -> None:
+    def set_aside(self, step: int) -> None:
         """Rename this and later checkpoints: the run went back behind them, so they are another run's, or damaged."""
         for later in [s for s in self.steps() if s >= step]:
             aside = self.folder / f"abandoned-{later}"
@@ -144,6 +152,18 @@ def damage(path: Path, entry: dict[str, Any]) -> str | None:
     except OSError as error:
         return f"{path}: cannot be read: {error.strerror}"
     return None if checksum == entry["crc32"] else f"{path}: its content has changed since it was written"
+
+
+def check_files(checkpoint: Path) -> None:
+    """Read all files of a checkpoint, in one process.
+
+    Raises:
+        UserError: a line for each that is not as it was written.
+    """
+    files = read_manifest(checkpoint)
+    faults = [line for name in sorted(files) if (line := damage(checkpoint / name, files[name]))]
+    if faults:
+        raise UserError("\n".join(faults))
 
 
 def read_train_state(checkpoint: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from titan_hd.adapters.adapter_linear import AdapterLinear, adapter_layers
 from titan_hd.adapters.methods import build_method
+from titan_hd.components.checkpoint_folder import check_files
 from titan_hd.components.dcp_reader import CheckpointReader
 from titan_hd.components.identity import weights_fingerprint
 from titan_hd.config import manager
@@ -31,7 +32,8 @@ class CheckpointWeights:
         merged: names of the weights that an adapter stands beside.
 
     Raises:
-        UserError: tensors are missing or misshapen, or the directory holds another base model; a line for each.
+        UserError: tensors are missing or misshapen, the directory holds another base model, or a file of the run's
+            checkpoint is not as it was written; a line for each.
     """
 
     def __init__(self, reader: CheckpointReader, state: dict[str, Any], decoder: DecoderConfig, directory: str):
@@ -52,6 +54,8 @@ class CheckpointWeights:
         layers = self._layers.values()
         beside = {f"{layer.name}.{key}": getattr(layer, key).shape for layer in layers for key in layer.adapter_names}
         reader.tensor_dtypes(beside, "adapters.")
+        if state:  # what no run of ours wrote has no checksums
+            check_files(reader.folder)
 
     def _of_the_base(self, state: dict[str, Any], directory: str) -> set[str]:
         if state.get("base") != "delta":

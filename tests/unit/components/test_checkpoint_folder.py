@@ -79,6 +79,26 @@ class TestPublish:
         folder.clear_partial()
         assert names(tmp_path) == ["step-3"]
 
+    def test_a_rank_that_wrote_to_a_disk_of_its_own(self, tmp_path: Path):
+        """A folder that the nodes do not share: the checkpoint would have a manifest, and never load."""
+        folder = CheckpointFolder(tmp_path, 1)
+        before = save(folder, 3)
+        files = {".metadata": write_text(folder.start(4) / ".metadata", "shards")}
+        missing = {"__1_0.distcp": {"size": 6, "crc32": 1}}
+        with pytest.raises(OSError, match=r"__1_0\.distcp is not there .* one file system \(job\.dump_folder\)"):
+            folder.publish(4, STATE, files | missing)
+        assert folder.steps() == [3]
+        assert before.exists()
+
+    def test_an_old_one_that_stays_is_no_save_that_failed(self, tmp_path: Path, monkeypatch, caplog):
+        folder = CheckpointFolder(tmp_path, 1)
+        save(folder, 3)
+        monkeypatch.setattr(CheckpointFolder, "_purge", self.full)
+        monkeypatch.setattr("titan_hd.components.checkpoint_folder.logger.propagate", True)
+        save(folder, 4)
+        assert folder.steps() == [3, 4]
+        assert "an old checkpoint cannot be removed: [Errno 28]" in caplog.text
+
     @staticmethod
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")

@@ -54,6 +54,13 @@ class TestKeepRecordsUntil:
         keep_records_until(path, 5)
         assert steps_of(path) == [1, 2]
 
+    def test_bytes_that_are_no_text_cost_their_line_alone(self, tmp_path: Path):
+        """What a crash of the machine may leave."""
+        path = tmp_path / "metrics.jsonl"
+        path.write_bytes(lines(1).encode() + b'{"step": \xff\x00\n' + lines(2).encode())
+        keep_records_until(path, 5)
+        assert steps_of(path) == [1, 2]
+
     def test_no_file(self, tmp_path: Path):
         keep_records_until(tmp_path / "metrics.jsonl", 3)
         assert not (tmp_path / "metrics.jsonl").exists()
