@@ -132,10 +132,10 @@ def test_resumed_twice_and_tokens_are_real_ones(workers, setup, tmp_path):
     records = runs.write_records(tmp_path / "records.jsonl", count=40)
     order = PackOrder(np.array([len(r["input_ids"]) for r in records]), SEQ_LEN, True, 42, 40)
     decoder = parse_hf_config(runs.ODD, "tests")
-    width = decoder.num_hidden_layers * sum(map(sum, decoder.linear_shapes().values()))  # of rank 1
+    work = 4 * decoder.num_hidden_layers * sum(map(sum, decoder.linear_shapes().values()))  # of rank 1
     for step, line in enumerate(logged):
         documents = [records[i] for place in range(8) for i in order.sample(step * 8 + place)]
         tokens = sum(len(d["input_ids"]) for d in documents)
         assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(tokens)
-        flops = flops_per_token(decoder, tokens / len(documents), 0, width)
+        flops = flops_per_token(decoder, tokens / len(documents), 0, work)
         assert line["tflops_per_worker"] == pytest.approx(line["tokens_per_second"] * flops / 1e12 / 2)

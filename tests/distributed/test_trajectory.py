@@ -51,9 +51,18 @@ UNSPLIT = {
     "bat-row": {"adapter__method": "bat", "adapter__rank": 1, "adapter__bat_form": "row"},
 }
 MESHES = [(mesh, m) for mesh in ("tp", "tp-fsdp", "hsdp") for m in ("hdpissa", "full", "random", "bfloat16", *ADAPTERS)]
+MESHES += [("hsdp", m) for m in UNSPLIT if m != "bat-row"]
+# Every method on the mesh that asks most of it, and each mesh with some methods; the rest takes minutes more.
+QUICK = [("tp-fsdp", m) for m in ("hdpissa", "full", *ADAPTERS)]
+QUICK += [("hsdp", m) for m in ("hdpissa", "full", "lora", "bat")] + [("tp", "hdpissa"), ("tp", "bfloat16")]
 
 
-@pytest.mark.parametrize(("mesh", "method"), [*MESHES, *(("hsdp", m) for m in UNSPLIT if m != "bat-row")])
+def quick_or_slow(cases, quick):
+    """The cases, those that are not among the quick ones marked slow."""
+    return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(("mesh", "method"), quick_or_slow(MESHES, QUICK))
 def test_same_losses_on_any_mesh(method, mesh, workers, setup, tmp_path):
     """Tensor parallelism and replicas, with resume from one mesh on another, and clipping that binds."""
     runs.write_model(tmp_path / "model", num_key_value_heads=2, intermediate_size=38)
@@ -125,8 +134,13 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("method", ["hdpissa", "full"])
-@pytest.mark.parametrize("variant", VARIANTS)
+VARIANT_CASES = [(variant, method) for variant in VARIANTS for method in ("hdpissa", "full")]
+
+
+@pytest.mark.parametrize(
+    ("variant", "method"),
+    quick_or_slow(VARIANT_CASES, [case for case in VARIANT_CASES if case[1] == "hdpissa" or case[0] == "qwen3"]),
+)
 def test_same_weights_of_every_variant_on_any_mesh(variant, method, workers, setup, tmp_path):
     """Biases (one is added once behind tensor parallelism's sum), norms of a rank's own heads, windows."""
     _, start = runs.write_model(tmp_path / "model", num_key_value_heads=2, intermediate_size=38, **VARIANTS[variant])
@@ -203,8 +217,7 @@ def test_resumed_run_equals_the_undisturbed_one(method, workers, setup, tmp_path
     assert first + second + third == pytest.approx(whole, rel=LOSS_TOLERANCE)
 
 
-@pytest.mark.parametrize("method", ["hdpissa", "full"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tied", "method"), [(False, "hdpissa"), (True, "full")])
 def test_validation_leaves_no_trace(method, tied, workers, setup, tmp_path):
     """Forward passes without a backward pass once left the head gathered: a checkpoint after them was not sharded."""
     runs.write_model(tmp_path / "model", tie_word_embeddings=tied)
