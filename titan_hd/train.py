@@ -309,8 +309,7 @@ class Trainer:
         if self.registry:
             self.fold(lr, self.step)
         self.step += 1
-        dist.all_reduce(loss_sum, group=self.dims.dp_mesh.get_group())
-        numbers = {"loss": loss_sum.item() / max(1, sum(counts)), "grad_norm": grad_norm, "lr": lr}
+        numbers = {"loss": self._finish_step(loss_sum) / max(1, sum(counts)), "grad_norm": grad_norm, "lr": lr}
         return {**numbers, "tokens": tokens, "sequences": sequences}
 
     def _read_batches(self) -> list[Batch]:
@@ -321,19 +320,26 @@ class Trainer:
 
     def _count_tokens(self, batches: list[Batch], adapters: list[int]) -> tuple[list[int], int, int]:
         """Trained tokens of each logical adapter over the whole step, all tokens of the step but padding, records."""
-        counts = torch.zeros(self.plan.num_adapters + 4, dtype=torch.long)
-        if self.dims.tp_rank == 0:  # the ranks of a tensor-parallel group have the same batches
-            for batch, adapter in zip(batches, adapters):
-                counts[adapter] += batch.trained_tokens
-                counts[-4] += batch.tokens
-                counts[-3] += batch.sequences
-        # What signals ask for travels with them.
-        counts[-2], counts[-1] = self.signals.status == REQUEUE, self.signals.status == INTERRUPTED
+        counts = torch.zeros(self.plan.num_adapters + 2, dtype=torch.long)
+        for batch, adapter in zip(batches, adapters):
+            counts[adapter] += batch.trained_tokens
+            counts[-2] += batch.tokens
+            counts[-1] += batch.sequences
         counts = counts.to(self.device)
-        dist.all_reduce(counts)
-        *per_adapter, tokens, sequences, requeue, interrupted = counts.tolist()
-        self.stop_status = INTERRUPTED if interrupted else REQUEUE if requeue else 0
+        dist.all_reduce(counts, group=self.dims.dp_mesh.get_group())
+        *per_adapter, tokens, sequences = counts.tolist()
         return per_adapter, tokens, sequences
+
+    def _finish_step(self, loss_sum: torch.Tensor) -> float:
+        """The sum of all workers' losses. What signals ask for travels with it: all ranks must agree where to stop."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        if self.dims.tp_rank == 0:  # the ranks of a tensor-parallel group have the same loss
+            sums[0] = loss_sum
+        sums[1], sums[2] = self.signals.status == REQUEUE, self.signals.status == INTERRUPTED
+        dist.all_reduce(sums)
+        loss, requeue, interrupted = sums.tolist()
+        self.stop_status = INTERRUPTED if interrupted else REQUEUE if requeue else 0
+        return loss
 
     def _forward_backward(self, micro_batch: int, batch: Batch, trained_tokens: int) -> torch.Tensor:
         """Accumulate gradients of (sum of token losses / trained_tokens); returns the sum, detached."""

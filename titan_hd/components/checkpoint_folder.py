@@ -7,6 +7,7 @@ left behind: a later run went back to an earlier step.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -198,5 +199,8 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot do this for folders
+            raise
     finally:
         os.close(descriptor)

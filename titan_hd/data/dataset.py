@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import BinaryIO
 
@@ -90,7 +91,9 @@ def data_summary(records: TokenizedRecords | Concatenation | StreamedRecords, co
     """What tells the samples of a run from those of another: equal for equal records, mixtures and packs (of a stream,
     for files of equal sizes)."""
     if isinstance(records, StreamedRecords):
-        said = f"a stream of {records.extent}"
+        names = ("format", "template", "prompt_field", "response_field", "text_field", "train_on_prompt")
+        settings = ", ".join(f"{name} {getattr(config, name)}" for name in names)
+        said = f"a stream of {records.extent}, {settings}, training.seq_len {seq_len}"
         return f"{said}, permuted in windows of {config.shuffle_window}" if config.shuffle else said
     s = records.statistics
     said = f"{s.records} records of format {s.format}, {s.tokens} tokens, {s.trained} trained, content {s.content}"
@@ -214,7 +217,7 @@ class _Source:
             statistics = self._tokenize(lambda name: files.setdefault(name, io.BytesIO()))
             arrays = {name: as_array(name, np.frombuffer(f.getbuffer(), np.uint8)) for name, f in files.items()}
         else:
-            entry = TokenCache(folder).get(self._key(), [str(file) for file in self._files], self._tokenize)
+            entry = TokenCache(folder).get(self._key(folder), [str(file) for file in self._files], self._tokenize)
             statistics, arrays = entry.statistics, entry.arrays
         statistics.name = self._name
         _check_what_is_left(statistics, task.seq_len)
@@ -222,13 +225,14 @@ class _Source:
             return InstructionRecords(statistics, arrays, self._format)
         return TokenizedRecords(statistics, arrays)
 
-    def _key(self) -> str:
-        """Stands for everything that the arrays depend on."""
+    def _key(self, folder: Path) -> str:
+        """Stands for everything that the arrays depend on. folder: the cache."""
         task, config = self._task, self._config
         names = ("prompt_field", "response_field", "text_field", "train_on_prompt", "template", "on_error")
         settings = {name: getattr(config, name) for name in (*names, "max_skipped")}
         settings |= {name: getattr(task, name) for name in ("format", "vocab_size", "seq_len", "keep_questions")}
         settings |= {"titan_hd": __version__, "files": len(self._files)}
+        settings |= {name: metadata.version(name) for name in ("tokenizers", "sentencepiece", "tiktoken", "jinja2")}
         if not self._files:
             settings["dataset"] = fingerprint(self._path, self._name)
         files = list(self._files)
@@ -242,7 +246,7 @@ class _Source:
             settings["template"] = "file"
             files.append(template)
         try:
-            return content_key(settings, files)
+            return content_key(settings, files, folder)
         except OSError as error:
             raise UserError(f"{self._name}: cannot read {error.filename}: {error.strerror}") from None
 

@@ -19,6 +19,7 @@ import logging
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -30,6 +31,8 @@ from titan_hd.data.encoding import as_array
 from titan_hd.data.records import Statistics
 
 VERSION = 2  # of what an entry looks like and of how records become tokens
+_DIGITS = 32  # of a file's hash
+_SETTLED_SECONDS = 2.0
 logger = logging.getLogger("titan_hd")
 
 
@@ -51,20 +54,53 @@ def cache_folder(setting: str) -> Path | None:
         ) from None
 
 
-def content_key(settings: dict[str, object], files: list[Path]) -> str:
-    """A hash of settings, and of the bytes of files in their order.
+def content_key(settings: dict[str, object], files: list[Path], folder: Path) -> str:
+    """A hash of settings, and of the bytes of files in their order. folder: remembers the files' hashes.
 
     Raises:
         OSError: a file cannot be read.
     """
     key = hashlib.blake2b(json.dumps([VERSION, settings], sort_keys=True).encode(), digest_size=16)
     for path in files:
-        content = hashlib.blake2b(digest_size=16)
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                content.update(block)
-        key.update(content.digest())
+        key.update(file_digest(path, folder).encode())
     return key.hexdigest()
+
+
+def file_digest(path: Path, folder: Path) -> str:
+    """A hash of a file's bytes, which one process of a node computes and the others, and later runs, find in `folder`.
+
+    It is found as long as place, size and times of the file are the same. A file that was changed a moment ago is not
+    remembered: it could change again within the same tick of the clock.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    status = path.stat()
+    seen = [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
+    memo = folder / f".{hashlib.blake2b(json.dumps(seen).encode(), digest_size=16).hexdigest()}.digest"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(memo, "a+", encoding="ascii") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # many workers of a node ask for the same file at the same time
+            file.seek(0)
+            known = file.read()
+            if len(known) == _DIGITS:
+                return known
+            digest = _hash(path)
+            if time.time() - max(status.st_mtime, status.st_ctime) > _SETTLED_SECONDS:
+                file.truncate(0)
+                file.write(digest)
+            return digest
+    except OSError:  # a folder that cannot be written, or a full disk, is reported where the records are written
+        return _hash(path)
+
+
+def _hash(path: Path) -> str:
+    content = hashlib.blake2b(digest_size=_DIGITS // 2)
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            content.update(block)
+    return content.hexdigest()
 
 
 class MappedArrays(dict):

@@ -258,3 +258,8 @@ class TestValidationBatches:
 
     def test_pad_to(self):
         assert next(validation_batches(examples(3), 0, 1, 2, 32, -1)).input_ids.shape == (2, 32)
+
+
+@pytest.mark.parametrize(("epochs", "size", "positions"), [(0.57, 100, 57), (0.1, 30, 3), (0.5, 3, 1), (2, 7, 14)])
+def test_a_part_of_an_epoch_is_not_cut_by_binary_fractions(epochs: float, size: int, positions: int):
+    assert SampleOrder(size, True, 0).positions(epochs) == positions

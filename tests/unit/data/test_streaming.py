@@ -137,4 +137,8 @@ def test_what_tells_it_from_another(paths):
     records = stream(paths)
     data = Data(streaming=True, shuffle_window=5)
     first, second = (f"1 file(s) of {os.path.getsize(path)} bytes" for path in paths)
-    assert data_summary(records, data, 16) == f"a stream of {first} and {second}, permuted in windows of 5"
+    text = data_summary(records, data, 16)
+    assert text.startswith(f"a stream of {first} and {second}, format auto, template pissa, ")
+    assert text.endswith(", permuted in windows of 5")
+    assert data_summary(records, data, 17) != text
+    assert data_summary(records, Data(streaming=True, shuffle_window=5, template="none"), 16) != text

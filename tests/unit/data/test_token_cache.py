@@ -22,7 +22,7 @@ from tests.conftest import REPOSITORY
 from tests.unit.data.test_formats import chat_directory
 from tests.unit.data.test_records import message
 from titan_hd.config.job_config import Data, DataSource
-from titan_hd.data import dataset, token_processes
+from titan_hd.data import dataset, token_cache, token_processes
 from titan_hd.data.dataset import build_records, data_summary
 from titan_hd.data.records import InstructionRecords
 from titan_hd.data.sources import Raw
@@ -253,7 +253,7 @@ def test_a_full_disk_is_noted_for_those_who_wait(setup: Path, monkeypatch):
     monkeypatch.setattr("titan_hd.data.token_cache.os.fsync", refuse)
     text = message(build, setup)
     assert text.startswith(f"data.cache_dir: cannot use {setup}/cache: No space left on device; name another folder")
-    (lock,) = (setup / "cache").iterdir()
+    (lock,) = [path for path in (setup / "cache").iterdir() if path.suffix != ".digest"]
     assert json.loads(lock.read_text()) == text
 
 
@@ -348,7 +348,7 @@ def test_a_writer_that_is_killed_leaves_nothing_behind(setup: Path, writer_and_r
     assert said.count("chunk") == CHUNKS, "it has made all of it"
     assert json.loads(said[-1]) == [e.input_ids for e in build(setup, cache_dir="")]
     (entry,) = entries(setup)
-    left = [path.name for path in (setup / "cache").iterdir() if path != entry]
+    left = [path.name for path in (setup / "cache").iterdir() if path != entry and path.suffix != ".digest"]
     assert left == [f".{entry.name}.lock"], "the killed one's part is removed"
 
 
@@ -445,3 +445,41 @@ class TestProcesses:
         path.write_text((json.dumps(chat) + "\n") * 20)
         records = build(setup, seq_len=100, train=str(path), num_proc=2)
         assert list(records) == list(build(setup, seq_len=100, train=str(path), num_proc=1, cache_dir=""))
+
+
+class TestDigest:
+    """The hash of a file is computed once, and anew when the file changes."""
+
+    @pytest.fixture
+    def hashed(self, monkeypatch) -> list[str]:
+        names: list[str] = []
+        real = token_cache._hash
+        monkeypatch.setattr(token_cache, "_hash", lambda path: names.append(path.name) or real(path))
+        return names
+
+    def test_a_file_that_was_written_a_moment_ago_is_not_remembered(self, tmp_path: Path, hashed: list[str]):
+        path, folder = tmp_path / "a.jsonl", tmp_path / "cache"
+        path.write_text("{}")
+        os.utime(path, (1e9, 1e9))
+        first = token_cache.file_digest(path, folder)
+        assert token_cache.file_digest(path, folder) == first
+        assert hashed == ["a.jsonl", "a.jsonl"], "its ctime is of this moment: not remembered yet"
+
+    def test_a_file_at_rest_is_read_once(self, tmp_path: Path, hashed: list[str], monkeypatch):
+        monkeypatch.setattr(token_cache, "_SETTLED_SECONDS", -1.0)
+        path, folder = tmp_path / "a.jsonl", tmp_path / "cache"
+        path.write_text("{}")
+        first = token_cache.file_digest(path, folder)
+        assert token_cache.file_digest(path, folder) == first
+        assert hashed == ["a.jsonl"]
+        path.write_text("[]")
+        assert token_cache.file_digest(path, folder) != first
+        assert hashed == ["a.jsonl", "a.jsonl"]
+
+    def test_a_folder_that_cannot_be_written_costs_the_memory_alone(self, tmp_path: Path, hashed: list[str]):
+        path = tmp_path / "a.jsonl"
+        path.write_text("{}")
+        (tmp_path / "file").write_text("")
+        assert token_cache.file_digest(path, tmp_path / "file") == token_cache.file_digest(path, tmp_path / "cache")
+        with pytest.raises(OSError, match="missing"):
+            token_cache.file_digest(tmp_path / "missing", tmp_path / "cache")
