@@ -24,7 +24,7 @@ def error_lines(result: subprocess.CompletedProcess) -> list[str]:
     return [line for line in result.stderr.splitlines() if line.startswith("titan_hd: error: ")]
 
 
-@pytest.fixture(params=["hdpissa", "dora"])
+@pytest.fixture(params=["hdpissa", pytest.param("dora", marks=pytest.mark.slow)])
 def run(request, workers, tmp_path):
     """A run on four workers (FSDP 2 x tensor 2), with a checkpoint of its last step and an export of it."""
     runs.write_model(tmp_path / "model", num_key_value_heads=2, intermediate_size=38)

@@ -85,6 +85,7 @@ class TestDataWorkers:
             assert_nobody_is_left(mark)
         assert losses(tmp_path / "with") == pytest.approx(losses(tmp_path / "without"), rel=LOSS_TOLERANCE)
 
+    @pytest.mark.slow
     def test_a_killed_one_ends_the_run(self, setup, tmp_path):
         run, mark = setup("killed", 1, data__num_workers=2, training__steps=1000000, export__enable="false")
         metrics, end = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 120

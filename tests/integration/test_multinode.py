@@ -156,6 +156,7 @@ def test_two_nodes_train_as_one_does(nodes, one_node):
     check_equal(nodes, one_node)
 
 
+@pytest.mark.slow
 def test_two_nodes_that_know_themselves_as_localhost(nodes, one_node, namespaces):
     for node, name in enumerate(namespaces):
         more = {"PET_RDZV_CONF": f"is_host={1 - node}"}
@@ -206,6 +207,7 @@ def workers_of(launcher: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_the_late_rank_is_named_before_the_time_out(nodes, tmp_path):
     """Rank 1 of two sleeps in its third step. The run ends with the time-out, and says for whom it waited."""
     (tmp_path / "hook").mkdir()
@@ -232,6 +234,7 @@ def test_the_late_rank_is_named_before_the_time_out(nodes, tmp_path):
     assert "titan_hd: worker 0 ended with status 1" in nodes.log(0)
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_without_a_node_that_is_lost(nodes, inputs, tmp_path):
     """--nnodes 1:2: one node loses its power; the other goes on from the last checkpoint with the same K."""
     port = free_port()

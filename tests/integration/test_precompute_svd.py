@@ -10,7 +10,7 @@ from tests import runs
 from tests.conftest import REPOSITORY
 
 
-@pytest.mark.parametrize("method", ["hdpissa", "pissa"])
+@pytest.mark.parametrize("method", ["hdpissa", pytest.param("pissa", marks=pytest.mark.slow)])
 def test_a_run_after_precompute_svd_computes_nothing(method, workers, tmp_path):
     runs.write_model(tmp_path / "model")
     runs.write_records(tmp_path / "records.jsonl")
