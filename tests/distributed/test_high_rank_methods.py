@@ -134,7 +134,7 @@ def peft_run(folder, method: str, records: list[dict]) -> tuple[list[float], dic
     return losses, model.merge_and_unload().state_dict()
 
 
-@pytest.mark.parametrize("method", ["bone", "bat", "hira"])
+@pytest.mark.parametrize("method", ["bone", "bat", pytest.param("hira", marks=pytest.mark.slow)])
 def test_twenty_steps_equal_pefts(method: str, workers, setup, tmp_path):
     pytest.importorskip("peft")
     _, start, records, run = setup
@@ -206,7 +206,7 @@ def plain_run(method: str, weights: dict, config: dict, records: list[dict]) -> 
     return losses, merged(tensors.items())
 
 
-@pytest.mark.parametrize("method", ["bat-row", "mora-1", "mora-6"])
+@pytest.mark.parametrize("method", ["bat-row", "mora-6", pytest.param("mora-1", marks=pytest.mark.slow)])
 def test_twenty_steps_equal_the_dense_reference(method: str, workers, setup, tmp_path):
     config, start, records, run = setup
     losses, logits = run(workers, method)

@@ -84,7 +84,7 @@ def test_one_step_equals_the_dense_gradient_in_float64(workers, setup, tmp_path)
     assert max(errors.values()) < DELTA_TOLERANCE, errors
 
 
-@pytest.mark.parametrize("method", ["hdpissa", "full"])
+@pytest.mark.parametrize("method", ["hdpissa", pytest.param("full", marks=pytest.mark.slow)])
 def test_with_tensor_parallelism(method: str, workers, setup, tmp_path):
     """The sequence is split between the ranks, in the midst of documents."""
     _, start = runs.write_model(tmp_path / "model", num_key_value_heads=2, intermediate_size=38)
@@ -106,7 +106,14 @@ def test_a_mixture_is_packed_anew_for_every_epoch(workers, setup, tmp_path):
     assert first + rest == pytest.approx(whole, rel=LOSS_TOLERANCE)
 
 
-@pytest.mark.parametrize("changes", [{"mode": "full"}, {"mode": "selective"}, {"mode": "selective", "compile": "true"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mode": "full"},
+        {"mode": "selective"},
+        pytest.param({"mode": "selective", "compile": "true"}, marks=pytest.mark.slow),
+    ],
+)
 def test_checkpointing_and_compilation_change_nothing(changes: dict[str, str], workers, setup, tmp_path):
     (plain,) = workers.run(1, runs.train, setup("plain"))
     wrapped = {"activation_checkpoint__mode": changes["mode"], "compile__enable": changes.get("compile", "false")}

@@ -182,7 +182,7 @@ def test_memory_of_a_rank_is_the_formulas(world, replicate, slices, workers, tmp
 
 
 @pytest.mark.parametrize("worlds", [(64, 128, 512), pytest.param((64, 512, 4096), marks=pytest.mark.slow)])
-@pytest.mark.parametrize("replicate", [1, 8])
+@pytest.mark.parametrize("replicate", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_work_of_set_up_and_step_grows_at_most_linearly(replicate, worlds, workers, tmp_path: Path):
     argv = fake_argv(tmp_path, parallelism__data_parallel_replicate_degree=replicate, export__enable="false")
     results = []

@@ -165,7 +165,7 @@ EVERY = ["hdpissa", "full", "dropout", "random", "mute", *ADAPTERS, *UNSPLIT, "l
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(m, marks=pytest.mark.slow if m in ("random", "mute", "mora", "hira", "bat-row") else ())
+        pytest.param(m, marks=pytest.mark.slow if m in ("random", "mute", "mora", "hira", "bat-row", "dropout") else ())
         for m in EVERY
     ],
 )
@@ -223,7 +223,7 @@ def test_resumed_run_equals_the_undisturbed_one(method, workers, setup, tmp_path
     assert first + second + third == pytest.approx(whole, rel=LOSS_TOLERANCE)
 
 
-@pytest.mark.parametrize(("tied", "method"), [(False, "hdpissa"), (True, "full")])
+@pytest.mark.parametrize(("tied", "method"), quick_or_slow([(False, "hdpissa"), (True, "full")], [(False, "hdpissa")]))
 def test_validation_leaves_no_trace(method, tied, workers, setup, tmp_path):
     """Forward passes without a backward pass once left the head gathered: a checkpoint after them was not sharded."""
     runs.write_model(tmp_path / "model", tie_word_embeddings=tied)
@@ -303,6 +303,7 @@ def effective_rank(delta: torch.Tensor) -> float:
     return torch.exp(-(p * p.clamp(min=1e-30).log()).sum()).item()
 
 
+@pytest.mark.slow
 def test_effective_rank_grows_with_the_number_of_adapters(workers, tmp_path):
     """Section 6 of the paper: eight slices of rank 4 change W in many more directions than one."""
     runs.write_model(

@@ -76,6 +76,7 @@ def losses(dump: Path) -> list[float]:
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 class TestDataWorkers:
+    @pytest.mark.slow
     def test_same_losses_and_nobody_is_left(self, setup, tmp_path):
         for dump, workers, num_workers in (("without", 1, 0), ("with", 2, 1)):
             run, mark = setup(dump, workers, data__num_workers=num_workers)

@@ -52,6 +52,7 @@ def opened_by_folder(log: Path, root: Path) -> dict[str, Counter]:
     return found
 
 
+@pytest.mark.slow
 def test_small_files_are_opened_by_rank_0_alone_and_large_ones_once(start):
     first, second = start(steps=1)
     assert {"config.json", "model.safetensors"} <= first["model"].keys()
