@@ -12,8 +12,9 @@ _CACHE = tempfile.TemporaryDirectory(prefix="titan_hd_tests_")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def workers():
+    """New processes for each file: process groups that some tests leave have threads that never sleep for long."""
     pool = WorkerPool()
     yield pool
     pool.close()

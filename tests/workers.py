@@ -1,4 +1,4 @@
-"""A pool of worker processes that lives as long as the test session; every call makes a fresh process group.
+"""A pool of worker processes that lives as long as a file of tests; every call makes a fresh process group.
 
 Starting Python and torch costs seconds, a gloo group costs milliseconds: so the processes stay and the groups change.
 """
