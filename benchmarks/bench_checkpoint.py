@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from benchmarks.common import environment, print_header, print_json, print_table
-from titan_hd.components.checkpoint import Checkpointer
+from titan_hd.checkpoint.checkpointer import Checkpointer
 
 _SIDE = 1024
 _STATE = {"step": 0, "base": "full", "identity": {}, "config": ""}

@@ -17,10 +17,10 @@ import torch
 
 from benchmarks.common import environment, print_header, print_json, print_table
 from titan_hd.data.loader import GlobalBatches, TrainLoader
-from titan_hd.data.order import build_order
-from titan_hd.data.packing import pack
-from titan_hd.data.records import Statistics, TokenizedRecords
-from titan_hd.data.token_cache import MappedArrays
+from titan_hd.data.order.order import build_order
+from titan_hd.data.order.packing import pack
+from titan_hd.data.tokens.cache import MappedArrays
+from titan_hd.data.tokens.records import Statistics, TokenizedRecords
 
 REQUIRED = 100_000  # tokens per second of a whole node
 BATCH, MICRO_BATCHES = 4, 4

@@ -30,9 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import common
 from titan_hd.components.loss import token_loss_sum
-from titan_hd.distributed.loss_parallel import vocabulary_parallel_loss_sum
 from titan_hd.distributed.parallelize import apply_activation_checkpointing
-from titan_hd.distributed.tensor_parallel import apply_tensor_parallel
+from titan_hd.distributed.tp.loss import vocabulary_parallel_loss_sum
+from titan_hd.distributed.tp.tensor_parallel import apply_tensor_parallel
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import parse_hf_config
 
@@ -127,7 +127,7 @@ def _spawned(rank: int, store: str, args: argparse.Namespace, queue) -> None:
     if rank == 0:
         queue.put(results)
     sys.stdout.flush()
-    os._exit(0)  # as titan_hd.worker does, and why
+    os._exit(0)  # as titan_hd.process.worker does, and why
 
 
 def report(env: dict[str, object], results: dict[str, dict[str, float]]) -> None:

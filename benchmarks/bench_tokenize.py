@@ -26,7 +26,7 @@ from pathlib import Path
 from benchmarks.common import environment, pick_device, print_header, print_json, print_table
 from titan_hd.config.job_config import Data
 from titan_hd.data import dataset
-from titan_hd.data.tokenizer import load_tokenizer
+from titan_hd.data.text.tokenizer import load_tokenizer
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "assets" / "quickstart"
 

@@ -24,7 +24,15 @@ class Launch:
         self, argv: list[str], workers: int = 2, max_restarts: int = 0, environment: dict[str, str] | None = None
     ):
         self.dump = Path(next(a for a in argv if a.startswith("--job.dump_folder=")).partition("=")[2])
-        launcher = [sys.executable, "-m", "titan_hd.launch", "--nproc_per_node", str(workers), "--rdzv_backend", "c10d"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "titan_hd.launch",
+            "--nproc_per_node",
+            str(workers),
+            "--rdzv_backend",
+            "c10d",
+        ]
         launcher += ["--rdzv_endpoint", "localhost:0", "--max_restarts", str(max_restarts), "--monitor_interval", "0.1"]
         self._config = self.dump.parent / "empty.toml"
         self._config.touch()

@@ -1,14 +1,15 @@
-"""Reading the JSON and text files of a directory that somebody else made."""
+"""Small files: reading those that somebody else made, and what a failing disk says."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from titan_hd.config.errors import UserError
+from titan_hd.errors import UserError
 
 LARGEST = 64 * 2**20  # bytes; the largest tokenizer.json is a third of that
 
@@ -46,3 +47,18 @@ def read_json_object(path: Path, object_pairs_hook: Callable[[list], Any] | None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not valid JSON: must be an object")
     return content
+
+
+@contextlib.contextmanager
+def disk_faults(directory: Path) -> Iterator[None]:
+    """A failing or full disk is the user's to mend: one line with the file, or the directory where none is named."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or directory}: cannot be written: {error.strerror or error}") from None
+
+
+def shown(name: str) -> str:
+    """A name out of a file as part of one line of reasonable length."""
+    text = name if name.isprintable() else repr(name)
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 
 from titan_hd.adapters.methods import build_method
-from titan_hd.components.checkpoint_folder import CheckpointFolder
-from titan_hd.components.export import check_folder, export_folder
-from titan_hd.components.identity import allow_mismatch_errors
+from titan_hd.checkpoint.folder import CheckpointFolder
+from titan_hd.checkpoint.resume_check import allow_mismatch_errors
 from titan_hd.components.optimizer import optimizer_class
 from titan_hd.config.job_config import LINEAR_LAYERS, JobConfig
 from titan_hd.config.manager import ConfigError
 from titan_hd.data.dataset import check_data
 from titan_hd.distributed.parallel_dims import placement_error, resolve_shard_degree
-from titan_hd.distributed.tensor_parallel import ROW_WISE, tensor_parallel_errors
+from titan_hd.distributed.tp.tensor_parallel import ROW_WISE, tensor_parallel_errors
 from titan_hd.distributed.update.plan import Topology, UpdatePlan, plan_update
+from titan_hd.export.hf import check_folder, export_folder
 from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_weights import WeightFiles
+from titan_hd.models.hf_files import WeightFiles
 from titan_hd.models.registry import DecoderConfig, flavor_config, read_hf_config
 
 

@@ -20,12 +20,9 @@ from titan_hd import __version__
 from titan_hd.adapters.adapter_linear import adapter_layers
 from titan_hd.adapters.methods import build_method
 from titan_hd.adapters.svd import SvdSettings
-from titan_hd.components import checkpoint as ckpt
-from titan_hd.components.environment import record_environment
-from titan_hd.components.export import export_hf
-from titan_hd.components.export_peft import export_peft
+from titan_hd.checkpoint import checkpointer as ckpt
+from titan_hd.checkpoint.resume_check import check_resumable, run_identity, weights_fingerprint
 from titan_hd.components.flops import flops_per_token, trained_work
-from titan_hd.components.identity import check_resumable, run_identity, weights_fingerprint
 from titan_hd.components.loss import token_loss_sum
 from titan_hd.components.lr_scheduler import lr_factor
 from titan_hd.components.metrics import (
@@ -35,32 +32,35 @@ from titan_hd.components.metrics import (
 )
 from titan_hd.components.optimizer import build_optimizer, clip_gradients
 from titan_hd.components.profiling import build_profiler
-from titan_hd.components.run_lock import RunLock
 from titan_hd.components.validation import Validator
 from titan_hd.config import checks, manager
-from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
-from titan_hd.config.seeding import stable_seed
 from titan_hd.data.dataset import build_records, data_summary, sample_order
 from titan_hd.data.loader import Batch, GlobalBatches, TrainLoader
-from titan_hd.data.records import statistics_table
-from titan_hd.data.tokenizer import load_tokenizer
+from titan_hd.data.text.tokenizer import load_tokenizer
+from titan_hd.data.tokens.records import statistics_table
+from titan_hd.distributed.adapter_init import initialize_adapters
 from titan_hd.distributed.adapter_registry import AdapterRegistry
-from titan_hd.distributed.adapter_weights import initialize_adapters
 from titan_hd.distributed.collectives import once, require_equal, together
-from titan_hd.distributed.loss_parallel import vocabulary_parallel_loss_sum
+from titan_hd.distributed.factor_init import SliceSettings, compute_factors
 from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims, mesh_picture
 from titan_hd.distributed.parallelize import parallelize
-from titan_hd.distributed.slices import SliceSettings, compute_factors
-from titan_hd.distributed.tensor_parallel import apply_tensor_parallel
+from titan_hd.distributed.shards import init_weights, load_weights, materialize
+from titan_hd.distributed.tp.loss import vocabulary_parallel_loss_sum
+from titan_hd.distributed.tp.tensor_parallel import apply_tensor_parallel
 from titan_hd.distributed.update.fold import Fold, check_finite
 from titan_hd.distributed.watch import enter_phase
-from titan_hd.distributed.weights import init_weights, load_weights, materialize
+from titan_hd.errors import UserError
+from titan_hd.export.hf import export_hf
+from titan_hd.export.peft import export_peft
+from titan_hd.files import disk_faults
 from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_weights import disk_faults
 from titan_hd.preflight import RunPlan, update_plan
-from titan_hd.signals import INTERRUPTED, REQUEUE, StopSignals
-from titan_hd.worker import device_name, run_worker, set_timeout
+from titan_hd.process.environment import record_environment
+from titan_hd.process.run_lock import RunLock
+from titan_hd.process.signals import INTERRUPTED, REQUEUE, StopSignals
+from titan_hd.process.worker import device_name, run_worker, set_timeout
+from titan_hd.seeding import stable_seed
 
 logger = logging.getLogger("titan_hd")
 

@@ -27,10 +27,11 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from titan_hd.components.comparison import match_rank, parse_methods, plot, read_result, write_tables
+from compare.comparison import match_rank, parse_methods, plot, read_result, write_tables
+
 from titan_hd.config import manager
-from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
+from titan_hd.errors import UserError
 from titan_hd.preflight import RunPlan, decoder_config, plan_run
 
 _RUN_TRAIN = Path(__file__).resolve().parent.parent / "run_train.sh"

@@ -25,23 +25,16 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.planner import WriteItem
 from tqdm import tqdm
 
-from titan_hd.components.checkpoint_folder import STATE_FILE, read_train_state
-from titan_hd.components.checkpoint_weights import CheckpointWeights
-from titan_hd.components.dcp_reader import CheckpointReader
-from titan_hd.components.export import beside, check_folder, publish, start_folder, write_assets
-from titan_hd.components.model_card import model_card
+from titan_hd.checkpoint.folder import STATE_FILE, read_train_state
+from titan_hd.checkpoint.reader import CheckpointReader
+from titan_hd.checkpoint.weights import CheckpointWeights
 from titan_hd.config import manager
-from titan_hd.config.errors import UserError
+from titan_hd.errors import UserError
+from titan_hd.export.hf import beside, check_folder, publish, start_folder, write_assets
+from titan_hd.export.model_card import model_card
+from titan_hd.files import disk_faults
 from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_weights import (
-    WeightFiles,
-    check_space,
-    disk_faults,
-    plan_files,
-    sync_files,
-    write_headers,
-    write_rows,
-)
+from titan_hd.models.hf_files import WeightFiles, check_space, plan_files, sync_files, write_headers, write_rows
 from titan_hd.models.registry import read_hf_config
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from titan_hd.components.hub import PATTERNS, download
+from hub import PATTERNS, download
+
 from titan_hd.config import manager
-from titan_hd.config.errors import UserError
+from titan_hd.errors import UserError
 
 
 def main() -> None:

@@ -23,14 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from titan_hd.checkpoint.pretrained import load_pretrained
 from titan_hd.components.generation import Sampling, TextStream, generate, stream
-from titan_hd.components.pretrained import load_pretrained
 from titan_hd.config import manager
-from titan_hd.config.errors import UserError
-from titan_hd.data.chat import ChatTemplate, load_chat_template
 from titan_hd.data.sources import read_records
-from titan_hd.data.templates import load_template
-from titan_hd.data.tokenizer import Tokenizer, load_tokenizer
+from titan_hd.data.text.chat import ChatTemplate, load_chat_template
+from titan_hd.data.text.templates import load_template
+from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
+from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
 
 _PROMPT_FIELDS = ("instruction", "query", "question", "prompt")

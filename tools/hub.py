@@ -9,8 +9,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NoReturn
 
-from titan_hd.config.errors import UserError
-from titan_hd.data.tokenizer import TOKENIZER_FILES
+from titan_hd.data.text.tokenizer import TOKENIZER_FILES
+from titan_hd.errors import UserError
 
 # What to fetch -> patterns of file names. Weights come with the configuration that says what they are.
 PATTERNS = {

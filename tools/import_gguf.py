@@ -29,9 +29,8 @@ import torch
 from tqdm import tqdm
 
 from titan_hd.config import manager
-from titan_hd.config.errors import UserError
-from titan_hd.models.hf_weights import disk_faults
-from titan_hd.models.safetensors_header import shown
+from titan_hd.errors import UserError
+from titan_hd.files import disk_faults, shown
 
 # What zipfile raises for broken files, encrypted ones (RuntimeError) and unknown compression (NotImplementedError).
 _ZIP_FAULTS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, RuntimeError, ValueError)

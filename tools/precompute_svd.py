@@ -23,10 +23,10 @@ from titan_hd.adapters.methods import build_method
 from titan_hd.adapters.svd import SvdSettings
 from titan_hd.adapters.svd_cache import cached_factors
 from titan_hd.config import manager
-from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
+from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_weights import WeightFiles
+from titan_hd.models.hf_files import WeightFiles
 from titan_hd.preflight import decoder_config
 
 

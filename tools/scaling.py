@@ -23,10 +23,10 @@ import torch
 
 from titan_hd.components.flops import flops_per_token
 from titan_hd.config import manager
-from titan_hd.config.errors import UserError
 from titan_hd.distributed.parallelize import fsdp_groups
 from titan_hd.distributed.update.fold import bucket_bytes
 from titan_hd.distributed.update.plan import Topology, UpdatePlan, WeightPlan, plan_update
+from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import DecoderConfig, flavor_config
 

@@ -96,7 +96,7 @@ def difference_after_merging(argv, dump: Path) -> float:
     """Train, then compare logits of the model with its adapters and of the export; the largest difference."""
     import torch.distributed as dist
 
-    from titan_hd.components.pretrained import load_pretrained
+    from titan_hd.checkpoint.pretrained import load_pretrained
     from titan_hd.config import manager
     from titan_hd.preflight import plan_run
     from titan_hd.train import Trainer

@@ -18,7 +18,7 @@ from tests import runs
 from titan_hd.adapters.dora import DoRALinear
 from titan_hd.adapters.lora import LoRALinear
 from titan_hd.config.job_config import LINEAR_LAYERS
-from titan_hd.distributed.adapter_weights import generator_of
+from titan_hd.distributed.adapter_init import generator_of
 
 STEPS, BATCH, RANK, ALPHA, LR = 20, 4, 3, 4.0, 3e-3
 # fp32 on both sides, in another order; Adam divides by what may be rounding noise.

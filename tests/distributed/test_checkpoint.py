@@ -15,9 +15,9 @@ import torch
 
 from tests import runs
 from tests.recovery import records, tiny_run
-from titan_hd.components.checkpoint_folder import CheckpointFolder
-from titan_hd.components.pretrained import load_pretrained
-from titan_hd.config.errors import UserError
+from titan_hd.checkpoint.folder import CheckpointFolder
+from titan_hd.checkpoint.pretrained import load_pretrained
+from titan_hd.errors import UserError
 
 # Sums over other numbers of workers, in fp32, through Adam: relative to the change of W.
 RESHARDED_TOLERANCE = 1e-5
@@ -40,7 +40,7 @@ def choose_with_each_damage(folder: Path) -> list[tuple[str, int | None, list[st
     file: (its path, the step, the warnings). At last, when nothing whole is left: (the error, None, the warnings)."""
     import torch.distributed as dist
 
-    import titan_hd.components.checkpoint as checkpoint
+    import titan_hd.checkpoint.checkpointer as checkpoint
 
     checkpointer = checkpoint.Checkpointer(folder, 2, False, 60)
     said: list[str] = []
@@ -200,7 +200,7 @@ def train_on_a_disk_that_fills(argv: list[str]) -> str:
     """As train_or_say; the disk has room when the save begins, and none when it is written."""
     plenty = types.SimpleNamespace(disk_usage=lambda _: types.SimpleNamespace(free=2**40))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("titan_hd.components.checkpoint_writer.shutil", plenty)
+        patch.setattr("titan_hd.checkpoint.writer.shutil", plenty)
         return train_or_say(argv)
 
 

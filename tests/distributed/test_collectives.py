@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from titan_hd.config.errors import UserError
 from titan_hd.distributed.collectives import once, require_equal, together
+from titan_hd.errors import UserError
 
 
 def value_of_rank_0() -> tuple:

@@ -12,8 +12,8 @@ from tests import runs
 from titan_hd.components.generation import Sampling, generate
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import parallelize
-from titan_hd.distributed.tensor_parallel import apply_tensor_parallel
-from titan_hd.distributed.weights import load_weights, materialize
+from titan_hd.distributed.shards import load_weights, materialize
+from titan_hd.distributed.tp.tensor_parallel import apply_tensor_parallel
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import read_hf_config
 

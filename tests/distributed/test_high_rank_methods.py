@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests import oracle, runs
 from titan_hd.adapters.mora import square_size
-from titan_hd.config.seeding import stable_seed
+from titan_hd.seeding import stable_seed
 
 STEPS, BATCH, RATE = 20, 8, 3e-3
 # Adam divides by the size of the gradient, so that rounding in fp32 grows from step to step.

@@ -21,8 +21,8 @@ from tests import runs
 from titan_hd.components.metrics import init_logging
 from titan_hd.config import manager
 from titan_hd.distributed.collectives import TRAFFIC
+from titan_hd.distributed.shards import base_parameters
 from titan_hd.distributed.update.plan import Topology
-from titan_hd.distributed.weights import base_parameters
 from titan_hd.models.registry import read_hf_config
 from titan_hd.preflight import plan_run
 from titan_hd.train import Trainer

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from tests import runs
 from titan_hd.components.loss import token_loss_sum
-from titan_hd.distributed.loss_parallel import vocabulary_parallel_loss_sum
-from titan_hd.distributed.tensor_parallel import apply_tensor_parallel
+from titan_hd.distributed.tp.loss import vocabulary_parallel_loss_sum
+from titan_hd.distributed.tp.tensor_parallel import apply_tensor_parallel
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import read_hf_config
 

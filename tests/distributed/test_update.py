@@ -16,8 +16,8 @@ from torch import nn
 
 from titan_hd.adapters.hdpissa import HDPissa
 from titan_hd.distributed.adapter_registry import AdapterRegistry
+from titan_hd.distributed.factor_init import SliceSettings, compute_factors
 from titan_hd.distributed.parallel_dims import ParallelDims
-from titan_hd.distributed.slices import SliceSettings, compute_factors
 from titan_hd.distributed.update.fold import Fold
 from titan_hd.distributed.update.plan import Topology, plan_update
 from titan_hd.distributed.update.reference import reference_update
@@ -130,7 +130,7 @@ def test_fold_equals_the_reference(world_size, num_adapters, replicate, exchange
 
 def owners_of_svd(num_adapters: int) -> int:
     """How many SVDs this rank computes."""
-    from titan_hd.distributed import slices
+    from titan_hd.distributed import factor_init as slices
 
     calls, original = 0, slices.cached_factors
 

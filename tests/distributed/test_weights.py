@@ -30,8 +30,8 @@ SPLITTABLE = {"num_key_value_heads": 2, "intermediate_size": 38}  # by tensor pa
 def sharded_model(folder: Path, mesh: tuple[int, int, int], dtype: torch.dtype = torch.float32):
     from titan_hd.distributed.parallel_dims import ParallelDims
     from titan_hd.distributed.parallelize import parallelize
-    from titan_hd.distributed.tensor_parallel import apply_tensor_parallel
-    from titan_hd.distributed.weights import materialize
+    from titan_hd.distributed.shards import materialize
+    from titan_hd.distributed.tp.tensor_parallel import apply_tensor_parallel
     from titan_hd.models.decoder import Decoder
     from titan_hd.models.registry import read_hf_config
 
@@ -50,7 +50,7 @@ def load_and_write(
     folder: Path, out: Path, mesh: tuple[int, int, int], dtype: torch.dtype, master: torch.dtype = torch.float32
 ) -> tuple[int, list[str]]:
     """On each rank: read, write in `dtype`; the bytes read and, on rank 0, the lines of the log."""
-    from titan_hd.distributed.weights import load_weights, write_weights
+    from titan_hd.distributed.shards import load_weights, write_weights
 
     lines = []
     handler = logging.Handler(logging.INFO)
@@ -135,7 +135,7 @@ class Terminal(io.StringIO):
 
 def bar_of_a_load(folder: Path) -> tuple[str, str]:
     """What a load writes to a terminal, asked for a bar and not."""
-    from titan_hd.distributed.weights import load_weights
+    from titan_hd.distributed.shards import load_weights
 
     model, dims = sharded_model(folder, (1, 2, 1))
     shown, stderr = [], sys.stderr
@@ -158,8 +158,8 @@ def test_a_progress_bar_on_the_terminal_of_rank_0(workers, tmp_path):
 
 
 def load_expecting_errors(folder: Path) -> tuple[list[str], bool]:
-    from titan_hd.config.errors import UserError
-    from titan_hd.distributed.weights import load_weights
+    from titan_hd.distributed.shards import load_weights
+    from titan_hd.errors import UserError
 
     model, dims = sharded_model(folder, (1, 2, 1))
     for parameter in model.parameters():
@@ -192,8 +192,8 @@ def fail_on_rank(rank: int, folder: Path, out: Path) -> str:
     """Write with a disk that fails on one rank alone; what this rank is told."""
     import torch.distributed as dist
 
-    from titan_hd.config.errors import UserError
-    from titan_hd.distributed import weights
+    from titan_hd.distributed import shards as weights
+    from titan_hd.errors import UserError
 
     model, dims = sharded_model(folder, (1, 2, 1))
     weights.load_weights(model, dims, str(folder))
@@ -225,7 +225,7 @@ def test_a_disk_that_fails_on_one_rank_is_one_line_on_all(workers, tmp_path):
 
 def peak_of_a_load(folder: Path) -> tuple[float, float]:
     """MiB by which this process's peak memory grew over the load, and MiB of its shards."""
-    from titan_hd.distributed.weights import load_weights
+    from titan_hd.distributed.shards import load_weights
 
     model, dims = sharded_model(folder, (1, 2, 1))
     for parameter in model.parameters():

@@ -18,8 +18,8 @@ import torch.distributed.checkpoint as dcp
 
 from tests import runs
 from tests.conftest import REPOSITORY
-from titan_hd.components.dcp_reader import CheckpointReader
-from titan_hd.config.errors import UserError
+from titan_hd.checkpoint.reader import CheckpointReader
+from titan_hd.errors import UserError
 from tools import generate
 
 CPU_ONLY = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from tests.conftest import REPOSITORY
-from titan_hd.config.errors import UserError
-from titan_hd.data.tokenizer import load_tokenizer
+from titan_hd.data.text.tokenizer import load_tokenizer
+from titan_hd.errors import UserError
 from titan_hd.models import gguf as models_gguf
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import read_hf_config

@@ -15,7 +15,7 @@ import pytest
 
 import tools.import_gguf
 from tests.integration.test_import_gguf import write_gguf
-from titan_hd.config.errors import UserError
+from titan_hd.errors import UserError
 from titan_hd.models import gguf as models_gguf
 
 gguf = pytest.importorskip("gguf")

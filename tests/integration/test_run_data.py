@@ -15,8 +15,8 @@ from tests import runs
 from tests.conftest import REPOSITORY
 from tests.integration.test_run_train import CPU_ONLY
 from tests.unit.data.test_formats import chat_directory
-from titan_hd.config.errors import UserError
-from titan_hd.data.tokenizer import load_tokenizer
+from titan_hd.data.text.tokenizer import load_tokenizer
+from titan_hd.errors import UserError
 
 ANIMALS = ["fox", "dog", "jug", "box"]
 END_LOSS = 0.6  # of the first loss; 12 steps end at 0.41 of it

@@ -10,7 +10,7 @@ import torch
 
 from tests import runs
 from tests.conftest import REPOSITORY
-from titan_hd.config.errors import UserError
+from titan_hd.errors import UserError
 
 # Logits of the same fp32 weights by two implementations.
 LOGITS_TOLERANCE = 1e-5

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from titan_hd.adapters.inject import replace_linears
-from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import LINEAR_LAYERS
+from titan_hd.errors import UserError
 
 
 class Operands(NamedTuple):

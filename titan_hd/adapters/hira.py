@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from titan_hd.adapters.adapter_linear import AdapterLinear
-from titan_hd.adapters.recomputed import recomputed_linear
+from titan_hd.adapters.dense_delta import recomputed_linear
 
 
 def _effective(weight: Tensor, small: Sequence[Tensor], with_weight: bool) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from titan_hd.config.errors import UserError
+from titan_hd.errors import UserError
 
 
 def find_linears(model: nn.Module, target_modules: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from titan_hd.config.seeding import stable_seed
+from titan_hd.seeding import stable_seed
 
 # The Gram matrix squares the condition number: below this share of the largest singular value its float64 eigenvectors
 # lose digits that matter in fp32, and a float64 SVD is taken instead.

@@ -24,7 +24,7 @@ from titan_hd.adapters.svd import (
     orthogonality_error,
     principal_factors,
 )
-from titan_hd.config.seeding import stable_seed
+from titan_hd.seeding import stable_seed
 
 logger = logging.getLogger("titan_hd")
 _VERSION = 1  # raised when the same settings would give other factors

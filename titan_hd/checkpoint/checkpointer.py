@@ -36,14 +36,14 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.tensor import DTensor
 
 from titan_hd.adapters.adapter_linear import adapter_layers
-from titan_hd.components.checkpoint_folder import CheckpointFolder, damage, read_manifest, read_train_state
-from titan_hd.components.checkpoint_writer import CheckpointWriter
-from titan_hd.components.dcp_reader import CheckpointReader
-from titan_hd.config.errors import UserError
+from titan_hd.checkpoint.folder import CheckpointFolder, damage, read_manifest, read_train_state
+from titan_hd.checkpoint.reader import CheckpointReader
+from titan_hd.checkpoint.writer import CheckpointWriter
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.collectives import once
+from titan_hd.distributed.shards import adapter_parameters, base_parameters
 from titan_hd.distributed.watch import enter_phase
-from titan_hd.distributed.weights import adapter_parameters, base_parameters
+from titan_hd.errors import UserError
 
 logger = logging.getLogger("titan_hd")
 

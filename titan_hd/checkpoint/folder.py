@@ -18,8 +18,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from titan_hd.config.errors import UserError
-from titan_hd.config.small_files import read_small_text
+from titan_hd.errors import UserError
+from titan_hd.files import read_small_text
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from titan_hd.components.checkpoint_folder import STATE_FILE, read_train_state
-from titan_hd.components.checkpoint_weights import CheckpointWeights
-from titan_hd.components.dcp_reader import CheckpointReader
-from titan_hd.config.errors import UserError
-from titan_hd.distributed.weights import materialize
+from titan_hd.checkpoint.folder import STATE_FILE, read_train_state
+from titan_hd.checkpoint.reader import CheckpointReader
+from titan_hd.checkpoint.weights import CheckpointWeights
+from titan_hd.distributed.shards import materialize
+from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_weights import WeightFiles
+from titan_hd.models.hf_files import WeightFiles
 from titan_hd.models.registry import DecoderConfig, flavor_config, read_hf_config
 
 

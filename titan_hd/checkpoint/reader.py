@@ -15,7 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from titan_hd.config.errors import UserError
+from titan_hd.errors import UserError
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _ALLOWED = {

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from titan_hd.adapters.methods import adapter_identity
-from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
+from titan_hd.errors import UserError
 from titan_hd.models.registry import DecoderConfig
 
 # May differ where checkpoint.allow_mismatch names it; everything else of an identity never may.

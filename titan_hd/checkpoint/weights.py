@@ -10,13 +10,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from titan_hd.adapters.adapter_linear import AdapterLinear, adapter_layers
 from titan_hd.adapters.methods import build_method
-from titan_hd.components.checkpoint_folder import check_files
-from titan_hd.components.dcp_reader import CheckpointReader
-from titan_hd.components.identity import weights_fingerprint
+from titan_hd.checkpoint.folder import check_files
+from titan_hd.checkpoint.reader import CheckpointReader
+from titan_hd.checkpoint.resume_check import weights_fingerprint
 from titan_hd.config import manager
-from titan_hd.config.errors import UserError
+from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_weights import WeightFiles
+from titan_hd.models.hf_files import WeightFiles
 from titan_hd.models.registry import DecoderConfig
 
 

@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
-from titan_hd.components.checkpoint_folder import Files
+from titan_hd.checkpoint.folder import Files
 
 # DCP keeps the host copies of all tensors of a file until the file is closed.
 _FILE_BYTES = 2**30

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from titan_hd.config.errors import UserError
-from titan_hd.config.seeding import stable_seed
-from titan_hd.data.tokenizer_base import Tokenizer
+from titan_hd.data.text.tokenizer_base import Tokenizer
+from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder, KVCache
+from titan_hd.seeding import stable_seed
 
 logger = logging.getLogger("titan_hd")
 

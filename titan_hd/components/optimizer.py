@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import Optimizer
+from titan_hd.errors import UserError
 
 # Optimizers of torch.optim that cannot train an adapter's [K, r, in] parameter with the settings of [optimizer].
 _UNFIT = {

@@ -12,8 +12,8 @@ from titan_hd.components.generation import generate
 from titan_hd.components.loss import token_loss_sum
 from titan_hd.config.job_config import JobConfig
 from titan_hd.data.loader import Records, validation_batches
-from titan_hd.data.records import InstructionRecords
-from titan_hd.data.tokenizer import Tokenizer
+from titan_hd.data.text.tokenizer import Tokenizer
+from titan_hd.data.tokens.records import InstructionRecords
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import reshard
 from titan_hd.models.decoder import Decoder

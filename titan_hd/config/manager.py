@@ -23,8 +23,8 @@ from typing import Any
 
 from titan_hd.config import job_config
 from titan_hd.config.checks import check_combinations, check_presence
-from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import DataSource, JobConfig
+from titan_hd.errors import UserError
 
 if sys.version_info >= (3, 11):
     import tomllib

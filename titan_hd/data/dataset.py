@@ -16,21 +16,21 @@ import numpy as np
 from tqdm import tqdm
 
 from titan_hd import __version__
-from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import Data, DataSource
-from titan_hd.data.encoding import ArrayWriter, Chunk, Encoder, as_array
 from titan_hd.data.formats import Format, build_format, detect_format
 from titan_hd.data.hub_datasets import check_library, fingerprint, is_hub_name
-from titan_hd.data.mixture import Concatenation, Mixture
-from titan_hd.data.order import Order, build_order
-from titan_hd.data.records import InstructionRecords, Statistics, TokenizedRecords
+from titan_hd.data.order.mixture import Concatenation, Mixture
+from titan_hd.data.order.order import Order, build_order
 from titan_hd.data.sources import Faults, Raw, Record, find_files, read_raw, read_records
 from titan_hd.data.streaming import StreamedRecords, StreamSource, WindowOrder
-from titan_hd.data.templates import load_template, template_file
-from titan_hd.data.token_cache import TokenCache, cache_folder, content_key
-from titan_hd.data.token_processes import Task, TokenProcesses
-from titan_hd.data.tokenizer import TOKENIZER_FILES
-from titan_hd.data.tokenizer_base import Tokenizer
+from titan_hd.data.text.templates import load_template, template_file
+from titan_hd.data.text.tokenizer import TOKENIZER_FILES
+from titan_hd.data.text.tokenizer_base import Tokenizer
+from titan_hd.data.tokens.cache import TokenCache, cache_folder, content_key
+from titan_hd.data.tokens.encoding import ArrayWriter, Chunk, Encoder, as_array
+from titan_hd.data.tokens.processes import Task, TokenProcesses
+from titan_hd.data.tokens.records import InstructionRecords, Statistics, TokenizedRecords
+from titan_hd.errors import UserError
 
 SMALL = 2**20  # bytes of files that every worker tokenizes by itself, in a second or two
 CHUNK_RECORDS, CHUNK_BYTES = 512, 2**19

@@ -9,15 +9,15 @@ import re
 from collections.abc import Callable
 from typing import Protocol
 
-from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import Data
-from titan_hd.data.chat import ChatTurns, load_chat_template
-from titan_hd.data.chat_spans import TurnFinder
 from titan_hd.data.messages import read_messages, read_tools
-from titan_hd.data.records import IGNORE, Example
 from titan_hd.data.sources import Record
-from titan_hd.data.templates import Template, load_template
-from titan_hd.data.tokenizer_base import Tokenizer
+from titan_hd.data.text.chat import ChatTurns, load_chat_template
+from titan_hd.data.text.chat_spans import TurnFinder
+from titan_hd.data.text.templates import Template, load_template
+from titan_hd.data.text.tokenizer_base import Tokenizer
+from titan_hd.data.tokens.records import IGNORE, Example
+from titan_hd.errors import UserError
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 PROMPT_FIELDS = ("instruction", "query", "question", "prompt")

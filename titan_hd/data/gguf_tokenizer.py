@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from titan_hd.config.errors import UserError
+from titan_hd.errors import UserError
+from titan_hd.files import shown
 from titan_hd.models.gguf import GGUFModel
-from titan_hd.models.safetensors_header import shown
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # tokenizer.ggml.token_type
 

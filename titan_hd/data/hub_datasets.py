@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from titan_hd.config.errors import UserError
+from titan_hd.errors import UserError
 
 # org/name, org/name:split or org/name:config:split
 _NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+?)(:(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")

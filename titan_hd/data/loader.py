@@ -20,9 +20,9 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from titan_hd.config.errors import UserError
-from titan_hd.data.order import Order
-from titan_hd.data.records import IGNORE, Example
+from titan_hd.data.order.order import Order
+from titan_hd.data.tokens.records import IGNORE, Example
+from titan_hd.errors import UserError
 
 
 class Records(Protocol):

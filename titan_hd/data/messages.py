@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from titan_hd.config.errors import UserError
 from titan_hd.data.sources import Record
+from titan_hd.errors import UserError
 
 # ShareGPT's names of who speaks -> roles of chat templates.
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}

@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from titan_hd.config.errors import UserError
 from titan_hd.data.hub_datasets import is_hub_name, read_dataset
+from titan_hd.errors import UserError
 
 MAX_RECORD = 8 * 2**20  # bytes of a line; longer ones are binary data or a file without line ends
 PIECE = 2**20  # bytes of a JSON array that are read at once

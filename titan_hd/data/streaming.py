@@ -20,11 +20,11 @@ from dataclasses import dataclass
 
 import torch
 
-from titan_hd.config.errors import UserError
-from titan_hd.config.seeding import stable_seed
-from titan_hd.data.encoding import Encoder
-from titan_hd.data.records import IGNORE, Example, Statistics
 from titan_hd.data.sources import Faults, Raw, read_raw
+from titan_hd.data.tokens.encoding import Encoder
+from titan_hd.data.tokens.records import IGNORE, Example, Statistics
+from titan_hd.errors import UserError
+from titan_hd.seeding import stable_seed
 
 EMPTY = Example([0], [IGNORE])
 logger = logging.getLogger("titan_hd")

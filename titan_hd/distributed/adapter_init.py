@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from titan_hd.adapters.adapter_linear import AdapterLinear, adapter_layers
-from titan_hd.config.seeding import stable_seed
 from titan_hd.distributed.parallel_dims import ParallelDims, owned_block
-from titan_hd.distributed.whole import collect, cut, hand_back, sharded, waves
+from titan_hd.distributed.regroup import collect, cut, hand_back, sharded, waves
 from titan_hd.models.decoder import Decoder
+from titan_hd.seeding import stable_seed
 
 
 @torch.no_grad()

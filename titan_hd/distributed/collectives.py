@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from titan_hd.config.errors import UserError
 from titan_hd.distributed.watch import enter_phase
+from titan_hd.errors import UserError
 
 T = TypeVar("T")
 

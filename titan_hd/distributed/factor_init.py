@@ -19,7 +19,7 @@ from titan_hd.adapters.svd_cache import cached_factors
 from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
 from titan_hd.distributed.collectives import exchange_lists
 from titan_hd.distributed.parallel_dims import ParallelDims
-from titan_hd.distributed.whole import Sharded, collect, waves
+from titan_hd.distributed.regroup import Sharded, collect, waves
 
 
 @dataclass(frozen=True)

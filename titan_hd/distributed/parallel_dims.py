@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from titan_hd.config.errors import UserError
+from titan_hd.errors import UserError
 
 
 def resolve_shard_degree(replicate: int, shard: int, tensor: int, world_size: int) -> int:

@@ -16,21 +16,14 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from titan_hd.adapters.adapter_linear import adapter_layers
-from titan_hd.config.seeding import stable_seed
-from titan_hd.distributed.adapter_weights import merged_weights
+from titan_hd.distributed.adapter_init import merged_weights
 from titan_hd.distributed.collectives import once, together
 from titan_hd.distributed.parallel_dims import Block, ParallelDims, owned_block
-from titan_hd.distributed.whole import tp_split
+from titan_hd.distributed.regroup import tp_split
+from titan_hd.files import disk_faults
 from titan_hd.models.decoder import Decoder, RMSNorm
-from titan_hd.models.hf_weights import (
-    WeightFiles,
-    check_space,
-    disk_faults,
-    plan_files,
-    sync_files,
-    write_headers,
-    write_rows,
-)
+from titan_hd.models.hf_files import WeightFiles, check_space, plan_files, sync_files, write_headers, write_rows
+from titan_hd.seeding import stable_seed
 
 logger = logging.getLogger("titan_hd")
 

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from titan_hd.components.model_card import final_metrics, model_card
-from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
-from titan_hd.data.tokenizer import TOKENIZER_FILES
+from titan_hd.data.text.tokenizer import TOKENIZER_FILES
 from titan_hd.distributed.collectives import together
 from titan_hd.distributed.parallel_dims import ParallelDims
-from titan_hd.distributed.weights import write_weights
+from titan_hd.distributed.shards import write_weights
+from titan_hd.errors import UserError
+from titan_hd.export.model_card import final_metrics, model_card
+from titan_hd.files import disk_faults
 from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_weights import disk_faults
 
 logger = logging.getLogger("titan_hd")
 

@@ -24,14 +24,15 @@ from titan_hd import __version__
 from titan_hd.adapters.adapter_linear import AdapterLinear, adapter_layers
 from titan_hd.adapters.lora import LoRALinear
 from titan_hd.adapters.svd import SvdSettings, principal_factors
-from titan_hd.components.export import beside, check_folder, export_folder, publish, start_folder
-from titan_hd.components.model_card import base_name
 from titan_hd.config.job_config import LINEAR_LAYERS, JobConfig
 from titan_hd.distributed.collectives import together
 from titan_hd.distributed.parallel_dims import ParallelDims
-from titan_hd.distributed.whole import collect, sharded, waves
+from titan_hd.distributed.regroup import collect, sharded, waves
+from titan_hd.export.hf import beside, check_folder, export_folder, publish, start_folder
+from titan_hd.export.model_card import base_name
+from titan_hd.files import disk_faults
 from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_weights import WeightFiles, disk_faults
+from titan_hd.models.hf_files import WeightFiles
 
 logger = logging.getLogger("titan_hd")
 

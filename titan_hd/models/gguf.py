@@ -17,10 +17,10 @@ import gguf
 import numpy as np
 import torch
 
-from titan_hd.config.errors import UserError
-from titan_hd.models.hf_weights import check_space, plan_files, sync_files, write_headers, write_rows
+from titan_hd.errors import UserError
+from titan_hd.files import shown
+from titan_hd.models.hf_files import check_space, plan_files, sync_files, write_headers, write_rows
 from titan_hd.models.registry import parse_hf_config
-from titan_hd.models.safetensors_header import shown
 
 _ARCHITECTURES = {
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},

@@ -10,21 +10,21 @@ a SIGBUS.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from titan_hd.config.errors import UserError
+from titan_hd.errors import UserError
+from titan_hd.files import shown
 from titan_hd.models.hf_index import INDEX, SINGLE, find_files
-from titan_hd.models.safetensors_header import DTYPES, Entry, build_header, read_header, shown
+from titan_hd.models.safetensors_header import DTYPES, Entry, build_header, read_header
 
 logger = logging.getLogger("titan_hd")
 
@@ -269,15 +269,6 @@ def sync_files(paths: Iterable[Path]) -> None:
     for path in paths:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def disk_faults(directory: Path) -> Iterator[None]:
-    """A failing or full disk is the user's to mend: one line with the file, or the directory where none is named."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename or directory}: cannot be written: {error.strerror or error}") from None
 
 
 def check_space(directory: Path, slots: dict[str, TensorSlot], shapes: dict[str, torch.Size]) -> None:

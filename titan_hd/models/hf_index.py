@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from titan_hd.config.errors import UserError
-from titan_hd.config.small_files import read_json_object
-from titan_hd.models.safetensors_header import shown, unique_keys
+from titan_hd.errors import UserError
+from titan_hd.files import read_json_object, shown
+from titan_hd.models.safetensors_header import unique_keys
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from titan_hd.config.errors import UserError
-from titan_hd.config.small_files import read_json_object
+from titan_hd.errors import UserError
+from titan_hd.files import read_json_object
 from titan_hd.models.flavors import FLAVORS
 
 logger = logging.getLogger("titan_hd")

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from titan_hd.config.errors import UserError
+from titan_hd.errors import UserError
+from titan_hd.files import shown
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -143,9 +144,3 @@ def _check_places(path: Path, entries: dict[str, Entry], data_start: int, size: 
         raise _fault(path, f"it is truncated: it has {size} bytes, its header promises {end}")
     if end < size:
         raise _fault(path, f"it has {size - end} bytes more than its header says")
-
-
-def shown(name: str) -> str:
-    """A name out of a file as part of one line of reasonable length."""
-    text = name if name.isprintable() else repr(name)
-    return text if len(text) <= 200 else text[:200] + "..."

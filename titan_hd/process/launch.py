@@ -1,6 +1,6 @@
 """Starts the workers of this node: torchrun with a check of the configuration before, and one honest line after.
 
-    python -m titan_hd.launch [torchrun options] -- [titan_hd options]
+    python -m titan_hd.process.launch [torchrun options] -- [titan_hd options]
 
 Same options and rendezvous as torchrun. What differs: faults of the configuration are reported once, with status 2,
 before any process starts; and the exit status is that of the worker that failed first, or 75 or 130 where a signal has
@@ -25,9 +25,9 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from titan_hd.config import manager
 from titan_hd.distributed.parallel_dims import mesh_picture
-from titan_hd.network import address_towards, interface_of
 from titan_hd.preflight import plan_run, update_plan
-from titan_hd.signals import REQUEUE, STATUS
+from titan_hd.process.network import address_towards, interface_of
+from titan_hd.process.signals import REQUEUE, STATUS
 
 # For a save: a scheduler that grants less kills earlier. Where torch cannot be told (2.11) it grants 30 s.
 _GRACE_SECONDS = 600

@@ -10,7 +10,7 @@ import socket
 import time
 from pathlib import Path
 
-from titan_hd.config.errors import UserError
+from titan_hd.errors import UserError
 
 logger = logging.getLogger("titan_hd")
 

@@ -18,13 +18,13 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from titan_hd.components.metrics import finish_failed_run, init_logging
 from titan_hd.config import manager
-from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.collectives import once
 from titan_hd.distributed.watch import Watch
-from titan_hd.models.hf_weights import disk_faults
+from titan_hd.errors import UserError
+from titan_hd.files import disk_faults
 from titan_hd.preflight import RunPlan, plan_run
-from titan_hd.signals import StopSignals
+from titan_hd.process.signals import StopSignals
 
 
 def device_name(device: torch.device) -> str:

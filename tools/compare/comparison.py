@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
+from compare.delta_rank import DeltaRank, delta_ranks
 from titan_hd.adapters.hdpissa import HDPissa, HDPissaLinear
 from titan_hd.adapters.methods import build_method
-from titan_hd.components.delta_rank import DeltaRank, delta_ranks
-from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import LINEAR_LAYERS, Adapter, JobConfig
 from titan_hd.config.job_config import HDPissa as HDPissaKeys
+from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import DecoderConfig
 

@@ -11,7 +11,7 @@ import torch
 
 from titan_hd.config.job_config import LINEAR_LAYERS
 from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_weights import WeightFiles
+from titan_hd.models.hf_files import WeightFiles
 from titan_hd.models.registry import DecoderConfig
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import TensorProperties as Properties
 
-from titan_hd.components.checkpoint import HostCopies, allocate_optimizer_state, optimizer_state
+from titan_hd.checkpoint.checkpointer import HostCopies, allocate_optimizer_state, optimizer_state
 
 
 class TestHostCopies:

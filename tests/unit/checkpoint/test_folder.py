@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from titan_hd.components.checkpoint_folder import (
+from titan_hd.checkpoint.folder import (
     MANIFEST,
     STATE_FILE,
     CheckpointFolder,
@@ -17,7 +17,7 @@ from titan_hd.components.checkpoint_folder import (
     read_train_state,
     write_text,
 )
-from titan_hd.config.errors import UserError
+from titan_hd.errors import UserError
 
 STATE = {"step": 3, "base": "full", "identity": {}, "config": "[model]\nname = 'llama3'\n"}
 
@@ -69,7 +69,7 @@ class TestPublish:
         folder = CheckpointFolder(tmp_path, 1)
         before = save(folder, 3)
         partial = folder.start(4)
-        monkeypatch.setattr("titan_hd.components.checkpoint_folder.os.fsync", self.full)
+        monkeypatch.setattr("titan_hd.checkpoint.folder.os.fsync", self.full)
         with pytest.raises(OSError, match="No space"):
             folder.publish(4, STATE, {})
         monkeypatch.undo()
@@ -94,7 +94,7 @@ class TestPublish:
         folder = CheckpointFolder(tmp_path, 1)
         save(folder, 3)
         monkeypatch.setattr(CheckpointFolder, "_purge", self.full)
-        monkeypatch.setattr("titan_hd.components.checkpoint_folder.logger.propagate", True)
+        monkeypatch.setattr("titan_hd.checkpoint.folder.logger.propagate", True)
         save(folder, 4)
         assert folder.steps() == [3, 4]
         assert "an old checkpoint cannot be removed: [Errno 28]" in caplog.text

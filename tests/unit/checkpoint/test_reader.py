@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from titan_hd.components.dcp_reader import CheckpointReader
-from titan_hd.config.errors import UserError
+from titan_hd.checkpoint.reader import CheckpointReader
+from titan_hd.errors import UserError
 
 TENSORS = {"model.a": torch.arange(12.0).view(3, 4), "model.b": torch.ones(2, dtype=torch.bfloat16), "step": 3}
 

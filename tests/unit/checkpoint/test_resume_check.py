@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from titan_hd.components.identity import allow_mismatch_errors, check_resumable, run_identity, weights_fingerprint
-from titan_hd.config.errors import UserError
+from titan_hd.checkpoint.resume_check import allow_mismatch_errors, check_resumable, run_identity, weights_fingerprint
 from titan_hd.config.job_config import JobConfig
+from titan_hd.errors import UserError
 
 IDENTITY = {"adapter.method": "hdpissa", "adapter.rank": 16, "adapter.target_modules": None, "training.seed": 42}
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tests.unit.models.test_decoder import VARIANTS, random_decoder
 from titan_hd.components import generation
 from titan_hd.components.generation import Sampling, TextStream, choose, generate, stream
-from titan_hd.config.errors import UserError
-from titan_hd.data.tokenizer import load_tokenizer
+from titan_hd.data.text.tokenizer import load_tokenizer
+from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import read_hf_config
 

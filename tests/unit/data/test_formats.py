@@ -11,18 +11,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.data.test_records import Letters
-from tests.unit.data.test_tokenizer import pieces_directory
+from tests.unit.data.text.test_tokenizer import pieces_directory
+from tests.unit.data.tokens.test_records import Letters
 from titan_hd.config.job_config import Data
-from titan_hd.data import chat_spans
-from titan_hd.data.chat import ChatTemplate
 from titan_hd.data.dataset import build_records
 from titan_hd.data.formats import ChatFormat, detect_format
 from titan_hd.data.loader import collate
 from titan_hd.data.messages import read_messages
-from titan_hd.data.records import IGNORE, Example
 from titan_hd.data.sources import Record
-from titan_hd.data.tokenizer import Tokenizer, load_tokenizer
+from titan_hd.data.text import chat_spans
+from titan_hd.data.text.chat import ChatTemplate
+from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
+from titan_hd.data.tokens.records import IGNORE, Example
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

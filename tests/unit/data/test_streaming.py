@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.data.test_records import Letters, message
+from tests.unit.data.tokens.test_records import Letters, message
 from titan_hd.config.job_config import Data, DataSource
 from titan_hd.data import streaming
 from titan_hd.data.dataset import build_records, data_summary, sample_order
@@ -79,7 +79,7 @@ def test_any_order_and_any_process(paths):
 
 def test_only_what_is_asked_for_is_decoded(paths, monkeypatch):
     decoded = []
-    monkeypatch.setattr("titan_hd.data.encoding.parse", lambda raw: decoded.append(raw.where) or {}["stop"])
+    monkeypatch.setattr("titan_hd.data.tokens.encoding.parse", lambda raw: decoded.append(raw.where) or {}["stop"])
     records = stream(paths, window=10, shuffle=False)
     with pytest.raises(KeyError):
         records[14]

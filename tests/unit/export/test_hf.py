@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests import runs
-from titan_hd.components import export
-from titan_hd.components.export import check_folder, publish, start_folder, write_assets
-from titan_hd.components.model_card import base_name, final_metrics, model_card
-from titan_hd.config.errors import UserError
+from titan_hd.errors import UserError
+from titan_hd.export import hf as export
+from titan_hd.export.hf import check_folder, publish, start_folder, write_assets
+from titan_hd.export.model_card import base_name, final_metrics, model_card
 
 SETTINGS = {
     "model": {"name": "", "flavor": ""},
@@ -35,11 +35,11 @@ def export_steps(model: Path, dump: Path, **overrides) -> None:
 
 def export_unchanged(model: Path, folder: Path, dtype: str) -> None:
     """Load and export, nothing between."""
-    from titan_hd.components.export import export_hf
     from titan_hd.config import manager
     from titan_hd.distributed.parallel_dims import ParallelDims
     from titan_hd.distributed.parallelize import parallelize
-    from titan_hd.distributed.weights import load_weights, materialize
+    from titan_hd.distributed.shards import load_weights, materialize
+    from titan_hd.export.hf import export_hf
     from titan_hd.models.decoder import Decoder
     from titan_hd.models.registry import read_hf_config
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from titan_hd.config.errors import UserError
-from titan_hd.models import hf_weights
+from titan_hd.errors import UserError
+from titan_hd.models import hf_files as hf_weights
 from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_weights import WeightFiles, check_space, plan_files, write_headers, write_rows
+from titan_hd.models.hf_files import WeightFiles, check_space, plan_files, write_headers, write_rows
 from titan_hd.models.registry import flavor_config
 from titan_hd.models.safetensors_header import read_header
 

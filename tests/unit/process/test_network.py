@@ -1,6 +1,6 @@
 import pytest
 
-from titan_hd.network import address_towards, interface_of
+from titan_hd.process.network import address_towards, interface_of
 
 
 def test_the_way_to_this_machine_is_its_loopback():

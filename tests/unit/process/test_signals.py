@@ -6,8 +6,8 @@ import signal
 
 import pytest
 
-from titan_hd import signals
-from titan_hd.signals import INTERRUPTED, REQUEUE, StopSignals
+from titan_hd.process import signals
+from titan_hd.process.signals import INTERRUPTED, REQUEUE, StopSignals
 
 
 class Left(BaseException):

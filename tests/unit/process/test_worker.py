@@ -8,7 +8,7 @@ from pathlib import Path
 
 SCRIPT = """
 import multiprocessing, time
-from titan_hd import worker
+from titan_hd.process import worker
 multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,), daemon=True).start()
 worker._exit_status = lambda run: 3
 worker.run_worker(None)

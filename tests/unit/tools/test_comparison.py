@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 
 import pytest
+from compare import comparison
+from compare.comparison import Result, match_rank, parse_methods, trained_parameters, write_tables
+from compare.delta_rank import DeltaRank
 
-from titan_hd.components import comparison
-from titan_hd.components.comparison import Result, match_rank, parse_methods, trained_parameters, write_tables
-from titan_hd.components.delta_rank import DeltaRank
-from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import Adapter, JobConfig
+from titan_hd.errors import UserError
 from titan_hd.models.registry import flavor_config
 
 DECODER = flavor_config("llama3", "debugmodel")

@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
+from compare.delta_rank import delta_rank, delta_ranks
 from safetensors.torch import save_file
 
 from tests import runs
-from titan_hd.components.delta_rank import delta_rank, delta_ranks
 from titan_hd.models.registry import parse_hf_config
 
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import DataSource
-from titan_hd.config.seeding import stable_seed
-from titan_hd.data.records import Example, Statistics, TokenizedRecords
+from titan_hd.data.tokens.records import Example, Statistics, TokenizedRecords
+from titan_hd.errors import UserError
+from titan_hd.seeding import stable_seed
 
 logger = logging.getLogger("titan_hd")
 

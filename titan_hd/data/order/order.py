@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from titan_hd.config.seeding import stable_seed
-from titan_hd.data.packing import Packs, pack
+from titan_hd.data.order.packing import Packs, pack
+from titan_hd.seeding import stable_seed
 
 logger = logging.getLogger("titan_hd")
 

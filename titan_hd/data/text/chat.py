@@ -1,7 +1,7 @@
 """Chat templates: the Jinja program that comes with a model and writes a conversation as text.
 
 A template is found where transformers looks for it, and renders what transformers' apply_chat_template renders, within
-the bounds of `titan_hd.data.sandbox`. The text holds the template's own BOS and end-of-turn tokens; encode it with
+the bounds of `titan_hd.data.text.sandbox`. The text holds the template's own BOS and end-of-turn tokens; encode it with
 `special=True` and put nothing in front or behind. A message that spells a control token ("<|eot_id|>") therefore
 becomes that token, as everywhere in this format: do not train on chats that others can write into.
 """
@@ -14,9 +14,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titan_hd.config.errors import UserError
-from titan_hd.config.small_files import read_small_text
-from titan_hd.data.tokenizer_base import Tokenizer, read_json
+from titan_hd.data.text.tokenizer_base import Tokenizer, read_json
+from titan_hd.errors import UserError
+from titan_hd.files import read_small_text
 
 if TYPE_CHECKING:
     import jinja2
@@ -187,7 +187,7 @@ def _read_source(path: Path) -> str:
 
 @functools.lru_cache(maxsize=8)  # and so a ChatTemplate holds nothing but text and can be pickled
 def _compile(source: str) -> jinja2.Template:
-    from titan_hd.data.sandbox import Sandbox
+    from titan_hd.data.text.sandbox import Sandbox
 
     sandbox = Sandbox()
     sandbox.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)

@@ -15,9 +15,9 @@ import functools
 import re
 from typing import Any
 
-from titan_hd.config.errors import UserError
-from titan_hd.data.chat import ChatTemplate
-from titan_hd.data.tokenizer_base import Tokenizer
+from titan_hd.data.text.chat import ChatTemplate
+from titan_hd.data.text.tokenizer_base import Tokenizer
+from titan_hd.errors import UserError
 
 _MARKS = "\ue000\ue001"  # private use: no template has a meaning for them
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from titan_hd.config.errors import UserError
-from titan_hd.data.chat import ChatTurns
-from titan_hd.data.tokenizer_base import Tokenizer
+from titan_hd.data.text.chat import ChatTurns
+from titan_hd.data.text.tokenizer_base import Tokenizer
+from titan_hd.errors import UserError
 
 _HEAD = (
     "Below is an instruction that describes a task{extra}. Write a response that appropriately completes the request."

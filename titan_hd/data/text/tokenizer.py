@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from titan_hd.config.errors import UserError
-from titan_hd.data.tokenizer_base import Settings, Tokenizer
-from titan_hd.data.tokenizer_json import JsonTokenizer
-from titan_hd.data.tokenizer_model import SentencePieceTokenizer, TiktokenTokenizer
+from titan_hd.data.text.tokenizer_base import Settings, Tokenizer
+from titan_hd.data.text.tokenizer_json import JsonTokenizer
+from titan_hd.data.text.tokenizer_model import SentencePieceTokenizer, TiktokenTokenizer
+from titan_hd.errors import UserError
 
 TOKENIZER_FILES = (
     "tokenizer.json",

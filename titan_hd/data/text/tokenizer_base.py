@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from titan_hd.config.errors import UserError
-from titan_hd.config.small_files import read_json_object
+from titan_hd.errors import UserError
+from titan_hd.files import read_json_object
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 

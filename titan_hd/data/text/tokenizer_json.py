@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from titan_hd.config.errors import UserError
-from titan_hd.data.tokenizer_base import Settings, Tokenizer
+from titan_hd.data.text.tokenizer_base import Settings, Tokenizer
+from titan_hd.errors import UserError
 
 
 class JsonTokenizer(Tokenizer):

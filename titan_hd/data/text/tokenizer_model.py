@@ -7,8 +7,8 @@ import binascii
 import re
 from pathlib import Path
 
-from titan_hd.config.errors import UserError
-from titan_hd.data.tokenizer_base import Settings, Tokenizer, read_json
+from titan_hd.data.text.tokenizer_base import Settings, Tokenizer, read_json
+from titan_hd.errors import UserError
 
 # tiktoken's time grows with the square of a piece's length; Meta's tokenizer cuts texts and runs of white space or of
 # anything else at these lengths, and the ids of such texts depend on it.

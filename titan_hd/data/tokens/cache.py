@@ -26,9 +26,9 @@ from typing import BinaryIO, TextIO
 
 import numpy as np
 
-from titan_hd.config.errors import UserError
-from titan_hd.data.encoding import as_array
-from titan_hd.data.records import Statistics
+from titan_hd.data.tokens.encoding import as_array
+from titan_hd.data.tokens.records import Statistics
+from titan_hd.errors import UserError
 
 VERSION = 2  # of what an entry looks like and of how records become tokens
 _DIGITS = 32  # of a file's hash

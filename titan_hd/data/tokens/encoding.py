@@ -10,10 +10,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from titan_hd.config.errors import UserError
 from titan_hd.data.formats import Format
-from titan_hd.data.records import IGNORE, Example, Statistics
 from titan_hd.data.sources import Raw, Record, parse
+from titan_hd.data.tokens.records import IGNORE, Example, Statistics
+from titan_hd.errors import UserError
 
 # The arrays of `TokenizedRecords`. Those that end in "ends" begin with 0 and count what is in another one.
 DTYPES = {

@@ -4,7 +4,7 @@ They are started as programs and not forked: a training worker has threads and p
 imports no torch. A process is sent a `Task` once and then chunk after chunk, each answered before the next comes, so
 that neither side ever waits for the other to read. It ends when its connection does, also if its starter was killed.
 
-    python -m titan_hd.data.token_processes FD      what a process runs, with the number of its connection
+    python -m titan_hd.data.tokens.processes FD      what a process runs, with the number of its connection
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 
-from titan_hd.config.errors import UserError
 from titan_hd.config.job_config import Data
-from titan_hd.data.encoding import Chunk, Encoder
 from titan_hd.data.formats import build_format
 from titan_hd.data.sources import Raw, Record
-from titan_hd.data.tokenizer import load_tokenizer
+from titan_hd.data.text.tokenizer import load_tokenizer
+from titan_hd.data.tokens.encoding import Chunk, Encoder
+from titan_hd.errors import UserError
 
 AHEAD = 8  # chunks for each process that may wait for an earlier one
 
@@ -74,7 +74,7 @@ class TokenProcesses:
     def _start(self, task: Task, environment: dict[str, str]) -> None:
         ours, theirs = Pipe()
         with theirs:
-            command = [sys.executable, "-m", "titan_hd.data.token_processes", str(theirs.fileno())]
+            command = [sys.executable, "-m", "titan_hd.data.tokens.processes", str(theirs.fileno())]
             program = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
         self._programs[ours] = program
         ours.send(task)

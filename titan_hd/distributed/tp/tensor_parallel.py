@@ -36,7 +36,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from titan_hd.adapters.adapter_linear import AdapterLinear
 from titan_hd.adapters.hdpissa import HDPissaLinear
-from titan_hd.distributed.tp_functions import (
+from titan_hd.distributed.tp.functions import (
     copy_to_tp,
     gather_alike,
     gather_dim,

@@ -8,7 +8,6 @@ from collections.abc import Generator
 import torch
 import torch.distributed as dist
 
-from titan_hd.config.errors import UserError
 from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.update.apply import Rounding, add_product, add_rows, factored_update
@@ -17,6 +16,7 @@ from titan_hd.distributed.update.factors import ExchangeGroup, exchange_factors
 from titan_hd.distributed.update.plan import UpdatePlan
 from titan_hd.distributed.update.rounding import rounding_key
 from titan_hd.distributed.update.runtime import Task, run_tasks
+from titan_hd.errors import UserError
 
 logger = logging.getLogger("titan_hd")
 

@@ -11,10 +11,10 @@ from typing import ClassVar
 
 import pytest
 
-from tests.unit.data.test_tokenizer import pieces_directory, tiktoken_directory
-from titan_hd.data import sandbox
-from titan_hd.data.chat import ChatTemplate, ChatTurns, load_chat_template
-from titan_hd.data.tokenizer import load_tokenizer
+from tests.unit.data.text.test_tokenizer import pieces_directory, tiktoken_directory
+from titan_hd.data.text import sandbox
+from titan_hd.data.text.chat import ChatTemplate, ChatTurns, load_chat_template
+from titan_hd.data.text.tokenizer import load_tokenizer
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}{% endif %}"
@@ -267,7 +267,7 @@ class TestBounds:
 
     @pytest.mark.parametrize("source", SLOW.values(), ids=SLOW.keys())
     def test_every_operation_looks_at_the_clock(self, source: str):
-        from titan_hd.data.chat import _compile
+        from titan_hd.data.text.chat import _compile
 
         template = _compile(source)
         template.environment.start()

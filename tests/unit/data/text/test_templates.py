@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.data.test_tokenizer import pieces_directory
-from titan_hd.data.chat import ChatTurns
-from titan_hd.data.templates import load_template
-from titan_hd.data.tokenizer import load_tokenizer
+from tests.unit.data.text.test_tokenizer import pieces_directory
+from titan_hd.data.text.chat import ChatTurns
+from titan_hd.data.text.templates import load_template
+from titan_hd.data.text.tokenizer import load_tokenizer
 
 PLAIN = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"

@@ -17,9 +17,9 @@ from typing import ClassVar
 
 import pytest
 
-from tests.unit.data.torture import TORTURE
-from titan_hd.data.tokenizer import Tokenizer, load_tokenizer
-from titan_hd.data.tokenizer_model import llama3_control_tokens
+from tests.unit.data.text.torture import TORTURE
+from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
+from titan_hd.data.text.tokenizer_model import llama3_control_tokens
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs", "1 + 2 = 3\n"] * 5
 

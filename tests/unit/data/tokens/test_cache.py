@@ -20,13 +20,15 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.unit.data.test_formats import chat_directory
-from tests.unit.data.test_records import message
+from tests.unit.data.tokens.test_records import message
 from titan_hd.config.job_config import Data, DataSource
-from titan_hd.data import dataset, token_cache, token_processes
+from titan_hd.data import dataset
 from titan_hd.data.dataset import build_records, data_summary
-from titan_hd.data.records import InstructionRecords
 from titan_hd.data.sources import Raw
-from titan_hd.data.tokenizer import load_tokenizer
+from titan_hd.data.text.tokenizer import load_tokenizer
+from titan_hd.data.tokens import cache as token_cache
+from titan_hd.data.tokens import processes as token_processes
+from titan_hd.data.tokens.records import InstructionRecords
 
 WORDS = ("the fox", "brown dog", "my box", "lazy jug", "1 + 2")
 
@@ -56,7 +58,7 @@ def entries(setup: Path) -> list[Path]:
 
 
 def leave_no_encoding(monkeypatch) -> None:
-    monkeypatch.setattr("titan_hd.data.encoding.Encoder.chunk", None)
+    monkeypatch.setattr("titan_hd.data.tokens.encoding.Encoder.chunk", None)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +252,7 @@ def test_a_user_without_a_home(setup: Path, monkeypatch):
 
 def test_a_full_disk_is_noted_for_those_who_wait(setup: Path, monkeypatch):
     """Each of them would fill it once more, one after the other."""
-    monkeypatch.setattr("titan_hd.data.token_cache.os.fsync", refuse)
+    monkeypatch.setattr("titan_hd.data.tokens.cache.os.fsync", refuse)
     text = message(build, setup)
     assert text.startswith(f"data.cache_dir: cannot use {setup}/cache: No space left on device; name another folder")
     (lock,) = [path for path in (setup / "cache").iterdir() if path.suffix != ".digest"]
@@ -273,7 +275,7 @@ def test_an_entry_that_came_in_between_stays(setup: Path, monkeypatch):
             (setup / "kept").rename(entry)
         fsync(file)
 
-    monkeypatch.setattr("titan_hd.data.token_cache.os.fsync", quicker)
+    monkeypatch.setattr("titan_hd.data.tokens.cache.os.fsync", quicker)
     assert list(build(setup)) == expected
     assert (entry / "ids").stat().st_ino == inode
 
@@ -288,8 +290,9 @@ PROGRAM = """
     import json, logging, sys, time
     from pathlib import Path
     from titan_hd.config.job_config import Data
-    from titan_hd.data import dataset, encoding
-    from titan_hd.data.tokenizer import load_tokenizer
+    from titan_hd.data import dataset
+    from titan_hd.data.tokens import encoding
+    from titan_hd.data.text.tokenizer import load_tokenizer
 
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
     folder = Path(sys.argv[1])

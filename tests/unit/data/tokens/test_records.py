@@ -8,12 +8,12 @@ from typing import ClassVar
 
 import pytest
 
-from tests.unit.data.test_tokenizer import pieces_directory
+from tests.unit.data.text.test_tokenizer import pieces_directory
 from titan_hd.config.job_config import Data
 from titan_hd.data.dataset import build_records
 from titan_hd.data.loader import collate
-from titan_hd.data.records import IGNORE, Example, InstructionRecords, TokenizedRecords, statistics_table
-from titan_hd.data.tokenizer import Tokenizer, load_tokenizer
+from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
+from titan_hd.data.tokens.records import IGNORE, Example, InstructionRecords, TokenizedRecords, statistics_table
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
