@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workers import WorkerPool
+from tests.kit.workers import WorkerPool
 
 REPOSITORY = Path(__file__).parent.parent
 # Runs of tests leave their tokenized records in no user's cache, and find none there.

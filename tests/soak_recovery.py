@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from tests import runs
-from tests.recovery import Launch, last_step, records, tiny_run
+from tests.kit import runs
+from tests.kit.recovery import Launch, last_step, records, tiny_run
 
 _STEPS_PER_KILL = 12
 

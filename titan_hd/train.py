@@ -41,7 +41,7 @@ from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.data.tokens.records import statistics_table
 from titan_hd.distributed.adapter_init import initialize_adapters
 from titan_hd.distributed.adapter_registry import AdapterRegistry
-from titan_hd.distributed.collectives import once, require_equal, together
+from titan_hd.distributed.collectives import check_equal_on_all_ranks, on_rank_zero, raise_on_all
 from titan_hd.distributed.factor_init import SliceSettings, compute_factors
 from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims, mesh_picture
 from titan_hd.distributed.parallelize import parallelize
@@ -84,7 +84,7 @@ class Trainer:
             config.training.local_batch_size,
         )
         folder = Path(config.job.dump_folder)
-        with together("locking the folder"), disk_faults(folder):
+        with raise_on_all("locking the folder"), disk_faults(folder):
             self.lock = RunLock(folder) if self.dims.rank == 0 else None
             if self.dims.rank == 0:
                 record_environment(folder, self.dims.world_size)
@@ -150,7 +150,7 @@ class Trainer:
         c = self.config
         tokenizer = functools.cache(lambda: load_tokenizer(c.model.hf_assets_path))
         shape = self.plan.decoder.vocab_size, c.training.seq_len
-        with together("reading the data"):
+        with raise_on_all("reading the data"):
             bar = c.metrics.progress_bar
             records = build_records(c.data, "train", *shape, tokenizer, bar, c.training.seed)
             built = [records]
@@ -160,7 +160,7 @@ class Trainer:
                     raise UserError("validation.exact_match_samples: needs records with a prompt and a response")
         # A node with a file of its own that differs would end its steps, or its validation, at another time.
         for key, read in zip(("data.train", "data.validation"), built):
-            require_equal(key, data_summary(read, c.data, c.training.seq_len))
+            check_equal_on_all_ranks(key, data_summary(read, c.data, c.training.seq_len))
         rows = [row for r in built for row in r.rows]
         if rows:
             logger.info("%s", statistics_table(rows))
@@ -195,10 +195,12 @@ class Trainer:
             c.comm.init_timeout_seconds,
         )
         self.step = (self.checkpointer.choose(c.checkpoint.load_step) or 0) if c.checkpoint.enable else 0
-        self.identity = once("identifying the run", self._identity)
+        self.identity = on_rank_zero("identifying the run", self._identity)
         self._saved_state = {}
         if self.step:
-            self._saved_state = once("reading the checkpoint's state", lambda: self.checkpointer.train_state(self.step))
+            self._saved_state = on_rank_zero(
+                "reading the checkpoint's state", lambda: self.checkpointer.train_state(self.step)
+            )
             for line in check_resumable(self._saved_state, self.identity, c.checkpoint.allow_mismatch):
                 logger.warning("%s; checkpoint.allow_mismatch accepts it", line)
         if self.step > self.total_steps:
@@ -268,7 +270,7 @@ class Trainer:
         rank = dist.get_rank()
         if c.checkpoint.enable:
             self.checkpointer.leave_behind(self.step)
-        with together("opening metrics.jsonl"), disk_faults(Path(c.job.dump_folder)):
+        with raise_on_all("opening metrics.jsonl"), disk_faults(Path(c.job.dump_folder)):
             self.metrics = MetricsLogger(c, rank, self.total_steps, self.step, self._saved_state.get("wandb_id"))
         self.profiler = build_profiler(c, rank)
         # (tokens and records of all workers, seconds) of the steps since the last log
@@ -315,7 +317,7 @@ class Trainer:
     def _read_batches(self) -> list[Batch]:
         if not self.config.data.streaming:
             return self.loader.step(self.step)
-        with together(f"step {self.step + 1}"):  # a stream's bad record is seen only by those who need it
+        with raise_on_all(f"step {self.step + 1}"):  # a stream's bad record is seen only by those who need it
             return self.loader.step(self.step)
 
     def _count_tokens(self, batches: list[Batch], adapters: list[int]) -> tuple[list[int], int, int]:

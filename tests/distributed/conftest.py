@@ -1,6 +1,6 @@
 import pytest
 
-from tests.workers import WorkerPool
+from tests.kit.workers import WorkerPool
 
 
 @pytest.fixture(scope="session")

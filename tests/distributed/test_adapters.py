@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import runs
+from tests.kit import runs
 
 METHODS = ["lora", "pissa", "dora"]
 # Another order of the same fp32 sums.

@@ -26,7 +26,7 @@ cube, cube-all           8        4  1  2 replicas x 2 shards x 2 tp ranks; with
 import pytest
 import torch
 
-from tests import oracle, runs
+from tests.kit import oracle, runs
 
 # fp32 against float64. Measured errors are 2e-6 to 1.1e-5. They grow where the problem itself is ill-conditioned (two
 # singular values nearly equal, or a gradient element near zero, which Adam divides by its own size): with model seed 0,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
-from tests import runs
+from tests.kit import runs
 from titan_hd.adapters.dora import DoRALinear
 from titan_hd.adapters.lora import LoRALinear
 from titan_hd.config.job_config import LINEAR_LAYERS

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import runs
-from tests.recovery import records, tiny_run
+from tests.kit import runs
+from tests.kit.recovery import records, tiny_run
 from titan_hd.checkpoint.folder import CheckpointFolder
 from titan_hd.checkpoint.pretrained import load_pretrained
 from titan_hd.errors import UserError

@@ -1,10 +1,10 @@
-"""`together` and `once`: what every rank gets when all is well, and when one rank fails."""
+"""`raise_on_all` and `on_rank_zero`: what every rank gets when all is well, and when one rank fails."""
 
 from __future__ import annotations
 
 import torch.distributed as dist
 
-from titan_hd.distributed.collectives import once, require_equal, together
+from titan_hd.distributed.collectives import check_equal_on_all_ranks, on_rank_zero, raise_on_all
 from titan_hd.errors import UserError
 
 
@@ -15,7 +15,7 @@ def value_of_rank_0() -> tuple:
         calls.append(dist.get_rank())
         return {"rank": dist.get_rank()}
 
-    return once("a test", read), calls
+    return on_rank_zero("a test", read), calls
 
 
 def test_once_runs_on_rank_0_and_gives_its_value_to_all(workers):
@@ -27,7 +27,7 @@ def fails_on_rank_0() -> str:
         raise UserError("the file is broken\nin two ways")
 
     try:
-        once("a test", read)
+        on_rank_zero("a test", read)
     except UserError as error:
         return str(error)
     return ""
@@ -43,7 +43,7 @@ def objects_sent_when_all_is_well() -> int:
     dist.all_gather_object = lambda *arguments, **options: sent.append(arguments)
     try:
         for _ in range(3):
-            with together("a test"):
+            with raise_on_all("a test"):
                 pass
     finally:
         dist.all_gather_object = original
@@ -57,7 +57,7 @@ def test_together_sends_no_objects_while_all_is_well(workers):
 
 def compare(values: list[str]) -> str:
     try:
-        require_equal("data.train", values[dist.get_rank()])
+        check_equal_on_all_ranks("data.train", values[dist.get_rank()])
     except UserError as error:
         return str(error)
     return ""

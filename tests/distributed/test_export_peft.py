@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from tests import runs
+from tests.kit import runs
 
 # Logits of one fp32 model, with the adapters beside the weights in both.
 LOGITS_TOLERANCE = 1e-5

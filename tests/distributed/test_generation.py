@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests import runs
+from tests.kit import runs
 from titan_hd.components.generation import Sampling, generate
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import parallelize

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from tests import oracle, runs
+from tests.kit import oracle, runs
 from titan_hd.adapters.mora import square_size
 from titan_hd.seeding import stable_seed
 

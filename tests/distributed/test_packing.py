@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from tests import oracle, runs
+from tests.kit import oracle, runs
 from titan_hd.components.flops import flops_per_token
 from titan_hd.data.loader import Batch, GlobalBatches, collate
 from titan_hd.data.order.order import PackOrder

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests import runs
+from tests.kit import runs
 from titan_hd.components.metrics import init_logging
 from titan_hd.config import manager
 from titan_hd.distributed.collectives import TRAFFIC

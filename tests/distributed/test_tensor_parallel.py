@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from tests import runs
+from tests.kit import runs
 from titan_hd.components.loss import token_loss_sum
 from titan_hd.distributed.tp.loss import vocabulary_parallel_loss_sum
 from titan_hd.distributed.tp.tensor_parallel import apply_tensor_parallel

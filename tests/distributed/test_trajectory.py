@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests import runs
+from tests.kit import runs
 
 # Runs on other numbers of workers add the same fp32 numbers in another order.
 LOSS_TOLERANCE = 1e-5

@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests import runs
+from tests.kit import runs
 
 MESHES = [(1, 1, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2), (1, 1, 2)]
 SPLITTABLE = {"num_key_value_heads": 2, "intermediate_size": 38}  # by tensor parallelism

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from tests import runs
 from tests.conftest import REPOSITORY
+from tests.kit import runs
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import runs
 from tests.conftest import REPOSITORY
+from tests.kit import runs
 
 
 def convert(*arguments) -> subprocess.CompletedProcess:

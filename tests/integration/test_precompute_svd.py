@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from tests import runs
 from tests.conftest import REPOSITORY
+from tests.kit import runs
 
 
 @pytest.mark.parametrize("method", ["hdpissa", pytest.param("pissa", marks=pytest.mark.slow)])

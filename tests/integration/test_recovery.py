@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import runs
-from tests.recovery import Launch, last_step, tiny_run
+from tests.kit import runs
+from tests.kit.recovery import Launch, last_step, tiny_run
 from tests.soak_recovery import compare, soak
 
 GRACE_SECONDS = 30  # what Slurm grants by default

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import runs
 from tests.conftest import REPOSITORY
 from tests.integration.test_run_train import CPU_ONLY
+from tests.kit import runs
 from tests.unit.data.test_formats import chat_directory
 from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.errors import UserError

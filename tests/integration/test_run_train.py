@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from tests import runs
 from tests.conftest import REPOSITORY
+from tests.kit import runs
 from titan_hd.errors import UserError
 
 # Logits of the same fp32 weights by two implementations.
@@ -150,10 +150,10 @@ def test_every_rank_gets_the_same_line(fault, workers, setup, tmp_path):
 def fails_on_rank_one() -> str:
     import torch.distributed as dist
 
-    from titan_hd.distributed.collectives import together
+    from titan_hd.distributed.collectives import raise_on_all
 
     try:
-        with together("a test"):
+        with raise_on_all("a test"):
             if dist.get_rank() == 1:
                 raise UserError("cannot read the disk of this rank")
     except UserError as error:

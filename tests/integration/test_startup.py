@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import runs
 from tests.integration.test_run_train import run_train
+from tests.kit import runs
 
 # Writes down every file that a worker opens; os.write, because a worker leaves without cleaning up.
 HOOK = """

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 
-from tests.runs import write_model
+from tests.kit.runs import write_model
 from titan_hd.checkpoint.folder import STATE_FILE
 from titan_hd.config.job_config import JobConfig
 from titan_hd.config.manager import ConfigError, load

@@ -40,7 +40,7 @@ from titan_hd.checkpoint.folder import CheckpointFolder, damage, read_manifest, 
 from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.checkpoint.writer import CheckpointWriter
 from titan_hd.distributed.adapter_registry import AdapterRegistry
-from titan_hd.distributed.collectives import once
+from titan_hd.distributed.collectives import on_rank_zero
 from titan_hd.distributed.shards import adapter_parameters, base_parameters
 from titan_hd.distributed.watch import enter_phase
 from titan_hd.errors import UserError
@@ -273,7 +273,7 @@ class Checkpointer:
     def reader(self, step: int) -> CheckpointReader:
         """Of `step-N`; its table of contents is read by rank 0."""
         path = self.files.path(step)
-        table = once("reading the checkpoint's table of contents", CheckpointReader(path).read_metadata)
+        table = on_rank_zero("reading the checkpoint's table of contents", CheckpointReader(path).read_metadata)
         return CheckpointReader(path, table)
 
     def load(self, reader: CheckpointReader, tensors: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def together(what: str) -> Iterator[None]:
+def raise_on_all(what: str) -> Iterator[None]:
     """Run a block on every rank; if it raised a user error (ValueError) anywhere, raise that error everywhere.
 
     For work that may fail on one rank alone (reading files): without this the others would wait in a collective until
@@ -46,7 +46,7 @@ def together(what: str) -> Iterator[None]:
     raise UserError(text if everywhere else f"{text} (on rank {rank}, {what})")
 
 
-def once(what: str, function: Callable[[], T]) -> T:
+def on_rank_zero(what: str, function: Callable[[], T]) -> T:
     """What a function returns on rank 0, on every rank; a user error (ValueError) there is raised on every rank.
 
     For small files that all ranks need: thousands of ranks must not open them all at once, and on a shared file system
@@ -67,7 +67,7 @@ def once(what: str, function: Callable[[], T]) -> T:
     return box[0]
 
 
-def require_equal(key: str, value: str) -> None:
+def check_equal_on_all_ranks(key: str, value: str) -> None:
     """Make sure that a value is the same on every rank; the good case costs two numbers.
 
     Raises:

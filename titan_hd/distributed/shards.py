@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from titan_hd.adapters.adapter_linear import adapter_layers
 from titan_hd.distributed.adapter_init import merged_weights
-from titan_hd.distributed.collectives import once, together
+from titan_hd.distributed.collectives import on_rank_zero, raise_on_all
 from titan_hd.distributed.parallel_dims import Block, ParallelDims, owned_block
 from titan_hd.distributed.regroup import tp_split
 from titan_hd.files import disk_faults
@@ -73,12 +73,12 @@ def load_weights(model: Decoder, dims: ParallelDims, directory: str, progress: b
     parameters = dict(base_parameters(model))
     expected = {name: p.shape for name, p in parameters.items()}
     tied = model.lm_head is None
-    files = once("checking the weights", lambda: WeightFiles(directory, expected, tied_head=tied))
+    files = on_rank_zero("checking the weights", lambda: WeightFiles(directory, expected, tied_head=tied))
     parts = {name: p.to_local().numel() / p.numel() for name, p in parameters.items()}
     total = round(sum(files.nbytes(name) * part for name, part in parts.items()))
     hidden = not (progress and dims.rank == 0 and sys.stderr.isatty())
     with (
-        together("reading the weights"),
+        raise_on_all("reading the weights"),
         tqdm(total=total, unit="B", unit_scale=True, desc="reading the weights", disable=hidden) as bar,
     ):
         for name, parameter in parameters.items():
@@ -137,7 +137,7 @@ def write_weights(
     parameters = dict(base_parameters(model))
     shapes = {name: p.shape for name, p in parameters.items()}
     slots, headers = plan_files(directory, shapes, dtype, max_file_bytes)
-    with together("writing the headers"), disk_faults(directory):
+    with raise_on_all("writing the headers"), disk_faults(directory):
         if dims.rank == 0:
             check_space(directory, slots, shapes)
             write_headers(slots, headers)
@@ -145,7 +145,7 @@ def write_weights(
     own = [(name, p.to_local()) for name, p in parameters.items() if name not in adapted]
     written = set()
     for wave in itertools.chain([own], merged_weights(model, dims)):
-        with together("writing the weights"), disk_faults(directory):
+        with raise_on_all("writing the weights"), disk_faults(directory):
             for name, local in wave:
                 parameter = parameters[name]
                 # Replicas, and tp ranks of a parameter that is not split, hold the same.
@@ -154,5 +154,5 @@ def write_weights(
                     block = _block(parameter, dims)
                     write_rows(slots[name], block.row, local, block.column)
                     written.add(slots[name].file)
-    with together("writing the weights"), disk_faults(directory):
+    with raise_on_all("writing the weights"), disk_faults(directory):
         sync_files(sorted(written))

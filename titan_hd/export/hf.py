@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from titan_hd.config.job_config import JobConfig
 from titan_hd.data.text.tokenizer import TOKENIZER_FILES
-from titan_hd.distributed.collectives import together
+from titan_hd.distributed.collectives import raise_on_all
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.shards import write_weights
 from titan_hd.errors import UserError
@@ -55,9 +55,9 @@ def export_hf(model: Decoder, dims: ParallelDims, config: JobConfig) -> None:
     """
     folder, assets = export_folder(config), config.model.hf_assets_path
     partial, dtype = beside(folder), getattr(torch, config.export.dtype)
-    with together("looking at the export folder"):
+    with raise_on_all("looking at the export folder"):
         check_folder(folder, assets)
-    with together("starting the export"), disk_faults(partial):
+    with raise_on_all("starting the export"), disk_faults(partial):
         if dist.get_rank() == 0:
             dump = Path(config.job.dump_folder)
             base = "" if config.model.flavor else assets
@@ -65,7 +65,7 @@ def export_hf(model: Decoder, dims: ParallelDims, config: JobConfig) -> None:
             start_folder(partial)
             write_assets(partial, model.config.hf, dtype, assets, card)
     write_weights(model, dims, partial, dtype, config.export.max_shard_size_gb * 1e9)
-    with together("finishing the export"), disk_faults(folder):
+    with raise_on_all("finishing the export"), disk_faults(folder):
         if dist.get_rank() == 0:
             publish(partial, folder)
             logger.info("exported the model to %s", folder)

@@ -25,7 +25,7 @@ from titan_hd.adapters.adapter_linear import AdapterLinear, adapter_layers
 from titan_hd.adapters.lora import LoRALinear
 from titan_hd.adapters.svd import SvdSettings, principal_factors
 from titan_hd.config.job_config import LINEAR_LAYERS, JobConfig
-from titan_hd.distributed.collectives import together
+from titan_hd.distributed.collectives import raise_on_all
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.regroup import collect, sharded, waves
 from titan_hd.export.hf import beside, check_folder, export_folder, publish, start_folder
@@ -50,12 +50,12 @@ def export_peft(model: Decoder, dims: ParallelDims, config: JobConfig) -> None:
     """
     folder, assets = export_folder(config), config.model.hf_assets_path
     partial, tensors = beside(folder), {}
-    with together("looking at the export folder"):
+    with raise_on_all("looking at the export folder"):
         check_folder(folder, assets)
         base = _base_files(model, assets)
     for wave in _adapter_waves(model, dims, base):
         tensors |= wave
-    with together("writing the adapter"), disk_faults(partial):
+    with raise_on_all("writing the adapter"), disk_faults(partial):
         if dims.rank == 0:
             start_folder(partial)
             text = json.dumps(adapter_config(config, base_name(model.config.hf, assets)), indent=2)
@@ -86,7 +86,7 @@ def _adapter_waves(model: Decoder, dims: ParallelDims, base: WeightFiles | None)
         parts = {key: [sharded(getattr(layer, key)) for layer in wave] for key in wave[0].adapter_names}
         tensors = {key: collect(part, dims) for key, part in parts.items()}
         mine: dict[str, torch.Tensor] = {}
-        with together("reading the base model"):
+        with raise_on_all("reading the base model"):
             if dims.rank < len(wave):
                 layer, name = wave[dims.rank], names[dims.rank]
                 frozen = None if weight is None else weight.float()

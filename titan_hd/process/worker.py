@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from titan_hd.components.metrics import finish_failed_run, init_logging
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
-from titan_hd.distributed.collectives import once
+from titan_hd.distributed.collectives import on_rank_zero
 from titan_hd.distributed.watch import Watch
 from titan_hd.errors import UserError
 from titan_hd.files import disk_faults
@@ -129,7 +129,7 @@ def _exit_status(run: Run) -> int:
     try:
         config = manager.load_or_exit(sys.argv[1:])
         device = init_process(config, signals)
-        plan = once("reading the model's configuration", lambda: plan_run(config, world_size))
+        plan = on_rank_zero("reading the model's configuration", lambda: plan_run(config, world_size))
         return run(config, plan, device, signals)
     except Exception as error:
         handler.record_exception(error)
@@ -144,7 +144,7 @@ def _say(error: Exception, rank: int) -> int:
     if not isinstance(error, UserError):
         traceback.print_exception(error)
         return 1
-    # User errors are the same on every rank (see `together`): one says them, all leave with status 2.
+    # User errors are the same on every rank (see `raise_on_all`): one says them, all leave with status 2.
     if rank == 0:
         print(*(f"titan_hd: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
     return 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.unit.adapters import layers
+from tests.kit import layers
 from titan_hd.adapters.dora import DoRALinear, squared_row_norms
 
 

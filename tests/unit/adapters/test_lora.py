@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.unit.adapters import layers
+from tests.kit import layers
 from titan_hd.adapters.lora import LoRALinear, lora_scale
 from titan_hd.adapters.methods import build_method
 from titan_hd.adapters.olora import OLoRALinear

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.unit.adapters import layers
+from tests.kit import layers
 from titan_hd.adapters.pissa import PiSSALinear
 from titan_hd.adapters.svd import SvdSettings
 

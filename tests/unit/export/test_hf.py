@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import runs
+from tests.kit import runs
 from titan_hd.errors import UserError
 from titan_hd.export import hf as export
 from titan_hd.export.hf import check_folder, publish, start_folder, write_assets

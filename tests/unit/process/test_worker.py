@@ -19,7 +19,7 @@ def test_it_leaves_no_process_behind():
     """os._exit runs none of the interpreter's own cleaning up. The child holds the pipe that is read here."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
-        cwd=Path(__file__).resolve().parents[2],
+        cwd=Path(__file__).resolve().parents[3],
         stdout=subprocess.PIPE,
         timeout=90,
         check=False,

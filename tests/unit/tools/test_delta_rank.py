@@ -9,7 +9,7 @@ import torch
 from compare.delta_rank import delta_rank, delta_ranks
 from safetensors.torch import save_file
 
-from tests import runs
+from tests.kit import runs
 from titan_hd.models.registry import parse_hf_config
 
 

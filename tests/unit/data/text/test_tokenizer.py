@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import pytest
 
-from tests.unit.data.text.torture import TORTURE
+from tests.kit.torture import TORTURE
 from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
 from titan_hd.data.text.tokenizer_model import llama3_control_tokens
 

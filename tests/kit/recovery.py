@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from tests import runs
 from tests.conftest import REPOSITORY
+from tests.kit import runs
 
 START_SECONDS = 600  # a machine that is busy with other things takes minutes to import torch a few times
 
