@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.kit.runs import LINEAR_LAYERS
 from titan_hd.adapters.hdpissa import HDPissa, HDPissaLinear
 from titan_hd.config import manager
-from titan_hd.config.job_config import LINEAR_LAYERS, JobConfig
+from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.parallel_dims import placement_error
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import FLAVORS, flavor_config

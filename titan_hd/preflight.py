@@ -1,26 +1,37 @@
-"""Everything about a run that can be known, or be wrong, before any process group starts."""
+"""Everything about a run that can be known, or be wrong, before anything is allocated.
+
+The launcher asks before it starts a process, and rank 0 of the workers asks again: they may have been started by
+something else, on another node with other files.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from titan_hd.adapters.methods import build_method
+from titan_hd.adapters.method import Method
+from titan_hd.adapters.methods import build_method, method_errors, method_of
 from titan_hd.checkpoint.folder import CheckpointFolder
 from titan_hd.checkpoint.resume_check import allow_mismatch_errors
 from titan_hd.components.optimizer import optimizer_class
-from titan_hd.config.job_config import LINEAR_LAYERS, JobConfig
+from titan_hd.components.update import fold_plan
+from titan_hd.config.job_config import JobConfig
 from titan_hd.config.manager import ConfigError
 from titan_hd.data.dataset import check_data
 from titan_hd.distributed.parallel_dims import placement_error, resolve_shard_degree
 from titan_hd.distributed.tp.tensor_parallel import ROW_WISE, tensor_parallel_errors
-from titan_hd.distributed.update.plan import Topology, UpdatePlan, plan_update
+from titan_hd.distributed.update.plan import UpdatePlan
+from titan_hd.errors import UserError
 from titan_hd.export.hf import check_folder, export_folder
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.hf_files import WeightFiles
 from titan_hd.models.registry import DecoderConfig, flavor_config, read_hf_config
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,8 +42,13 @@ class RunPlan:
     dp_replicate: int
     dp_shard: int
     tp: int
-    num_adapters: int  # K; 1 for methods without logical adapters
+    method: Method
     global_batch_size: int
+
+    @property
+    def num_adapters(self) -> int:
+        """K; 1 for methods without logical adapters."""
+        return self.method.num_adapters
 
     @property
     def mesh(self) -> tuple[int, int, int]:
@@ -46,12 +62,12 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> Ru
     Raises:
         ConfigError: one line for every fault that needs the model's shapes, the files or the number of workers.
     """
-    errors: list[str] = []
+    errors = method_errors(config)
 
-    def attempt(function, *args):
+    def attempt(function: Callable[..., T], *args: object) -> T | None:
         try:
             return function(*args)
-        except ValueError as error:
+        except UserError as error:
             errors.extend(str(error).splitlines())
             return None
 
@@ -65,11 +81,11 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> Ru
         attempt(check_data, config.data)
     if config.export.enable and needs_files:
         attempt(check_folder, export_folder(config), config.model.hf_assets_path)
-    if decoder and needs_files:
-        attempt(_check_start, config, decoder)
     errors += allow_mismatch_errors(config.checkpoint.allow_mismatch)
-    hdpissa = config.adapter.method == "hdpissa"
-    num_adapters = (config.hdpissa.num_adapters or workers) if hdpissa else 1
+    method = build_method(config, method_of(config).adapters_for(config, workers))
+    num_adapters = method.num_adapters
+    if decoder and needs_files:
+        attempt(_check_start, config, decoder, method)
     global_batch = training.global_batch_size
     if global_batch == -1:
         global_batch = training.local_batch_size * max(num_adapters, workers)
@@ -83,32 +99,32 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> Ru
         if parallelism.loss_parallel:
             sizes["vocab_size"] = decoder.vocab_size
         errors += tensor_parallel_errors(sizes, tp)
-        errors += _method_errors(config, decoder, num_adapters)
+        errors += _target_errors(config, decoder, method)
     if errors:
         raise ConfigError(errors)
-    return RunPlan(decoder, replicate, shard, tp, num_adapters, global_batch)
+    assert decoder is not None
+    assert shard is not None
+    return RunPlan(decoder, replicate, shard, tp, method, global_batch)
 
 
-def update_plan(config: JobConfig, plan: RunPlan, shapes: dict[str, tuple[int, int]] | None = None) -> UpdatePlan:
-    """How the update of every adapted weight will travel; shapes default to those of the whole model."""
-    if shapes is None:
-        targets, linears = config.adapter.target_modules or LINEAR_LAYERS, plan.decoder.linear_shapes()
-        shapes = {
-            f"model.layers.{i}.{name}": _tp_local(name, shape, plan.tp)
-            for i in range(plan.decoder.num_hidden_layers)
-            for name, shape in linears.items()
-            if name in targets
-        }
-    h, wire_bytes = config.hdpissa, {"float32": 4, "bfloat16": 2}[config.hdpissa.exchange_dtype]
-    topology = Topology(plan.num_adapters, config.adapter.rank, plan.dp_replicate, plan.dp_shard, wire_bytes)
-    return plan_update(shapes, topology, h.exchange, h.factor_cache_gb)
+def update_plan(config: JobConfig, plan: RunPlan) -> UpdatePlan:
+    """How the update of every adapted weight will travel, without a model."""
+    linears = plan.decoder.linear_shapes()
+    targets = config.adapter.target_modules or linears
+    shapes = {
+        f"model.layers.{i}.{name}": _tp_local(name, shape, plan.tp)
+        for i in range(plan.decoder.num_hidden_layers)
+        for name, shape in linears.items()
+        if name in targets
+    }
+    return fold_plan(config, plan.num_adapters, (plan.dp_replicate, plan.dp_shard), shapes)
 
 
 def _tp_local(name: str, shape: tuple[int, int], tp: int) -> tuple[int, int]:
     return (shape[0], shape[1] // tp) if name in ROW_WISE else (shape[0] // tp, shape[1])
 
 
-def _check_start(config: JobConfig, decoder: DecoderConfig) -> None:
+def _check_start(config: JobConfig, decoder: DecoderConfig, method: Method) -> None:
     """What the run starts from is there: the checkpoint, or weight files whose headers have the model's shapes.
 
     Before any memory is allocated for a model whose sizes somebody else's config.json says.
@@ -116,7 +132,9 @@ def _check_start(config: JobConfig, decoder: DecoderConfig) -> None:
     c = config.checkpoint
     checkpoints = CheckpointFolder(Path(config.job.dump_folder) / c.folder, c.keep_latest_k)
     resumes = c.enable and checkpoints.candidates(c.load_step)
-    if (resumes and c.base == "full" and not _export_reads_base(config)) or config.model.flavor:
+    # The export of an adapter over a base that the method has changed reads the weights that the run started from.
+    export_reads_base = method.changes_base and config.export.enable and config.export.format == "peft"
+    if (resumes and c.base == "full" and not export_reads_base) or config.model.flavor:
         return
     with torch.device("meta"):
         model = Decoder(decoder)
@@ -124,26 +142,20 @@ def _check_start(config: JobConfig, decoder: DecoderConfig) -> None:
     WeightFiles(config.model.hf_assets_path, expected, tied_head=model.lm_head is None)
 
 
-def _export_reads_base(config: JobConfig) -> bool:
-    """Whether the export needs the weights that the run started from: an adapter over a base that was changed."""
-    changes_weight = config.adapter.method == "pissa" or config.adapter.init != "default"
-    return changes_weight and config.export.enable and config.export.format == "peft"
-
-
 def decoder_config(config: JobConfig) -> DecoderConfig:
-    """The model's sizes: of the flavor if one is named, else from config.json. ValueError names the key or the file."""
+    """The model's sizes: of the flavor if one is named, else from config.json. UserError names the key or the file."""
     if config.model.flavor:
         return flavor_config(config.model.name, config.model.flavor)
     return read_hf_config(config.model.hf_assets_path, config.model.name)
 
 
-def _method_errors(config: JobConfig, decoder: DecoderConfig, num_adapters: int) -> list[str]:
+def _target_errors(config: JobConfig, decoder: DecoderConfig, method: Method) -> list[str]:
+    """Targets that the model has not, or of whose shapes the method can make nothing."""
     errors, shapes = [], decoder.linear_shapes()
-    targets = config.adapter.target_modules or LINEAR_LAYERS
+    targets = config.adapter.target_modules or list(shapes)
     for target in targets:
         if target not in shapes:
             errors.append(f"adapter.target_modules: {target!r} is no linear layer; there are {', '.join(shapes)}")
-    method = build_method(config, num_adapters)
     if config.parallelism.tensor_parallel_degree > 1 and not method.tensor_parallel:
         errors.append(
             f"parallelism.tensor_parallel_degree: method {config.adapter.method} has no tensor parallelism; set it to 1"

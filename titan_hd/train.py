@@ -8,19 +8,17 @@ from __future__ import annotations
 import functools
 import gc
 import logging
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from titan_hd import __version__
-from titan_hd.adapters.adapter_linear import adapter_layers
-from titan_hd.adapters.methods import build_method
-from titan_hd.adapters.svd import SvdSettings
-from titan_hd.checkpoint import checkpointer as ckpt
+from titan_hd.adapters.methods import ignored_keys
+from titan_hd.checkpoint.checkpointer import Checkpointer
 from titan_hd.checkpoint.resume_check import check_resumable, run_identity, weights_fingerprint
 from titan_hd.components.flops import flops_per_token, trained_work
 from titan_hd.components.loss import token_loss_sum
@@ -30,32 +28,28 @@ from titan_hd.components.metrics import (
     peak_memory_gib,
     write_svd_report,
 )
-from titan_hd.components.optimizer import build_optimizer, clip_gradients
 from titan_hd.components.profiling import build_profiler
+from titan_hd.components.update import build_update
 from titan_hd.components.validation import Validator
-from titan_hd.config import checks, manager
+from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
 from titan_hd.data.dataset import build_records, data_summary, sample_order
 from titan_hd.data.loader import Batch, GlobalBatches, TrainLoader
 from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.data.tokens.records import statistics_table
-from titan_hd.distributed.adapter_init import initialize_adapters
-from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.collectives import check_equal_on_all_ranks, on_rank_zero, raise_on_all
-from titan_hd.distributed.factor_init import SliceSettings, compute_factors
 from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims, mesh_picture
 from titan_hd.distributed.parallelize import parallelize
 from titan_hd.distributed.shards import init_weights, load_weights, materialize
 from titan_hd.distributed.tp.loss import vocabulary_parallel_loss_sum
 from titan_hd.distributed.tp.tensor_parallel import apply_tensor_parallel
-from titan_hd.distributed.update.fold import Fold, check_finite
 from titan_hd.distributed.watch import enter_phase
 from titan_hd.errors import UserError
 from titan_hd.export.hf import export_hf
 from titan_hd.export.peft import export_peft
 from titan_hd.files import disk_faults
 from titan_hd.models.decoder import Decoder
-from titan_hd.preflight import RunPlan, update_plan
+from titan_hd.preflight import RunPlan
 from titan_hd.process.environment import record_environment
 from titan_hd.process.run_lock import RunLock
 from titan_hd.process.signals import INTERRUPTED, REQUEUE, StopSignals
@@ -63,6 +57,25 @@ from titan_hd.process.worker import device_name, run_worker, set_timeout
 from titan_hd.seeding import stable_seed
 
 logger = logging.getLogger("titan_hd")
+
+
+class TokenCounts(NamedTuple):
+    """Of one step over all workers: trained tokens of each logical adapter, all tokens but padding, records."""
+
+    trained: list[int]
+    tokens: int
+    sequences: int
+
+
+class StepResult(NamedTuple):
+    """What one step came to: the loss of a trained token before the step, the gradients' norm before clipping, the
+    learning rate, and how many tokens (without padding) and records all workers read."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    sequences: int
 
 
 class Trainer:
@@ -91,7 +104,6 @@ class Trainer:
         self._log_start()
         self._build_model()
         self._build_data()
-        self._build_optimizer()
         self._load_or_resume()
         self._build_metrics()
 
@@ -102,7 +114,7 @@ class Trainer:
         logger.info("titan_hd %s, torch %s, %d x %s", __version__, torch.__version__, w, device_name(self.device))
         if config.job.print_config:
             logger.info("configuration:\n%s", manager.to_toml(config))
-        for line in checks.ignored_keys(config):
+        for line in ignored_keys(config):
             logger.warning("%s", line)
         hosted = f", {self.placement.hosted} on each worker" if plan.num_adapters > 1 else ""
         logger.info(
@@ -112,17 +124,15 @@ class Trainer:
             hosted,
             plan.global_batch_size,
             self.placement.micro_batches,
-            mesh_picture(*plan.mesh, plan.num_adapters if config.adapter.method == "hdpissa" else None),
+            mesh_picture(*plan.mesh, plan.num_adapters if plan.method.folds else None),
         )
 
     def _build_model(self) -> None:
-        """meta init -> method -> tensor parallelism -> registry -> the other wrappers -> memory. Values come later, in
+        """meta init -> method -> tensor parallelism -> update -> the other wrappers -> memory. Values come later, in
         `_load_or_resume`."""
-        c = self.config
+        c, method = self.config, self.plan.method
         with torch.device("meta"):
             self.model = Decoder(self.plan.decoder).to(getattr(torch, c.training.master_dtype))
-        self.registry: AdapterRegistry | None = None
-        self.method = method = build_method(c, self.plan.num_adapters)
         trained = method.apply(self.model, c.adapter.target_modules)
         self.loss_sum = token_loss_sum
         if self.plan.tp > 1:
@@ -130,20 +140,19 @@ class Trainer:
             apply_tensor_parallel(self.model, mesh, p.sequence_parallel, p.loss_parallel)
             if p.loss_parallel:
                 self.loss_sum = functools.partial(vocabulary_parallel_loss_sum, group=mesh.get_group())
-        if method.direct_update:
-            self.registry = AdapterRegistry(self.model, method, self.dims.adapter_mesh(method.num_adapters))
+        self.update = build_update(self.model, method, self.dims, c)
         parallelize(
             self.model,
             self.dims,
-            ignored_params=self.registry.parameters() if self.registry else set(),
+            ignored_params=self.update.ignored_parameters(),
             param_dtype=getattr(torch, c.training.mixed_precision_param),
             checkpoint_mode=c.activation_checkpoint.mode,
             compile_blocks=c.compile.enable,
         )
         materialize(self.model, self.device)
-        self.trainable = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
-        total = sum(p.numel() for _, p in self.model.named_parameters())
-        count = sum(p.numel() for p in self.trainable)
+        self.update.build_optimizer()
+        total = sum(p.numel() for p in self.model.parameters())
+        count = sum(p.numel() for p in self.update.trainable)
         logger.info("%d parameters, %d trainable, in %d layers", total, count, len(trained))
 
     def _build_data(self) -> None:
@@ -180,89 +189,64 @@ class Trainer:
         count = "streamed" if c.data.streaming else order.size
         logger.info("%s training records; %d steps of %d", count, self.total_steps, batch)
 
-    def _build_optimizer(self) -> None:
-        # An adapter's parameters are zero when a step begins, so decay belongs to the fold, on W.
-        decay = 0.0 if self.registry else self.config.optimizer.weight_decay
-        self.optimizer = build_optimizer(self.config.optimizer, self.trainable, decay, self.method.lr_ratios)
-
     def _load_or_resume(self) -> None:
-        """Weights and factors from the chosen checkpoint, or from the model directory and the SVD."""
+        """Weights and what is trained: from the chosen checkpoint, or from the model directory and the SVD."""
         c = self.config
-        self.checkpointer = ckpt.Checkpointer(
+        self.checkpointer = Checkpointer(
             Path(c.job.dump_folder) / c.checkpoint.folder,
             c.checkpoint.keep_latest_k,
             c.checkpoint.async_mode == "async",
             c.comm.init_timeout_seconds,
         )
         self.step = (self.checkpointer.choose(c.checkpoint.load_step) or 0) if c.checkpoint.enable else 0
-        self.identity = on_rank_zero("identifying the run", self._identity)
-        self._saved_state = {}
-        if self.step:
-            self._saved_state = on_rank_zero(
-                "reading the checkpoint's state", lambda: self.checkpointer.train_state(self.step)
-            )
-            for line in check_resumable(self._saved_state, self.identity, c.checkpoint.allow_mismatch):
-                logger.warning("%s; checkpoint.allow_mismatch accepts it", line)
         if self.step > self.total_steps:
             raise UserError(
                 f"training.steps, training.epochs: {self.total_steps} steps, but the checkpoint to resume from has "
                 f"{self.step}; name more, or checkpoint.load_step, or another job.dump_folder"
             )
+        self.identity = on_rank_zero("identifying the run", self._identity)
         if self.step:
-            if self._saved_state["base"] == "delta":
-                load_weights(self.model, self.dims, c.model.hf_assets_path, c.metrics.progress_bar)
-            if self.registry:
-                self.registry.empty_factors()
-            reader = self.checkpointer.reader(self.step)
-            ckpt.allocate_optimizer_state(self.optimizer, self.trainable, reader.read_metadata())
-            self.checkpointer.load(reader, self._tensors(self._saved_state["base"]))
-        elif c.model.flavor:
+            self._resume()
+        else:
+            self.wandb_id = None
+            self._load_base()
+            self._set_first_values()
+        self.update.start()
+
+    def _resume(self) -> None:
+        c, step = self.config, self.step
+        state = on_rank_zero("reading the checkpoint's state", lambda: self.checkpointer.train_state(step))
+        for line in check_resumable(state, self.identity, c.checkpoint.allow_mismatch):
+            logger.warning("%s; checkpoint.allow_mismatch accepts it", line)
+        self.wandb_id = state.get("wandb_id")
+        if state["base"] == "delta":
+            self._load_base()
+        reader = self.checkpointer.reader(step)
+        self.update.allocate(reader.read_metadata())
+        self.checkpointer.load(reader, self.update.state(changed_only=state["base"] == "delta"))
+
+    def _load_base(self) -> None:
+        """The weights of the base model, or random ones."""
+        c = self.config
+        if c.model.flavor:
             logger.info("random weights: model.flavor is set")
             init_weights(self.model, self.dims, c.training.seed)
         else:
             load_weights(self.model, self.dims, c.model.hf_assets_path, c.metrics.progress_bar)
-        if not self.step:
-            self._start_adapters()
-        if self.registry:
-            self.registry.materialize()
-            self._build_fold()
 
-    def _build_fold(self) -> None:
-        c, h = self.config, self.config.hdpissa
-        plan = update_plan(c, self.plan, {name: e.local_shape for name, e in self.registry.entries.items()})
-        logger.info("%s", plan.table())
-        wire = getattr(torch, h.exchange_dtype)
-        self.fold = Fold(
-            self.registry,
-            self.dims,
-            plan,
-            h.aggregate,
-            c.optimizer.weight_decay,
-            c.training.seed,
-            wire,
-            h.exchange_in_flight,
-        )
-        self.fold.prepare()
-
-    def _start_adapters(self) -> None:
-        """First values of the adapters, with a report of every SVD in svd.jsonl."""
+    def _set_first_values(self) -> None:
+        """First values of what is trained, with a report of every SVD in svd.jsonl."""
         enter_phase("computing the adapters' first values")
-        a, h, seed = self.config.adapter, self.config.hdpissa, self.config.training.seed
-        if self.registry:
-            settings = SliceSettings(h.slices, seed, SvdSettings(a.svd, a.svd_niter), a.svd_cache)
-            waves, layers = compute_factors(self.registry, self.dims, settings), len(self.registry.entries)
-        else:
-            waves, layers = initialize_adapters(self.model, self.dims, seed), len(adapter_layers(self.model))
-        start = said = time.perf_counter()
-        reports: list[dict] = []
-        for wave in waves:
+        layers, reports = self.update.layers_to_start(), []
+        start = last_line = time.perf_counter()
+        for wave in self.update.first_values():
             reports += wave
-            if time.perf_counter() - said > 10:
-                said = time.perf_counter()
+            if time.perf_counter() - last_line > 10:
+                last_line = time.perf_counter()
                 logger.info("factors of %d of %d layers", len(reports), layers)
         if layers:
             logger.info("first values of %d adapted layers in %.1f s", layers, time.perf_counter() - start)
-        if reports and dist.get_rank() == 0:
+        if reports and self.dims.rank == 0:
             write_svd_report(Path(self.config.job.dump_folder) / "svd.jsonl", reports)
 
     def _build_metrics(self) -> None:
@@ -271,10 +255,9 @@ class Trainer:
         if c.checkpoint.enable:
             self.checkpointer.leave_behind(self.step)
         with raise_on_all("opening metrics.jsonl"), disk_faults(Path(c.job.dump_folder)):
-            self.metrics = MetricsLogger(c, rank, self.total_steps, self.step, self._saved_state.get("wandb_id"))
+            self.metrics = MetricsLogger(c, rank, self.total_steps, self.step, self.wandb_id)
         self.profiler = build_profiler(c, rank)
-        # (tokens and records of all workers, seconds) of the steps since the last log
-        self._window: list[tuple[int, int, float]] = []
+        self._window: list[tuple[StepResult, float]] = []  # of the steps since the last log, with their seconds
         # (every how many steps, what); the last step always runs all of them
         self.hooks: list[tuple[int, Callable[[], None]]] = [(c.training.gc_freq, lambda: gc.collect(1))]
         if c.validation.enable:
@@ -284,35 +267,21 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------------- training
 
-    def train_step(self) -> dict[str, float]:
-        """One optimizer step over the global batch. Returns this step's numbers, the same on every worker."""
+    def train_step(self) -> StepResult:
+        """One optimizer step over the global batch; the result is the same on every worker."""
         enter_phase(f"step {self.step + 1}")
         batches = self._read_batches()
-        adapters = [self.placement.first_adapter + self.placement.slot(m) for m in range(len(batches))]
-        counts, tokens, sequences = self._count_tokens(batches, adapters)
+        counts = self._count_tokens(batches)
         lr = self.config.optimizer.lr * lr_factor(self.config.lr_scheduler, self.step, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_ratio"]
-        if self.registry:
-            self.registry.zero_grad()
-        else:
-            self.optimizer.zero_grad(set_to_none=True)
+        self.update.begin_step(lr)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for m, (batch, adapter) in enumerate(zip(batches, adapters)):
-            loss_sum += self._forward_backward(m, batch, counts[adapter])
-        if self.registry:
-            self.registry.finish_gradients()
-        grad_norm = clip_gradients(list(self.trainable), self.config.training.max_norm)
-        if not math.isfinite(grad_norm):
-            if self.registry:
-                check_finite(self.registry, "gradient", self.step)
-            raise FloatingPointError(f"step {self.step + 1}: the gradient norm is {grad_norm}; W is as before the step")
-        self.optimizer.step()
-        if self.registry:
-            self.fold(lr, self.step)
+        for m, batch in enumerate(batches):
+            loss_sum += self._forward_backward(m, batch, counts.trained[self.placement.adapter(m)])
+        grad_norm = self.update.finish_gradients(self.step)
+        self.update.apply(lr, self.step)
         self.step += 1
-        numbers = {"loss": self._finish_step(loss_sum) / max(1, sum(counts)), "grad_norm": grad_norm, "lr": lr}
-        return {**numbers, "tokens": tokens, "sequences": sequences}
+        loss = self._sum_losses(loss_sum) / max(1, sum(counts.trained))
+        return StepResult(loss, grad_norm, lr, counts.tokens, counts.sequences)
 
     def _read_batches(self) -> list[Batch]:
         if not self.config.data.streaming:
@@ -320,19 +289,19 @@ class Trainer:
         with raise_on_all(f"step {self.step + 1}"):  # a stream's bad record is seen only by those who need it
             return self.loader.step(self.step)
 
-    def _count_tokens(self, batches: list[Batch], adapters: list[int]) -> tuple[list[int], int, int]:
-        """Trained tokens of each logical adapter over the whole step, all tokens of the step but padding, records."""
+    def _count_tokens(self, batches: list[Batch]) -> TokenCounts:
+        """Of all workers' batches."""
         counts = torch.zeros(self.plan.num_adapters + 2, dtype=torch.long)
-        for batch, adapter in zip(batches, adapters):
-            counts[adapter] += batch.trained_tokens
+        for m, batch in enumerate(batches):
+            counts[self.placement.adapter(m)] += batch.trained_tokens
             counts[-2] += batch.tokens
             counts[-1] += batch.sequences
         counts = counts.to(self.device)
         dist.all_reduce(counts, group=self.dims.dp_mesh.get_group())
-        *per_adapter, tokens, sequences = counts.tolist()
-        return per_adapter, tokens, sequences
+        *trained, tokens, sequences = counts.tolist()
+        return TokenCounts(trained, tokens, sequences)
 
-    def _finish_step(self, loss_sum: torch.Tensor) -> float:
+    def _sum_losses(self, loss_sum: torch.Tensor) -> float:
         """The sum of all workers' losses. What signals ask for travels with it: all ranks must agree where to stop."""
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         if self.dims.tp_rank == 0:  # the ranks of a tensor-parallel group have the same loss
@@ -345,8 +314,7 @@ class Trainer:
 
     def _forward_backward(self, micro_batch: int, batch: Batch, trained_tokens: int) -> torch.Tensor:
         """Accumulate gradients of (sum of token losses / trained_tokens); returns the sum, detached."""
-        if self.registry:
-            self.registry.activate(self.placement.slot(micro_batch))
+        self.update.bind(self.placement.slot(micro_batch))
         if self.config.adapter.dropout:
             # Masks are a function of the samples, not of the worker that happens to compute them.
             first = self.step * self.plan.global_batch_size + self.placement.samples(micro_batch).start
@@ -397,14 +365,13 @@ class Trainer:
         """Until the last step, or the first one after a signal."""
         while self.step < self.total_steps and not self.stop_status:
             start = time.perf_counter()
-            numbers = self.train_step()
-            sizes = int(numbers.pop("tokens")), int(numbers.pop("sequences"))
-            self._window.append((*sizes, time.perf_counter() - start))
+            result = self.train_step()
+            self._window.append((result, time.perf_counter() - start))
             if self.profiler:
                 self.profiler.step()
-            self.metrics.advance(numbers["loss"])
+            self.metrics.advance(result.loss)
             if self.step % self.config.metrics.log_freq == 0 or self.step == self.total_steps:
-                self._log(numbers)
+                self._log(result)
             self.checkpointer.warn_of_failure()  # of an earlier save: that of the last step is no warning
             for every, hook in self.hooks:
                 if self.step % every == 0 or self.step == self.total_steps:
@@ -415,17 +382,22 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------------------- periodic
 
-    def _log(self, numbers: dict[str, float]) -> None:
-        tokens, sequences, seconds = map(sum, zip(*self._window))
+    def _log(self, last: StepResult) -> None:
+        """The last step's loss, norm and rate, and the speed of all steps since the last call."""
         steps = len(self._window)
+        tokens = sum(result.tokens for result, _ in self._window)
+        sequences = sum(result.sequences for result, _ in self._window)
+        seconds = sum(seconds for _, seconds in self._window)
         self._window.clear()
-        work = trained_work(self.model, tokens / (steps * self.placement.micro_batches * self.dims.dp_size))
-        flops = flops_per_token(self.plan.decoder, tokens / sequences, *work)
+        tokens_of_pass = tokens / (steps * self.placement.micro_batches * self.dims.dp_size)
+        flops = flops_per_token(self.plan.decoder, tokens / sequences, *trained_work(self.model, tokens_of_pass))
         rate = tokens / seconds
         self.metrics.log(
             self.step,
             {
-                **numbers,
+                "loss": last.loss,
+                "grad_norm": last.grad_norm,
+                "lr": last.lr,
                 "tokens_per_second": rate,
                 "tflops_per_worker": rate * flops / 1e12 / self.dims.world_size,
                 "step_seconds": seconds / steps,
@@ -447,16 +419,12 @@ class Trainer:
         state = {
             "step": self.step,
             "base": base,
-            "wandb_id": self.metrics.wandb_id or self._saved_state.get("wandb_id"),
+            "wandb_id": self.metrics.wandb_id or self.wandb_id,
             "identity": self.identity,
             "config": manager.to_toml(self.config),
         }
         self.metrics.sync()
-        self.checkpointer.save(self.step, self._tensors(base), state)
-
-    def _tensors(self, base: str) -> dict[str, object]:
-        state = ckpt.model_state(self.model, self.registry, changed_only=base == "delta")
-        return {**state, **ckpt.optimizer_state(self.optimizer, self.trainable)}
+        self.checkpointer.save(self.step, self.update.state(changed_only=base == "delta"), state)
 
     def _identity(self) -> dict[str, object]:
         c, plan = self.config, self.plan

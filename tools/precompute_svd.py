@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from tqdm import tqdm
 
-from titan_hd.adapters.hdpissa import HDPissa
-from titan_hd.adapters.methods import build_method
+from titan_hd.adapters.methods import build_method, method_of
 from titan_hd.adapters.svd import SvdSettings
 from titan_hd.adapters.svd_cache import cached_factors
 from titan_hd.config import manager
@@ -37,15 +36,14 @@ def precompute(config: JobConfig, share: int, shares: int) -> None:
         model = Decoder(decoder_config(config))
     expected = {name: p.shape for name, p in model.named_parameters()}
     files = WeightFiles(config.model.hf_assets_path, expected, tied_head=model.lm_head is None)
-    method = build_method(config, config.hdpissa.num_adapters)
-    directions = method.directions if isinstance(method, HDPissa) else a.rank
+    method = build_method(config, method_of(config).adapters_for(config, workers=1))
     names = method.apply(model, a.target_modules)[share::shares]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     master = getattr(torch, config.training.master_dtype)  # what the run decomposes is the master
     for name in tqdm(names, unit="weight"):
         rows = files.read_rows(f"{name}.weight", 0, expected[f"{name}.weight"][0])
         weight = rows.to(device, master).float()
-        *_, report = cached_factors(weight, directions, SvdSettings(a.svd, a.svd_niter), name, a.svd_cache)
+        *_, report = cached_factors(weight, method.directions, SvdSettings(a.svd, a.svd_niter), name, a.svd_cache)
         print(json.dumps(report))
 
 
@@ -63,12 +61,13 @@ def main() -> None:
         share, shares = parse_share(argv[1] if len(argv) > 1 else "")
         argv = argv[2:]
     config = manager.load_or_exit(argv)
-    hdpissa = config.adapter.method == "hdpissa"
+    method = method_of(config)
+    decomposes = "adapter.svd" in method.keys
     faults = {
         "adapter.svd_cache: is missing; name the folder to fill": not config.adapter.svd_cache,
-        "hdpissa.num_adapters: is missing; the factors depend on it": hdpissa and not config.hdpissa.num_adapters,
-        f"adapter.method: {config.adapter.method} needs no SVD": config.adapter.method not in ("hdpissa", "pissa"),
-        "hdpissa.slices: random slices need no SVD": hdpissa and config.hdpissa.slices == "random",
+        "hdpissa.num_adapters: is missing; the factors depend on it": method.folds and not config.hdpissa.num_adapters,
+        f"adapter.method: {config.adapter.method} needs no SVD": not decomposes,
+        "hdpissa.slices: random slices need no SVD": decomposes and not build_method(config).directions,
         "model.hf_assets_path: is missing; random weights are not worth a cache": bool(config.model.flavor),
     }
     errors = [line for line, fault in faults.items() if fault]

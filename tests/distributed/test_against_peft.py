@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
 from tests.kit import runs
+from tests.kit.runs import LINEAR_LAYERS
 from titan_hd.adapters.dora import DoRALinear
 from titan_hd.adapters.lora import LoRALinear
-from titan_hd.config.job_config import LINEAR_LAYERS
 from titan_hd.distributed.adapter_init import generator_of
 
 STEPS, BATCH, RANK, ALPHA, LR = 20, 4, 3, 4.0, 3e-3

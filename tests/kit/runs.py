@@ -32,6 +32,9 @@ ODD = {
 }
 
 
+LINEAR_LAYERS = list(parse_hf_config(ODD, "tests").linear_shapes())
+
+
 def write_model(folder: Path, seed: int = 0, **changes) -> tuple[dict, dict[str, torch.Tensor]]:
     """A HF directory with random fp32 weights, large enough that gradients matter; returns its config and weights."""
     config = {**ODD, **changes}

@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_hd.adapters.adapter_linear import AdapterLinear
+from titan_hd.adapters.adapter_linear import AdapterLinear, AdapterMethod
+from titan_hd.adapters.bone import peft_miss
 from titan_hd.adapters.dense_delta import recomputed_linear
+from titan_hd.config.job_config import Adapter, JobConfig
 
 
 def _effective(weight: Tensor, small: Sequence[Tensor], with_weight: bool) -> Tensor:
@@ -84,3 +86,25 @@ class BatLinear(AdapterLinear):
         if self.form == "row":
             return 6 * b * self.in_features
         return 2 * self.in_features * self.out_features * (1 + 3 * b / tokens)
+
+
+class Bat(AdapterMethod):
+    name, title, paper = "bat", "Bat", "arXiv 2409.15371"
+    trains, size = "D [out/b, b, b], or [in/b, b, b]", "b out, or b in"
+    keys = resume_keys = ("adapter.rank", "adapter.dropout", "adapter.bat_form")
+    layer = BatLinear
+
+    @classmethod
+    def layer_settings(cls, config: JobConfig) -> dict[str, Any]:
+        a = config.adapter
+        return {"block": a.rank, "form": a.bat_form, "dropout": a.dropout}
+
+    @classmethod
+    def peft_error(cls, config: JobConfig) -> str | None:
+        if config.adapter.bat_form == "column":
+            return None
+        return "export.format: peft has bat's column form alone, not adapter.bat_form row; use hf"
+
+    @classmethod
+    def peft_config(cls, adapter: Adapter) -> dict[str, Any]:
+        return peft_miss(adapter, "bat")

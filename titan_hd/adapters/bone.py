@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_hd.adapters.adapter_linear import AdapterLinear
+from titan_hd.adapters.adapter_linear import AdapterLinear, AdapterMethod
+from titan_hd.config.job_config import Adapter, JobConfig
 
 
 class BoneLinear(AdapterLinear):
@@ -43,3 +44,24 @@ class BoneLinear(AdapterLinear):
     def flops(self, tokens: float) -> float:
         """The product with D, and its gradients."""
         return 6 * self.miss_block.numel()
+
+
+class Bone(AdapterMethod):
+    name, title, paper, aliases = "bone", "Bone", "arXiv 2409.15371", ("miss",)
+    trains, size = "D [b, out], b = `adapter.rank`", "b out"
+    keys = resume_keys = ("adapter.rank", "adapter.dropout")
+    layer = BoneLinear
+
+    @classmethod
+    def layer_settings(cls, config: JobConfig) -> dict[str, Any]:
+        return {"block": config.adapter.rank, "dropout": config.adapter.dropout}
+
+    @classmethod
+    def peft_config(cls, adapter: Adapter) -> dict[str, Any]:
+        return peft_miss(adapter, True)
+
+
+def peft_miss(adapter: Adapter, variant: bool | str) -> dict[str, Any]:
+    """peft's configuration of MiSS, of which Bone and Bat are variants."""
+    dropout = {"miss_dropout": adapter.dropout, "bias": "none", "init_weights": variant}
+    return {"peft_type": "MISS", "r": adapter.rank, **dropout}

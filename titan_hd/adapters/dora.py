@@ -9,13 +9,14 @@ reason y + (m / ||W + s B A|| - 1) y is computed. Weight decay pulls delta to ze
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from titan_hd.adapters.lora import LoRALinear, add_low_rank
+from titan_hd.adapters.lora import LoRA, LoRALinear, add_low_rank
+from titan_hd.config.job_config import Adapter
 
 
 class DoRALinear(LoRALinear):
@@ -54,6 +55,18 @@ class DoRALinear(LoRALinear):
     def flops(self, tokens: float) -> float:
         """LoRA's, and per forward pass the norms: W's squares and W A^T."""
         return super().flops(tokens) + 2 * (1 + self.rank) * self.in_features * self.out_features / tokens
+
+
+class DoRA(LoRA):
+    name, title, paper = "dora", "DoRA", "arXiv 2402.09353"
+    trains, size = "A, B, delta [out]", "r (in + out) + out"
+    resume_keys = ("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.rslora")
+    keys = (*resume_keys, "adapter.loraplus_lr_ratio")
+    layer = DoRALinear
+
+    @classmethod
+    def peft_config(cls, adapter: Adapter) -> dict[str, Any]:
+        return {**super().peft_config(adapter), "use_dora": True}
 
 
 @torch.no_grad()

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import nn
 
 from titan_hd.adapters.inject import find_linears
+from titan_hd.adapters.method import Method
+from titan_hd.config.job_config import JobConfig
 
 
-class FullFineTuning:
+class FullFineTuning(Method):
     """Trains every parameter, or only the weights of the targeted linear layers."""
 
-    num_adapters = 1
-    direct_update = False
+    name, title = "full", "full fine-tuning"
+    trains, size, base = "W (everything, or the targets' weights)", "in out", "trained"
+    keys = resume_keys = ()
     tensor_parallel = True
-    lr_ratios: ClassVar[dict[str, float]] = {}
+    no_peft = "it has no adapters"
+
+    @classmethod
+    def from_config(cls, config: JobConfig, num_adapters: int = 1) -> FullFineTuning:
+        return cls()
+
+    @classmethod
+    def config_errors(cls, config: JobConfig) -> list[str]:
+        errors = []
+        if config.adapter.dropout:
+            errors.append("adapter.dropout: method full has no adapters; set it to 0")
+        if config.checkpoint.base == "delta" and config.adapter.target_modules is None:
+            errors.append(
+                "checkpoint.base: delta needs a base model in model.hf_assets_path (and no model.flavor), and a method "
+                "that leaves some of its weights alone"
+            )
+        if config.training.master_dtype != "float32":
+            errors.append(
+                "training.master_dtype: bfloat16 is for methods that keep W frozen or fold into it, not for full "
+                "(small updates would vanish)"
+            )
+        return errors
 
     def shape_error(self, name: str, shape: tuple[int, int]) -> None:
         """Any shape will do."""

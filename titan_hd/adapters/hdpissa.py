@@ -12,14 +12,18 @@ one input (query, key and value; gate and up) share their products with it and s
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+import dataclasses
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from titan_hd.adapters.frozen_linear import FoldingLinear
 from titan_hd.adapters.inject import replace_linears
-from titan_hd.config.job_config import LINEAR_LAYERS
+from titan_hd.adapters.method import FoldingMethod
+from titan_hd.config import job_config
+from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
 
 
@@ -86,39 +90,20 @@ def exact_mute(
     return _ExactMute.apply(x, seen.detach(), scale, *(tensor for layer in layers for tensor in layer))
 
 
-class HDPissaLinear(nn.Linear):
+class HDPissaLinear(FoldingLinear):
     """A frozen linear layer with the slice of one logical adapter bound to it.
 
-    `delta_A` [K, r, in] and `delta_B` [K, out, r] are the layer's trainable parameters, held for all K adapters as
-    one tensor each; the adapter registry makes them, and binds the slice of the adapter whose micro-batch comes next
-    (`bind`). They are zero whenever a forward pass runs.
+    scale: alpha / r. mute_scalar: the paper's g, or 0 for the exact mute.
     """
 
     def __init__(self, linear: nn.Linear, scale: float, dropout: float, mute_scalar: float):
-        nn.Module.__init__(self)  # nn.Linear's own would allocate a weight
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self.register_parameter("delta_A", None)
-        self.register_parameter("delta_B", None)
-        self.scale, self.dropout, self.mute_scalar = scale, dropout, mute_scalar
-        self.bound: tuple[torch.Tensor, ...] | None = None
-
-    def bind(self, a: torch.Tensor, b: torch.Tensor, da: torch.Tensor, db: torch.Tensor) -> None:
-        """Make one adapter the active one: a, da [r, in]; b, db [out, r]; da and db are leaves that take gradients."""
-        self.bound = (a, b, da, db)
-
-    def parameters_for_compute(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias that a forward pass uses; tensor parallelism puts its rank's part in their place."""
-        return self.weight, self.bias
+        super().__init__(linear, dropout)
+        self.scale, self.mute_scalar = scale, mute_scalar
 
     def operands(self) -> Operands:
         """What `exact_mute` needs of this layer."""
         assert self.bound is not None, "no adapter is bound; AdapterRegistry.activate comes first"
         return Operands(*self.parameters_for_compute(), *self.bound)
-
-    def dropped(self, x: torch.Tensor) -> torch.Tensor:
-        """The adapter's input: x after dropout; tensor parallelism draws the mask of the whole input."""
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
     @property
     def shares_products(self) -> bool:
@@ -135,6 +120,10 @@ class HDPissaLinear(nn.Linear):
         low_rank = F.linear(x_adapter, (layer.a + layer.da).to(x.dtype))
         low_rank = F.linear(low_rank, (layer.b + layer.db).to(x.dtype))
         return F.linear(x, layer.weight, layer.bias) + self.mute_scalar * self.scale * low_rank
+
+    def flops(self, tokens: float) -> float:
+        """The exact mute's four skinny products."""
+        return 4 * self.delta_A.shape[1] * (self.in_features + self.out_features)
 
 
 def project_together(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -153,12 +142,27 @@ def share_products(model: nn.Module) -> None:
             module.project = project_together
 
 
-class HDPissa:
+class HDPissa(FoldingMethod):
     """HD-PiSSA: K logical adapters of rank r on every targeted layer; nothing else is trained."""
 
-    direct_update = True
+    name, title, paper = "hdpissa", "HD-PiSSA", "arXiv 2505.18777"
+    how = "logical adapters train different SVD slices of each weight; their updates are folded into the weight itself"
+    trains, size = "dA [K, r, in], dB [K, out, r], zero after every step", "K r (in + out)"
+    base = "changed by every step"
+    resume_keys = (
+        "adapter.rank",
+        "adapter.alpha",
+        "adapter.dropout",
+        "hdpissa.slices",
+        "hdpissa.aggregate",
+        "hdpissa.mute_scalar",
+    )
+    keys = (
+        *("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.svd", "adapter.svd_niter", "adapter.svd_cache"),
+        *(f"hdpissa.{field.name}" for field in dataclasses.fields(job_config.HDPissa)),
+    )
     tensor_parallel = True
-    lr_ratios: ClassVar[dict[str, float]] = {}
+    no_peft = "it changes W itself, by a matrix that is not of low rank"
 
     def __init__(
         self,
@@ -169,23 +173,36 @@ class HDPissa:
         mute_scalar: float = 0.0,
         slices: str = "orthogonal",
     ):
+        super().__init__()
         self.num_adapters, self.rank = num_adapters, rank
-        self.dropout, self.mute_scalar = dropout, mute_scalar
+        self.dropout, self.mute_scalar, self.slices = dropout, mute_scalar, slices
         self.scale = (rank if alpha is None else alpha) / rank
-        self.directions = num_adapters * rank if slices == "orthogonal" else rank
+        # "top" and "random" give every adapter directions of its own choice, of which the weight needs r.
+        self._needed = num_adapters * rank if slices == "orthogonal" else rank
+        self.directions = 0 if slices == "random" else self._needed
+
+    @classmethod
+    def from_config(cls, config: JobConfig, num_adapters: int = 1) -> HDPissa:
+        a, h = config.adapter, config.hdpissa
+        return cls(num_adapters, a.rank, a.alpha, a.dropout, h.mute_scalar, h.slices)
+
+    @classmethod
+    def adapters_for(cls, config: JobConfig, workers: int) -> int:
+        return config.hdpissa.num_adapters or workers
+
+    def trained_parameters(self, model: nn.Module) -> int:
+        layers = [layer for layer in model.modules() if isinstance(layer, HDPissaLinear)]
+        return self.num_adapters * self.rank * sum(layer.in_features + layer.out_features for layer in layers)
 
     def apply(self, model: nn.Module, target_modules: list[str] | None) -> list[str]:
-        """Replace the targeted layers (default: all linear layers of the blocks) and freeze everything.
-
+        """Replace the targeted layers (default: all linear layers but the head) and freeze everything.
 
         Raises:
-            ValueError: a target that matches no layer, or a layer too small for K slices of rank r.
+            UserError: a target that matches no layer, or a layer too small for K slices of rank r.
         """
         model.requires_grad_(False)
         layers = replace_linears(
-            model,
-            target_modules or LINEAR_LAYERS,
-            lambda linear: HDPissaLinear(linear, self.scale, self.dropout, self.mute_scalar),
+            model, target_modules, lambda linear: HDPissaLinear(linear, self.scale, self.dropout, self.mute_scalar)
         )
         for name, layer in layers.items():
             error = self.shape_error(name, (layer.out_features, layer.in_features))
@@ -196,10 +213,10 @@ class HDPissa:
 
     def shape_error(self, name: str, shape: tuple[int, int]) -> str | None:
         """One line if a weight [out, in] has fewer singular directions than the adapters' slices need."""
-        k, r = self.directions // self.rank, self.rank
-        if self.directions <= min(shape):
+        k, r = self._needed // self.rank, self.rank
+        if self._needed <= min(shape):
             return None
         return (
-            f"adapter.rank: the slices need K * r = {k} * {r} = {self.directions} singular directions, "
+            f"adapter.rank: the slices need K * r = {k} * {r} = {self._needed} singular directions, "
             f"{name} of shape {list(shape)} has {min(shape)}; lower adapter.rank or hdpissa.num_adapters"
         )

@@ -5,15 +5,16 @@ The change W o B A has a high rank where W has. There is no alpha: the scale is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from titan_hd.adapters.adapter_linear import AdapterLinear
+from titan_hd.adapters.adapter_linear import AdapterLinear, AdapterMethod
 from titan_hd.adapters.dense_delta import recomputed_linear
+from titan_hd.adapters.lora import kaiming_uniform
+from titan_hd.config.job_config import Adapter, JobConfig
 
 
 def _effective(weight: Tensor, small: Sequence[Tensor], with_weight: bool) -> Tensor:
@@ -46,8 +47,7 @@ class HiraLinear(AdapterLinear):
         return None
 
     def initial(self, weight: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
-        bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform with a = sqrt(5)
-        a = torch.empty(self.hira_A.shape).uniform_(-bound, bound, generator=generator)
+        a = kaiming_uniform(self.rank, self.in_features, generator)
         return {"hira_A": a, "hira_B": torch.zeros(self.hira_B.shape)}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,3 +59,18 @@ class HiraLinear(AdapterLinear):
     def flops(self, tokens: float) -> float:
         """The gradient of dW; and, spread over the tokens, B A in both passes and the gradients of A and B."""
         return 2 * self.in_features * self.out_features * (1 + 4 * self.rank / tokens)
+
+
+class Hira(AdapterMethod):
+    name, title, paper = "hira", "HiRA", "ICLR 2025"
+    trains, size = "A, B", "r (in + out)"
+    keys = resume_keys = ("adapter.rank", "adapter.dropout")
+    layer = HiraLinear
+
+    @classmethod
+    def layer_settings(cls, config: JobConfig) -> dict[str, Any]:
+        return {"rank": config.adapter.rank, "dropout": config.adapter.dropout}
+
+    @classmethod
+    def peft_config(cls, adapter: Adapter) -> dict[str, Any]:
+        return {"peft_type": "HIRA", "r": adapter.rank, "hira_dropout": adapter.dropout}

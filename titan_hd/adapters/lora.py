@@ -13,12 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from titan_hd.adapters.adapter_linear import AdapterLinear
-
-
-def lora_scale(rank: int, alpha: float | None, rslora: bool) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA; alpha is r unless given."""
-    return (rank if alpha is None else alpha) / (math.sqrt(rank) if rslora else rank)
+from titan_hd.adapters.adapter_linear import AdapterLinear, AdapterMethod
+from titan_hd.config.job_config import Adapter, JobConfig
 
 
 class LoRALinear(AdapterLinear):
@@ -46,8 +42,7 @@ class LoRALinear(AdapterLinear):
         return None
 
     def initial(self, weight: torch.Tensor | None, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        bound = 1.0 / math.sqrt(self.in_features)  # what kaiming_uniform with a = sqrt 5 comes to
-        a = torch.empty(self.rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        a = kaiming_uniform(self.rank, self.in_features, generator)
         return {"lora_A": a, "lora_B": torch.zeros(self.out_features, self.rank)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -63,11 +58,76 @@ class LoRALinear(AdapterLinear):
         return 6 * self.rank * (self.in_features + self.out_features)
 
 
+class OLoRALinear(LoRALinear):
+    """OLoRA (arXiv 2406.01775): LoRA that starts from W = Q R with B = Q[:, :r], A = R[:r], over W - s B A.
+
+    dtype: that in which A and B are gathered; see `over_remainder`.
+    """
+
+    reads_weight = changes_weight = True
+
+    def __init__(
+        self, linear: nn.Linear, rank: int, scale: float, dropout: float = 0.0, dtype: torch.dtype = torch.float32
+    ):
+        super().__init__(linear, rank, scale, dropout)
+        self.dtype = dtype
+
+    def initial(self, weight: torch.Tensor | None, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        # The leading columns of Q depend on those of W alone, and R = Q^T W: no whole decomposition is needed.
+        q = torch.linalg.qr(weight[:, : self.rank].double())[0].float()
+        return over_remainder(weight, q.T @ weight, q, self.scale, self.dtype)
+
+
+class LoRA(AdapterMethod):
+    """LoRA with its variants rsLoRA, LoRA+ and OLoRA."""
+
+    name, title, paper = "lora", "LoRA", "arXiv 2106.09685"
+    trains, size = "A [r, in], B [out, r]", "r (in + out)"
+    resume_keys = ("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.rslora", "adapter.init")
+    keys = (*resume_keys, "adapter.loraplus_lr_ratio")
+    layer = LoRALinear
+
+    @classmethod
+    def from_config(cls, config: JobConfig, num_adapters: int = 1) -> LoRA:
+        layer = OLoRALinear if config.adapter.init == "olora" else cls.layer
+        settings = cls.layer_settings(config)
+        if layer.changes_weight:
+            settings["dtype"] = getattr(torch, config.training.mixed_precision_param)
+        method = cls(layer, **settings)
+        ratio = config.adapter.loraplus_lr_ratio
+        method.lr_ratios = {} if ratio == 1.0 else {"lora_B": ratio}
+        return method
+
+    @classmethod
+    def layer_settings(cls, config: JobConfig) -> dict[str, Any]:
+        a = config.adapter
+        scale = a.effective_alpha / (math.sqrt(a.rank) if a.rslora else a.rank)
+        return {"rank": a.rank, "scale": scale, "dropout": a.dropout}
+
+    @classmethod
+    def peft_config(cls, adapter: Adapter) -> dict[str, Any]:
+        common = {"peft_type": "LORA", "lora_dropout": adapter.dropout, "bias": "none", "use_dora": False}
+        if cls.layer.changes_weight or adapter.init == "olora":
+            # The export makes an adapter of rank 2r, [A | A0] and [s B | -s B0], of the model directory's weights.
+            return {**common, "r": 2 * adapter.rank, "lora_alpha": 2 * adapter.rank, "use_rslora": False}
+        return {**common, "r": adapter.rank, "lora_alpha": adapter.effective_alpha, "use_rslora": adapter.rslora}
+
+
+def kaiming_uniform(rank: int, in_features: int, generator: torch.Generator) -> torch.Tensor:
+    """LoRA's first A [rank, in], on the host: kaiming_uniform with a = sqrt 5, which comes to +- 1 / sqrt(in)."""
+    bound = 1.0 / math.sqrt(in_features)
+    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+
+
 def over_remainder(
     weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """First values, as `initial` returns them, of adapters that start as a part of W: A and B rounded to dtype, and
-    the base weight without them, W - s B A."""
+    """First values, as `initial` returns them, of adapters that start as a part of W: A and B, and the base weight
+    without them, W - s B A.
+
+    dtype: that in which A and B are gathered. They are rounded to it first, so that the remainder takes up what they
+    lose and the sum stays W.
+    """
     a, b = a.to(dtype).float(), b.to(dtype).float()
     return {"lora_A": a, "lora_B": b, "weight": torch.addmm(weight, b, a, alpha=-scale)}
 

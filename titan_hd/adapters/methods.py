@@ -1,101 +1,64 @@
-"""Which method a configuration names, and how it is built: one line for each."""
+"""The table of methods: what adapter.method may name. A new method is its file and its name here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
-
-from titan_hd.adapters.adapter_linear import AdapterMethod
-from titan_hd.adapters.bat import BatLinear
-from titan_hd.adapters.bone import BoneLinear
-from titan_hd.adapters.dora import DoRALinear
+from titan_hd.adapters.bat import Bat
+from titan_hd.adapters.bone import Bone
+from titan_hd.adapters.dora import DoRA
 from titan_hd.adapters.full import FullFineTuning
 from titan_hd.adapters.hdpissa import HDPissa
-from titan_hd.adapters.hira import HiraLinear
-from titan_hd.adapters.lora import LoRALinear, lora_scale
-from titan_hd.adapters.mora import MoraLinear
-from titan_hd.adapters.olora import OLoRALinear
-from titan_hd.adapters.pissa import PiSSALinear
-from titan_hd.adapters.protocol import Method
-from titan_hd.adapters.svd import SvdSettings
-from titan_hd.config.job_config import Adapter, JobConfig
+from titan_hd.adapters.hira import Hira
+from titan_hd.adapters.lora import LoRA
+from titan_hd.adapters.method import Method, setting
+from titan_hd.adapters.mora import Mora
+from titan_hd.adapters.pissa import PiSSA
+from titan_hd.config.job_config import JobConfig
+
+_ALL: tuple[type[Method], ...] = (HDPissa, FullFineTuning, LoRA, PiSSA, DoRA, Mora, Hira, Bone, Bat)
+METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
+_BY_ANY_NAME = {name: method for method in _ALL for name in (method.name, *method.aliases)}
+
+# Keys that ask for a variant of a method: for a method without it they are an error. What else a method does not read
+# may come from a recipe that it inherits, and is warned about.
+_VARIANTS = tuple(f"adapter.{key}" for key in ("rslora", "loraplus_lr_ratio", "init", "mora_type", "bat_form"))
+_READ_BY_SOME = dict.fromkeys(key for method in _ALL for key in method.keys)
+_COMMON = ("adapter.rank", "adapter.dropout")  # of every method but full, which refuses the second
+
+
+def method_named(name: str) -> type[Method]:
+    """The method of a value of adapter.method."""
+    return _BY_ANY_NAME[name]
+
+
+def method_of(config: JobConfig) -> type[Method]:
+    """The method that a configuration names."""
+    return method_named(config.adapter.method)
 
 
 def build_method(config: JobConfig, num_adapters: int = 1) -> Method:
-    """The method that adapter.method names. num_adapters: K, for hdpissa alone."""
-    return _BUILDERS[config.adapter.method](config, num_adapters)
+    """The method that a configuration names, with its settings. num_adapters: K."""
+    return method_of(config).from_config(config, num_adapters)
 
 
-def adapter_identity(config: Adapter) -> dict[str, object]:
-    """What a run with adapters beside W and the checkpoint that it resumes from must have in common."""
-    alpha = config.rank if config.alpha is None else config.alpha
-    keys = ("rank", "dropout", "rslora", "init", "mora_type", "bat_form")
-    return {"adapter.alpha": alpha, **{f"adapter.{key}": getattr(config, key) for key in keys}}
+def method_errors(config: JobConfig) -> list[str]:
+    """Faults of a configuration that depend on the method and need no shapes, one line each."""
+    method, errors = method_of(config), []
+    for key in _VARIANTS:
+        if key not in method.keys and _is_set(config, key):
+            having = ", ".join(name for name, other in METHODS.items() if key in other.keys)
+            errors.append(f"{key}: is for {having}, not for adapter.method {config.adapter.method}; leave it out")
+    if config.export.enable and config.export.format == "peft":
+        error = method.peft_error(config)
+        errors += [error] if error else []
+    return errors + method.config_errors(config)
 
 
-def _hdpissa(config: JobConfig, num_adapters: int) -> Method:
-    a, h = config.adapter, config.hdpissa
-    return HDPissa(num_adapters, a.rank, a.alpha, a.dropout, h.mute_scalar, h.slices)
+def ignored_keys(config: JobConfig) -> list[str]:
+    """Keys that are set and that the method does not use, one line for all of them."""
+    inherited = [key for key in _READ_BY_SOME if key not in (*_VARIANTS, *_COMMON)]
+    unused = [key for key in inherited if key not in method_of(config).keys and _is_set(config, key)]
+    return [f"{', '.join(unused)}: not used by adapter.method {config.adapter.method}"] if unused else []
 
 
-def _lora(config: JobConfig, num_adapters: int) -> Method:
-    settings, lr_ratios = _lora_settings(config), _lora_lr_ratios(config)
-    if config.adapter.init == "olora":
-        return AdapterMethod(OLoRALinear, {**settings, "dtype": _gathered_dtype(config)}, lr_ratios)
-    return AdapterMethod(LoRALinear, settings, lr_ratios)
-
-
-def _pissa(config: JobConfig, num_adapters: int) -> Method:
-    a = config.adapter
-    svd = {"svd": SvdSettings(a.svd, a.svd_niter), "svd_cache": a.svd_cache, "dtype": _gathered_dtype(config)}
-    return AdapterMethod(PiSSALinear, {**_lora_settings(config), **svd}, _lora_lr_ratios(config))
-
-
-def _dora(config: JobConfig, num_adapters: int) -> Method:
-    return AdapterMethod(DoRALinear, _lora_settings(config), _lora_lr_ratios(config))
-
-
-def _lora_settings(config: JobConfig) -> dict[str, object]:
-    a = config.adapter
-    return {"rank": a.rank, "scale": lora_scale(a.rank, a.alpha, a.rslora), "dropout": a.dropout}
-
-
-def _lora_lr_ratios(config: JobConfig) -> dict[str, float]:
-    ratio = config.adapter.loraplus_lr_ratio
-    return {} if ratio == 1.0 else {"lora_B": ratio}
-
-
-def _gathered_dtype(config: JobConfig) -> torch.dtype:
-    return getattr(torch, config.training.mixed_precision_param)
-
-
-def _mora(config: JobConfig, num_adapters: int) -> Method:
-    a = config.adapter
-    return AdapterMethod(MoraLinear, {"rank": a.rank, "mora_type": a.mora_type, "dropout": a.dropout})
-
-
-def _hira(config: JobConfig, num_adapters: int) -> Method:
-    return AdapterMethod(HiraLinear, {"rank": config.adapter.rank, "dropout": config.adapter.dropout})
-
-
-def _bone(config: JobConfig, num_adapters: int) -> Method:
-    return AdapterMethod(BoneLinear, {"block": config.adapter.rank, "dropout": config.adapter.dropout})
-
-
-def _bat(config: JobConfig, num_adapters: int) -> Method:
-    a = config.adapter
-    return AdapterMethod(BatLinear, {"block": a.rank, "form": a.bat_form, "dropout": a.dropout})
-
-
-_BUILDERS: dict[str, Callable[[JobConfig, int], Method]] = {
-    "hdpissa": _hdpissa,
-    "full": lambda config, num_adapters: FullFineTuning(),
-    "lora": _lora,
-    "pissa": _pissa,
-    "dora": _dora,
-    "mora": _mora,
-    "hira": _hira,
-    "bone": _bone,
-    "bat": _bat,
-}
+def _is_set(config: JobConfig, key: str) -> bool:
+    return setting(config, key) != setting(JobConfig(), key)

@@ -12,12 +12,14 @@ cut in blocks of q, and
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_hd.adapters.adapter_linear import AdapterLinear
+from titan_hd.adapters.adapter_linear import AdapterLinear, AdapterMethod
+from titan_hd.config.job_config import JobConfig
 
 _ROPE_BASE = 10000.0
 
@@ -75,3 +77,16 @@ class MoraLinear(AdapterLinear):
         """The product with M, of the sum of the blocks or of every block, and its gradients."""
         q = self.mora_M.shape[0]
         return 6 * q * q * (1 if self.mora_type == 1 else -(-self.in_features // q))
+
+
+class Mora(AdapterMethod):
+    name, title, paper = "mora", "MoRA", "arXiv 2405.12130"
+    trains, size = "M [q, q], q = floor(sqrt((in + out) r) + 1/2)", "about r (in + out)"
+    keys = resume_keys = ("adapter.rank", "adapter.dropout", "adapter.mora_type")
+    layer = MoraLinear
+    no_peft = "the library does not have it"
+
+    @classmethod
+    def layer_settings(cls, config: JobConfig) -> dict[str, Any]:
+        a = config.adapter
+        return {"rank": a.rank, "mora_type": a.mora_type, "dropout": a.dropout}

@@ -7,17 +7,19 @@ differs from W by a matrix of rank 2r.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from titan_hd.adapters.lora import LoRALinear, over_remainder
+from titan_hd.adapters.lora import LoRA, LoRALinear, over_remainder
 from titan_hd.adapters.svd import SvdSettings
 from titan_hd.adapters.svd_cache import cached_factors
+from titan_hd.config.job_config import JobConfig
 
 
 class PiSSALinear(LoRALinear):
-    """dtype: that in which A and B are gathered; they are rounded to it first, so that the remainder takes up what they
-    lose and the sum stays W."""
+    """dtype: that in which A and B are gathered; see `over_remainder`."""
 
     reads_weight = changes_weight = True
 
@@ -38,3 +40,21 @@ class PiSSALinear(LoRALinear):
         a, b, self.report = cached_factors(weight, self.rank, self.svd, self.name, self.svd_cache)
         root = self.scale**0.5
         return over_remainder(weight, a / root, b / root, self.scale, self.dtype)
+
+
+class PiSSA(LoRA):
+    name, title, paper = "pissa", "PiSSA", "arXiv 2404.02948"
+    trains, base = "A, B", "W without its principal part, frozen"
+    resume_keys = ("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.rslora")
+    keys = (*resume_keys, "adapter.loraplus_lr_ratio", "adapter.svd", "adapter.svd_niter", "adapter.svd_cache")
+    layer = PiSSALinear
+
+    def __init__(self, layer: type[LoRALinear] | None = None, **settings: Any):
+        super().__init__(layer, **settings)
+        self.directions = settings["rank"]
+
+    @classmethod
+    def layer_settings(cls, config: JobConfig) -> dict[str, Any]:
+        a = config.adapter
+        svd = {"svd": SvdSettings(a.svd, a.svd_niter), "svd_cache": a.svd_cache}
+        return {**super().layer_settings(config), **svd}

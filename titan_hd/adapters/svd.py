@@ -6,11 +6,11 @@ Pure functions of one whole weight on one device; who computes them and who rece
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
+from titan_hd.adapters.lora import kaiming_uniform
 from titan_hd.seeding import stable_seed
 
 # The Gram matrix squares the condition number: below this share of the largest singular value its float64 eigenvectors
@@ -127,11 +127,8 @@ def random_factors(
     Adapter i of layer `name` draws from a generator of its own, so its A does not depend on who computes it.
     """
     out_features, in_features = shape
-    bound = 1.0 / math.sqrt(in_features)
-    a = torch.empty(len(adapters), rank, in_features)
-    for row, i in enumerate(adapters):
-        generator = torch.Generator().manual_seed(stable_seed("adapter", seed, name, i))
-        a[row].uniform_(-bound, bound, generator=generator)
+    generators = [torch.Generator().manual_seed(stable_seed("adapter", seed, name, i)) for i in adapters]
+    a = torch.stack([kaiming_uniform(rank, in_features, generator) for generator in generators])
     return a, torch.zeros(len(adapters), out_features, rank)
 
 

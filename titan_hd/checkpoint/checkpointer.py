@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import datetime
 import logging
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -30,68 +29,19 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from titan_hd.adapters.adapter_linear import adapter_layers
 from titan_hd.checkpoint.folder import CheckpointFolder, damage, read_manifest, read_train_state
 from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.checkpoint.writer import CheckpointWriter
-from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.collectives import on_rank_zero
-from titan_hd.distributed.shards import adapter_parameters, base_parameters
 from titan_hd.distributed.watch import enter_phase
 from titan_hd.errors import UserError
 
 logger = logging.getLogger("titan_hd")
 
 T = TypeVar("T")
-
-
-def model_state(model: nn.Module, registry: AdapterRegistry | None, changed_only: bool) -> dict[str, torch.Tensor]:
-    """Weights by HF name, the tensors of adapters beside them and, for HD-PiSSA, the fixed factors, as DTensors.
-
-    changed_only: no weights that are as the base model has them.
-    """
-    changed = {f"{name}.weight" for name in registry.entries} if registry else set()
-    changed |= {f"{name}.weight" for name, layer in adapter_layers(model).items() if layer.changes_weight}
-    state: dict[str, torch.Tensor] = {
-        f"model.{name}": p.detach()
-        for name, p in base_parameters(model)
-        if not changed_only or p.requires_grad or name in changed
-    }
-    state |= {f"adapters.{name}": p.detach() for name, p in adapter_parameters(model)}
-    for name, entry in registry.entries.items() if registry else ():
-        state[f"factors.{name}.A"], state[f"factors.{name}.B"] = entry.a, entry.b
-    return state
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Any]:
-    """The optimizer's per-parameter state, keyed by parameter name and state key."""
-    return {
-        f"optimizer.{names[parameter]}.{key}": value
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
-    }
-
-
-def allocate_optimizer_state(
-    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], metadata: Metadata
-) -> None:
-    """Make the state tensors that a checkpoint has, without values: optimizers create theirs in the first step."""
-    parameters = {name: parameter for parameter, name in names.items()}
-    for key, stored in metadata.state_dict_metadata.items():
-        match = re.fullmatch(r"optimizer\.(.+)\.([^.]+)", key)
-        if not match or match[1] not in parameters or not isinstance(stored, TensorStorageMetadata):
-            continue
-        parameter = parameters[match[1]]
-        if stored.size == parameter.shape:
-            value = torch.zeros_like(parameter, dtype=stored.properties.dtype)
-        else:
-            value = torch.zeros(stored.size, dtype=stored.properties.dtype)
-        optimizer.state[parameter][match[2]] = value
 
 
 class HostCopies:

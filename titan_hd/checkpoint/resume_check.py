@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from titan_hd.adapters.methods import adapter_identity
+from titan_hd.adapters.methods import method_of
 from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
 from titan_hd.models.registry import DecoderConfig
@@ -37,11 +37,11 @@ def run_identity(
     """By the key that a user would change. num_adapters, batch: the resolved K and global batch size; data: what the
     samples are made of; weights: the fingerprint of the base model, "" if it is not at hand. Of the method's settings
     only those that it reads."""
-    c, hdpissa = config, config.adapter.method == "hdpissa"
-    identity = {
+    c, method = config, method_of(config)
+    return {
         "model": repr(decoder),
         "weights": weights,
-        "adapter.method": c.adapter.method,
+        "adapter.method": method.name,
         "adapter.target_modules": c.adapter.target_modules,
         "hdpissa.num_adapters": num_adapters,
         "training.global_batch_size": batch,
@@ -50,14 +50,8 @@ def run_identity(
         "optimizer.name": c.optimizer.name,
         "data.shuffle": c.data.shuffle,
         "data.train": data,
+        **method.identity(c),
     }
-    if c.adapter.method not in ("hdpissa", "full"):
-        identity |= adapter_identity(c.adapter)
-    if hdpissa:
-        identity |= {f"adapter.{key}": getattr(c.adapter, key) for key in ("rank", "dropout")}
-        identity["adapter.alpha"] = c.adapter.alpha or c.adapter.rank
-        identity |= {f"hdpissa.{key}": getattr(c.hdpissa, key) for key in ("slices", "aggregate", "mute_scalar")}
-    return identity
 
 
 def check_resumable(state: dict[str, Any], current: dict[str, Any], allowed: list[str]) -> list[str]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from titan_hd.adapters.adapter_linear import AdapterLinear
-from titan_hd.adapters.hdpissa import HDPissaLinear
+from titan_hd.adapters.frozen_linear import FrozenLinear
 from titan_hd.models.registry import DecoderConfig
 
 
@@ -29,15 +28,10 @@ def flops_per_token(config: DecoderConfig, length: float, trained_weights: int, 
 def trained_work(model: nn.Module, tokens: float) -> tuple[int, float]:
     """`trained_weights` and `adapters` of `flops_per_token` for a model that a method was applied to.
 
-    tokens: of one worker's micro-batch. HD-PiSSA's exact mute: four skinny products, 4 r (in + out).
+    tokens: of one worker's micro-batch.
     """
     looked_up = None if getattr(model, "lm_head", None) is None else model.model.embed_tokens.weight
-    adapters, beside = 0.0, {looked_up}
-    for layer in model.modules():
-        if isinstance(layer, HDPissaLinear):
-            adapters += 4 * layer.delta_A.shape[1] * (layer.in_features + layer.out_features)
-            beside |= {layer.delta_A, layer.delta_B}
-        elif isinstance(layer, AdapterLinear):
-            adapters += layer.flops(tokens)
-            beside |= {getattr(layer, name) for name in layer.adapter_names}
-    return sum(p.numel() for p in model.parameters() if p.requires_grad and p.dim() == 2 and p not in beside), adapters
+    layers = [layer for layer in model.modules() if isinstance(layer, FrozenLinear)]
+    beside = {looked_up, *(p for layer in layers for p in layer.parameters())}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dim() == 2 and p not in beside)
+    return trained, sum(layer.flops(tokens) for layer in layers)

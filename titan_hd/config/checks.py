@@ -1,15 +1,14 @@
 """What a configuration must fulfil that single types do not say: ranges, and combinations of keys.
 
-Nothing here needs files, shapes or the number of workers; those are `titan_hd.preflight`'s.
+What depends on the method is the method's own (`adapters.methods.method_errors`); what needs files, shapes or the
+number of workers is `titan_hd.preflight`'s.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from typing import Any
 
-from titan_hd.config import job_config
 from titan_hd.config.job_config import JobConfig
 
 _AT_LEAST = {
@@ -49,45 +48,9 @@ _AT_LEAST = {
 }
 
 
-_LORAS = ("lora", "pissa", "dora")
-# Keys that ask for a variant of a method -> the methods that have it.
-_VARIANTS = {
-    "adapter.rslora": _LORAS,
-    "adapter.loraplus_lr_ratio": _LORAS,
-    "adapter.init": ("lora",),
-    "adapter.mora_type": ("mora",),
-    "adapter.bat_form": ("bat",),
-}
-# Keys that another method may inherit and does not use -> the methods that do.
-_USED_BY = {
-    "adapter.alpha": ("hdpissa", *_LORAS),
-    "adapter.svd": ("hdpissa", "pissa"),
-    "adapter.svd_niter": ("hdpissa", "pissa"),
-    "adapter.svd_cache": ("hdpissa", "pissa"),
-    **{f"hdpissa.{f.name}": ("hdpissa",) for f in dataclasses.fields(job_config.HDPissa)},
-}
-
-
-def ignored_keys(config: JobConfig) -> list[str]:
-    """Keys that are set and that the method does not use, one line for all of them."""
-    default, method = JobConfig(), config.adapter.method
-    unused = [
-        key for key, methods in _USED_BY.items() if method not in methods and _get(config, key) != _get(default, key)
-    ]
-    return [f"{', '.join(unused)}: not used by adapter.method {method}"] if unused else []
-
-
 def _get(config: JobConfig, key: str) -> Any:
     section, _, name = key.partition(".")
     return getattr(getattr(config, section), name)
-
-
-# Methods that export.format = "peft" refuses, and why.
-_NO_PEFT = {
-    "hdpissa": "it changes W itself, by a matrix that is not of low rank",
-    "full": "it has no adapters",
-    "mora": "the library does not have it",
-}
 
 
 def check_presence(config: JobConfig) -> list[str]:
@@ -113,8 +76,7 @@ def check_combinations(config: JobConfig) -> list[str]:
             errors.append(line)
 
     for key, least in _AT_LEAST.items():
-        section, _, name = key.partition(".")
-        value = getattr(getattr(config, section), name)
+        value = _get(config, key)
         require(value is None or value >= least, f"{key}: must be at least {least}, not {value}")
     c = config
     require(c.training.epochs is None or c.training.epochs > 0, "training.epochs: must be above 0")
@@ -135,51 +97,27 @@ def check_combinations(config: JobConfig) -> list[str]:
         "lr_scheduler.warmup_ratio: give either warmup_steps or warmup_ratio",
     )
     for key in ("lr_scheduler.warmup_ratio", "lr_scheduler.min_lr_factor"):
-        section, _, name = key.partition(".")
-        value = getattr(getattr(config, section), name)
+        value = _get(config, key)
         require(value is None or 0 <= value <= 1, f"{key}: must be between 0 and 1, not {value}")
     for key in ("optimizer.beta1", "optimizer.beta2", "adapter.dropout"):
-        section, _, name = key.partition(".")
-        value = getattr(getattr(config, section), name)
+        value = _get(config, key)
         require(0 <= value < 1, f"{key}: must be at least 0 and below 1, not {value}")
-    for key, methods in _VARIANTS.items():
-        name = key.partition(".")[2]
-        require(
-            getattr(c.adapter, name) == getattr(job_config.Adapter(), name) or c.adapter.method in methods,
-            f"{key}: is for {', '.join(methods)}, not for adapter.method {c.adapter.method}; leave it out",
-        )
     require(c.adapter.loraplus_lr_ratio > 0, "adapter.loraplus_lr_ratio: must be above 0")
     require(c.adapter.alpha is None or c.adapter.alpha > 0, f"adapter.alpha: must be above 0, not {c.adapter.alpha}")
     if c.export.enable and c.export.format == "peft":
-        reason = _NO_PEFT.get(c.adapter.method)
-        require(reason is None, f"export.format: peft cannot hold method {c.adapter.method}: {reason}; use hf")
-        require(
-            c.adapter.method != "bat" or c.adapter.bat_form == "column",
-            "export.format: peft has bat's column form alone, not adapter.bat_form row; use hf",
-        )
         require(not c.model.flavor, "export.format: peft's adapter needs a base model; model.flavor has random weights")
     size = c.export.max_shard_size_gb
     require(size > 0, f"export.max_shard_size_gb: must be above 0, not {size}")
     require(c.adapter.target_modules != [], "adapter.target_modules: names no layer; leave it out for all")
-    require(
-        c.adapter.dropout == 0 or c.adapter.method != "full",
-        f"adapter.dropout: method {c.adapter.method} has no adapters; set it to 0",
-    )
     for key, folder in (("checkpoint.folder", c.checkpoint.folder), ("export.folder", c.export.folder)):
         require(
             os.path.normpath(folder) not in ("", ".", "..") and not os.path.normpath(folder).endswith("/.."),
             f"{key}: must name a folder of its own, not {folder!r}",
         )
-    trains_all = c.adapter.method == "full" and c.adapter.target_modules is None
     require(
-        c.checkpoint.base == "full" or (c.model.hf_assets_path and not c.model.flavor and not trains_all),
+        c.checkpoint.base == "full" or (c.model.hf_assets_path and not c.model.flavor),
         "checkpoint.base: delta needs a base model in model.hf_assets_path (and no model.flavor), and a method that "
         "leaves some of its weights alone",
-    )
-    require(
-        c.training.master_dtype == "float32" or c.adapter.method != "full",
-        "training.master_dtype: bfloat16 is for methods that keep W frozen or fold into it, not for full (small "
-        "updates would vanish)",
     )
     return errors + _check_sources(config)
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
 
 @dataclass
 class Job:
@@ -175,8 +173,8 @@ class LRScheduler:
 
 @dataclass
 class Adapter:
-    method: Literal["hdpissa", "full", "lora", "pissa", "dora", "mora", "hira", "bone", "bat"] = "hdpissa"
-    """How the model is trained; docs/methods.md says what each one is."""
+    method: Literal["hdpissa", "full", "lora", "pissa", "dora", "mora", "hira", "bone", "miss", "bat"] = "hdpissa"
+    """How the model is trained; docs/methods.md says what each one is. miss is another name of bone."""
     rank: int = 16
     """Rank r of one adapter; for bone and bat the size b of a block; mora has as many parameters as lora of this
     rank."""
@@ -209,6 +207,11 @@ class Adapter:
     rotated, for small ranks."""
     bat_form: Literal["column", "row"] = "column"
     """bat's square blocks: column (PEFT's) has one for each row block of a weight, row one for each column block."""
+
+    @property
+    def effective_alpha(self) -> float:
+        """alpha with its default."""
+        return self.rank if self.alpha is None else self.alpha
 
 
 @dataclass

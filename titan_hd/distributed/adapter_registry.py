@@ -16,7 +16,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from titan_hd.adapters.hdpissa import HDPissa, HDPissaLinear
+from titan_hd.adapters.frozen_linear import FoldingLinear
+from titan_hd.adapters.method import FoldingMethod
 from titan_hd.distributed.collectives import all_reduce
 
 
@@ -28,7 +29,7 @@ class AdapterEntry:
     the tp-local matrix.
     """
 
-    layer: HDPissaLinear
+    layer: FoldingLinear
     shape: tuple[int, int]
     split: int | None
     local_shape: tuple[int, int]
@@ -42,19 +43,19 @@ class AdapterEntry:
 
 
 class AdapterRegistry:
-    """Owns the adapters of a model whose layers were replaced by `HDPissa.apply`.
+    """Owns the adapters of a model whose layers were replaced by a method that folds.
 
     Life: construct (the parameters exist on the meta device and can be given to FSDP2 as ignored), materialise the
     model, `set_factors` for every layer, `materialize`; then per micro-batch `activate`, per step `finish_gradients`.
     """
 
-    def __init__(self, model: nn.Module, method: HDPissa, mesh: DeviceMesh):
+    def __init__(self, model: nn.Module, method: FoldingMethod, mesh: DeviceMesh):
         self.mesh, self.method = mesh, method
         self.num_adapters, self.rank = method.num_adapters, method.rank
         self.hosted = self.num_adapters // mesh.size(0)
         self.entries: dict[str, AdapterEntry] = {}
         for name, layer in model.named_modules():
-            if isinstance(layer, HDPissaLinear):
+            if isinstance(layer, FoldingLinear):
                 self.entries[name] = entry = self._entry(layer)
                 for key, local in self._local_shapes(entry).items():
                     tensor = self._dtensor(torch.empty(local, device="meta"), key, entry)
@@ -131,7 +132,7 @@ class AdapterRegistry:
     def _local_grads(self) -> list[torch.Tensor]:
         return [p.grad.to_local() for e in self.entries.values() for p in (e.layer.delta_A, e.layer.delta_B)]
 
-    def _entry(self, layer: HDPissaLinear) -> AdapterEntry:
+    def _entry(self, layer: FoldingLinear) -> AdapterEntry:
         weight = layer.weight
         split, local = None, weight.shape
         if isinstance(weight, DTensor):

@@ -62,8 +62,11 @@ class AdapterPlacement:
 
     def slot(self, micro_batch: int) -> int:
         """Which of the hosted adapters micro-batch m belongs to."""
-        adapter = self.samples(micro_batch).start * self.num_adapters // self.global_batch_size
-        return adapter - self.first_adapter
+        return self.adapter(micro_batch) - self.first_adapter
+
+    def adapter(self, micro_batch: int) -> int:
+        """The logical adapter that micro-batch m belongs to."""
+        return self.samples(micro_batch).start * self.num_adapters // self.global_batch_size
 
 
 def placement_error(num_adapters: int, workers: int, global_batch: int, local_batch: int) -> str | None:

@@ -9,19 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from titan_hd import __version__
+from titan_hd.adapters.method import Method
+from titan_hd.adapters.methods import method_named
 
-_METHODS = {
-    "hdpissa": "HD-PiSSA ([arXiv 2505.18777](https://arxiv.org/abs/2505.18777)): logical adapters train different SVD "
-    "slices of each weight, and their updates are folded into the weight itself",
-    "full": "full fine-tuning",
-    "lora": "LoRA ([arXiv 2106.09685](https://arxiv.org/abs/2106.09685)), merged into the weights",
-    "pissa": "PiSSA ([arXiv 2404.02948](https://arxiv.org/abs/2404.02948)), merged into the weights",
-    "dora": "DoRA ([arXiv 2402.09353](https://arxiv.org/abs/2402.09353)), merged into the weights",
-    "mora": "MoRA ([arXiv 2405.12130](https://arxiv.org/abs/2405.12130)), merged into the weights",
-    "hira": "HiRA (ICLR 2025), merged into the weights",
-    "bone": "Bone ([arXiv 2409.15371](https://arxiv.org/abs/2409.15371)), merged into the weights",
-    "bat": "Bat ([arXiv 2409.15371](https://arxiv.org/abs/2409.15371)), merged into the weights",
-}
 _SECTIONS = ("training", "optimizer", "lr_scheduler", "adapter", "hdpissa", "parallelism")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LICENSE_LINE = re.compile(r"(license|license_name|license_link):[ ]*[\"']?([\w.:/+-]+)[\"']?[ ]*")
@@ -40,7 +30,8 @@ def model_card(
     settings: the run's configuration by section and key; metrics: its last values.
     """
     base = base_name(hf_config, assets)
-    model, method = settings.get("model", {}), settings.get("adapter", {}).get("method", "")
+    model, chosen = settings.get("model", {}), settings.get("adapter", {}).get("method", "")
+    method = method_named(chosen) if chosen else None
     datasets = [_source(data) for data in _sources(settings.get("data", {}).get("train", ""))]
     front = {
         "library_name": "transformers",
@@ -48,25 +39,34 @@ def model_card(
         **({"base_model": base} if _HUB_NAME.fullmatch(base) else {}),  # the hub would look for it
         **_license(assets),
         **({"datasets": hub} if (hub := [name for name in datasets if _HUB_NAME.fullmatch(name)]) else {}),
-        "tags": ["titan_hd", *([method] if method else [])],
+        "tags": ["titan_hd", *([method.name] if method else [])],
     }
     origin = base or f"{model.get('name', '')} {model.get('flavor', '')} with random weights".strip()
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
     lines += [f"# {base.rpartition('/')[2]}, fine-tuned" if base else "# A model trained from random weights", ""]
     lines += [f"Trained with titan_hd {__version__} from {origin}.", ""]
     if method:
-        lines += [f"Method: {_METHODS.get(method, method)}.", ""]
+        lines += [f"Method: {_described(method)}.", ""]
     if any(datasets):
         lines += [f"Training data: {', '.join(datasets)}.", ""]
     rows = [
         (f"{section}.{key}", _cell(value))
         for section in _SECTIONS
-        if section != "hdpissa" or method == "hdpissa"
+        if section != "hdpissa" or (method and method.folds)
         for key, value in settings.get(section, {}).items()
         if value is not None and not (isinstance(value, str) and (os.sep in value or not value))
     ]
     lines += _table("Settings", rows) + _table("Final metrics", [(k, _cell(v)) for k, v in metrics.items()])
     return "\n".join(lines)
+
+
+def _described(method: type[Method]) -> str:
+    paper = method.paper
+    if paper.startswith("arXiv "):
+        paper = f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv ')})"
+    cited = f"{method.title} ({paper})" if paper else method.title
+    # A clause of its own follows a colon, a participle a comma.
+    return f"{cited}{': ' if method.folds else ', '}{method.how}" if method.how else cited
 
 
 def base_name(hf_config: dict[str, Any], assets: str) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from titan_hd import __version__
 from titan_hd.adapters.adapter_linear import AdapterLinear, adapter_layers
 from titan_hd.adapters.lora import LoRALinear
+from titan_hd.adapters.methods import method_of
 from titan_hd.adapters.svd import SvdSettings, principal_factors
-from titan_hd.config.job_config import LINEAR_LAYERS, JobConfig
+from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.collectives import raise_on_all
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.regroup import collect, sharded, waves
@@ -58,8 +59,8 @@ def export_peft(model: Decoder, dims: ParallelDims, config: JobConfig) -> None:
     with raise_on_all("writing the adapter"), disk_faults(partial):
         if dims.rank == 0:
             start_folder(partial)
-            text = json.dumps(adapter_config(config, base_name(model.config.hf, assets)), indent=2)
-            (partial / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+            about = adapter_config(config, base_name(model.config.hf, assets), adapter_layers(model))
+            (partial / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
             save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt", "titan_hd": __version__})
             publish(partial, folder)
             logger.info("exported the adapter (%d tensors, float32) to %s", len(tensors), folder)
@@ -125,34 +126,13 @@ def peft_tensors(
     return {_PEFT_NAMES.get(key, key): value for key, value in tensors.items()}
 
 
-def adapter_config(config: JobConfig, base: str) -> dict[str, Any]:
-    """adapter_config.json for the run's method; base: the name of the base model."""
-    a = config.adapter
+def adapter_config(config: JobConfig, base: str, layers: Iterable[str]) -> dict[str, Any]:
+    """adapter_config.json of the run's method. base: the name of the base model; layers: of those that are adapted."""
+    targets = config.adapter.target_modules or list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
     return {
-        **_METHODS[a.method](config),
+        **method_of(config).peft_config(config.adapter),
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "target_modules": a.target_modules or LINEAR_LAYERS,
+        "target_modules": targets,
         "task_type": "CAUSAL_LM",
     }
-
-
-def _lora(config: JobConfig) -> dict[str, Any]:
-    a = config.adapter
-    common = {"peft_type": "LORA", "lora_dropout": a.dropout, "bias": "none", "use_dora": a.method == "dora"}
-    if a.method == "pissa" or a.init == "olora":  # the scale is in B
-        return {**common, "r": 2 * a.rank, "lora_alpha": 2 * a.rank, "use_rslora": False}
-    return {**common, "r": a.rank, "lora_alpha": a.rank if a.alpha is None else a.alpha, "use_rslora": a.rslora}
-
-
-def _miss(config: JobConfig) -> dict[str, Any]:
-    a = config.adapter
-    variant = "bat" if a.method == "bat" else True
-    return {"peft_type": "MISS", "r": a.rank, "miss_dropout": a.dropout, "bias": "none", "init_weights": variant}
-
-
-def _hira(config: JobConfig) -> dict[str, Any]:
-    return {"peft_type": "HIRA", "r": config.adapter.rank, "hira_dropout": config.adapter.dropout}
-
-
-_METHODS = {"lora": _lora, "pissa": _lora, "dora": _lora, "bone": _miss, "bat": _miss, "hira": _hira}

@@ -48,7 +48,7 @@ def main() -> None:
     except manager.ConfigError as error:
         manager.exit_with(error.errors)
     if config.job.print_plan:
-        folds = config.adapter.method == "hdpissa"
+        folds = plan.method.folds
         print(mesh_picture(*plan.mesh, plan.num_adapters if folds else None))
         print(update_plan(config, plan).table() if folds else "nothing is folded")
         return

@@ -7,24 +7,20 @@ import dataclasses
 import json
 import logging
 import statistics
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from compare.delta_rank import DeltaRank, delta_ranks
-from titan_hd.adapters.hdpissa import HDPissa, HDPissaLinear
-from titan_hd.adapters.methods import build_method
-from titan_hd.config.job_config import LINEAR_LAYERS, Adapter, JobConfig
-from titan_hd.config.job_config import HDPissa as HDPissaKeys
+from titan_hd.adapters.methods import METHODS, build_method, method_of
+from titan_hd.config.job_config import Adapter, HDPissa, JobConfig
 from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import DecoderConfig
 
 logger = logging.getLogger("titan_hd")
 
-METHODS = typing.get_args(typing.get_type_hints(Adapter)["method"])
 # HD-PiSSA's own variants: the slices, how the updates are combined, the scalar of the paper, K.
 ABLATIONS = (
     "hdpissa",
@@ -59,11 +55,11 @@ def _changes(name: str) -> dict[str, str]:
     if method not in METHODS:
         raise UserError(f"--methods: {method!r} is none; there are {', '.join(METHODS)}, all, ablations")
     changes = {"adapter.method": method}
-    if method == "full":  # what the others may have
+    if "adapter.dropout" not in METHODS[method].keys:  # what the others may have
         changes |= {"adapter.dropout": "0"}
     for setting in settings:
         key, equals, value = setting.partition("=")
-        sections = [s for s, keys in (("adapter", Adapter), ("hdpissa", HDPissaKeys)) if key in keys.__annotations__]
+        sections = [s for s, keys in (("adapter", Adapter), ("hdpissa", HDPissa)) if key in keys.__annotations__]
         if not equals or not (sections or "." in key):
             raise UserError(f"--methods: {name}: {setting!r} must be key=value with a key of [adapter] or [hdpissa]")
         changes[key if "." in key else f"{sections[0]}.{key}"] = value
@@ -80,10 +76,7 @@ def trained_parameters(config: JobConfig, decoder: DecoderConfig, num_adapters: 
         model = Decoder(decoder)
     method = build_method(config, num_adapters)
     method.apply(model, config.adapter.target_modules)
-    if isinstance(method, HDPissa):
-        layers = [layer for layer in model.modules() if isinstance(layer, HDPissaLinear)]
-        return num_adapters * method.rank * sum(layer.in_features + layer.out_features for layer in layers)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return method.trained_parameters(model)
 
 
 def match_rank(config: JobConfig, decoder: DecoderConfig) -> int:
@@ -93,11 +86,11 @@ def match_rank(config: JobConfig, decoder: DecoderConfig) -> int:
     Raises:
         UserError: the method fits the model at no rank.
     """
-    if config.adapter.method in ("full", "hdpissa"):
+    if method_of(config).folds or "adapter.rank" not in method_of(config).keys:
         return config.adapter.rank
     block = dataclasses.replace(decoder, num_hidden_layers=1, layer_windows=decoder.layer_windows[:1])
     shapes = decoder.linear_shapes()
-    shapes = {name: shapes[name] for name in config.adapter.target_modules or LINEAR_LAYERS}
+    shapes = {name: shapes[name] for name in config.adapter.target_modules or shapes}
 
     def at(rank: int, **changes: object) -> JobConfig:
         return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, rank=rank, **changes))

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-from titan_hd.config.job_config import LINEAR_LAYERS
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.hf_files import WeightFiles
 from titan_hd.models.registry import DecoderConfig
@@ -59,5 +58,5 @@ def _pairs(base: Path, trained: Path, config: DecoderConfig) -> Iterator[tuple[s
     expected = {name: p.shape for name, p in model.named_parameters()}
     files = [WeightFiles(folder, expected, tied_head=model.lm_head is None) for folder in (base, trained)]
     for name, shape in expected.items():
-        if name.endswith(tuple(f"{layer}.weight" for layer in LINEAR_LAYERS)):
+        if name.endswith(tuple(f"{layer}.weight" for layer in config.linear_shapes())):
             yield name, *(file.read_rows(name, 0, shape[0]) for file in files)

@@ -37,5 +37,5 @@ def test_a_target_that_matches_nothing(model: Decoder):
 
 
 def test_what_the_trainer_asks_of_a_method():
-    assert (FullFineTuning().num_adapters, FullFineTuning().direct_update) == (1, False)
-    assert (HDPissa(8, 4).num_adapters, HDPissa(8, 4).direct_update) == (8, True)
+    assert (FullFineTuning().num_adapters, FullFineTuning().folds) == (1, False)
+    assert (HDPissa(8, 4).num_adapters, HDPissa(8, 4).folds) == (8, True)

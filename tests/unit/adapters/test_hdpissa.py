@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.kit.runs import LINEAR_LAYERS
 from titan_hd.adapters.hdpissa import HDPissa, HDPissaLinear, Operands, exact_mute, project_together
 from titan_hd.adapters.svd import cut_slices, principal_factors
-from titan_hd.config.job_config import LINEAR_LAYERS
 from titan_hd.models.decoder import Decoder, project_each
 from titan_hd.models.registry import flavor_config
 

@@ -9,20 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from tests.kit import layers
-from titan_hd.adapters.lora import LoRALinear, lora_scale
+from titan_hd.adapters.lora import LoRALinear, OLoRALinear
 from titan_hd.adapters.methods import build_method
-from titan_hd.adapters.olora import OLoRALinear
 from titan_hd.config.job_config import JobConfig
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import flavor_config
-
-
-def test_scales():
-    assert lora_scale(8, None, False) == 1.0
-    assert lora_scale(8, 12.0, False) == 1.5
-    assert lora_scale(8, 3, False) == 0.375, "a real number: it is never floored"
-    assert lora_scale(16, 8.0, True) == 2.0
-    assert lora_scale(16, None, True) == 4.0
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -86,6 +77,15 @@ def config(**adapter) -> JobConfig:
     return built
 
 
+@pytest.mark.parametrize(
+    ("rank", "alpha", "rslora", "scale"),
+    [(8, None, False, 1.0), (8, 12.0, False, 1.5), (8, 3, False, 0.375), (16, 8.0, True, 2.0), (16, None, True, 4.0)],
+)
+def test_scales(rank: int, alpha: float | None, rslora: bool, scale: float):
+    """alpha / r is a real number: it is never floored."""
+    assert build_method(config(rank=rank, alpha=alpha, rslora=rslora)).settings["scale"] == scale
+
+
 def test_the_method_on_a_model():
     with torch.device("meta"):
         model = Decoder(flavor_config("llama3", "debugmodel"))
@@ -96,13 +96,12 @@ def test_the_method_on_a_model():
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {f"{name}.lora_{side}" for name in names for side in "AB"}
     assert {name for name, _ in model.named_parameters()} == before | trained, "the base keeps its names"
-    assert (method.num_adapters, method.direct_update) == (1, False)
+    assert (method.num_adapters, method.folds) == (1, False)
     assert method.lr_ratios == {"lora_B": 16.0}
 
 
 def test_what_the_configuration_chooses():
     assert build_method(config(init="olora")).layer is OLoRALinear
-    assert build_method(config(rslora=True, alpha=6.0)).settings["scale"] == 3.0
     assert build_method(config()).lr_ratios == {}
 
 

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from titan_hd.adapters.adapter_linear import AdapterMethod
 from titan_hd.adapters.full import FullFineTuning
 from titan_hd.adapters.hdpissa import HDPissa, HDPissaLinear
-from titan_hd.adapters.lora import LoRALinear
-from titan_hd.adapters.protocol import Method
+from titan_hd.adapters.lora import LoRA
+from titan_hd.adapters.method import Method
 from titan_hd.components.flops import flops_per_token, trained_work
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import flavor_config
@@ -58,7 +57,7 @@ def test_hdpissa_costs_four_skinny_products():
 
 
 def test_lora_costs_six():
-    assert work(AdapterMethod(LoRALinear, {"rank": 16, "scale": 1.0})) == (0, 6 * WIDTH)
+    assert work(LoRA(rank=16, scale=1.0)) == (0, 6 * WIDTH)
 
 
 def test_full_trains_what_is_multiplied_with():

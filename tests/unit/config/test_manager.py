@@ -416,59 +416,13 @@ class TestCombinations:
         assert load([*needed, "--model.hf_assets_path", "some/dir"]).model.hf_assets_path == "some/dir"
 
 
-class TestKeysOfMethods:
-    @pytest.mark.parametrize("method", ["hdpissa", "full", "dora"])
-    def test_a_variant_that_a_method_does_not_have(self, method: str):
-        (line,) = errors_of([*NEEDED, "--adapter.method", method, "--adapter.init", "olora"])
-        assert line == f"adapter.init: is for lora, not for adapter.method {method}; leave it out"
+class TestOldNames:
+    def test_they_lead_to_real_keys(self):
+        assert set(manager._RENAMED.values()) <= set(KEYS)
 
-    @pytest.mark.parametrize("option", ["--adapter.rslora=true", "--adapter.loraplus_lr_ratio=16"])
-    def test_variants_of_lora(self, option: str):
-        for method in ("lora", "pissa", "dora"):
-            load([*NEEDED, "--adapter.method", method, option])
-        for method in ("hdpissa", "full"):
-            (line,) = errors_of([*NEEDED, "--adapter.method", method, option])
-            assert "is for lora, pissa, dora, not for" in line
-
-    def test_variants_of_mora_and_bat(self):
-        load([*NEEDED, "--adapter.method", "mora", "--adapter.mora_type", "1"])
-        load([*NEEDED, "--adapter.method", "bat", "--adapter.bat_form", "row"])
-        (line,) = errors_of([*NEEDED, "--adapter.mora_type", "1"])
-        assert line == "adapter.mora_type: is for mora, not for adapter.method hdpissa; leave it out"
-        (line,) = errors_of([*NEEDED, "--adapter.method", "bat", "--adapter.mora_type", "2"])
-        assert line.startswith("adapter.mora_type: must be 1 or 6")
-
-    def test_what_peft_cannot_hold(self):
-        model = ["--model.flavor=", "--model.hf_assets_path=model"]
-        words = [*NEEDED, *model, "--export.enable", "--export.format", "peft", "--adapter.method"]
-        for method in ("lora", "pissa", "dora", "hira", "bone", "bat"):
-            load([*words, method])
-        reasons = {"hdpissa": "not of low rank", "full": "it has no adapters", "mora": "the library does not have it"}
-        for method, reason in reasons.items():
-            (line,) = errors_of([*words, method])
-            assert line.startswith(f"export.format: peft cannot hold method {method}: ")
-            assert reason in line
-        (line,) = errors_of([*words, "bat", "--adapter.bat_form", "row"])
-        assert line.startswith("export.format: peft has bat's column form alone")
-        (line,) = errors_of([*words, "lora", "--model.flavor=debugmodel"])
+    def test_peft_needs_a_base_model(self):
+        (line,) = errors_of([*NEEDED, "--export.enable", "--export.format", "peft", "--adapter.method", "lora"])
         assert line.startswith("export.format: peft's adapter needs a base model")
-
-    @pytest.mark.parametrize("method", ["mora", "hira", "bone", "bat"])
-    def test_methods_without_alpha_say_so(self, method: str):
-        (line,) = checks.ignored_keys(load([*NEEDED, "--adapter.alpha", "4", "--adapter.method", method]))
-        assert line == f"adapter.alpha: not used by adapter.method {method}"
-
-    def test_inherited_keys_without_a_meaning_are_named_once(self):
-        words = ["--hdpissa.num_adapters", "8", "--adapter.svd_cache", "d", "--adapter.alpha", "4"]
-        assert checks.ignored_keys(load([*NEEDED, *words])) == []
-        (line,) = checks.ignored_keys(load([*NEEDED, *words, "--adapter.method", "lora"]))
-        assert line == "adapter.svd_cache, hdpissa.num_adapters: not used by adapter.method lora"
-        (line,) = checks.ignored_keys(load([*NEEDED, *words, "--adapter.method", "full"]))
-        assert line.startswith("adapter.alpha, adapter.svd_cache, hdpissa.num_adapters: ")
-        assert checks.ignored_keys(load([*NEEDED, "--adapter.method", "full"])) == []
-
-    def test_the_tables_name_real_keys(self):
-        assert {*checks._VARIANTS, *checks._USED_BY, *manager._RENAMED.values()} <= set(KEYS)
 
     def test_old_names_of_the_svds_keys(self, toml):
         path = toml("[hdpissa]\nsvd_cache = 'old'\nsvd_niter = 3")

@@ -35,7 +35,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from titan_hd.adapters.adapter_linear import AdapterLinear
-from titan_hd.adapters.hdpissa import HDPissaLinear
+from titan_hd.adapters.frozen_linear import FrozenLinear
 from titan_hd.distributed.tp.functions import (
     copy_to_tp,
     gather_alike,
@@ -198,7 +198,7 @@ def _split(layer: nn.Linear, mesh: DeviceMesh, dim: int, state: _Pass) -> None:
     parts = functools.partial(_local_parts, layer, split_bias is not None)
     if isinstance(layer, AdapterLinear):
         _split_adapter(layer, mesh, dim)
-    if isinstance(layer, (AdapterLinear, HDPissaLinear)):
+    if isinstance(layer, FrozenLinear):
         if dim == 1:
             layer.dropped = functools.partial(_dropped_columns, layer, state.group)
         layer.parameters_for_compute = parts
@@ -215,7 +215,7 @@ def _split(layer: nn.Linear, mesh: DeviceMesh, dim: int, state: _Pass) -> None:
     layer.forward = compute if dim == 0 else row_wise
 
 
-def _dropped_columns(layer: AdapterLinear | HDPissaLinear, group: dist.ProcessGroup, x: torch.Tensor) -> torch.Tensor:
+def _dropped_columns(layer: FrozenLinear, group: dist.ProcessGroup, x: torch.Tensor) -> torch.Tensor:
     """Dropout of this rank's columns of the input. Every rank draws the mask of the whole input, which is the one that
     is drawn without tensor parallelism: generators are seeded by the samples, so they are alike on tp ranks."""
     if not (layer.dropout and layer.training):

@@ -1,0 +1,51 @@
+"""What an update keeps of its optimizer in a checkpoint. Steps need workers: tests/distributed."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorProperties as Properties
+
+from titan_hd.adapters.full import FullFineTuning
+from titan_hd.components.update import OptimizerUpdate
+from titan_hd.config.job_config import JobConfig
+
+
+def update(steps: int) -> OptimizerUpdate:
+    """Of a model of two parameters, after so many steps."""
+    model = nn.Linear(3, 2)
+    built = OptimizerUpdate(model, FullFineTuning(), None, JobConfig())
+    built.build_optimizer()
+    for step in range(steps):
+        built.begin_step(lr=0.1)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        built.apply(0.1, step)
+    return built
+
+
+def moments(of: OptimizerUpdate) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in of.state(changed_only=False).items() if key.startswith("optimizer.")}
+
+
+def test_state_is_keyed_by_the_parameters_name():
+    state = moments(update(1))
+    assert set(state) == {f"optimizer.{n}.{k}" for n in ("weight", "bias") for k in ("step", "exp_avg", "exp_avg_sq")}
+    assert state["optimizer.weight.exp_avg"].shape == (2, 3)
+
+
+def test_state_is_allocated_as_the_checkpoint_has_it():
+    """A fresh optimizer gets tensors of the same keys, shapes and dtypes; other entries are passed over."""
+    saved = moments(update(1))
+    entries = {
+        key: TensorStorageMetadata(Properties(dtype=value.dtype), value.shape, []) for key, value in saved.items()
+    }
+    other = TensorStorageMetadata(Properties(dtype=torch.float32), torch.Size((2, 3)), [])
+    entries |= {"model.b": other, "optimizer.unknown.exp_avg": other, "optimizer.bias.text": BytesStorageMetadata()}
+    fresh = update(0)
+    fresh.allocate(Metadata(entries))
+    made = moments(fresh)
+    assert made.keys() == saved.keys()
+    for key, value in saved.items():
+        assert (made[key].shape, made[key].dtype) == (value.shape, value.dtype), key

@@ -1,0 +1,58 @@
+"""The frozen linear layer that every adapter method puts in the place of a model's own."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class FrozenLinear(nn.Linear):
+    """weight [out, in] and bias [out] are those of the layer that it replaces, frozen, under their names.
+
+    Tensor parallelism replaces `parameters_for_compute` and `dropped` of an instance by its rank's part.
+
+    dropout: of the adapter's input. name: the layer's full name in the model, set by `replace_linears`.
+    """
+
+    def __init__(self, linear: nn.Linear, dropout: float = 0.0):
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        self.dropout = dropout
+        self.name = ""
+
+    def parameters_for_compute(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias of a forward pass."""
+        return self.weight, self.bias
+
+    def dropped(self, x: torch.Tensor) -> torch.Tensor:
+        """The adapter's input: x [..., in] after dropout."""
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def flops(self, tokens: float) -> float:
+        """Operations per token of one training step beside the frozen layer's own 4 in out.
+
+        tokens: of one forward pass, over which work that does not depend on their number is spread.
+        """
+        raise NotImplementedError
+
+
+class FoldingLinear(FrozenLinear):
+    """A frozen layer whose trained tensors are folded into its weight after every step.
+
+    `delta_A` [K, r, in] and `delta_B` [K, out, r] hold those of all K logical adapters. The adapter registry makes
+    them, and binds the slice of the adapter whose micro-batch comes next.
+    """
+
+    def __init__(self, linear: nn.Linear, dropout: float = 0.0):
+        super().__init__(linear, dropout)
+        self.register_parameter("delta_A", None)
+        self.register_parameter("delta_B", None)
+        self.bound: tuple[torch.Tensor, ...] | None = None
+
+    def bind(self, a: torch.Tensor, b: torch.Tensor, da: torch.Tensor, db: torch.Tensor) -> None:
+        """Make one adapter the active one: a, da [r, in]; b, db [out, r]; da and db are leaves that take gradients."""
+        self.bound = (a, b, da, db)

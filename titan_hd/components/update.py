@@ -1,0 +1,254 @@
+"""How what a step has trained becomes W: by the optimizer's step alone, or by a fold of what it added.
+
+`train.py` talks to an `Update` and does not ask which one it is. In the order of a run:
+
+1. It is built over the meta model that the method was applied to. `ignored_parameters` are those that FSDP2 must leave
+   alone. When the model has memory, `build_optimizer`.
+2. Values come from `first_values`, or from a checkpoint into what `allocate` made room for and `state` names. Then
+   `start`.
+3. In every step: `begin_step`; `bind` before each micro-batch; `finish_gradients`; `apply`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from titan_hd.adapters.adapter_linear import adapter_layers
+from titan_hd.adapters.method import Method
+from titan_hd.adapters.svd import SvdSettings
+from titan_hd.components.optimizer import build_optimizer, clip_gradients
+from titan_hd.config.job_config import JobConfig
+from titan_hd.distributed.adapter_init import initialize_adapters
+from titan_hd.distributed.adapter_registry import AdapterRegistry
+from titan_hd.distributed.factor_init import SliceSettings, compute_factors
+from titan_hd.distributed.parallel_dims import ParallelDims
+from titan_hd.distributed.shards import adapter_parameters, base_parameters
+from titan_hd.distributed.update.fold import Fold, check_finite
+from titan_hd.distributed.update.plan import Topology, UpdatePlan, plan_update
+from titan_hd.models.decoder import Decoder
+
+Reports = list[dict[str, Any]]
+
+
+class Update:
+    """What every update does alike: the optimizer, the gradients' norm, the state of a checkpoint."""
+
+    def __init__(self, model: Decoder, method: Method, dims: ParallelDims, config: JobConfig):
+        self.model, self.method, self.dims, self.config = model, method, dims, config
+        self.trainable: dict[nn.Parameter, str] = {}
+        self.optimizer: torch.optim.Optimizer
+
+    def ignored_parameters(self) -> set[nn.Parameter]:
+        """Parameters that FSDP2 neither gathers nor reduces."""
+        return set()
+
+    def build_optimizer(self) -> None:
+        """Of the trained parameters, when they have memory."""
+        self.trainable = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+        decay = self._optimizer_weight_decay()
+        self.optimizer = build_optimizer(self.config.optimizer, self.trainable, decay, self.method.lr_ratios)
+
+    def layers_to_start(self) -> int:
+        """Number of layers that `first_values` sets."""
+        raise NotImplementedError
+
+    def first_values(self) -> Iterator[Reports]:
+        """Set what is trained, from the weights and the seed, in waves of layers. Collective.
+
+        Yields what there is to say of each wave's decompositions, on rank 0 at least.
+        """
+        raise NotImplementedError
+
+    def allocate(self, metadata: Metadata) -> None:
+        """Make the tensors that a checkpoint fills and that a run has only after its start: optimizers create their
+        state in the first step."""
+        parameters = {name: parameter for parameter, name in self.trainable.items()}
+        for key, stored in metadata.state_dict_metadata.items():
+            match = re.fullmatch(r"optimizer\.(.+)\.([^.]+)", key)
+            if not match or match[1] not in parameters or not isinstance(stored, TensorStorageMetadata):
+                continue
+            parameter = parameters[match[1]]
+            if stored.size == parameter.shape:
+                value = torch.zeros_like(parameter, dtype=stored.properties.dtype)
+            else:
+                value = torch.zeros(stored.size, dtype=stored.properties.dtype)
+            self.optimizer.state[parameter][match[2]] = value
+
+    def state(self, changed_only: bool) -> dict[str, Any]:
+        """What a checkpoint holds, as DTensors by name: weights, adapters, fixed factors, the optimizer's moments.
+
+        changed_only: without the weights that are as the base model has them.
+        """
+        changed = {f"{name}.weight" for name in self._changed_layers()}
+        state: dict[str, Any] = {
+            f"model.{name}": p.detach()
+            for name, p in base_parameters(self.model)
+            if not changed_only or p.requires_grad or name in changed
+        }
+        state |= {f"adapters.{name}": p.detach() for name, p in adapter_parameters(self.model)}
+        for parameter, values in self.optimizer.state.items():
+            state |= {f"optimizer.{self.trainable[parameter]}.{key}": value for key, value in values.items()}
+        return state
+
+    def start(self) -> None:
+        """All values are there; the first step may come. Collective."""
+
+    def begin_step(self, lr: float) -> None:
+        """Gradients are zero, and the step will be taken at the learning rate lr."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_ratio"]
+        self._zero_gradients()
+
+    def bind(self, slot: int) -> None:
+        """The next forward and backward pass trains hosted adapter `slot`."""
+
+    def finish_gradients(self, step: int) -> float:
+        """After the last backward pass of a step: sum what workers have in parts, and clip. Collective.
+
+        Returns:
+            the gradients' norm over all parameters, before clipping.
+
+        Raises:
+            FloatingPointError: it is not finite; on every rank, before W has changed. step: 0-based, for the message.
+        """
+        self._sum_gradients()
+        norm = clip_gradients(list(self.trainable), self.config.training.max_norm)
+        if not math.isfinite(norm):
+            self._blame(step)
+            raise FloatingPointError(f"step {step + 1}: the gradient norm is {norm}; W is as before the step")
+        return norm
+
+    def apply(self, lr: float, step: int) -> None:
+        """Take the optimizer's step, and make W what it says. Collective.
+
+        Raises:
+            FloatingPointError: on every rank and before W is touched, if an update is not finite.
+        """
+        raise NotImplementedError
+
+    def _optimizer_weight_decay(self) -> float:
+        return self.config.optimizer.weight_decay
+
+    def _changed_layers(self) -> set[str]:
+        """Layers whose weight is not the base model's, though it has no gradient."""
+        return set()
+
+    def _zero_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _sum_gradients(self) -> None:
+        """FSDP2 has summed those of the parameters that it shards."""
+
+    def _blame(self, step: int) -> None:
+        """Raise a FloatingPointError that names where the gradient is not finite, if that is known."""
+
+
+class OptimizerUpdate(Update):
+    """The trained tensors are parameters of the model, and the optimizer's step is all."""
+
+    def layers_to_start(self) -> int:
+        return len(adapter_layers(self.model))
+
+    def first_values(self) -> Iterator[Reports]:
+        return initialize_adapters(self.model, self.dims, self.config.training.seed)
+
+    def apply(self, lr: float, step: int) -> None:
+        self.optimizer.step()
+
+    def _changed_layers(self) -> set[str]:
+        return {name for name, layer in adapter_layers(self.model).items() if layer.changes_weight}
+
+
+class FoldUpdate(Update):
+    """The trained tensors are zero when a step begins; what the optimizer adds to them is folded into W, and they are
+    zero again. The adapter registry holds them, outside of FSDP2."""
+
+    def __init__(self, model: Decoder, method: Method, dims: ParallelDims, config: JobConfig):
+        super().__init__(model, method, dims, config)
+        self.registry = AdapterRegistry(model, method, dims.adapter_mesh(method.num_adapters))
+        self.fold: Fold
+
+    def ignored_parameters(self) -> set[nn.Parameter]:
+        return self.registry.parameters()
+
+    def layers_to_start(self) -> int:
+        return len(self.registry.entries)
+
+    def first_values(self) -> Iterator[Reports]:
+        a, seed = self.config.adapter, self.config.training.seed
+        settings = SliceSettings(self.config.hdpissa.slices, seed, SvdSettings(a.svd, a.svd_niter), a.svd_cache)
+        return compute_factors(self.registry, self.dims, settings)
+
+    def allocate(self, metadata: Metadata) -> None:
+        self.registry.empty_factors()
+        super().allocate(metadata)
+
+    def state(self, changed_only: bool) -> dict[str, Any]:
+        factors = {}
+        for name, entry in self.registry.entries.items():
+            factors |= {f"factors.{name}.A": entry.a, f"factors.{name}.B": entry.b}
+        return {**super().state(changed_only), **factors}
+
+    def start(self) -> None:
+        self.registry.materialize()
+        c, h = self.config, self.config.hdpissa
+        shapes = {name: entry.local_shape for name, entry in self.registry.entries.items()}
+        self.plan = fold_plan(c, self.method.num_adapters, (self.dims.dp_replicate, self.dims.dp_shard), shapes)
+        self.fold = Fold(
+            self.registry,
+            self.dims,
+            self.plan,
+            h.aggregate,
+            c.optimizer.weight_decay,
+            c.training.seed,
+            getattr(torch, h.exchange_dtype),
+            h.exchange_in_flight,
+        )
+        self.fold.prepare()
+
+    def bind(self, slot: int) -> None:
+        self.registry.activate(slot)
+
+    def apply(self, lr: float, step: int) -> None:
+        self.optimizer.step()
+        self.fold(lr, step)
+
+    def _optimizer_weight_decay(self) -> float:
+        return 0.0  # what the optimizer trains is zero when a step begins: decay belongs to the fold, on W
+
+    def _changed_layers(self) -> set[str]:
+        return set(self.registry.entries)
+
+    def _zero_gradients(self) -> None:
+        self.registry.zero_grad()
+
+    def _sum_gradients(self) -> None:
+        self.registry.finish_gradients()
+
+    def _blame(self, step: int) -> None:
+        check_finite(self.registry, "gradient", step)
+
+
+def build_update(model: Decoder, method: Method, dims: ParallelDims, config: JobConfig) -> Update:
+    """The update of a method that was applied to a meta model."""
+    return (FoldUpdate if method.folds else OptimizerUpdate)(model, method, dims, config)
+
+
+def fold_plan(
+    config: JobConfig, num_adapters: int, mesh: tuple[int, int], shapes: dict[str, tuple[int, int]]
+) -> UpdatePlan:
+    """How the update of every adapted weight travels.
+
+    num_adapters: K. mesh: degrees of replicas and shards. shapes: layer -> (out, in) of the tp-local weight, in the
+    model's order.
+    """
+    h, wire_bytes = config.hdpissa, {"float32": 4, "bfloat16": 2}[config.hdpissa.exchange_dtype]
+    topology = Topology(num_adapters, config.adapter.rank, *mesh, wire_bytes)
+    return plan_update(shapes, topology, h.exchange, h.factor_cache_gb)
