@@ -176,6 +176,7 @@ class Trainer:
         # Compiled blocks want one shape, and so does attention to packs on a GPU, which is always compiled; otherwise
         # padding to the longest row of a micro-batch is enough.
         pad_to = c.training.seq_len if c.compile.enable else None
+        self.validator = None
         if c.validation.enable:
             self.validator = Validator(c, self.dims, self.device, built[1], pad_to, self.loss_sum, tokenizer)
         if c.data.pack and self.device.type == "cuda":
@@ -258,12 +259,22 @@ class Trainer:
             self.metrics = MetricsLogger(c, rank, self.total_steps, self.step, self.wandb_id)
         self.profiler = build_profiler(c, rank)
         self._window: list[tuple[StepResult, float]] = []  # of the steps since the last log, with their seconds
-        # (every how many steps, what); the last step always runs all of them
-        self.hooks: list[tuple[int, Callable[[], None]]] = [(c.training.gc_freq, lambda: gc.collect(1))]
-        if c.validation.enable:
-            self.hooks.append((c.validation.freq, self.validate))
+        self.hooks: list[tuple[int, Callable[[StepResult], object]]] = []
+        self.add_hook(1, lambda result: self.metrics.advance(result.loss))
+        if self.profiler:
+            self.add_hook(1, lambda _: self.profiler.step())
+        self.add_hook(c.metrics.log_freq, self._log)
+        # Of an earlier save; a failure of the last step's is no warning.
+        self.add_hook(1, lambda _: self.checkpointer.warn_of_failure())
+        self.add_hook(c.training.gc_freq, lambda _: gc.collect(1))
+        if self.validator:
+            self.add_hook(c.validation.freq, lambda _: self.validate())
         if c.checkpoint.enable:
-            self.hooks.append((c.checkpoint.interval, self.save))
+            self.add_hook(c.checkpoint.interval, lambda _: self.save())
+
+    def add_hook(self, every: int, hook: Callable[[StepResult], object]) -> None:
+        """Call `hook` after every so many steps, and after the last one, behind the hooks that are there already."""
+        self.hooks.append((every, hook))
 
     # ---------------------------------------------------------------------------------------------------- training
 
@@ -367,15 +378,9 @@ class Trainer:
             start = time.perf_counter()
             result = self.train_step()
             self._window.append((result, time.perf_counter() - start))
-            if self.profiler:
-                self.profiler.step()
-            self.metrics.advance(result.loss)
-            if self.step % self.config.metrics.log_freq == 0 or self.step == self.total_steps:
-                self._log(result)
-            self.checkpointer.warn_of_failure()  # of an earlier save: that of the last step is no warning
             for every, hook in self.hooks:
                 if self.step % every == 0 or self.step == self.total_steps:
-                    hook()
+                    hook(result)
             if self.step == first_step + 1:
                 self._window.clear()  # warm-up and compilation stay out of the rates
                 set_timeout(self.config.comm.train_timeout_seconds, but_not=self.checkpointer.group)

@@ -72,7 +72,7 @@ def dtypes_after_a_run(argv) -> tuple[list[float], set[torch.dtype], set[torch.d
 
     config = manager.load(argv)
     trainer = Trainer(config, plan_run(config, dist.get_world_size()), torch.device("cpu"))
-    losses = [trainer.train_step()["loss"] for _ in range(3)]
+    losses = [trainer.train_step().loss for _ in range(3)]
     trainer.close()
     parameters = list(trainer.model.parameters())
     return losses, *({p.dtype for p in parameters if p.requires_grad is trained} for trained in (False, True))

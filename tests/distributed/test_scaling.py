@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kit import runs
 from titan_hd.components.metrics import init_logging
+from titan_hd.components.update import FoldUpdate
 from titan_hd.config import manager
 from titan_hd.distributed.collectives import TRAFFIC
 from titan_hd.distributed.shards import base_parameters
@@ -58,18 +59,19 @@ def received(argv: list[str]) -> tuple[list[int], int, int]:
     run = trainer(argv)
     run.train_step()
     gathers, before = Gathers(), TRAFFIC.received
-    if run.registry:
-        fold = run.fold
+    folds = isinstance(run.update, FoldUpdate)
+    if folds:
+        fold = run.update.fold
 
         def uncounted(*args):
             gathers.counting = False
             fold(*args)
 
-        run.fold = uncounted
+        run.update.fold = uncounted
     with gathers:
         run.train_step()
     run.close()
-    planned = sum(w.received for w in fold.plan.weights) if run.registry else 0
+    planned = sum(w.received for w in fold.plan.weights) if folds else 0
     return gathers.received, TRAFFIC.received - before, planned
 
 
@@ -137,10 +139,10 @@ def nbytes(tensors) -> int:
 def fake_state(world: int, argv: list[str]) -> tuple[dict[str, int], dict[str, int], int, int]:
     """Bytes that rank 0 holds, as counted and as computed; the size of the update's plan; Python calls."""
     run, calls = fake_run(world, argv)
-    layers = [entry.layer for entry in run.registry.entries.values()]
+    layers = [entry.layer for entry in run.update.registry.entries.values()]
     deltas = [p for layer in layers for p in (layer.delta_A, layer.delta_B)]
-    moments = [run.optimizer.state[p][key] for p in deltas for key in ("exp_avg", "exp_avg_sq")]
-    fixed = [t for entry in run.registry.entries.values() for t in (entry.a, entry.b)]
+    moments = [run.update.optimizer.state[p][key] for p in deltas for key in ("exp_avg", "exp_avg_sq")]
+    fixed = [t for entry in run.update.registry.entries.values() for t in (entry.a, entry.b)]
     counted = {
         "shards": nbytes(p for _, p in base_parameters(run.model)),
         "adapters": nbytes([*deltas, *moments, *fixed, *(p.grad for p in deltas)]),

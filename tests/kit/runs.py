@@ -113,19 +113,11 @@ def train(argv: list[str], stop_after: int | None = None) -> list[float]:
 
     trainer = Trainer(config, plan_run(config, dist.get_world_size()), torch.device("cpu"))
     losses = []
-    step = trainer.train_step
-
-    def recorded():
-        numbers = step()
-        losses.append(numbers["loss"])
-        return numbers
-
-    trainer.train_step = recorded
     if stop_after is None:
+        trainer.add_hook(1, lambda result: losses.append(result.loss))
         trainer.train()
     else:
-        for _ in range(stop_after):
-            trainer.train_step()
+        losses = [trainer.train_step().loss for _ in range(stop_after)]
         trainer.save()
     trainer.close()
     return losses

@@ -432,12 +432,6 @@ class TestOldNames:
         (line,) = errors_of([*NEEDED, "--hdpissa.svd_niter", "-1"])
         assert line.startswith("adapter.svd_niter: must be at least 0")
 
-    def test_a_frozen_base_may_be_bf16(self):
-        words = [*NEEDED, "--training.master_dtype", "bfloat16"]
-        load([*words, "--adapter.method", "lora"])
-        (line,) = errors_of([*words, "--adapter.method", "full"])
-        assert line.startswith("training.master_dtype: ")
-
     def test_what_a_run_wrote_is_read_again(self):
         config = load([*NEEDED, "--adapter.method", "dora", "--adapter.rank", "3"])
         assert manager.from_toml(manager.to_toml(config), "here") == config
