@@ -156,7 +156,7 @@ def _target_errors(config: JobConfig, decoder: DecoderConfig, method: Method) ->
     for target in targets:
         if target not in shapes:
             errors.append(f"adapter.target_modules: {target!r} is no linear layer; there are {', '.join(shapes)}")
-    if config.parallelism.tensor_parallel_degree > 1 and not method.tensor_parallel:
+    if config.parallelism.tensor_parallel_degree > 1 and not method.tensor_parallel():
         errors.append(
             f"parallelism.tensor_parallel_degree: method {config.adapter.method} has no tensor parallelism; set it to 1"
         )

@@ -146,7 +146,7 @@ def fake_state(world: int, argv: list[str]) -> tuple[dict[str, int], dict[str, i
     counted = {
         "shards": nbytes(p for _, p in base_parameters(run.model)),
         "adapters": nbytes([*deltas, *moments, *fixed, *(p.grad for p in deltas)]),
-        "cache": nbytes(t for pair in run.fold._static.values() for t in pair),
+        "cache": nbytes(t for pair in run.update.fold._static.values() for t in pair),
     }
     work = Work(run.plan.decoder, run.config.adapter.rank)
     return counted, state_bytes(work, run.fold.plan), len(repr(run.fold.plan)), calls

@@ -79,12 +79,15 @@ class AdapterMethod(Method):
         """layer: a variant of the class's own."""
         super().__init__()
         self.layer, self.settings = layer or self.layer, settings
-        self.tensor_parallel = self.layer.tp_splits is not None
         self.changes_base = self.layer.changes_weight
 
     @classmethod
     def from_config(cls, config: JobConfig, num_adapters: int = 1) -> AdapterMethod:
         return cls(**cls.layer_settings(config))
+
+    @classmethod
+    def tensor_parallel(cls) -> bool:
+        return cls.layer.tp_splits is not None
 
     @classmethod
     def layer_settings(cls, config: JobConfig) -> dict[str, Any]:

@@ -15,7 +15,6 @@ class FullFineTuning(Method):
     name, title = "full", "full fine-tuning"
     trains, size, base = "W (everything, or the targets' weights)", "in out", "trained"
     keys = resume_keys = ()
-    tensor_parallel = True
     no_peft = "it has no adapters"
 
     @classmethod
@@ -38,6 +37,10 @@ class FullFineTuning(Method):
                 "(small updates would vanish)"
             )
         return errors
+
+    @classmethod
+    def tensor_parallel(cls) -> bool:
+        return True
 
     def shape_error(self, name: str, shape: tuple[int, int]) -> None:
         """Any shape will do."""

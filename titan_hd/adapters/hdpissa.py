@@ -161,7 +161,6 @@ class HDPissa(FoldingMethod):
         *("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.svd", "adapter.svd_niter", "adapter.svd_cache"),
         *(f"hdpissa.{field.name}" for field in dataclasses.fields(job_config.HDPissa)),
     )
-    tensor_parallel = True
     no_peft = "it changes W itself, by a matrix that is not of low rank"
 
     def __init__(
@@ -189,6 +188,10 @@ class HDPissa(FoldingMethod):
     @classmethod
     def adapters_for(cls, config: JobConfig, workers: int) -> int:
         return config.hdpissa.num_adapters or workers
+
+    @classmethod
+    def tensor_parallel(cls) -> bool:
+        return True
 
     def trained_parameters(self, model: nn.Module) -> int:
         layers = [layer for layer in model.modules() if isinstance(layer, HDPissaLinear)]

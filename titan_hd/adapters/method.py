@@ -27,7 +27,6 @@ class Method(abc.ABC):
         resume_keys: those of them in which a checkpoint and the run that resumes from it must agree.
         folds: the trained tensors are zero when a step begins, and what the optimizer added to them is folded into W
             after the step (`components.update.FoldUpdate`). Otherwise the optimizer's step is all.
-        tensor_parallel: tensor parallelism knows how to split it.
         no_peft: why the peft library cannot hold it, for a method without `peft_config`.
 
     Facts of a run:
@@ -49,7 +48,6 @@ class Method(abc.ABC):
     keys: ClassVar[tuple[str, ...]]
     resume_keys: ClassVar[tuple[str, ...]]
     folds: ClassVar[bool] = False
-    tensor_parallel: bool = False
     no_peft: ClassVar[str] = ""
 
     num_adapters: int = 1
@@ -73,6 +71,11 @@ class Method(abc.ABC):
     def config_errors(cls, config: JobConfig) -> list[str]:
         """Faults of a configuration that concern this method alone, one line each."""
         return []
+
+    @classmethod
+    def tensor_parallel(cls) -> bool:
+        """Whether tensor parallelism knows how to split it."""
+        return False
 
     @abc.abstractmethod
     def shape_error(self, name: str, shape: tuple[int, int]) -> str | None:
