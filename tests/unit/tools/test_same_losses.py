@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.conftest import REPOSITORY
 from tests.kit import runs
+from tests.kit.commands import REPOSITORY
 from titan_hd.errors import UserError
 from tools.same_losses import Trained, checked_out, compare, first_difference, read_run, train
 
