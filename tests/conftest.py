@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit.commands import REPOSITORY
 from tests.kit.workers import WorkerPool
 
-REPOSITORY = Path(__file__).parent.parent
 # Runs of tests leave their tokenized records in no user's cache, and find none there.
 _CACHE = tempfile.TemporaryDirectory(prefix="titan_hd_tests_")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name

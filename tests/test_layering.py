@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.kit.commands import REPOSITORY
 
 
 def lint_imports(repository: Path) -> subprocess.CompletedProcess[str]:
@@ -50,3 +51,29 @@ def test_a_bad_import_is_found(tmp_path: Path, module: str, line: str, contract:
     result = lint_imports(tmp_path)
     assert result.returncode != 0
     assert re.search(rf"^{contract}.* BROKEN$", result.stdout, re.M), result.stdout
+
+
+def imports_of_test_modules(source: str) -> list[str]:
+    """Modules named test_* that some code imports, wherever it does."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module or ''}.{alias.name}" for alias in node.names]
+    return [name for name in names if any(part.startswith("test_") for part in name.split("."))]
+
+
+def test_what_tests_share_lies_in_the_kit():
+    """A test module imports no other one, and the kit none."""
+    found = {
+        str(path.relative_to(REPOSITORY)): imports_of_test_modules(path.read_text(encoding="utf-8"))
+        for path in (REPOSITORY / "tests").rglob("*.py")
+    }
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_an_import_of_a_test_module_is_found():
+    assert imports_of_test_modules("def f():\n    from tests.unit.test_a import b") == ["tests.unit.test_a.b"]
+    assert imports_of_test_modules("import tests.test_a\nfrom . import test_b") == ["tests.test_a", ".test_b"]
+    assert imports_of_test_modules("from tests.kit import runs") == []

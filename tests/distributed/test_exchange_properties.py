@@ -7,19 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.distributed.test_update import SHAPES, build, draw
+from tests.kit.exchange import SHAPES, build, draw, prepared
 from titan_hd.distributed.collectives import TRAFFIC
 from titan_hd.distributed.update.fold import Fold, bucket_bytes
 from titan_hd.distributed.update.plan import Topology, plan_update
-
-
-def prepared(num_adapters, replicate, shard, exchange="auto", cache_gb=None, rank=1, **options):
-    registry, dims = build(num_adapters, replicate, shard, rank)
-    topology = Topology(num_adapters, rank, replicate, shard)
-    plan = plan_update({n: e.shape for n, e in registry.entries.items()}, topology, exchange, cache_gb)
-    fold = Fold(registry, dims, plan, **options)
-    fold.prepare()
-    return registry, fold
 
 
 def fill(registry, size=1.0):

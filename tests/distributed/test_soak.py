@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from tests.distributed.test_exchange_properties import prepared
+from tests.kit.exchange import prepared
 
 # The allocator may keep a page or an arena more; a leak of one DTensorSpec per parameter and step (about 1 kB) would be
 # 8 MB per 1,000 steps here.

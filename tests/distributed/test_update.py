@@ -12,59 +12,14 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import nn
 
-from titan_hd.adapters.hdpissa import HDPissa
-from titan_hd.distributed.adapter_registry import AdapterRegistry
-from titan_hd.distributed.factor_init import SliceSettings, compute_factors
-from titan_hd.distributed.parallel_dims import ParallelDims
+from tests.kit.exchange import SHAPES, build, draw
 from titan_hd.distributed.update.fold import Fold
 from titan_hd.distributed.update.plan import Topology, plan_update
 from titan_hd.distributed.update.reference import reference_update
 
 # One fp32 product of inner size 2 K r <= 16 against float64.
 TOLERANCE = 1e-5
-# Two blocks: the first is one bucket of two weights of odd shapes.
-SHAPES = {"layers.0.a": (37, 22), "layers.0.b": (8, 30), "layers.1.c": (22, 9), "layers.1.d": (64, 8)}
-
-
-def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(map(ord, name)) * 1000 + sum(shape)))
-
-
-class Layers(nn.Module):
-    """A container that FSDP2 accepts: it wants a forward method."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList([nn.ModuleDict(), nn.ModuleDict()])
-
-    def forward(self):
-        raise NotImplementedError
-
-
-def build(num_adapters: int, replicate: int, shard: int, rank: int = 1, dtype: torch.dtype = torch.float32):
-    """Plain linears under FSDP2, with a registry whose dA, dB are drawn, not trained."""
-    from torch.distributed.fsdp import fully_shard
-
-    dims = ParallelDims(replicate, shard, "cpu")
-    model = Layers()
-    for name, (out, width) in SHAPES.items():
-        linear = nn.Linear(width, out, bias=False)
-        linear.weight.data = draw(name, SHAPES[name]).to(dtype)
-        model.layers[int(name[7])][name[9:]] = linear
-    method = HDPissa(num_adapters, rank)
-    method.apply(model, [name[9:] for name in SHAPES])
-    registry = AdapterRegistry(model, method, dims.adapter_mesh(num_adapters))
-    fully_shard(model, mesh=dims.fsdp_mesh, ignored_params=registry.parameters())
-    for entry in registry.entries.values():  # off the meta device; the weights are there already
-        for key in ("delta_A", "delta_B"):
-            meta = getattr(entry.layer, key)
-            setattr(entry.layer, key, nn.Parameter(torch.empty_like(meta, device="cpu")))
-    for _ in compute_factors(registry, dims, SliceSettings()):
-        pass
-    registry.materialize()
-    return registry, dims
 
 
 def fold_once(

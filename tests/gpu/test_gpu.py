@@ -7,8 +7,8 @@ import subprocess
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY
 from tests.kit import runs
+from tests.kit.commands import REPOSITORY
 from titan_hd.models import flex
 from titan_hd.models.decoder import Decoder, attention_mask, restarting_positions
 from titan_hd.models.registry import parse_hf_config

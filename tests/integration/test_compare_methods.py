@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from tests.conftest import REPOSITORY
 from tests.kit import runs
+from tests.kit.commands import REPOSITORY
 
 
 @pytest.fixture

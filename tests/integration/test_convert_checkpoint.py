@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import REPOSITORY
 from tests.kit import runs
+from tests.kit.commands import REPOSITORY
 
 
 def convert(*arguments) -> subprocess.CompletedProcess:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
 from tests.kit import runs
+from tests.kit.commands import REPOSITORY
 
 # Another number of workers adds the same fp32 numbers in another order.
 LOSS_TOLERANCE = 1e-5

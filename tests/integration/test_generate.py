@@ -16,8 +16,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from tests.conftest import REPOSITORY
 from tests.kit import runs
+from tests.kit.commands import REPOSITORY
 from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.errors import UserError
 from tools import generate

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from tests.conftest import REPOSITORY
+from tests.kit.commands import REPOSITORY
 from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.errors import UserError
 from titan_hd.models import gguf as models_gguf

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from tests.conftest import REPOSITORY
 from tests.kit import runs
+from tests.kit.commands import REPOSITORY
 
 
 @pytest.mark.parametrize("method", ["hdpissa", pytest.param("pissa", marks=pytest.mark.slow)])

@@ -1,6 +1,6 @@
 """Runs that are stopped in the ways that happen: SIGKILL, a scheduler's signals, Ctrl-C; and a second trainer.
 
-tests/soak_recovery.py does the killing thirty times and more; tests/distributed/test_checkpoint.py has what needs no
+tests/kit/soak.py does the killing thirty times and more; tests/distributed/test_checkpoint.py has what needs no
 processes of its own.
 """
 
@@ -15,7 +15,7 @@ import pytest
 
 from tests.kit import runs
 from tests.kit.recovery import Launch, last_step, tiny_run
-from tests.soak_recovery import compare, soak
+from tests.kit.soak import compare, soak
 
 GRACE_SECONDS = 30  # what Slurm grants by default
 

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
-from tests.integration.test_run_train import CPU_ONLY
 from tests.kit import runs
-from tests.unit.data.test_formats import chat_directory
+from tests.kit.commands import CPU_ONLY, REPOSITORY
+from tests.kit.tokenizers import chat_directory
 from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.errors import UserError
 

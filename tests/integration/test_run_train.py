@@ -8,25 +8,12 @@ import time
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY
 from tests.kit import runs
+from tests.kit.commands import CPU_ONLY, REPOSITORY, run_train
 from titan_hd.errors import UserError
 
 # Logits of the same fp32 weights by two implementations.
 LOGITS_TOLERANCE = 1e-5
-CPU_ONLY = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def run_train(*arguments: str, workers: int = 2, timeout: int = 180, **environment: str) -> subprocess.CompletedProcess:
-    environment = {**CPU_ONLY, "NGPU": str(workers), **environment}
-    return subprocess.run(
-        [str(REPOSITORY / "run_train.sh"), *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY
 from tests.kit import runs, slurm_cluster
+from tests.kit.commands import REPOSITORY
 
 SCRIPT = REPOSITORY / "multinode_trainer.slurm"
 SECONDS = 400  # for one job; a few seconds of it are Slurm's

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_run_train import run_train
 from tests.kit import runs
+from tests.kit.commands import run_train
 
 # Writes down every file that a worker opens; os.write, because a worker leaves without cleaning up.
 HOOK = """

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.kit.reference import adapter_tensors, make
+from tests.kit.layers import adapter_tensors, make
 from titan_hd.adapters.adapter_linear import AdapterLinear
 from titan_hd.adapters.bat import BatLinear
 from titan_hd.adapters.hira import HiraLinear

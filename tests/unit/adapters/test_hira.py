@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kit.reference import check_compiled, check_dropout, check_layer, check_start, make
+from tests.kit.layers import check_compiled, check_dropout, check_layer, check_start, make
 from titan_hd.adapters.hira import HiraLinear
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.kit.reference import check_compiled, check_dropout, check_layer, check_start, make
+from tests.kit.layers import check_compiled, check_dropout, check_layer, check_start, make
 from titan_hd.adapters.mora import MoraLinear, square_size
 
 # (out, in, rank): in and out above and below q, multiples of q or not; the last three have q at least in.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.unit.models.test_decoder import VARIANTS, random_decoder
+from tests.kit.decoders import VARIANTS, random_decoder
 from titan_hd.components import generation
 from titan_hd.components.generation import Sampling, TextStream, choose, generate, stream
 from titan_hd.data.text.tokenizer import load_tokenizer

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.data.text.test_tokenizer import pieces_directory
-from tests.unit.data.tokens.test_records import Letters
+from tests.kit.tokenizers import CHATML, Letters, chat_directory
 from titan_hd.config.job_config import Data
 from titan_hd.data.dataset import build_records
 from titan_hd.data.formats import ChatFormat, detect_format
@@ -24,10 +23,6 @@ from titan_hd.data.text.chat import ChatTemplate
 from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
 from titan_hd.data.tokens.records import IGNORE, Example
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 # As CHATML, with the marks by which transformers tells what an assistant says.
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -41,10 +36,6 @@ TOOLS = [{"type": "function", "function": {"name": "add", "description": "ü", "
 
 def turns(*pairs: tuple[str, str]) -> list[dict]:
     return [{"role": role, "content": content} for role, content in pairs]
-
-
-def chat_directory(folder: Path, template: str = CHATML) -> Path:
-    return pieces_directory(folder, chat_template=template, bos_token="</s>")
 
 
 def encode(tokenizer: Tokenizer, messages: list[dict], train_on_prompt: bool = False, **fields) -> Example:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.data.tokens.test_records import Letters, message
+from tests.kit.errors import message
+from tests.kit.tokenizers import Letters
 from titan_hd.config.job_config import Data, DataSource
 from titan_hd.data import streaming
 from titan_hd.data.dataset import build_records, data_summary, sample_order

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention as torch_flex
 
-from tests.unit.models.test_decoder import VARIANTS, random_decoder
+from tests.kit.decoders import VARIANTS, random_decoder
 from titan_hd.distributed.parallelize import apply_activation_checkpointing
 from titan_hd.models import flex
 from titan_hd.models.decoder import attention_mask, restarting_positions

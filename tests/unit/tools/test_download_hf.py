@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.kit.commands import REPOSITORY
 
 pytest.importorskip("huggingface_hub")
 

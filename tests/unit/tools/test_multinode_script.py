@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.kit.commands import REPOSITORY
 
 # Drops srun's own options, then does what the command would do.
 SRUN = """#!/usr/bin/env bash

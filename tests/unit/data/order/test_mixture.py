@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.data.tokens.test_records import Letters, message
+from tests.kit.errors import message
+from tests.kit.tokenizers import Letters
 from titan_hd.config.job_config import Data, DataSource
 from titan_hd.data.dataset import build_records, sample_order
 from titan_hd.data.order.mixture import Concatenation, Mixture, MixtureOrder, Share, share_of

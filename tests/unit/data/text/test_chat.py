@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 
-from tests.unit.data.text.test_tokenizer import pieces_directory, tiktoken_directory
+from tests.kit.tokenizers import pieces_directory, tiktoken_directory
 from titan_hd.data.text import sandbox
 from titan_hd.data.text.chat import ChatTemplate, ChatTurns, load_chat_template
 from titan_hd.data.text.tokenizer import load_tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.data.text.test_tokenizer import pieces_directory
+from tests.kit.tokenizers import pieces_directory
 from titan_hd.data.text.chat import ChatTurns
 from titan_hd.data.text.templates import load_template
 from titan_hd.data.text.tokenizer import load_tokenizer

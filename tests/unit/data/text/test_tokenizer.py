@@ -5,7 +5,6 @@ What a tokenizer gives is compared with transformers on TORTURE, which holds wha
 
 from __future__ import annotations
 
-import base64
 import json
 import pickle
 import shutil
@@ -17,43 +16,10 @@ from typing import ClassVar
 
 import pytest
 
+from tests.kit.tokenizers import TEXT, TINY, pieces_directory, tiktoken_directory, tiktoken_lines
 from tests.kit.torture import TORTURE
 from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
 from titan_hd.data.text.tokenizer_model import llama3_control_tokens
-
-TEXT = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs", "1 + 2 = 3\n"] * 5
-
-
-def pieces_directory(folder: Path, **settings) -> Path:
-    """A byte-level BPE tokenizer.json, trained on TEXT, with GPT-2's pieces and two special tokens."""
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["</s>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    tokenizer.train_from_iterator(TEXT, trainer)
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast", **settings}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
-
-
-def tiktoken_lines(tokens: list[bytes]) -> bytes:
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
-
-
-TINY = [bytes([i]) for i in range(256)] + [b"th", b"the", b" the", b"  ", b"\n\n", b"12", b"123", "é".encode()]
-
-
-def tiktoken_directory(folder: Path, content: bytes = tiktoken_lines(TINY), **settings) -> Path:
-    (folder / "tokenizer.model").write_bytes(content)
-    if settings:
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import REPOSITORY
-from tests.unit.data.test_formats import chat_directory
-from tests.unit.data.tokens.test_records import message
+from tests.kit.commands import REPOSITORY
+from tests.kit.errors import message
+from tests.kit.tokenizers import chat_directory
 from titan_hd.config.job_config import Data, DataSource
 from titan_hd.data import dataset
 from titan_hd.data.dataset import build_records, data_summary

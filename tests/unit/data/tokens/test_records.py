@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import pytest
 
-from tests.unit.data.text.test_tokenizer import pieces_directory
+from tests.kit.errors import message
+from tests.kit.tokenizers import Letters, pieces_directory
 from titan_hd.config.job_config import Data
 from titan_hd.data.dataset import build_records
 from titan_hd.data.loader import collate
@@ -19,16 +20,6 @@ CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-class Letters(Tokenizer):
-    """One id per letter: a is 3, b is 4, ...; everything else is 29."""
-
-    def __init__(self, bos: int | None = 1):
-        self.bos_id, self.eos_id, self.vocab_size = bos, 2, 30
-
-    def encode(self, text: str) -> list[int]:
-        return [3 + ord(c) - ord("a") if "a" <= c <= "z" else 29 for c in text]
 
 
 class Pairs(Letters):
@@ -68,13 +59,6 @@ def jsonl(tmp_path: Path):
 def instruction(path: str, tokenizer: Tokenizer | None = None, seq_len: int = 64, template: str = "none", **settings):
     data = Data(validation=path, format="instruction", template=template, **settings)
     return build_records(data, "validation", 30, seq_len, lambda: tokenizer or Letters())
-
-
-def message(call, *args, **kwargs) -> str:
-    with pytest.raises(ValueError) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 class TestTokenRecords:

@@ -1,6 +1,6 @@
 """Kills a run with SIGKILL at random moments, starts it again, and compares it with one that nothing disturbed.
 
-    python -m tests.soak_recovery --kills 30
+    python -m tests.kit.soak --kills 30
 
 One rank or all processes, at a random step or while a checkpoint is being written. At the end the weights must be those
 of the undisturbed run bit for bit, and metrics.jsonl must have every step once, with the same losses.
