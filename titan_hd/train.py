@@ -25,6 +25,7 @@ from titan_hd.components.loss import token_loss_sum
 from titan_hd.components.lr_scheduler import lr_factor
 from titan_hd.components.metrics import (
     MetricsLogger,
+    NoMetrics,
     peak_memory_gib,
     write_svd_report,
 )
@@ -256,7 +257,9 @@ class Trainer:
         if c.checkpoint.enable:
             self.checkpointer.leave_behind(self.step)
         with raise_on_all("opening metrics.jsonl"), disk_faults(Path(c.job.dump_folder)):
-            self.metrics = MetricsLogger(c, rank, self.total_steps, self.step, self.wandb_id)
+            self.metrics: NoMetrics = NoMetrics()
+            if rank == 0:
+                self.metrics = MetricsLogger(c, self.total_steps, self.step, self.wandb_id)
         self.profiler = build_profiler(c, rank)
         self._window: list[tuple[StepResult, float]] = []  # of the steps since the last log, with their seconds
         self.hooks: list[tuple[int, Callable[[StepResult], object]]] = []

@@ -142,8 +142,8 @@ def rows() -> list[str]:
 
 
 def test_the_docs_have_the_table():
-    page = (REPOSITORY / "docs" / "methods.md").read_text(encoding="utf-8")
-    assert [line for line in page.splitlines() if re.match(r"\| `", line)] == rows(), "\n".join(rows())
+    table = (REPOSITORY / "docs" / "methods.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    assert [line for line in table.splitlines() if re.match(r"\| `", line)] == rows(), "\n".join(rows())
 
 
 @EVERY

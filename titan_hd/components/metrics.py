@@ -8,7 +8,6 @@ import logging
 import os
 import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ class TqdmHandler(logging.StreamHandler):
 
 
 def init_logging(rank: int) -> None:
-    """Rank 0 logs from INFO on, the others errors only: what they would warn of, rank 0 has said."""
+    """Rank 0 logs from INFO on. Other ranks log errors only; their warnings would repeat rank 0's."""
     handler = TqdmHandler()
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
@@ -111,14 +110,31 @@ def finish_failed_run() -> None:
         logger.warning("wandb failed (%s)", " ".join(str(error).split()))
 
 
-class MetricsLogger:
-    """Takes one record per logged step. On ranks other than 0 every method does nothing."""
+class NoMetrics:
+    """What the ranks other than 0 have in the place of a `MetricsLogger`."""
 
-    def __init__(self, config: JobConfig, rank: int, total_steps: int, first_step: int, wandb_id: str | None = None):
-        self.enabled = rank == 0
-        self._started = time.perf_counter()
-        if not self.enabled:
-            return
+    wandb_id: str | None = None
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record values of one step (1-based) everywhere."""
+
+    def sync(self) -> None:
+        """Wait until the records are on the disk: a checkpoint must not know more steps than they."""
+
+    def advance(self, loss: float) -> None:
+        """Move the progress bar by one step."""
+
+    def close(self) -> None:
+        """Write what is left, and end the trackers."""
+
+
+class MetricsLogger(NoMetrics):
+    """Takes one record per logged step to metrics.jsonl, the console and the trackers that the configuration names.
+
+    first_step: of the checkpoint that the run goes on from; later records are dropped. wandb_id: that of the run then.
+    """
+
+    def __init__(self, config: JobConfig, total_steps: int, first_step: int, wandb_id: str | None = None):
         folder = Path(config.job.dump_folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
@@ -141,12 +157,9 @@ class MetricsLogger:
 
     @property
     def wandb_id(self) -> str | None:
-        return self._wandb.run_id if self.enabled and self._wandb else None
+        return self._wandb.run_id if self._wandb else None
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Record values of one step (1-based) everywhere."""
-        if not self.enabled:
-            return
         self._unwritten += json.dumps({"step": step, **values}).encode() + b"\n"
         self._write()
         if self._wandb:
@@ -157,9 +170,7 @@ class MetricsLogger:
         logger.info("step %d  %s", step, "  ".join(f"{k} {_short(v)}" for k, v in values.items()))
 
     def sync(self) -> None:
-        """Wait until the records are on the disk: a checkpoint must not know more steps than they."""
-        if self.enabled:
-            self._write(sync=True)
+        self._write(sync=True)
 
     def _write(self, sync: bool = False) -> None:
         """What a full disk does not take is written later: it stops neither training nor the record."""
@@ -171,16 +182,12 @@ class MetricsLogger:
         except OSError as error:
             logger.warning("metrics.jsonl: cannot be written (%s); its records wait", error.strerror)
 
-    def advance(self, loss: float | None = None) -> None:
-        """Move the progress bar by one step."""
-        if self.enabled and self._bar:
-            if loss is not None:
-                self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+    def advance(self, loss: float) -> None:
+        if self._bar:
+            self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             self._bar.update()
 
     def close(self) -> None:
-        if not self.enabled:
-            return
         self._write()
         self._file.close()
         if self._bar:

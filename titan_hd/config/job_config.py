@@ -66,7 +66,8 @@ class Data:
     of paths or tables, [[data.train]] (on the command line as JSON), each with path, perhaps weight or samples, and
     perhaps format, template, prompt_field, response_field, text_field instead of those of [data]. An epoch takes
     round(weight * records) of a source, each record equally often, or exactly `samples`; a partial pass goes on where
-    the last epoch's ended, so that over the epochs no record is seen more than once more often than another."""
+    the last epoch's ended, so the counts of two
+    records never differ by more than one."""
     validation: str | list[DataSource] = ""
     """Validation records, as data.train; of a list all records are read, in its order."""
     format: Literal["auto", "instruction", "chat", "text", "tokens"] = "auto"

@@ -29,7 +29,7 @@ from titan_hd.preflight import plan_run, update_plan
 from titan_hd.process.network import address_towards, interface_of
 from titan_hd.process.signals import REQUEUE, STATUS
 
-# For a save: a scheduler that grants less kills earlier. Where torch cannot be told (2.11) it grants 30 s.
+# Time for a last checkpoint before torchrun kills the workers. torch 2.11 ignores this and waits 30 s.
 _GRACE_SECONDS = 600
 # What gloo and nccl say on the others when a worker has left.
 _PEER_LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exited")

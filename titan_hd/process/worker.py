@@ -102,9 +102,8 @@ def run_worker(run: Run) -> NoReturn:
     """Entry point of one worker: leaves with the status that the run returns, 2 for what the user can mend (one line),
     or 1 and a traceback.
 
-    It leaves by os._exit: while the interpreter takes itself apart, a thread of gloo may want it once more and abort
-    the process (now and then on a busy machine), and a run that was complete would have failed. So it ends itself the
-    processes that the interpreter would have ended.
+    At interpreter exit a gloo thread can abort the process and turn a finished run into a failure. os._exit avoids
+    that; it also skips multiprocessing's cleanup, so the children are killed here.
     """
     status = _exit_status(run)
     for child in multiprocessing.active_children():

@@ -72,8 +72,8 @@ class TestMetricsLogger:
         config.job.dump_folder = str(folder / "run")
         return config
 
-    def log(self, config: JobConfig, first: int, last: int, rank: int = 0) -> None:
-        metrics = MetricsLogger(config, rank, total_steps=10, first_step=first)
+    def log(self, config: JobConfig, first: int, last: int) -> None:
+        metrics = MetricsLogger(config, total_steps=10, first_step=first)
         for step in range(first + 1, last + 1):
             metrics.log(step, {"loss": step / 10})
             metrics.advance(0.5)
@@ -86,17 +86,13 @@ class TestMetricsLogger:
         assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines(*range(1, 10))
 
     def test_records_are_there_at_once(self, tmp_path: Path):
-        metrics = MetricsLogger(self.config(tmp_path), 0, 10, 0)
+        metrics = MetricsLogger(self.config(tmp_path), 10, 0)
         metrics.log(1, {"loss": 0.1})
         assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines(1)
         metrics.close()
 
-    def test_other_ranks_write_nothing(self, tmp_path: Path):
-        self.log(self.config(tmp_path), 0, 3, rank=1)
-        assert not (tmp_path / "run").exists()
-
     def test_a_full_disk_delays_records_and_loses_none(self, tmp_path: Path):
-        metrics = MetricsLogger(self.config(tmp_path), 0, 10, 0)
+        metrics = MetricsLogger(self.config(tmp_path), 10, 0)
         real, metrics._file = metrics._file, FullDisk()
         metrics.log(1, {"loss": 0.1})
         metrics.log(2, {"loss": 0.2})
