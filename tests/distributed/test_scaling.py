@@ -149,7 +149,7 @@ def fake_state(world: int, argv: list[str]) -> tuple[dict[str, int], dict[str, i
         "cache": nbytes(t for pair in run.update.fold._static.values() for t in pair),
     }
     work = Work(run.plan.decoder, run.config.adapter.rank)
-    return counted, state_bytes(work, run.fold.plan), len(repr(run.fold.plan)), calls
+    return counted, state_bytes(work, run.update.fold.plan), len(repr(run.update.fold.plan)), calls
 
 
 def fake_argv(folder: Path, **overrides) -> list[str]:
