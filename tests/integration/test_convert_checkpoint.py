@@ -10,18 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.kit import runs
-from tests.kit.commands import REPOSITORY
+from tests.kit.commands import REPOSITORY, error_lines
 
 
 def convert(*arguments) -> subprocess.CompletedProcess:
     tool = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py"), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(tool, capture_output=True, text=True, env=environment, timeout=120, check=False)
-
-
-def error_lines(result: subprocess.CompletedProcess) -> list[str]:
-    assert result.returncode == 2, result.stderr
-    return [line for line in result.stderr.splitlines() if line.startswith("titan_hd: error: ")]
 
 
 @pytest.fixture(params=["hdpissa", pytest.param("dora", marks=pytest.mark.slow)])

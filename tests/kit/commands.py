@@ -20,3 +20,9 @@ def run_train(*arguments: str, workers: int = 2, timeout: int = 180, **environme
         timeout=timeout,
         check=False,
     )
+
+
+def error_lines(result: subprocess.CompletedProcess) -> list[str]:
+    """What a command told its user, line by line, when it refused."""
+    assert result.returncode == 2, result.stderr
+    return [line for line in result.stderr.splitlines() if line.startswith("titan_hd: error: ")]
