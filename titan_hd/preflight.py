@@ -15,8 +15,9 @@ from titan_hd.config.job_config import LINEAR_LAYERS, JobConfig
 from titan_hd.config.manager import ConfigError
 from titan_hd.data.dataset import check_data
 from titan_hd.distributed.parallel_dims import placement_error, resolve_shard_degree
-from titan_hd.distributed.tp.tensor_parallel import ROW_WISE, tensor_parallel_errors
-from titan_hd.distributed.update.plan import Topology, UpdatePlan, plan_update
+from titan_hd.distributed.tp.tensor_parallel import LINEAR_PATHS, local_shape, tensor_parallel_errors
+from titan_hd.distributed.update.plan import UpdatePlan, plan_update
+from titan_hd.distributed.update.topology import Topology
 from titan_hd.export.hf import check_folder, export_folder
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.hf_files import WeightFiles
@@ -94,18 +95,14 @@ def update_plan(config: JobConfig, plan: RunPlan, shapes: dict[str, tuple[int, i
     if shapes is None:
         targets, linears = config.adapter.target_modules or LINEAR_LAYERS, plan.decoder.linear_shapes()
         shapes = {
-            f"model.layers.{i}.{name}": _tp_local(name, shape, plan.tp)
+            f"model.layers.{i}.{path}": local_shape(path, linears[name], plan.tp)
             for i in range(plan.decoder.num_hidden_layers)
-            for name, shape in linears.items()
+            for name, path in LINEAR_PATHS.items()
             if name in targets
         }
     h, wire_bytes = config.hdpissa, {"float32": 4, "bfloat16": 2}[config.hdpissa.exchange_dtype]
     topology = Topology(plan.num_adapters, config.adapter.rank, plan.dp_replicate, plan.dp_shard, wire_bytes)
     return plan_update(shapes, topology, h.exchange, h.factor_cache_gb)
-
-
-def _tp_local(name: str, shape: tuple[int, int], tp: int) -> tuple[int, int]:
-    return (shape[0], shape[1] // tp) if name in ROW_WISE else (shape[0] // tp, shape[1])
 
 
 def _check_start(config: JobConfig, decoder: DecoderConfig) -> None:

@@ -43,12 +43,13 @@ from titan_hd.distributed.adapter_init import initialize_adapters
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.collectives import check_equal_on_all_ranks, on_rank_zero, raise_on_all
 from titan_hd.distributed.factor_init import SliceSettings, compute_factors
-from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims, mesh_picture
+from titan_hd.distributed.mesh_picture import mesh_picture
+from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims
 from titan_hd.distributed.parallelize import parallelize
 from titan_hd.distributed.shards import init_weights, load_weights, materialize
 from titan_hd.distributed.tp.loss import vocabulary_parallel_loss_sum
 from titan_hd.distributed.tp.tensor_parallel import apply_tensor_parallel
-from titan_hd.distributed.update.fold import Fold, check_finite
+from titan_hd.distributed.update.fold import Fold, FoldSettings, check_finite
 from titan_hd.distributed.watch import enter_phase
 from titan_hd.errors import UserError
 from titan_hd.export.hf import export_hf
@@ -231,17 +232,9 @@ class Trainer:
         c, h = self.config, self.config.hdpissa
         plan = update_plan(c, self.plan, {name: e.local_shape for name, e in self.registry.entries.items()})
         logger.info("%s", plan.table())
-        wire = getattr(torch, h.exchange_dtype)
-        self.fold = Fold(
-            self.registry,
-            self.dims,
-            plan,
-            h.aggregate,
-            c.optimizer.weight_decay,
-            c.training.seed,
-            wire,
-            h.exchange_in_flight,
-        )
+        wire, decay = getattr(torch, h.exchange_dtype), c.optimizer.weight_decay
+        settings = FoldSettings(h.aggregate, decay, c.training.seed, wire, h.exchange_in_flight)
+        self.fold = Fold(self.registry, self.dims, plan, settings)
         self.fold.prepare()
 
     def _start_adapters(self) -> None:

@@ -55,6 +55,36 @@ def add_rows(w: torch.Tensor, update: torch.Tensor, decay: float, rounding: Roun
         _round_into(part, part.float() * (1.0 - decay) + update[start : start + len(part)], start, rounding)
 
 
+@dataclass(frozen=True)
+class FactoredUpdate:
+    """coefficient * sum_i [dB_i A_i + (B_i + dB_i) dA_i] on the rows of one worker, not multiplied out.
+
+    a, da [m, in], b, db [rows, m], fp32, where m = K*r.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    da: torch.Tensor
+    db: torch.Tensor
+    coefficient: float
+
+    def add_to(self, rows: torch.Tensor, decay: float, rounding: Rounding) -> None:
+        """rows <- (1 - decay) rows + the update, in place: one product of inner size 2*K*r."""
+        left, right = factored_update(self.a, self.b, self.da, self.db)
+        add_product(rows, left, right, self.coefficient, decay, rounding)
+
+
+@dataclass(frozen=True)
+class RowsUpdate:
+    """The update of one worker's rows as a matrix [chunk, in], fp32; those behind the last row are padding."""
+
+    chunk: torch.Tensor
+
+    def add_to(self, rows: torch.Tensor, decay: float, rounding: Rounding) -> None:
+        """rows <- (1 - decay) rows + the update, in place."""
+        add_rows(rows, self.chunk[: len(rows)], decay, rounding)
+
+
 def _row_chunks(w: torch.Tensor):
     step = max(1, _CHUNK_ELEMENTS // max(1, w.shape[1]))
     for start in range(0, w.shape[0], step):
