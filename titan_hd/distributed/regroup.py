@@ -32,8 +32,8 @@ def sharded(parameter: DTensor) -> Sharded:
 
 
 def tp_split(parameter: DTensor) -> int | None:
-    """The dimension in which tensor parallelism splits a parameter, or None. FSDP2 puts the data-parallel mesh dimensions
-    first, so it is the last placement's."""
+    """The dimension in which tensor parallelism splits a parameter, or None. FSDP2 puts the data-parallel placements
+    first, so it is the last one's."""
     names = parameter.device_mesh.mesh_dim_names
     return parameter.placements[-1].dim if "tp" in names and parameter.placements[-1].is_shard() else None
 

@@ -1,8 +1,12 @@
 """The plan at true sizes, the runtime's order, and the rounding's bits: no process group needed."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from tests.conftest import REPOSITORY
 from titan_hd.distributed.update.plan import plan_update
 from titan_hd.distributed.update.rounding import random_bits, rounding_key, stochastic_round
 from titan_hd.distributed.update.runtime import run_tasks
@@ -67,6 +71,15 @@ class TestPlan:
         plan = plan_update(SHAPES_8B, Topology(8, 16, 1, 8), "auto")
         assert len(plan.buckets) == 32
         assert [name for bucket in plan.buckets for name in bucket.shapes] == list(SHAPES_8B)
+
+    def test_it_needs_no_torch(self):
+        code = (
+            "import sys; sys.modules['torch'] = None; from titan_hd.distributed.update import plan, routes, topology; "
+            "shapes = {f'layers.{i}.up_proj': (53248, 16384) for i in range(126)}; "
+            "print(plan.plan_update(shapes, topology.Topology(512, 16, 8, 512)).table())"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+        assert "8 x 512 workers" in done.stdout
 
     def test_digest_tells_plans_apart(self):
         digests = {

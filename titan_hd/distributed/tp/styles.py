@@ -1,8 +1,8 @@
 """The ways in which tensor parallelism changes one module of the decoder: what `tensor_parallel`'s tables name.
 
-A style is a function (module, stream) -> None. It makes the weights that it splits DTensors over tp and puts another
-`forward` in place of the module's; of adapters' layers it replaces the methods that they have for this instead. Layouts
-in the docstrings are those of activations, in the words of `functions.py`; "stream" is the residual stream's layout.
+A style is a function (module, stream) -> None. It makes the weights that it splits DTensors over tp, and replaces
+methods of this one module (`_replace`): `forward`, or of an adapter's layer those that are there for it. Layouts in
+docstrings are those of activations, in the words of `functions.py`; "stream" is the residual stream's layout.
 """
 
 from __future__ import annotations
@@ -68,6 +68,12 @@ def _distribute(module: nn.Module, name: str, stream: Stream, dim: int) -> None:
     setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
 
 
+def _replace(module: nn.Module, **methods: Callable) -> None:
+    """Put functions in the place of methods of this one module. Its parameters keep their names."""
+    for name, function in methods.items():
+        setattr(module, name, function)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Modules of a block
 
@@ -75,25 +81,25 @@ def _distribute(module: nn.Module, name: str, stream: Stream, dim: int) -> None:
 def gathered_input(module: nn.Module, stream: Stream) -> None:
     """stream -> Replicate, once for all the column-wise layers inside."""
     forward = module.forward
-    module.forward = lambda x, *args: forward(stream.enter(x), *args)
+    _replace(module, forward=lambda x, *args: forward(stream.enter(x), *args))
 
 
 def norm_of_stream(norm: RMSNorm, stream: Stream) -> None:
     """stream -> stream; the weight is not split."""
-    norm.forward = lambda x: norm.normalize(x, stream.replicated(norm.weight))
+    _replace(norm, forward=lambda x: norm.normalize(x, stream.replicated(norm.weight)))
 
 
 def norm_of_own_heads(norm: nn.Module, stream: Stream) -> None:
     """Works on this rank's heads. The weight, common to all heads, is not split; its gradient comes in terms."""
     if isinstance(norm, RMSNorm):  # decoders without such norms have an Identity here
-        norm.forward = lambda x: norm.normalize(x, copy_to_tp(norm.weight, stream.group))
+        _replace(norm, forward=lambda x: norm.normalize(x, copy_to_tp(norm.weight, stream.group)))
 
 
 def column_wise(layer: nn.Linear, stream: Stream) -> None:
     """Replicate -> Shard(-1): each rank computes its own output features; the bias is split with them."""
     if layer.bias is not None:
         _distribute(layer, "bias", stream, 0)
-    layer.forward = _split_linear(layer, stream, 0)
+    _replace(layer, forward=_split_linear(layer, stream, 0))
 
 
 def row_wise(layer: nn.Linear, stream: Stream) -> None:
@@ -104,7 +110,7 @@ def row_wise(layer: nn.Linear, stream: Stream) -> None:
         y = stream.leave(partial_sums(x))
         return y if layer.bias is None else y + stream.replicated(layer.bias)
 
-    layer.forward = forward
+    _replace(layer, forward=forward)
 
 
 def _split_linear(layer: nn.Linear, stream: Stream, dim: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -116,9 +122,9 @@ def _split_linear(layer: nn.Linear, stream: Stream, dim: int) -> Callable[[torch
 
     if not isinstance(layer, (AdapterLinear, HDPissaLinear)):
         return lambda x: F.linear(x, *local_parameters())
-    layer.parameters_for_compute = local_parameters
+    _replace(layer, parameters_for_compute=local_parameters)
     if dim == 1:
-        layer.dropped = functools.partial(_dropped_columns, layer, stream.group)
+        _replace(layer, dropped=functools.partial(_dropped_columns, layer, stream.group))
     if isinstance(layer, AdapterLinear):
         _split_adapter(layer, stream, dim)
     return layer.forward
@@ -135,9 +141,9 @@ def _split_adapter(layer: AdapterLinear, stream: Stream, dim: int) -> None:
         value = getattr(layer, name)
         return value.to_local() if name in split else copy_to_tp(value, stream.group)
 
-    layer.tensor = tensor
+    _replace(layer, tensor=tensor)
     if dim == 1:
-        layer.sum_over_tp = functools.partial(funcol.all_reduce, reduceOp="sum", group=stream.group)
+        _replace(layer, sum_over_tp=functools.partial(funcol.all_reduce, reduceOp="sum", group=stream.group))
 
 
 def _dropped_columns(layer: AdapterLinear | HDPissaLinear, group: dist.ProcessGroup, x: torch.Tensor) -> torch.Tensor:
@@ -166,7 +172,7 @@ def split_embedding(embedding: nn.Embedding, stream: Stream) -> None:
         others = (local < 0) | (local >= len(weight))
         return stream.leave(F.embedding(local.masked_fill(others, 0), weight).masked_fill(others[..., None], 0.0))
 
-    embedding.forward = forward
+    _replace(embedding, forward=forward)
 
 
 def whole_embedding(embedding: nn.Embedding, stream: Stream) -> None:
@@ -176,7 +182,7 @@ def whole_embedding(embedding: nn.Embedding, stream: Stream) -> None:
         own = input_ids if stream.length is None else own_piece(input_ids, stream.group)
         return F.embedding(own, stream.replicated(embedding.weight))
 
-    embedding.forward = forward
+    _replace(embedding, forward=forward)
 
 
 def split_head(model: Decoder, stream: Stream) -> None:
@@ -201,6 +207,6 @@ def whole_head(model: Decoder, stream: Stream) -> None:
 
 def _set_head(model: Decoder, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
     if model.lm_head is None:
-        model.tied_head = forward
+        _replace(model, tied_head=forward)
     else:
-        model.lm_head.forward = forward
+        _replace(model.lm_head, forward=forward)

@@ -29,7 +29,7 @@ class DenseGroups:
 
     shard: dist.ProcessGroup
     shards: int
-    replicate: dist.ProcessGroup | None
+    replicate: dist.ProcessGroup
     replicas: int
 
 
@@ -46,8 +46,8 @@ class DenseExchange(Exchange):
     ):
         self._share = coefficient / mesh.size(1)  # workers that share an adapter send a part each
         self._wire, self._piece_rows = wire, piece_rows
-        replicate = dims.world.get_group("dp_replicate") if dims.dp_replicate > 1 else None
-        self._groups = DenseGroups(dims.world.get_group("dp_shard"), dims.dp_shard, replicate, dims.dp_replicate)
+        shard, replicate = dims.world.get_group("dp_shard"), dims.world.get_group("dp_replicate")
+        self._groups = DenseGroups(shard, dims.dp_shard, replicate, dims.dp_replicate)
 
     def travel(self, names: Sequence[str], local: Sequence[HostedFactors]) -> Generator[None, None, list[RowsUpdate]]:
         (hosted,) = local
@@ -60,7 +60,7 @@ class DenseExchange(Exchange):
         padding = chunk * shards - left.shape[0]
         left = (F.pad(left, (0, 0, 0, padding)) if padding else left).view(shards, chunk, -1)
         rows = right.new_empty(chunk, right.shape[1])
-        step = self._piece_rows(*rows.shape, shards, rows.device.type)
+        step = self._piece_rows(chunk, right.shape[1], shards, rows.device.type)
         for first in range(0, chunk, step):
             update = (left[:, first : first + step].flatten(0, 1) @ right).to(self._wire)
             arrived = yield from _sum_over_workers(update, self._groups)
