@@ -9,10 +9,8 @@ over dp_shard; all-reduce what arrived over dp_replicate; and so on, until the c
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -21,16 +19,6 @@ from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.row_shards import chunk_rows
 from titan_hd.distributed.update.apply import RowsUpdate, factored_update
 from titan_hd.distributed.update.route import Exchange, HostedFactors
-
-
-@dataclass(frozen=True)
-class DenseGroups:
-    """Process groups of this worker along dp_shard and dp_replicate, with their sizes."""
-
-    shard: dist.ProcessGroup
-    shards: int
-    replicate: dist.ProcessGroup
-    replicas: int
 
 
 class DenseExchange(Exchange):
@@ -46,42 +34,38 @@ class DenseExchange(Exchange):
     ):
         self._share = coefficient / mesh.size(1)  # workers that share an adapter send a part each
         self._wire, self._piece_rows = wire, piece_rows
-        shard, replicate = dims.world.get_group("dp_shard"), dims.world.get_group("dp_replicate")
-        self._groups = DenseGroups(shard, dims.dp_shard, replicate, dims.dp_replicate)
+        self._shards, self._replicas = dims.dp_shard, dims.dp_replicate
+        self._shard_group, self._replica_group = (dims.world.get_group(name) for name in ("dp_shard", "dp_replicate"))
 
     def travel(self, names: Sequence[str], local: Sequence[HostedFactors]) -> Generator[None, None, list[RowsUpdate]]:
-        (hosted,) = local
-        left, right = factored_update(
-            hosted.a.flatten(0, 1), _stack(hosted.b), hosted.da.flatten(0, 1), _stack(hosted.db)
-        )
+        ((a, b, da, db),) = local
+        left, right = factored_update(a.flatten(0, 1), _stack(b), da.flatten(0, 1), _stack(db))
         right.mul_(self._share)
-        shards = self._groups.shards
-        chunk = chunk_rows(left.shape[0], shards)
-        padding = chunk * shards - left.shape[0]
-        left = (F.pad(left, (0, 0, 0, padding)) if padding else left).view(shards, chunk, -1)
+        chunk = chunk_rows(left.shape[0], self._shards)
+        padding = chunk * self._shards - left.shape[0]
+        left = (F.pad(left, (0, 0, 0, padding)) if padding else left).view(self._shards, chunk, -1)
         rows = right.new_empty(chunk, right.shape[1])
-        step = self._piece_rows(chunk, right.shape[1], shards, rows.device.type)
+        step = self._piece_rows(chunk, right.shape[1], self._shards, right.device.type)
         for first in range(0, chunk, step):
             update = (left[:, first : first + step].flatten(0, 1) @ right).to(self._wire)
-            arrived = yield from _sum_over_workers(update, self._groups)
+            arrived = yield from self._sum_over_workers(update)
             rows[first : first + step] = arrived
             del update, arrived  # a generator's variables live as long as it waits
         return [RowsUpdate(rows)]
+
+    def _sum_over_workers(self, update: torch.Tensor) -> Generator[None, None, torch.Tensor]:
+        """[shards * n, in] of every worker -> the sum's own [n, in] of this worker's shard."""
+        if self._shards > 1:
+            update, work = reduce_scatter(update, self._shards, self._shard_group)
+            yield
+            work.wait()
+        if self._replicas > 1:
+            work = all_reduce(update, self._replicas, self._replica_group)
+            yield
+            work.wait()
+        return update
 
 
 def _stack(factor: torch.Tensor) -> torch.Tensor:
     """[k, out, r] -> [out, k*r]"""
     return factor.transpose(0, 1).flatten(1)
-
-
-def _sum_over_workers(update: torch.Tensor, groups: DenseGroups) -> Generator[None, None, torch.Tensor]:
-    """[shards * n, in] of every worker -> the sum's own [n, in] of this worker's shard."""
-    if groups.shards > 1:
-        update, work = reduce_scatter(update, groups.shards, groups.shard)
-        yield
-        work.wait()
-    if groups.replicas > 1:
-        work = all_reduce(update, groups.replicas, groups.replicate)
-        yield
-        work.wait()
-    return update

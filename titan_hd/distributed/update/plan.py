@@ -113,7 +113,10 @@ def plan_update(
 
 def _plan_weight(name: str, shape: Shape, t: Topology, exchange: str, budget: int) -> WeightPlan:
     cache = {key: route.cache_bytes(shape, t) for key, route in ROUTES.items()}
-    received = {key: route.received(shape, t, cache[key] <= budget) for key, route in ROUTES.items()}
+    received = {
+        key: sum(collective.received for collective in route.traffic([shape], t, cached=cache[key] <= budget))
+        for key, route in ROUTES.items()
+    }
     chosen = min(received, key=received.__getitem__) if exchange == "auto" else exchange
     return WeightPlan(name, shape, chosen, 0 < cache[chosen] <= budget, cache[chosen], received)
 

@@ -45,8 +45,8 @@ class Memory(NamedTuple):
 
 
 class Route:
-    """Costs of one way to travel. Arguments: `shapes` of the weights of a bucket; `cached`: whether their fixed factors
-    stay on the workers; `t`, the sizes of the run.
+    """Costs of one way to travel. Arguments: `shapes` of the weights of a bucket; `t`, the sizes of the run; `cached`:
+    the weights' fixed factors stay on the workers.
 
     name: as in hdpissa.exchange and in the plan's table.
     fills_bucket: each weight travels by itself; otherwise those of a transformer block share their collectives.
@@ -59,16 +59,12 @@ class Route:
         """The collectives of one step."""
         raise NotImplementedError
 
-    def received(self, shape: Shape, t: Topology, cached: bool) -> int:
-        """Bytes received in one step for one weight."""
-        return sum(collective.received for collective in self.traffic([shape], t, cached))
-
     def flops(self, shape: Shape, t: Topology) -> int:
-        """Operations of the products of one step on the worker with the largest shard."""
+        """Operations of one step's products for a weight, on the worker with the largest shard."""
         raise NotImplementedError
 
     def cache_bytes(self, shape: Shape, t: Topology) -> int:
-        """Memory per worker that would spare the fixed factors their way in every step; 0: none travel."""
+        """Memory per worker that would spare a weight's fixed factors their way in every step; 0: none travel."""
         return 0
 
     def memory(self, shapes: Sequence[Shape], t: Topology, cached: bool, device_type: str = "cuda") -> Memory:
