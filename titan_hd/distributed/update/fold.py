@@ -62,16 +62,16 @@ class Fold:
         Phase 1, all ranks together: one number is all-reduced to find out whether every dA and dB is finite. If one is
         not, every rank raises, and W is as it was.
 
-        Phase 2, bucket by bucket, in the plan's order on all ranks: what the bucket's route sends starts to travel. Its
-        collectives are asynchronous: the task yields, and waits for them only when its turn comes. Of factors, dA and
-        rows of dB pass between the workers that hold adapters; of dense, each worker's part of the update is summed
-        onto the shards, piece by piece, and over the replicas.
+        Phase 2, bucket by bucket, in the plan's order on all ranks: the bucket's updates start to travel. On the
+        factors route, dA and rows of dB pass between the workers that hold adapters; on the dense route, the workers'
+        parts of the update are summed onto the shards, piece by piece, and over the replicas. The collectives are
+        asynchronous: the task yields, and waits for them when its turn comes.
 
-        Phase 3, no collectives: the bucket has arrived, and this worker multiplies it out and adds it to the rows of W
-        that it owns. Its own dA and dB of the bucket are set to zero: others were sent copies.
+        Phase 3, no collectives: the bucket has arrived. This worker multiplies it out, adds it to the rows of W that it
+        owns, and sets its own dA and dB of the bucket to zero; what other workers receive of them is a copy.
 
-        Phase 3 of a bucket runs while later ones are in phase 2, at most `in_flight` of them together. Nothing waits at
-        the end: the next forward pass's all-gather of W does.
+        Phase 3 of a bucket runs while the next ones are in phase 2; at most `in_flight` buckets are in either. No
+        barrier ends the step: who needs the others' rows is the all-gather of the next forward pass.
 
         Raises:
             FloatingPointError: on every rank and before W is touched, if an adapter's update is not finite.
