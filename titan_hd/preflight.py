@@ -23,7 +23,7 @@ from titan_hd.config.job_config import JobConfig
 from titan_hd.config.manager import ConfigError
 from titan_hd.data.dataset import check_data
 from titan_hd.distributed.parallel_dims import placement_error, resolve_shard_degree
-from titan_hd.distributed.tp.tensor_parallel import ROW_WISE, tensor_parallel_errors
+from titan_hd.distributed.tp.tensor_parallel import LINEAR_PATHS, local_shape, tensor_parallel_errors
 from titan_hd.distributed.update.plan import UpdatePlan
 from titan_hd.errors import UserError
 from titan_hd.export.hf import check_folder, export_folder
@@ -112,16 +112,12 @@ def update_plan(config: JobConfig, plan: RunPlan) -> UpdatePlan:
     linears = plan.decoder.linear_shapes()
     targets = config.adapter.target_modules or linears
     shapes = {
-        f"model.layers.{i}.{name}": _tp_local(name, shape, plan.tp)
+        f"model.layers.{i}.{path}": local_shape(path, linears[name], plan.tp)
         for i in range(plan.decoder.num_hidden_layers)
-        for name, shape in linears.items()
+        for name, path in LINEAR_PATHS.items()
         if name in targets
     }
     return fold_plan(config, plan.num_adapters, (plan.dp_replicate, plan.dp_shard), shapes)
-
-
-def _tp_local(name: str, shape: tuple[int, int], tp: int) -> tuple[int, int]:
-    return (shape[0], shape[1] // tp) if name in ROW_WISE else (shape[0] // tp, shape[1])
 
 
 def _check_start(config: JobConfig, decoder: DecoderConfig, method: Method) -> None:

@@ -39,7 +39,8 @@ from titan_hd.data.loader import Batch, GlobalBatches, TrainLoader
 from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.data.tokens.records import statistics_table
 from titan_hd.distributed.collectives import check_equal_on_all_ranks, on_rank_zero, raise_on_all
-from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims, mesh_picture
+from titan_hd.distributed.mesh_picture import mesh_picture
+from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims
 from titan_hd.distributed.parallelize import parallelize
 from titan_hd.distributed.shards import init_weights, load_weights, materialize
 from titan_hd.distributed.tp.loss import vocabulary_parallel_loss_sum
