@@ -1,111 +1,119 @@
-"""Tokenized records, as the loader and the validation read them, and what became of all records."""
+"""Datasets: sequences of examples, as the loader and the validation read them.
+
+`Dataset` is what a run can train on. A `FiniteDataset` can also be counted and validated on: it is tokenized ahead,
+from one source (`TokenizedDataset`) or several (`Concatenation`, `Mixture`). The other kind is
+`streaming.StreamedDataset`. Indices count records in the order of the files and their lines, without those left out.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-IGNORE = -100
+from titan_hd.config.job_config import DataSource
+from titan_hd.data.example import IGNORE, Example
+from titan_hd.data.formats import QuestionFormat
+from titan_hd.data.order.mixture import MixtureOrder, share_of
+from titan_hd.data.order.sample_order import Order, OrderSettings, build_order
+from titan_hd.data.tokens.statistics import Statistics
+
+logger = logging.getLogger("titan_hd")
 
 
-@dataclass(frozen=True)
-class Example:
-    """Token ids and labels of one record; label -100 is not trained on, position t predicts labels[t + 1]."""
+class Dataset(ABC):
+    """A sequence of examples that a run can train on. Data workers get it pickled."""
 
-    input_ids: list[int]
-    labels: list[int]
+    @abstractmethod
+    def __getitem__(self, index: int) -> Example: ...
+
+    @abstractmethod
+    def order(self, settings: OrderSettings) -> Order:
+        """Which of the records make up which sample of the run."""
+
+    @abstractmethod
+    def summary(self, pack_to: int | None = None) -> str:
+        """What tells the samples of a run from those of another: equal for equal records, mixtures and packs (of a
+        stream, for files of equal sizes)."""
 
     @property
-    def trained_tokens(self) -> int:
-        return len(self.labels[1:]) - self.labels[1:].count(IGNORE)
+    @abstractmethod
+    def rows(self) -> list[Statistics]:
+        """What `statistics_table` shows of these records."""
 
 
-@dataclass
-class Statistics:
-    """What became of the records of a data set.
+class FiniteDataset(Dataset):
+    """A dataset whose records are known ahead.
 
-    records, tokens, trained: of what is kept, after the cut. truncated: records that were cut. unlabelled: records
-    left out because no label is within training.seq_len. bad: records left out by data.on_error = "skip". longest:
-    tokens of the longest record before the cut. first_unlabelled, first_bad: file and line of the first of those, and
-    what is wrong with it. content: a hash of the ids and labels of all records, one for each source.
+    Attributes:
+        statistics: of all records.
+        answerable: whether answers to all records can be generated and compared; only then `prompt_ids`, `response` and
+            `stop_ids` may be called.
     """
 
-    name: str
-    format: str
-    records: int = 0
-    tokens: int = 0
-    trained: int = 0
-    truncated: int = 0
-    unlabelled: int = 0
-    bad: int = 0
-    longest: int = 0
-    first_unlabelled: str = ""
-    first_bad: str = ""
-    content: str = ""
+    statistics: Statistics
 
-    def add(self, other: Statistics) -> None:
-        """Count other records, which come behind these, as well."""
-        for name in ("records", "tokens", "trained", "truncated", "unlabelled", "bad"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.longest = max(self.longest, other.longest)
-        self.first_unlabelled = self.first_unlabelled or other.first_unlabelled
-        self.first_bad = self.first_bad or other.first_bad
-        self.content = " ".join(filter(None, (self.content, other.content)))
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
+    def lengths(self) -> np.ndarray:
+        """Tokens of every record, int64 [len(self)]."""
 
-def statistics_table(rows: list[Statistics]) -> str:
-    """One line per data set, under a heading."""
-    width = max([17, *(len(s.name) + 2 for s in rows)])
-    lines = [
-        f"{'data set':<{width}}{'format':<12}{'records':>10}{'tokens':>14}{'trained':>14}{'truncated':>11}"
-        f"{'unlabelled':>12}{'bad':>6}{'longest':>9}"
-    ]
-    lines += [
-        f"{s.name:<{width}}{s.format:<12}{s.records:>10}{s.tokens:>14}{s.trained:>14}{s.truncated:>11}{s.unlabelled:>12}"
-        f"{s.bad:>6}{s.longest:>9}"
-        for s in rows
-    ]
-    return "\n  ".join(lines)
+    @property
+    @abstractmethod
+    def answerable(self) -> bool: ...
 
+    @abstractmethod
+    def prompt_ids(self, index: int) -> list[int]:
+        """BOS (if the family or the chat template has one) and the prompt: what generation starts from."""
 
-class Questions(Protocol):
-    """How generated answers to records begin and end. A question is the list that a format made of a record, with the
-    reference answer as its last entry."""
+    @abstractmethod
+    def response(self, index: int) -> str: ...
 
-    def write(self, question: list) -> str: ...
+    @abstractmethod
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end a generated response."""
 
-    def prompt_ids(self, question: list) -> list[int]: ...
+    def order(self, settings: OrderSettings) -> Order:
+        return build_order(self.lengths, len(self), settings)
 
-    def stop_ids(self) -> frozenset[int]: ...
+    def summary(self, pack_to: int | None = None) -> str:
+        s = self.statistics
+        text = f"{s.records} records of format {s.format}, {s.tokens} tokens, {s.trained} trained, content {s.content}"
+        text += self._shares_in_words()
+        return f"{text}; packs of {pack_to} tokens" if pack_to else text
+
+    def _shares_in_words(self) -> str:
+        return ""
 
 
-class TokenizedRecords:
+class TokenizedDataset(FiniteDataset):
     """Ids and labels of all records, one behind the other in flat arrays, in memory or mapped from files.
 
     arrays: ids int32 [tokens]; ends int64 [records + 1], where each record begins and the last one ends; and either
         labels int32 [tokens], or spans int32 [n, 2], from where to where in its record the label of each token is its
-        id, with span_ends int64 [records + 1].
+        id, with span_ends int64 [records + 1]. With questions, also questions uint8 [bytes], the question of every
+        record as JSON, and question_ends int64 [records + 1].
+    questions: the format of records whose questions are kept, so that answers can be generated and compared.
     """
 
-    answerable = False
-
-    def __init__(self, statistics: Statistics, arrays: Mapping[str, np.ndarray]):
-        self.statistics, self._arrays = statistics, arrays
+    def __init__(
+        self, statistics: Statistics, arrays: Mapping[str, np.ndarray], questions: QuestionFormat | None = None
+    ):
+        self.statistics, self._arrays, self._questions = statistics, arrays, questions
 
     @property
     def rows(self) -> list[Statistics]:
-        """What `statistics_table` shows of these records."""
         return [self.statistics]
 
     def __len__(self) -> int:
         return len(self._arrays["ends"]) - 1
 
     def lengths(self) -> np.ndarray:
-        """Tokens of every record, int64 [records]."""
         return np.diff(self._arrays["ends"])
 
     def __getitem__(self, index: int) -> Example:
@@ -122,36 +130,98 @@ class TokenizedRecords:
             labels[start:stop] = ids[start:stop]
         return Example(ids, labels)
 
+    @property
+    def answerable(self) -> bool:
+        return self._questions is not None
 
-class InstructionRecords(TokenizedRecords):
-    """Records with a prompt and a response (of a chat: the last assistant turn) whose texts are kept, so that answers
-    can be generated and compared.
-
-    arrays: also questions uint8 [bytes], the question of every record as JSON, and question_ends int64 [records + 1].
-    questions: the format that made them.
-    """
-
-    answerable = True
-
-    def __init__(self, statistics: Statistics, arrays: Mapping[str, np.ndarray], questions: Questions):
-        super().__init__(statistics, arrays)
-        self._questions = questions
-
-    def _question(self, index: int) -> list:
+    def _question(self, index: int) -> tuple[QuestionFormat, list]:
+        assert self._questions is not None, "not answerable"
         begin, end = self._arrays["question_ends"][index : index + 2].tolist()
-        return json.loads(self._arrays["questions"][begin:end].tobytes())
+        return self._questions, json.loads(self._arrays["questions"][begin:end].tobytes())
 
     def prompt(self, index: int) -> str:
         """The text in front of the response."""
-        return self._questions.write(self._question(index))
+        format, question = self._question(index)
+        return format.write(question)
 
     def prompt_ids(self, index: int) -> list[int]:
-        """BOS (if the family or the chat template has one) and the prompt: what generation starts from."""
-        return self._questions.prompt_ids(self._question(index))
-
-    def stop_ids(self) -> frozenset[int]:
-        """Token ids that end a generated response."""
-        return self._questions.stop_ids()
+        format, question = self._question(index)
+        return format.prompt_ids(question)
 
     def response(self, index: int) -> str:
-        return self._question(index)[-1]
+        return self._question(index)[1][-1]
+
+    def stop_ids(self) -> frozenset[int]:
+        assert self._questions is not None, "not answerable"
+        return self._questions.stop_ids()
+
+
+class Concatenation(FiniteDataset):
+    """The records of several sources, one source behind the other. name: what messages call it."""
+
+    def __init__(self, name: str, parts: Sequence[FiniteDataset]):
+        self.parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.statistics = Statistics(name, "all")
+        for part in parts:
+            self.statistics.add(part.statistics)
+
+    @property
+    def rows(self) -> list[Statistics]:
+        """One for each source, and one for all."""
+        return [*(part.statistics for part in self.parts), self.statistics]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _locate(self, index: int) -> tuple[FiniteDataset, int]:
+        """The source of a record, and its index there."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        i = int(np.searchsorted(self._ends, index, side="right"))
+        part = self.parts[i]
+        return part, index - int(self._ends[i]) + len(part)
+
+    def __getitem__(self, index: int) -> Example:
+        part, place = self._locate(index)
+        return part[place]
+
+    def lengths(self) -> np.ndarray:
+        return np.concatenate([part.lengths() for part in self.parts])
+
+    @property
+    def answerable(self) -> bool:
+        return all(part.answerable for part in self.parts)
+
+    def prompt_ids(self, index: int) -> list[int]:
+        part, place = self._locate(index)
+        return part.prompt_ids(place)
+
+    def response(self, index: int) -> str:
+        part, place = self._locate(index)
+        return part.response(place)
+
+    def stop_ids(self) -> frozenset[int]:
+        """What ends a response of any source."""
+        return frozenset().union(*(part.stop_ids() for part in self.parts))
+
+
+class Mixture(Concatenation):
+    """The records of several sources, of which an epoch takes what `sources` say.
+
+    Attributes:
+        shares: what an epoch takes of each source.
+    """
+
+    def __init__(self, name: str, parts: Sequence[FiniteDataset], sources: list[DataSource]):
+        super().__init__(name, parts)
+        self.shares = [share_of(s, len(p), f"{name}[{i}]") for i, (s, p) in enumerate(zip(sources, parts))]
+        for part, share in zip(parts, self.shares):
+            logger.info("%s: an epoch takes %d of %d records", part.statistics.name, share.taken, share.records)
+
+    def order(self, settings: OrderSettings) -> Order:
+        mixed = MixtureOrder(self.shares, settings.shuffle, settings.seed)
+        return build_order(self.lengths, mixed.size, settings, mixed.index)
+
+    def _shares_in_words(self) -> str:
+        return ", of each source " + ", ".join(f"{share.taken} of {share.records}" for share in self.shares)
