@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.common import environment, print_header, print_json, print_table
 from titan_hd.data.loader import GlobalBatches, TrainLoader
-from titan_hd.data.order.order import build_order
+from titan_hd.data.order.sample_order import build_order
 from titan_hd.data.order.packing import pack
 from titan_hd.data.tokens.cache import MappedArrays
 from titan_hd.data.tokens.records import Statistics, TokenizedRecords

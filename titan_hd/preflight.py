@@ -21,7 +21,7 @@ from titan_hd.components.optimizer import optimizer_class
 from titan_hd.components.update import fold_plan
 from titan_hd.config.job_config import JobConfig
 from titan_hd.config.manager import ConfigError
-from titan_hd.data.dataset import check_data
+from titan_hd.data.build import check_data
 from titan_hd.distributed.parallel_dims import placement_error, resolve_shard_degree
 from titan_hd.distributed.tp.tensor_parallel import LINEAR_PATHS, local_shape, tensor_parallel_errors
 from titan_hd.distributed.update.plan import UpdatePlan

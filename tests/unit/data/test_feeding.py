@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titan_hd.data.loader import Batch, GlobalBatches, TrainLoader
-from titan_hd.data.order.order import Order, build_order
+from titan_hd.data.order.sample_order import Order, build_order
 from titan_hd.data.tokens.records import Example
 from titan_hd.distributed.parallel_dims import AdapterPlacement
 

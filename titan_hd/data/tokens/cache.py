@@ -1,7 +1,7 @@
 """Tokenized records on disk: written once, mapped into memory by every worker and every later run.
 
 An entry is a folder named by a hash of everything that its content depends on. It holds one plain file of little-endian
-numbers for each array of `TokenizedRecords`, and meta.json with their sizes and the statistics. It is written beside
+numbers for each array of a `TokenizedDataset`, and meta.json with their sizes and the statistics. It is written beside
 its place and renamed when it is complete, so that what is there is whole unless somebody damaged it later, which the
 sizes show. Who finds no entry takes the key's lock and writes it; others wait for the lock and read it. The lock is
 the kernel's (flock): it ends with its process. Nodes whose locks do not reach each other write one entry each, and the
@@ -27,7 +27,7 @@ from typing import BinaryIO, TextIO
 import numpy as np
 
 from titan_hd.data.tokens.encoding import as_array
-from titan_hd.data.tokens.records import Statistics
+from titan_hd.data.tokens.statistics import Statistics
 from titan_hd.errors import UserError
 
 VERSION = 2  # of what an entry looks like and of how records become tokens
@@ -154,8 +154,8 @@ class TokenCache:
     def get(self, key: str, sources: list[str], write: Callable[[Callable[[str], BinaryIO]], Statistics]) -> Entry:
         """The entry of a key, which is written first where there is none.
 
-        sources: names of the files that it is made of; of the statistics, what names one of them follows when they
-            have moved since.
+        sources: names of the files that it is made of. If they have moved since it was written, the paths quoted in
+            its statistics are updated.
         write: fills the arrays, whose files the function that it is given opens by name.
 
         Raises:
