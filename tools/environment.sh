@@ -4,8 +4,8 @@
 setup_environment() {
   local root=$1 extra=${2:-}
   local need="import torch; assert (2, 11) <= tuple(map(int, torch.__version__.split('.')[:2])) < (2, 14)
-import torch, numpy, safetensors, sentencepiece, tokenizers, tiktoken, jinja2, tqdm, torchdata, wandb"
-  [ "$extra" != dev ] || need="$need, pytest, pytest_timeout, hypothesis, transformers, peft, ruff, huggingface_hub, gguf, pyarrow, zstandard"
+import torch, numpy, safetensors, sentencepiece, tokenizers, tiktoken, jinja2, tqdm, torchdata, filelock, wandb"
+  [ "$extra" != dev ] || need="$need, pytest, pytest_timeout, hypothesis, transformers, peft, ruff, huggingface_hub, gguf, accelerate, pyarrow, zstandard"
   export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
   local candidate
   for candidate in ${PYTHON:+"$PYTHON"} "$root/.venv/bin/python" python3; do
