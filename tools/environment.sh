@@ -3,8 +3,8 @@
 
 setup_environment() {
   local root=$1 extra=${2:-}
-  local packages="torch numpy safetensors sentencepiece tokenizers tiktoken jinja2 tqdm torchdata wandb"
-  [ "$extra" != dev ] || packages="$packages pytest pytest_timeout hypothesis transformers peft huggingface_hub gguf
+  local packages="torch numpy safetensors sentencepiece tokenizers tiktoken jinja2 tqdm torchdata filelock wandb"
+  [ "$extra" != dev ] || packages="$packages pytest pytest_timeout hypothesis transformers peft huggingface_hub gguf accelerate
     pyarrow zstandard ruff importlinter codespell_lib pyrefly"
   # They are looked for, not imported, which would take seconds at every start.
   local complete="from importlib import metadata, util
