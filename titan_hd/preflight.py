@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from titan_hd.adapters.methods import build_method
 from titan_hd.checkpoint.folder import CheckpointFolder
 from titan_hd.checkpoint.resume_check import allow_mismatch_errors
@@ -18,8 +16,7 @@ from titan_hd.distributed.parallel_dims import placement_error, resolve_shard_de
 from titan_hd.distributed.tp.tensor_parallel import ROW_WISE, tensor_parallel_errors
 from titan_hd.distributed.update.plan import Topology, UpdatePlan, plan_update
 from titan_hd.export.hf import check_folder, export_folder
-from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_files import WeightFiles
+from titan_hd.models.hf_files import open_model_weights
 from titan_hd.models.registry import DecoderConfig, flavor_config, read_hf_config
 
 
@@ -118,10 +115,7 @@ def _check_start(config: JobConfig, decoder: DecoderConfig) -> None:
     resumes = c.enable and checkpoints.candidates(c.load_step)
     if (resumes and c.base == "full" and not _export_reads_base(config)) or config.model.flavor:
         return
-    with torch.device("meta"):
-        model = Decoder(decoder)
-    expected = {name: p.shape for name, p in model.named_parameters()}
-    WeightFiles(config.model.hf_assets_path, expected, tied_head=model.lm_head is None)
+    open_model_weights(config.model.hf_assets_path, decoder)
 
 
 def _export_reads_base(config: JobConfig) -> bool:

@@ -274,6 +274,13 @@ class Decoder(nn.Module):
         return F.linear(h, self.model.embed_tokens.weight)
 
 
+def parameter_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
+    """Shape of every parameter of the model by HF's name, without memory for any."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
 def attention_mask(
     length: int,
     window: int | None,
