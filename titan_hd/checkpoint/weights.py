@@ -1,4 +1,4 @@
-"""Weights of a checkpoint by HF name, in one process, whatever they were stored as."""
+"""Reads the weights of a checkpoint by HF name, in one process, with a run's adapters merged in."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from titan_hd.models.registry import DecoderConfig
 
 
 class CheckpointWeights:
-    """Reads one weight after the other: as it is stored; of the base model, where a checkpoint holds only what changed;
-    and merged in fp32, where an adapter stands beside it.
+    """Reads one weight after the other: from the checkpoint; from the base model, if the checkpoint holds only the
+    weights that training changed; and with its adapter merged in fp32, if it has one.
 
     state: what `read_train_state` gave, empty for a checkpoint of weights alone. directory: has the base model.
 
     Attributes:
         shapes: of all weights of the model.
         dtypes: of the weights that are stored.
-        merged: names of the weights that an adapter stands beside.
+        merged: names of the weights that have an adapter.
 
     Raises:
         UserError: tensors are missing or misshapen, the directory holds another base model, or a file of the run's
