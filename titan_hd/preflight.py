@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from titan_hd.adapters.method import Method
 from titan_hd.adapters.methods import build_method, method_errors, method_of
 from titan_hd.checkpoint.folder import CheckpointFolder
@@ -27,8 +25,7 @@ from titan_hd.distributed.tp.tensor_parallel import LINEAR_PATHS, local_shape, t
 from titan_hd.distributed.update.plan import UpdatePlan
 from titan_hd.errors import UserError
 from titan_hd.export.hf import check_folder, export_folder
-from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_files import WeightFiles
+from titan_hd.models.hf_files import open_model_weights
 from titan_hd.models.registry import DecoderConfig, flavor_config, read_hf_config
 
 T = TypeVar("T")
@@ -132,10 +129,7 @@ def _check_start(config: JobConfig, decoder: DecoderConfig, method: Method) -> N
     export_reads_base = method.changes_base and config.export.enable and config.export.format == "peft"
     if (resumes and c.base == "full" and not export_reads_base) or config.model.flavor:
         return
-    with torch.device("meta"):
-        model = Decoder(decoder)
-    expected = {name: p.shape for name, p in model.named_parameters()}
-    WeightFiles(config.model.hf_assets_path, expected, tied_head=model.lm_head is None)
+    open_model_weights(config.model.hf_assets_path, decoder)
 
 
 def decoder_config(config: JobConfig) -> DecoderConfig:
