@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from tests.kit.commands import REPOSITORY
 from tests.kit import gguf_files
+from tests.kit.commands import REPOSITORY
 from tests.kit.gguf_files import MODELS, gguf, transformers, write_gguf
 from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.errors import UserError
