@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from titan_hd.components.loss import IGNORE_INDEX, token_loss_sum
-from titan_hd.data.tokens.records import IGNORE
+from titan_hd.data.example import IGNORE
 
 # fp32 logarithms of sums of 11 exponentials, against float64.
 LOSS_TOLERANCE = 1e-5
