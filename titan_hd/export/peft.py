@@ -1,6 +1,6 @@
 """Writes the adapters alone, as a directory that the peft library loads onto the base model.
 
-Every rank makes the tensors of the layers dealt to it (`distributed.whole`), and rank 0 gathers them, wave by wave, and
+Every rank makes the tensors of the layers dealt to it (`distributed.regroup`), and rank 0 gathers them, wave by wave, and
 writes one file. They are fp32: an adapter is small, and the two halves of a PiSSA adapter nearly cancel, which rounding
 would undo.
 
