@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from titan_hd.data.tokens.records import Statistics, TokenizedRecords
 
 from benchmarks.common import environment, print_header, print_json, print_table
 from titan_hd.data.loader import GlobalBatches, TrainLoader
-from titan_hd.data.order.order import build_order
 from titan_hd.data.order.packing import pack
+from titan_hd.data.order.sample_order import build_order
 from titan_hd.data.tokens.cache import MappedArrays
-from titan_hd.data.tokens.records import Statistics, TokenizedRecords
 
 REQUIRED = 100_000  # tokens per second of a whole node
 BATCH, MICRO_BATCHES = 4, 4

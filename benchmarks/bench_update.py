@@ -47,8 +47,10 @@ from titan_hd.adapters.hdpissa import HDPissa
 from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
 from titan_hd.distributed.collectives import TRAFFIC, all_gather
 from titan_hd.distributed.parallel_dims import ParallelDims
-from titan_hd.distributed.update.fold import Fold
-from titan_hd.distributed.update.plan import Topology, plan_update
+from titan_hd.distributed.row_shards import shard_rows
+from titan_hd.distributed.update.fold import Fold, FoldSettings
+from titan_hd.distributed.update.plan import plan_update
+from titan_hd.distributed.update.topology import Topology
 from titan_hd.models.registry import flavor_config
 
 EXPECTED = {"1024x1024r16": (4.0, 5.0), "2048x2048r16": (4.8, 15.4), "2048x2048r64": (3.9, 8.7)}  # dense, factors
@@ -99,8 +101,8 @@ def authors_fold(registry: AdapterRegistry, dims: ParallelDims, coefficient: flo
         for a, b, da, db in zip(*gathered):
             update += (b + db) @ (a + da) - b @ a
         rows = entry.weight_rows()
-        first = dims.place(dims.rank)[1] * -(-entry.shape[0] // dims.dp_shard)
-        rows.add_(update[first : first + len(rows)], alpha=coefficient)
+        first, last = shard_rows(entry.shape[0], dims.dp_shard, dims.place(dims.rank).shard)
+        rows.add_(update[first:last], alpha=coefficient)
         for delta in factors(entry)[2:]:
             delta.zero_()
 
@@ -115,7 +117,7 @@ def make_variants(registry: AdapterRegistry, dims: ParallelDims, rank: int) -> d
     topology = Topology(registry.num_adapters, rank, dims.dp_replicate, dims.dp_shard)
 
     def fold(exchange: str, **options) -> Callable[[], None]:
-        ready = Fold(registry, dims, plan_update(shapes, topology, exchange), **options)
+        ready = Fold(registry, dims, plan_update(shapes, topology, exchange), FoldSettings(**options))
         ready.prepare()
         return lambda: ready(lr=0.0, step=0)
 

@@ -1,10 +1,12 @@
-"""Small files: reading those that somebody else made, and what a failing disk says."""
+"""Files: reading small ones that somebody else made, replacing one as a whole, and what a failing disk says."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import stat
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,28 @@ def read_json_object(path: Path, object_pairs_hook: Callable[[list], Any] | None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not valid JSON: must be an object")
     return content
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Put a new file into a place where readers, and a crash, find the old one (or none) or all of the new one.
+
+    write: fills the file of the path that it is given. Of several writers at the same time the last one wins.
+    """
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        write(partial)
+        sync_file(partial)
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file that this process wrote is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

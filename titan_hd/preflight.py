@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from titan_hd.adapters.method import Method
 from titan_hd.adapters.methods import build_method, method_errors, method_of
 from titan_hd.checkpoint.folder import CheckpointFolder
@@ -21,14 +19,13 @@ from titan_hd.components.optimizer import optimizer_class
 from titan_hd.components.update import fold_plan
 from titan_hd.config.job_config import JobConfig
 from titan_hd.config.manager import ConfigError
-from titan_hd.data.dataset import check_data
+from titan_hd.data.build import check_data
 from titan_hd.distributed.parallel_dims import placement_error, resolve_shard_degree
-from titan_hd.distributed.tp.tensor_parallel import ROW_WISE, tensor_parallel_errors
+from titan_hd.distributed.tp.tensor_parallel import LINEAR_PATHS, local_shape, tensor_parallel_errors
 from titan_hd.distributed.update.plan import UpdatePlan
 from titan_hd.errors import UserError
 from titan_hd.export.hf import check_folder, export_folder
-from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_files import WeightFiles
+from titan_hd.models.hf_files import open_model_weights
 from titan_hd.models.registry import DecoderConfig, flavor_config, read_hf_config
 
 T = TypeVar("T")
@@ -112,16 +109,12 @@ def update_plan(config: JobConfig, plan: RunPlan) -> UpdatePlan:
     linears = plan.decoder.linear_shapes()
     targets = config.adapter.target_modules or linears
     shapes = {
-        f"model.layers.{i}.{name}": _tp_local(name, shape, plan.tp)
+        f"model.layers.{i}.{path}": local_shape(path, linears[name], plan.tp)
         for i in range(plan.decoder.num_hidden_layers)
-        for name, shape in linears.items()
+        for name, path in LINEAR_PATHS.items()
         if name in targets
     }
     return fold_plan(config, plan.num_adapters, (plan.dp_replicate, plan.dp_shard), shapes)
-
-
-def _tp_local(name: str, shape: tuple[int, int], tp: int) -> tuple[int, int]:
-    return (shape[0], shape[1] // tp) if name in ROW_WISE else (shape[0] // tp, shape[1])
 
 
 def _check_start(config: JobConfig, decoder: DecoderConfig, method: Method) -> None:
@@ -136,10 +129,7 @@ def _check_start(config: JobConfig, decoder: DecoderConfig, method: Method) -> N
     export_reads_base = method.changes_base and config.export.enable and config.export.format == "peft"
     if (resumes and c.base == "full" and not export_reads_base) or config.model.flavor:
         return
-    with torch.device("meta"):
-        model = Decoder(decoder)
-    expected = {name: p.shape for name, p in model.named_parameters()}
-    WeightFiles(config.model.hf_assets_path, expected, tied_head=model.lm_head is None)
+    open_model_weights(config.model.hf_assets_path, decoder)
 
 
 def decoder_config(config: JobConfig) -> DecoderConfig:

@@ -34,12 +34,14 @@ from titan_hd.components.update import build_update
 from titan_hd.components.validation import Validator
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
-from titan_hd.data.dataset import build_records, data_summary, sample_order
+from titan_hd.data.build import DatasetBuilder
 from titan_hd.data.loader import Batch, GlobalBatches, TrainLoader
+from titan_hd.data.order.sample_order import OrderSettings
 from titan_hd.data.text.tokenizer import load_tokenizer
-from titan_hd.data.tokens.records import statistics_table
+from titan_hd.data.tokens.statistics import statistics_table
 from titan_hd.distributed.collectives import check_equal_on_all_ranks, on_rank_zero, raise_on_all
-from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims, mesh_picture
+from titan_hd.distributed.mesh_picture import mesh_picture
+from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims
 from titan_hd.distributed.parallelize import parallelize
 from titan_hd.distributed.shards import init_weights, load_weights, materialize
 from titan_hd.distributed.tp.loss import vocabulary_parallel_loss_sum
@@ -157,39 +159,38 @@ class Trainer:
         logger.info("%d parameters, %d trainable, in %d layers", total, count, len(trained))
 
     def _build_data(self) -> None:
-        c = self.config
+        c, seq_len = self.config, self.config.training.seq_len
         tokenizer = functools.cache(lambda: load_tokenizer(c.model.hf_assets_path))
-        shape = self.plan.decoder.vocab_size, c.training.seq_len
+        builder = DatasetBuilder(c.data, self.plan.decoder.vocab_size, seq_len, tokenizer, c.metrics.progress_bar)
+        order_settings = OrderSettings(c.data.shuffle, c.training.seed, pack_to=seq_len if c.data.pack else None)
         with raise_on_all("reading the data"):
-            bar = c.metrics.progress_bar
-            records = build_records(c.data, "train", *shape, tokenizer, bar, c.training.seed)
-            built = [records]
-            if c.validation.enable:
-                built.append(build_records(c.data, "validation", *shape, tokenizer, bar))
-                if c.validation.exact_match_samples and not built[1].answerable:
-                    raise UserError("validation.exact_match_samples: needs records with a prompt and a response")
+            dataset = builder.training()
+            validation = builder.validation() if c.validation.enable else None
+            if validation is not None and c.validation.exact_match_samples and not validation.answerable:
+                raise UserError("validation.exact_match_samples: needs records with a prompt and a response")
         # A node with a file of its own that differs would end its steps, or its validation, at another time.
-        for key, read in zip(("data.train", "data.validation"), built):
-            check_equal_on_all_ranks(key, data_summary(read, c.data, c.training.seq_len))
-        rows = [row for r in built for row in r.rows]
+        self.data_summary = dataset.summary(order_settings.pack_to)
+        check_equal_on_all_ranks("data.train", self.data_summary)
+        if validation is not None:
+            check_equal_on_all_ranks("data.validation", validation.summary())
+        rows = dataset.rows + (validation.rows if validation is not None else [])
         if rows:
             logger.info("%s", statistics_table(rows))
         # Compiled blocks want one shape, and so does attention to packs on a GPU, which is always compiled; otherwise
         # padding to the longest row of a micro-batch is enough.
-        pad_to = c.training.seq_len if c.compile.enable else None
+        pad_to = seq_len if c.compile.enable else None
+        pad_training_to = seq_len if c.data.pack and self.device.type == "cuda" else pad_to
         self.validator = None
-        if c.validation.enable:
-            self.validator = Validator(c, self.dims, self.device, built[1], pad_to, self.loss_sum, tokenizer)
-        if c.data.pack and self.device.type == "cuda":
-            pad_to = c.training.seq_len
-        batch, order = self.plan.global_batch_size, sample_order(records, c.data, c.training.seq_len, c.training.seed)
+        if validation is not None:
+            self.validator = Validator(c, self.dims, self.device, validation, pad_to, self.loss_sum, tokenizer)
+        batch, order = self.plan.global_batch_size, dataset.order(order_settings)
         micro_batches = [self.placement.samples(m) for m in range(self.placement.micro_batches)]
-        batches = GlobalBatches(records, order, batch, pad_to, c.data.pack)
+        batches = GlobalBatches(dataset, order, batch, pad_training_to, c.data.pack)
         self.loader = TrainLoader(batches, micro_batches, c.data.num_workers)
-        self.data_summary = data_summary(records, c.data, c.training.seq_len)
         self.total_steps = c.training.steps or max(1, order.positions(c.training.epochs) // batch)
-        count = "streamed" if c.data.streaming else order.size
-        logger.info("%s training records; %d steps of %d", count, self.total_steps, batch)
+        logger.info(
+            "%s training records; %d steps of %d", order.records_per_epoch or "streamed", self.total_steps, batch
+        )
 
     def _load_or_resume(self) -> None:
         """Weights and what is trained: from the chosen checkpoint, or from the model directory and the SVD."""

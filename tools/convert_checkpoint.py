@@ -33,8 +33,16 @@ from titan_hd.errors import UserError
 from titan_hd.export.hf import beside, check_folder, publish, start_folder, write_assets
 from titan_hd.export.model_card import model_card
 from titan_hd.files import disk_faults
-from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_files import WeightFiles, check_space, plan_files, sync_files, write_headers, write_rows
+from titan_hd.models.decoder import parameter_shapes
+from titan_hd.models.hf_files import (
+    WeightFiles,
+    check_space,
+    open_model_weights,
+    plan_files,
+    sync_files,
+    write_headers,
+    write_rows,
+)
 from titan_hd.models.registry import read_hf_config
 
 
@@ -67,11 +75,6 @@ def dcp_to_hf(checkpoint: Path, folder: Path, assets: str, dtype: torch.dtype | 
         publish(partial, folder)
 
 
-def _meta_model(assets: str) -> Decoder:
-    with torch.device("meta"):
-        return Decoder(read_hf_config(assets))
-
-
 def _one_dtype(checkpoint: Path, dtypes: set[torch.dtype]) -> torch.dtype:
     if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
         names = ", ".join(sorted(map(str, dtypes)))
@@ -83,12 +86,11 @@ def hf_to_dcp(assets: str, folder: Path, dtype: torch.dtype | None) -> None:
     """Write the weights as a checkpoint, beside and renamed. dtype None: that of each tensor's file."""
     if folder.exists():
         raise UserError(f"{folder}: is there already; remove it or name another folder")
-    model = _meta_model(assets)
-    expected = {name: p.shape for name, p in model.named_parameters()}
-    files = WeightFiles(assets, expected, tied_head=model.lm_head is None)
+    config = read_hf_config(assets)
+    files = open_model_weights(assets, config)
     tensors = {
         f"model.{name}": torch.empty(shape, dtype=dtype or files.dtype(name), device="meta")
-        for name, shape in expected.items()
+        for name, shape in parameter_shapes(config).items()
     }
     partial = beside(folder)
     with disk_faults(partial), tqdm(total=len(tensors), unit="tensor") as bar:

@@ -3,14 +3,17 @@
 
 setup_environment() {
   local root=$1 extra=${2:-}
-  local need="import torch; assert (2, 11) <= tuple(map(int, torch.__version__.split('.')[:2])) < (2, 14)
-import torch, numpy, safetensors, sentencepiece, tokenizers, tiktoken, jinja2, tqdm, torchdata, wandb"
-  [ "$extra" != dev ] || need="$need, pytest, pytest_timeout, hypothesis, transformers, peft, huggingface_hub, gguf, pyarrow, zstandard
-import ruff, importlinter, codespell_lib, pyrefly"
+  local packages="torch numpy safetensors sentencepiece tokenizers tiktoken jinja2 tqdm torchdata filelock wandb"
+  [ "$extra" != dev ] || packages="$packages pytest pytest_timeout hypothesis transformers peft huggingface_hub gguf accelerate
+    pyarrow zstandard ruff importlinter codespell_lib pyrefly"
+  # They are looked for, not imported, which would take seconds at every start.
+  local complete="from importlib import metadata, util
+assert (2, 11) <= tuple(map(int, metadata.version('torch').split('.')[:2])) < (2, 14)
+assert all(map(util.find_spec, '''$packages'''.split()))"
   export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
   local candidate
   for candidate in ${PYTHON:+"$PYTHON"} "$root/.venv/bin/python" python3; do
-    if command -v "$candidate" >/dev/null && "$candidate" -c "$need" 2>/dev/null; then
+    if command -v "$candidate" >/dev/null && "$candidate" -c "$complete" 2>/dev/null; then
       PYTHON=$candidate
       return
     fi

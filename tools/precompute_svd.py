@@ -24,24 +24,24 @@ from titan_hd.adapters.svd_cache import cached_factors
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
-from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_files import WeightFiles
+from titan_hd.models.decoder import Decoder, parameter_shapes
+from titan_hd.models.hf_files import open_model_weights
 from titan_hd.preflight import decoder_config
 
 
 def precompute(config: JobConfig, share: int, shares: int) -> None:
     """Decompose every targeted weight of the share that is not in the cache; one JSON line each on stdout."""
     a = config.adapter
+    decoder = decoder_config(config)
+    files, shapes = open_model_weights(config.model.hf_assets_path, decoder), parameter_shapes(decoder)
     with torch.device("meta"):
-        model = Decoder(decoder_config(config))
-    expected = {name: p.shape for name, p in model.named_parameters()}
-    files = WeightFiles(config.model.hf_assets_path, expected, tied_head=model.lm_head is None)
+        model = Decoder(decoder)
     method = build_method(config, method_of(config).adapters_for(config, workers=1))
     names = method.apply(model, a.target_modules)[share::shares]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     master = getattr(torch, config.training.master_dtype)  # what the run decomposes is the master
     for name in tqdm(names, unit="weight"):
-        rows = files.read_rows(f"{name}.weight", 0, expected[f"{name}.weight"][0])
+        rows = files.read_rows(f"{name}.weight", 0, shapes[f"{name}.weight"][0])
         weight = rows.to(device, master).float()
         *_, report = cached_factors(weight, method.directions, SvdSettings(a.svd, a.svd_niter), name, a.svd_cache)
         print(json.dumps(report))

@@ -4,7 +4,7 @@
     python tools/scaling.py --flavor 70B --adapters 8 --gpus 64,512,4096 --network 25 --utilisation 0.5
 
 Weak scaling: every GPU computes `--tokens` per micro-batch and `--micro-batches` per optimizer step. Bytes of the
-exchange are those of the update plan (`distributed/update/plan.py`), gathers those of the FSDP2 groups; both equal what
+exchange are those of the update's routes (`distributed/update`), gathers those of the FSDP2 groups; both equal what
 the collectives count (tests/distributed/test_scaling.py). Seconds are bytes over an assumed bandwidth: see
 docs/scaling.md for the assumptions.
 """
@@ -24,8 +24,11 @@ import torch
 from titan_hd.components.flops import flops_per_token
 from titan_hd.config import manager
 from titan_hd.distributed.parallelize import fsdp_groups
-from titan_hd.distributed.update.fold import bucket_bytes
-from titan_hd.distributed.update.plan import Topology, UpdatePlan, WeightPlan, plan_update
+from titan_hd.distributed.row_shards import chunk_rows
+from titan_hd.distributed.update.plan import UpdatePlan, plan_update
+from titan_hd.distributed.update.route import Collective
+from titan_hd.distributed.update.routes import ROUTES
+from titan_hd.distributed.update.topology import Topology
 from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import DecoderConfig, flavor_config
@@ -64,6 +67,15 @@ class Cluster:
         outside = received * (size - min(size, per_node)) / (size - 1)
         seconds = max(outside / self.network, (received - outside) / self.nvlink)
         return seconds + (nodes - 1) * self.network_latency + (size - nodes) * self.nvlink_latency
+
+    def seconds(self, collective: Collective) -> float:
+        _, received, size, apart = collective
+        per_node = max(1, min(size, self.node // apart))
+        if collective.kind == "all_to_all":
+            return self.all_to_all(received, size, per_node)
+        if collective.kind == "all_reduce":  # a reduce-scatter and an all-gather
+            return 2 * self.ring(received / 2, size, per_node)
+        return self.ring(received, size, per_node)
 
 
 @dataclass(frozen=True)
@@ -142,12 +154,12 @@ def _groups(config: DecoderConfig, shards: int) -> Iterator[tuple[int, bool, boo
 
 
 def _shard(parameter: torch.Tensor, shards: int) -> int:
-    return -(-parameter.shape[0] // shards) * parameter[0].numel()
+    return chunk_rows(parameter.shape[0], shards) * parameter[0].numel()
 
 
 def shared_gradients(work: Work, topology: Topology) -> int:
     """Bytes received for the sum over the workers that share an adapter (0 where K >= workers)."""
-    size = topology.workers // topology.holders
+    size = topology.sharing
     return 2 * (size - 1) * 4 * adapter_elements(work, topology) // size
 
 
@@ -175,8 +187,8 @@ def passing_bytes(work: Work, plan: UpdatePlan) -> int:
     logits = t * c.vocab_size * (bf16 + 3 * 4)  # bf16; fp32, their softmax and its gradient
     numels = [plan.topology.dp_shard * numel for numel, _, _ in _groups(c, plan.topology.dp_shard)]
     gathered = bf16 * (sum(sorted(numels)[-2:]) + max(numels))
-    buckets = [bucket_bytes(plan, names, plan.topology.wire_bytes) for names in plan.buckets]
-    return max(activations + logits + gathered, 2 * max(b[0] for b in buckets) + max(b[1] for b in buckets))
+    buckets = [ROUTES[b.route].memory([*b.shapes.values()], plan.topology, b.cached) for b in plan.buckets]
+    return max(activations + logits + gathered, 2 * max(b.held for b in buckets) + max(b.computing for b in buckets))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,34 +220,15 @@ def exchange_seconds(work: Work, plan: UpdatePlan, cluster: Cluster) -> tuple[fl
     the number of nodes. The products of one bucket run beside the collectives of the next.
     """
     t = plan.topology
-    apart, n = t.workers // t.holders, t.holders
-    per_node = max(1, min(n, cluster.node // apart))
-    weights = {w.name: w for w in plan.weights}
     wire = products = 0.0
     for bucket in plan.buckets:
-        a = b = 0
-        for w in (weights[name] for name in bucket):
-            out, width = w.shape
-            if w.route == "factors":
-                a += w.factors_bytes * width // (width + t.chunk(out))
-                b += w.factors_bytes * t.chunk(out) // (width + t.chunk(out))
-                products += 2 * t.chunk(out) * width * 2 * t.num_adapters * t.rank
-            else:
-                wire += _dense_seconds(w, t, cluster)
-                products += 2 * out * width * 2 * t.hosted * t.rank
-        wire += cluster.ring(a, n, per_node) + cluster.all_to_all(b, n, per_node) if a else 0.0
+        route, shapes = ROUTES[bucket.route], [*bucket.shapes.values()]
+        wire += sum(cluster.seconds(collective) for collective in route.traffic(shapes, t, bucket.cached))
+        products += sum(route.flops(shape, t) for shape in shapes)
     shared = shared_gradients(work, t)
-    sums = 2 * cluster.ring(shared / 2, apart, min(apart, cluster.node))
+    sums = cluster.seconds(Collective("all_reduce", shared, t.sharing, 1))
     received = sum(w.received for w in plan.weights) + shared
     return max(wire, products / cluster.fold_rate) + sums, received
-
-
-def _dense_seconds(w: WeightPlan, t: Topology, cluster: Cluster) -> float:
-    """A reduce-scatter over the shards, then an all-reduce over the replicas."""
-    scattered = (t.dp_shard - 1) * t.chunk(w.shape[0]) * w.shape[1] * t.wire_bytes
-    across = max(1, cluster.node // t.dp_shard)
-    seconds = cluster.ring(scattered, t.dp_shard, min(t.dp_shard, cluster.node))
-    return seconds + 2 * cluster.ring((w.dense_bytes - scattered) / 2, t.dp_replicate, min(t.dp_replicate, across))
 
 
 def estimate(work: Work, topology: Topology, exchange: str, cluster: Cluster) -> Estimate:
@@ -294,7 +287,7 @@ def table(work: Work, gpu_counts: list[int], num_adapters: list[int], cluster: C
     for gpus in gpu_counts:
         most = max(k for k in range(1, min(gpus, work.largest_k) + 1) if gpus % k == 0)
         ks = sorted({k for k in [*num_adapters, most] if k <= work.largest_k})
-        rows = [best(work, gpus, k, route, cluster) for k in ks for route in ("factors", "dense")]
+        rows = [best(work, gpus, k, route, cluster) for k in ks for route in ROUTES]
         lines += [_line(row, cluster.memory) for row in rows]
         if gpus <= work.largest_k:
             lines.append(_line(authors_estimate(work, gpus, cluster), cluster.memory))

@@ -9,8 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kit.exchange import SHAPES, build, draw, prepared
 from titan_hd.distributed.collectives import TRAFFIC
-from titan_hd.distributed.update.fold import Fold, bucket_bytes
-from titan_hd.distributed.update.plan import Topology, plan_update
+from titan_hd.distributed.update.fold import Fold, FoldSettings
+from titan_hd.distributed.update.plan import plan_update
+from titan_hd.distributed.update.routes import ROUTES
+from titan_hd.distributed.update.topology import Topology
 
 
 def fill(registry, size=1.0):
@@ -99,7 +101,9 @@ def peak_of_fold(num_adapters, exchange, cache_gb, in_flight):
     gc.collect()
     with LiveBytes() as memory:
         fold(lr=0.1, step=0)
-    held, computing = zip(*(bucket_bytes(fold.plan, b, 4, "cpu") for b in fold.plan.buckets))
+    buckets, topology = fold.plan.buckets, fold.plan.topology
+    bounds = [ROUTES[b.route].memory([*b.shapes.values()], topology, b.cached, "cpu") for b in buckets]
+    held, computing = zip(*bounds)
     return memory.peak, sum(sorted(held)[-in_flight:]) + max(computing)
 
 
@@ -185,7 +189,8 @@ def test_a_non_finite_update_on_one_rank_stops_all_before_w_is_touched(value, wo
 def bf16_folds(replicate, shard, steps, exchange):
     registry, dims = build(2, replicate, shard, 1, torch.bfloat16)
     shapes = {n: e.shape for n, e in registry.entries.items()}
-    fold = Fold(registry, dims, plan_update(shapes, Topology(2, 1, replicate, shard), exchange), seed=7)
+    plan = plan_update(shapes, Topology(2, 1, replicate, shard), exchange)
+    fold = Fold(registry, dims, plan, FoldSettings(seed=7))
     fold.prepare()
     for step in range(steps):
         fill(registry, size=2e-4)

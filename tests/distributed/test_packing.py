@@ -11,7 +11,7 @@ import pytest
 from tests.kit import oracle, runs
 from titan_hd.components.flops import flops_per_token
 from titan_hd.data.loader import Batch, GlobalBatches, collate
-from titan_hd.data.order.order import PackOrder
+from titan_hd.data.order.sample_order import PackOrder
 from titan_hd.models.registry import parse_hf_config
 
 # Sums of the same fp32 numbers in another order; relative.

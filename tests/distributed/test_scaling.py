@@ -23,7 +23,7 @@ from titan_hd.components.update import FoldUpdate
 from titan_hd.config import manager
 from titan_hd.distributed.collectives import TRAFFIC
 from titan_hd.distributed.shards import base_parameters
-from titan_hd.distributed.update.plan import Topology
+from titan_hd.distributed.update.topology import Topology
 from titan_hd.models.registry import read_hf_config
 from titan_hd.preflight import plan_run
 from titan_hd.train import Trainer
@@ -146,7 +146,7 @@ def fake_state(world: int, argv: list[str]) -> tuple[dict[str, int], dict[str, i
     counted = {
         "shards": nbytes(p for _, p in base_parameters(run.model)),
         "adapters": nbytes([*deltas, *moments, *fixed, *(p.grad for p in deltas)]),
-        "cache": nbytes(t for pair in run.update.fold._static.values() for t in pair),
+        "cache": nbytes(t for pair in run.update.fold.exchanges["factors"].cached.values() for t in pair),
     }
     work = Work(run.plan.decoder, run.config.adapter.rank)
     return counted, state_bytes(work, run.update.fold.plan), len(repr(run.update.fold.plan)), calls

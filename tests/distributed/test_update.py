@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from tests.kit.exchange import SHAPES, build, draw
-from titan_hd.distributed.update.fold import Fold
-from titan_hd.distributed.update.plan import Topology, plan_update
+from titan_hd.distributed.update.fold import Fold, FoldSettings
+from titan_hd.distributed.update.plan import plan_update
 from titan_hd.distributed.update.reference import reference_update
+from titan_hd.distributed.update.topology import Topology
 
 # One fp32 product of inner size 2 K r <= 16 against float64.
 TOLERANCE = 1e-5
@@ -35,7 +36,7 @@ def _fold_once(num_adapters: int, replicate: int, shard: int, aggregate: str, de
     registry, dims = build(num_adapters, replicate, shard)
     topology = Topology(num_adapters, 1, replicate, shard)
     plan = plan_update({n: e.shape for n, e in registry.entries.items()}, topology, exchange)
-    fold = Fold(registry, dims, plan, aggregate, decay)
+    fold = Fold(registry, dims, plan, FoldSettings(aggregate, decay))
     fold.prepare()
     first = registry.mesh.get_local_rank("adapter") * registry.hosted
     for name, entry in registry.entries.items():

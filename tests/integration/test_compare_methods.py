@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
 from tests.kit import runs
-from tests.kit.commands import REPOSITORY
+from tests.kit.commands import CPU_ONLY, REPOSITORY
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def compare(tmp_path):
         return subprocess.run(
             [sys.executable, "tools/compare_methods.py", *arguments, "--config", str(tmp_path / "run.toml"), *options],
             cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable},
+            env={**CPU_ONLY, "PYTHON": sys.executable},
             capture_output=True,
             text=True,
             timeout=240,

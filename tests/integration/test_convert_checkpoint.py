@@ -1,7 +1,6 @@
 """tools/convert_checkpoint.py as a user runs it: checkpoints become exports, and weights survive both ways."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -10,18 +9,17 @@ import torch
 from safetensors.torch import load_file
 
 from tests.kit import runs
-from tests.kit.commands import REPOSITORY
+from tests.kit.commands import CPU_ONLY, REPOSITORY, call_tool, error_lines
+from tools import convert_checkpoint
 
 
 def convert(*arguments) -> subprocess.CompletedProcess:
+    return call_tool(convert_checkpoint.main, *arguments)
+
+
+def convert_as_a_user(*arguments) -> subprocess.CompletedProcess:
     tool = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py"), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(tool, capture_output=True, text=True, env=environment, timeout=120, check=False)
-
-
-def error_lines(result: subprocess.CompletedProcess) -> list[str]:
-    assert result.returncode == 2, result.stderr
-    return [line for line in result.stderr.splitlines() if line.startswith("titan_hd: error: ")]
+    return subprocess.run(tool, capture_output=True, text=True, env=CPU_ONLY, timeout=120, check=False)
 
 
 @pytest.fixture(params=["hdpissa", pytest.param("dora", marks=pytest.mark.slow)])
@@ -81,12 +79,12 @@ def test_a_checkpoint_becomes_the_export_of_its_run(run, request, tmp_path):
 
 def test_weights_survive_both_ways(tmp_path):
     _, weights = runs.write_model(tmp_path / "model", tie_word_embeddings=True)
-    result = convert("hf-to-dcp", tmp_path / "model", tmp_path / "dcp")
+    result = convert_as_a_user("hf-to-dcp", tmp_path / "model", tmp_path / "dcp")
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "dcp").glob("*.distcp"))) == len(weights), "a file for each tensor"
 
     command = ("dcp-to-hf", tmp_path / "dcp", tmp_path / "hf", "--assets", tmp_path / "model")
-    result = convert(*command)
+    result = convert_as_a_user(*command)
     assert result.returncode == 0, result.stderr
     got = load_file(tmp_path / "hf" / "model.safetensors")
     assert got.keys() == weights.keys()

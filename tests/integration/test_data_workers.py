@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.kit import runs
-from tests.kit.commands import REPOSITORY
+from tests.kit.commands import CPU_ONLY, REPOSITORY
 
 # Another number of workers adds the same fp32 numbers in another order.
 LOSS_TOLERANCE = 1e-5
@@ -29,10 +29,9 @@ def setup(tmp_path):
         values = {"data__pack": "true", "training__seq_len": 32, "hdpissa__num_adapters": 2, "data__shuffle": "true"}
         options = runs.options(tmp_path / "model", tmp_path / "records.jsonl", tmp_path / dump, **values | overrides)
         mark = uuid.uuid4().hex
-        environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NGPU": str(workers), "TITAN_MARK": mark}
         run = subprocess.Popen(
             [REPOSITORY / "run_train.sh", "--config", os.devnull, *options],
-            env={**os.environ, **environment},
+            env={**CPU_ONLY, "NGPU": str(workers), "TITAN_MARK": mark},
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,

@@ -17,12 +17,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tests.kit import runs
-from tests.kit.commands import REPOSITORY
+from tests.kit.commands import CPU_ONLY, REPOSITORY
 from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.errors import UserError
 from tools import generate
 
-CPU_ONLY = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 WORDS = ["<unk>", "</s>", "<s>", "<e>", *(f"w{i}" for i in range(46))]
 CHAT = (
     "{% for m in messages %}<s> {{ m.role }} {{ m.content }} <e> {% endfor %}"

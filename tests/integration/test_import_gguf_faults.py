@@ -14,15 +14,10 @@ from pathlib import Path
 import pytest
 
 import tools.import_gguf
-from tests.integration.test_import_gguf import write_gguf
-from titan_hd.errors import UserError
-from titan_hd.models import gguf as models_gguf
-
-gguf = pytest.importorskip("gguf")
-
+from tests.kit.gguf_files import gguf, write_gguf
 
 TYPES = gguf.GGUFValueType
-U32, I32, F32, STRING, BOOL = ((kind,) for kind in (TYPES.UINT32, TYPES.INT32, TYPES.FLOAT32, TYPES.STRING, TYPES.BOOL))
+U32, I32, F32, STRING = ((kind,) for kind in (TYPES.UINT32, TYPES.INT32, TYPES.FLOAT32, TYPES.STRING))
 U32S, STRINGS = (TYPES.ARRAY, TYPES.UINT32), (TYPES.ARRAY, TYPES.STRING)
 
 
@@ -36,7 +31,7 @@ class TestFaults:
             monkeypatch.setattr(sys, "argv", ["import_gguf.py", str(file), str(folder), *options])
             with pytest.raises(SystemExit) as caught:
                 tools.import_gguf.main()
-            lines = [line for line in capsys.readouterr().err.splitlines() if line and "tensor/s]" not in line]
+            lines = [line for line in capsys.readouterr().err.splitlines() if line and "it/s]" not in line]
             assert caught.value.code == 2
             assert len(lines) == 1
             assert len(lines[0]) < 1000
@@ -89,55 +84,32 @@ class TestFaults:
         assert "is no GGUF file, or an incomplete one: it ends too early" in refusal(tmp_path / "model.gguf")
 
     @pytest.mark.parametrize(
-        ("key", "value", "line"),
+        ("key", "value"),
         [
-            ("general.architecture", (["llama"], STRINGS), "must be text, not ['llama']"),
-            ("split.count", ("2", STRING), "must be a whole number, not '2'"),
-            ("llama.attention.head_count", (0, U32), "must be a whole number above 0, not 0"),
-            ("llama.attention.head_count", ([4, 4], U32S), "must be a whole number, not [4, 4]"),
-            ("llama.attention.head_count", (128, U32), "blk.0.attn_q.weight: has shape [32, 64], must be [1024, 64]"),
-            ("llama.attention.head_count_kv", (3, U32), "num_key_value_heads: must divide"),
-            ("llama.attention.head_count_kv", (True, BOOL), "must be a whole number, not True"),
-            ("llama.attention.key_length", (-8, I32), "must be a whole number above 0, not -8"),
-            ("llama.attention.value_length", (9, U32), "only 8 is supported"),
-            ("llama.embedding_length", ("64", STRING), "must be a whole number, not '64'"),
-            ("llama.embedding_length", (64.0, F32), "must be a whole number, not 64.0"),
-            ("llama.feed_forward_length", (2**31, U32), "must be a whole number above 0, not 2147483648"),
-            ("llama.block_count", (2**31, U32), "must be a whole number above 0, not 2147483648"),
-            ("llama.block_count", (2**31 - 1, U32), "num_hidden_layers: must be at most"),
-            ("llama.block_count", (999, U32), "is 999, the file has 2 layers"),
-            ("llama.block_count", (1, U32), "is 1, the file has 2 layers"),
-            ("llama.attention.layer_norm_rms_epsilon", (float("nan"), F32), "must be a number above 0, not nan"),
-            ("llama.rope.freq_base", (float("inf"), F32), "must be a number above 0, not inf"),
-            ("llama.rope.freq_base", (0.0, F32), "must be a number above 0, not 0.0"),
-            ("llama.rope.scaling.factor", (float("nan"), F32), "must be a number above 0, not nan"),
-            ("llama.rope.scaling.type", (2, U32), "must be text, not 2"),
-            ("tokenizer.ggml.tokens", ("a", STRING), "must be an array, text each"),
-            ("tokenizer.ggml.tokens", (3, U32), "must be an array, text each"),
-            ("tokenizer.ggml.token_type", (["a"] * 288, STRINGS), "must be an array, a whole number each"),
-            ("tokenizer.ggml.merges", ([1, 2], U32S), "must be an array, text each"),
-            ("tokenizer.ggml.merges", (["ab"], STRINGS), "tokens and merges do not fit"),
-            ("tokenizer.ggml.pre", ("x\n" * 1000, STRING), "'x\\nx"),
-            ("tokenizer.ggml.add_bos_token", ("yes", STRING), "must be true or false, not 'yes'"),
-            ("tokenizer.ggml.bos_token_id", (-1, I32), "-1 is not below 288 and at least 0"),
-            ("tokenizer.ggml.eos_token_id", ("256", STRING), "must be a whole number, not '256'"),
-            ("tokenizer.ggml.eot_token_id", (288, U32), "288 is not below 288"),
-            ("tokenizer.chat_template", (1, U32), "must be text, not 1"),
+            ("general.architecture", (["llama"], STRINGS)),
+            ("llama.attention.head_count", (0, U32)),
+            ("llama.attention.head_count", ([4, 4], U32S)),
+            ("llama.attention.head_count", (128, U32)),
+            ("llama.attention.head_count_kv", (3, U32)),
+            ("llama.attention.key_length", (-8, I32)),
+            ("llama.embedding_length", ("64", STRING)),
+            ("llama.feed_forward_length", (2**31, U32)),
+            ("llama.block_count", (2**31, U32)),
+            ("llama.block_count", (999, U32)),
+            ("llama.block_count", (1, U32)),
+            ("llama.attention.layer_norm_rms_epsilon", (float("nan"), F32)),
+            ("llama.rope.freq_base", (float("inf"), F32)),
+            ("llama.rope.scaling.factor", (float("nan"), F32)),
+            ("tokenizer.ggml.tokens", ("a", STRING)),
+            ("tokenizer.ggml.merges", (["ab"], STRINGS)),
+            ("tokenizer.ggml.pre", ("x\n" * 1000, STRING)),
+            ("tokenizer.ggml.eos_token_id", (2**31, U32)),
         ],
     )
-    def test_metadata(self, tmp_path: Path, refusal, key: str, value: tuple, line: str):
+    def test_metadata(self, tmp_path: Path, refusal, key: str, value: tuple):
+        """Values of another kind, and sizes that fit no model, before anything is built of them."""
         write_gguf(tmp_path / "model.gguf", "llama", metadata={key: value})
-        shown = refusal(tmp_path / "model.gguf")
-        assert str(tmp_path / "model.gguf") in shown
-        assert line in shown
-        assert key in shown or line.startswith(("blk.", "tokens and merges", "num_"))
-
-    def test_more_layers_than_the_metadata_says_would_be_built(self, tmp_path: Path, monkeypatch):
-        """Nothing is built for each layer before their number is known to be true."""
-        write_gguf(tmp_path / "model.gguf", "llama", metadata={"llama.block_count": (999, U32)})
-        monkeypatch.setattr(models_gguf, "_layout", lambda config: pytest.fail("built"))
-        with pytest.raises(UserError, match="is 999, the file has 2 layers"):
-            models_gguf.GGUFModel(tmp_path / "model.gguf")
+        assert str(tmp_path / "model.gguf") in refusal(tmp_path / "model.gguf")
 
     def test_folder(self, tmp_path: Path, refusal):
         write_gguf(tmp_path / "model.gguf", "llama")
@@ -160,7 +132,6 @@ class TestFaults:
         write_gguf(tmp_path / "model.gguf", "llama")
         path = self.pack(tmp_path, (tmp_path / "model.gguf").read_bytes())
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))
-        assert "the weights need" in refusal(tmp_path / "model.gguf")
         assert re.search(r"a.gguf of \S+ needs \S+ GB, 0.00 GB are free", refusal(path))
 
     @pytest.mark.parametrize(("packed", "limit"), [(False, 1000), (False, 100_000), (True, 100_000)])
@@ -171,6 +142,6 @@ class TestFaults:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
         try:
-            assert "cannot be written: File too large" in refusal(source, None, "--dtype", "float32")
+            assert re.search("cannot be written: .*File too large", refusal(source, None, "--dtype", "float32"))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)

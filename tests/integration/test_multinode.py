@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from tests.kit import runs
-from tests.kit.commands import REPOSITORY
+from tests.kit.commands import CPU_ONLY, REPOSITORY
 
 SECONDS = 400  # for one run, on a machine that does other things besides
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 # A worker that has lost its peers must be gone after so many seconds, on a machine that does other things besides.
 NOTICED_SECONDS = 40
 
@@ -45,7 +44,7 @@ class Nodes:
             command = [*prefix, str(REPOSITORY / "run_train.sh"), "--config", str(self.inputs / "run.toml"), *values]
             process = subprocess.Popen(
                 command,
-                env={**ENVIRONMENT, "NGPU": str(workers), **(environment or {})},
+                env={**CPU_ONLY, "NGPU": str(workers), **(environment or {})},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from tests.kit import runs
-from tests.kit.commands import REPOSITORY
+from tests.kit.commands import REPOSITORY, call_tool, error_lines
+from tools import precompute_svd
 
 
 @pytest.mark.parametrize("method", ["hdpissa", pytest.param("pissa", marks=pytest.mark.slow)])
@@ -25,11 +26,11 @@ def test_a_run_after_precompute_svd_computes_nothing(method, workers, tmp_path):
         training__steps=1,
     )
     tool = [sys.executable, str(REPOSITORY / "tools" / "precompute_svd.py")]
-    outputs = [
-        subprocess.run([*tool, "--share", share, *argv], capture_output=True, text=True, check=True).stdout
-        for share in ("0/2", "1/2")
+    shares = [
+        call_tool(precompute_svd.main, "--share", "0/2", *argv),
+        subprocess.run([*tool, "--share", "1/2", *argv], capture_output=True, text=True, check=True),
     ]
-    reports = [json.loads(line) for text in outputs for line in text.splitlines()]
+    reports = [json.loads(line) for share in shares for line in share.stdout.splitlines()]
     assert len(reports) == 14
     assert not any(r["cached"] for r in reports)
 
@@ -38,6 +39,5 @@ def test_a_run_after_precompute_svd_computes_nothing(method, workers, tmp_path):
     assert len(used) == 14
     assert all(r["cached"] for r in used)
 
-    refused = subprocess.run([*tool, *argv[:-1], "--adapter.svd_cache="], capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
-    assert "adapter.svd_cache: is missing" in refused.stderr
+    (line,) = error_lines(call_tool(precompute_svd.main, *argv[:-1], "--adapter.svd_cache="))
+    assert "adapter.svd_cache: is missing" in line

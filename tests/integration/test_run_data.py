@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.kit import runs
-from tests.kit.commands import CPU_ONLY, REPOSITORY
+from tests.kit.commands import CPU_ONLY, REPOSITORY, error_lines
 from tests.kit.tokenizers import chat_directory
 from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.errors import UserError
@@ -93,8 +93,7 @@ def test_the_log_says_what_became_of_the_records(setup, tmp_path: Path):
 
 def test_a_bad_record_ends_the_run_by_default(setup, tmp_path: Path):
     result = run(setup(data__on_error="raise"))
-    assert result.returncode == 2
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("titan_hd: error: ")]
+    (line,) = error_lines(result)
     assert line.startswith(f"titan_hd: error: {tmp_path}/data/b.jsonl:13: not valid JSON: ")
     assert "Traceback" not in result.stderr
 
@@ -135,6 +134,4 @@ def test_a_streams_bad_record_ends_every_worker_with_its_line(workers, setup, tm
 
 def test_a_window_smaller_than_a_batch(setup):
     result = run(setup(data__streaming="true", data__shuffle_window=7))
-    assert result.returncode == 2
-    line = "titan_hd: error: data.shuffle_window: must be at least the global batch, 8 records"
-    assert line in result.stderr.splitlines()
+    assert error_lines(result) == ["titan_hd: error: data.shuffle_window: must be at least the global batch, 8 records"]

@@ -9,8 +9,9 @@ from titan_hd.adapters.hdpissa import HDPissa
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.factor_init import SliceSettings, compute_factors
 from titan_hd.distributed.parallel_dims import ParallelDims
-from titan_hd.distributed.update.fold import Fold
-from titan_hd.distributed.update.plan import Topology, plan_update
+from titan_hd.distributed.update.fold import Fold, FoldSettings
+from titan_hd.distributed.update.plan import plan_update
+from titan_hd.distributed.update.topology import Topology
 
 # Two blocks: the first is one bucket of two weights of odd shapes.
 SHAPES = {"layers.0.a": (37, 22), "layers.0.b": (8, 30), "layers.1.c": (22, 9), "layers.1.d": (64, 8)}
@@ -59,6 +60,6 @@ def prepared(num_adapters, replicate, shard, exchange="auto", cache_gb=None, ran
     registry, dims = build(num_adapters, replicate, shard, rank)
     topology = Topology(num_adapters, rank, replicate, shard)
     plan = plan_update({n: e.shape for n, e in registry.entries.items()}, topology, exchange, cache_gb)
-    fold = Fold(registry, dims, plan, **options)
+    fold = Fold(registry, dims, plan, FoldSettings(**options))
     fold.prepare()
     return registry, fold

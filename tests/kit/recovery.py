@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from tests.kit import runs
-from tests.kit.commands import REPOSITORY
+from tests.kit.commands import CPU_ONLY, REPOSITORY
 
 START_SECONDS = 600  # a machine that is busy with other things takes minutes to import torch a few times
 
@@ -38,7 +38,7 @@ class Launch:
         self._config.touch()
         self.process = subprocess.Popen(
             [*launcher, "--", "--config", str(self._config), *argv],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(environment or {})},
+            env={**CPU_ONLY, **(environment or {})},
             cwd=REPOSITORY,
             stderr=subprocess.PIPE,
             text=True,

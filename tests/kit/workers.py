@@ -1,6 +1,7 @@
 """A pool of worker processes that lives as long as a file of tests; every call makes a fresh process group.
 
-Starting Python and torch costs seconds, a gloo group costs milliseconds: so the processes stay and the groups change.
+Importing torch and the package takes seconds, forking a process that has them, or making a gloo group, milliseconds. So
+one server of the test session imports them, has no other thread, and forks the workers of every pool.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+_PRELOADED = ["torch._dynamo", "titan_hd.train", "tests.kit.runs"]
 _TIMEOUT = 240  # seconds for one call; a deadlock must fail its test, not the whole suite
 
 
@@ -72,7 +74,8 @@ class WorkerPool:
         return [value for _, value in results]
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         while len(self._workers) < self._size:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(len(self._workers), theirs), daemon=True)

@@ -6,12 +6,9 @@ are written beside and renamed, so a reader never sees half a file, and concurre
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-import os
 import time
-import uuid
 from pathlib import Path
 
 import torch
@@ -24,6 +21,7 @@ from titan_hd.adapters.svd import (
     orthogonality_error,
     principal_factors,
 )
+from titan_hd.files import replace_file
 from titan_hd.seeding import stable_seed
 
 logger = logging.getLogger("titan_hd")
@@ -90,14 +88,9 @@ def _read(path: Path, weight: torch.Tensor, count: int) -> tuple[torch.Tensor, t
 
 def _write(path: Path, a: torch.Tensor, b: torch.Tensor) -> None:
     """A full disk or a read-only folder costs the cache, not the run."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    tensors = {"A": a.cpu().contiguous(), "B": b.cpu().contiguous()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"A": a.cpu().contiguous(), "B": b.cpu().contiguous()}, partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        replace_file(path, lambda partial: save_file(tensors, partial))
     except (OSError, SafetensorError) as error:
         logger.warning("adapter.svd_cache: cannot write %s: %s", path, error)
-        with contextlib.suppress(OSError):
-            partial.unlink()

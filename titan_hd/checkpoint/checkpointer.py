@@ -11,7 +11,7 @@ the checksums, writes table of contents, state and manifest, and renames the fol
 ranks talk over a group of their own, so that a thread may do it. Whatever fails on any rank (a full disk) fails on all,
 and leaves nothing behind.
 
-DCP's `.metadata` is a pickle: `dcp_reader` reads it without running what it says.
+DCP's `.metadata` is a pickle: `checkpoint.reader` reads it without running the code in it.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ T = TypeVar("T")
 
 
 class HostCopies:
-    """Copies of tensors on the host, also of those that are there already: the training changes its own in place. The
-    memory, pinned where there is a GPU, is kept for the next time. (DCP's own stager fails on wrapped storages.)"""
+    """Copies of tensors on the host. Tensors that lie on the host already are copied too: the training changes them in
+    place. The buffers, pinned where there is a GPU, are kept for the next save. (DCP's own stager fails on DTensors
+    whose storage is wrapped.)"""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
@@ -194,8 +195,8 @@ class Checkpointer:
         return None
 
     def leave_behind(self, step: int) -> None:
-        """Set aside the checkpoints after `step`, where a run begins that forgets the records of later steps: a start
-        after it would go on from there, with a gap in the records.
+        """Rename the checkpoints after `step` to abandoned-N. This run drops the lines after `step` from metrics.jsonl,
+        so a later start must not resume beyond it: the lines between would be missing.
 
         Raises:
             UserError: the disk refuses it.
@@ -205,7 +206,7 @@ class Checkpointer:
             raise UserError(f"{self.files.folder}: the checkpoints after step {step} cannot be set aside: {fault}")
 
     def _verify(self, step: int) -> list[str]:
-        """What is wrong with the files of a checkpoint, the same on every rank. Each rank reads its share of them."""
+        """A line for each damaged file of a checkpoint, the same on every rank. Each rank reads its share of them."""
         folder, files, fault = self.files.path(step), {}, None
         if dist.get_rank() == 0:
             try:
@@ -221,7 +222,7 @@ class Checkpointer:
         return read_train_state(self.files.path(step))
 
     def reader(self, step: int) -> CheckpointReader:
-        """Of `step-N`; its table of contents is read by rank 0."""
+        """The reader of `step-N`. Rank 0 reads the table of contents and sends it to the others. Collective."""
         path = self.files.path(step)
         table = on_rank_zero("reading the checkpoint's table of contents", CheckpointReader(path).read_metadata)
         return CheckpointReader(path, table)
@@ -234,7 +235,7 @@ class Checkpointer:
 
 
 def _disk_fault(error: CheckpointException) -> str:
-    """The first rank's error, if the disk is to blame; what it was otherwise is raised again."""
+    """The line for the first rank's error, if all failed ranks had an OSError; any other error is raised again."""
     rank, (cause, _) = next(iter(error.failures.items()))
     if not all(isinstance(cause, OSError) for cause, _ in error.failures.values()):
         raise error

@@ -1,8 +1,9 @@
-"""The files of a run's checkpoints: names, the manifest, what is whole, what is purged. No tensors, no communication.
+"""The folder with a run's checkpoints: their names, their manifests, and which old ones are removed. Knows no tensors
+and no communication.
 
-`step-N` is a checkpoint; a folder gets this name only when every file in it is on the disk and listed in its manifest
-with size and checksum. `step-N.partial` is one that is being written or removed, `abandoned-N` one of a run that was
-left behind: a later run went back to an earlier step.
+`step-N` is a checkpoint. A folder gets this name only when every file in it is on the disk, and listed with size and
+checksum in its manifest. `step-N.partial` is a checkpoint that is being written or removed. `abandoned-N` is one that a
+later run did not resume from: it went back to an earlier step.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _BLOCK = 2**20
 
 
 class CheckpointFolder:
-    """The checkpoints in `folder`. keep_latest_k: how many `purge` leaves, 0 for all."""
+    """The checkpoints in `folder`. keep_latest_k: how many of them are kept, 0 for all."""
 
     def __init__(self, folder: Path, keep_latest_k: int):
         self.folder, self.keep_latest_k = folder, keep_latest_k
@@ -65,7 +66,7 @@ class CheckpointFolder:
         return [load_step]
 
     def clear_partial(self) -> None:
-        """Remove what saves and purges that were cut off have left."""
+        """Remove the remains of saves and removals that were cut off."""
         for path in self.folder.glob("step-*.partial"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -101,7 +102,7 @@ class CheckpointFolder:
             logger.warning("%s: an old checkpoint cannot be removed: %s", self.folder, error)
 
     def set_aside(self, step: int) -> None:
-        """Rename this and later checkpoints: the run went back behind them, so they are another run's, or damaged."""
+        """Rename the checkpoints from `step` on: the run has gone back to an earlier step, so they are not its own."""
         for later in [s for s in self.steps() if s >= step]:
             aside = self.folder / f"abandoned-{later}"
             shutil.rmtree(aside, ignore_errors=True)
@@ -122,7 +123,7 @@ class CheckpointFolder:
 
 
 def read_manifest(checkpoint: Path) -> Files:
-    """What a checkpoint must consist of.
+    """The files that a checkpoint must have, with their sizes and checksums.
 
     Raises:
         UserError: there is no manifest, or it is damaged.

@@ -13,7 +13,7 @@ from titan_hd.checkpoint.weights import CheckpointWeights
 from titan_hd.distributed.shards import materialize
 from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_files import WeightFiles
+from titan_hd.models.hf_files import open_model_weights
 from titan_hd.models.registry import DecoderConfig, flavor_config, read_hf_config
 
 
@@ -36,18 +36,21 @@ def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.d
         raise UserError(f"{path}: holds neither config.json (a HF directory) nor {STATE_FILE} (a checkpoint){hint}")
     if assets:
         raise UserError(f"--assets: {path} is a HF directory and has its own; only a checkpoint needs them")
-    model = _meta_model(read_hf_config(path), dtype)
-    files = WeightFiles(path, {name: p.shape for name, p in model.named_parameters()}, model.lm_head is None)
-    materialize(model, device)
+    config = read_hf_config(path)
+    files = open_model_weights(path, config)
+    model = _empty_model(config, dtype, device)
     for name, parameter in model.named_parameters():
         files.read_into(name, parameter)
     return model, path
 
 
-def _meta_model(config: DecoderConfig, dtype: torch.dtype) -> Decoder:
-    """Without memory: that comes when the files have been found to have the sizes that the configuration says."""
+def _empty_model(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """A model without values. It is made when the files have been found to have the sizes that the configuration says:
+    a wrong configuration may ask for any amount of memory."""
     with torch.device("meta"):
-        return Decoder(config).to(dtype).requires_grad_(False).eval()
+        model = Decoder(config).to(dtype).requires_grad_(False).eval()
+    materialize(model, device)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,8 +73,7 @@ def _load_checkpoint(folder: Path, assets: str, dtype: torch.dtype, device: torc
     if identity.get("model") != repr(config):
         raise UserError(f"--assets: {directory}: its config.json is not that of the checkpoint's model")
     weights = CheckpointWeights(CheckpointReader(folder), state, config, directory)
-    model = _meta_model(config, dtype)
-    materialize(model, device)
+    model = _empty_model(config, dtype, device)
     with warnings.catch_warnings():  # that this is one process
         warnings.simplefilter("ignore")
         for name, parameter in model.named_parameters():

@@ -1,8 +1,8 @@
-"""Reads checkpoints of torch.distributed.checkpoint whoever wrote them.
+"""Reads checkpoints of torch.distributed.checkpoint (DCP), whoever wrote them.
 
-DCP's table of contents, `.metadata`, is a pickle, which can run any code when it is read as such. Here only the classes
-that make up such a table are let in, and no file outside of the checkpoint's folder is opened. The tensors' own files
-are read by torch with weights_only.
+DCP's own FileSystemReader trusts a checkpoint: its table of contents, `.metadata`, is a pickle, which can run any code
+when it is loaded, and may name files anywhere. Here an unpickler admits only the classes that make up such a table, and
+only files in the checkpoint's folder are opened. The files of the tensors are read by torch with weights_only.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _TableUnpickler(pickle.Unpickler):
 class CheckpointReader(dcp.FileSystemReader):
     """DCP's reader of a folder, which reads the table of contents once and without running code.
 
-    table: if another rank has read it already.
+    table: the table of contents, if another rank has read it already.
 
     Raises:
         UserError: from `read_metadata`: there is none, or it cannot be read.

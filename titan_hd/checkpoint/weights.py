@@ -1,4 +1,4 @@
-"""Weights of a checkpoint by HF name, in one process, whatever they were stored as."""
+"""Reads the weights of a checkpoint by HF name, in one process, with a run's adapters merged in."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.checkpoint.resume_check import weights_fingerprint
 from titan_hd.config import manager
 from titan_hd.errors import UserError
-from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_files import WeightFiles
+from titan_hd.models.decoder import Decoder, parameter_shapes
+from titan_hd.models.hf_files import open_model_weights
 from titan_hd.models.registry import DecoderConfig
 
 
 class CheckpointWeights:
-    """Reads one weight after the other: as it is stored; of the base model, where a checkpoint holds only what changed;
-    and merged in fp32, where an adapter stands beside it.
+    """Reads one weight after the other: from the checkpoint; from the base model, if the checkpoint holds only the
+    weights that training changed; and with its adapter merged in fp32, if it has one.
 
     state: what `read_train_state` gave, empty for a checkpoint of weights alone. directory: has the base model.
 
     Attributes:
         shapes: of all weights of the model.
         dtypes: of the weights that are stored.
-        merged: names of the weights that an adapter stands beside.
+        merged: names of the weights that have an adapter.
 
     Raises:
         UserError: tensors are missing or misshapen, the directory holds another base model, or a file of the run's
@@ -38,18 +38,17 @@ class CheckpointWeights:
 
     def __init__(self, reader: CheckpointReader, state: dict[str, Any], decoder: DecoderConfig, directory: str):
         self._reader = reader
-        with torch.device("meta"):
-            model = Decoder(decoder)
-        self.shapes = {name: p.shape for name, p in model.named_parameters()}
+        self.shapes = parameter_shapes(decoder)
         self._layers: dict[str, AdapterLinear] = {}
         if state:
             config = manager.from_toml(state["config"], str(reader.folder))
             with torch.device("meta"):
+                model = Decoder(decoder)
                 build_method(config).apply(model, config.adapter.target_modules)
             self._layers = {f"{name}.weight": layer for name, layer in adapter_layers(model).items()}
         self.merged = self._layers.keys()
         self._base = self._of_the_base(state, directory)
-        self._files = WeightFiles(directory, self.shapes, model.lm_head is None) if self._base else None
+        self._files = open_model_weights(directory, decoder) if self._base else None
         self.dtypes = reader.tensor_dtypes({name: s for name, s in self.shapes.items() if name not in self._base})
         layers = self._layers.values()
         beside = {f"{layer.name}.{key}": getattr(layer, key).shape for layer in layers for key in layer.adapter_names}

@@ -1,5 +1,14 @@
-"""DCP's writer of files, with three things more: a checksum of every file, files of bounded size, and errors of the
-disk that say what was wrong with it."""
+"""Writes the shards of a rank: torch.distributed.checkpoint's (DCP's) FileSystemWriter, with three things added.
+
+* A checksum of every file, taken while it is written: a damaged checkpoint is found before a run resumes from it.
+* Files of bounded size. DCP writes one file per rank (or per tensor), and keeps the host copies of all tensors of a
+  file in memory until the file is closed.
+* Errors of the disk as OSError, where DCP passes on what torch.save makes of them; too little space is noticed before
+  anything is written.
+
+`write_data` calls DCP's private `_write_data`, which fills a queue of files. A torch version that changes it fails in
+tests/distributed/test_checkpoint.py.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +29,15 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 
 from titan_hd.checkpoint.folder import Files
 
-# DCP keeps the host copies of all tensors of a file until the file is closed.
 _FILE_BYTES = 2**30
 _FRAME_BYTES = 2048  # what torch.save adds to a tensor, about
 
 
 class CheckpointWriter(dcp.FileSystemWriter):
-    """Writes the shards of this rank to `folder`; `checksums` has what this rank has written, by file name."""
+    """Writes the shards of this rank to `folder`. `checksums`: size and CRC-32 of each file of this rank, by name."""
 
     def __init__(self, folder: Path):
-        # No copying ahead: that would use the current stream of a thread, which is one of GPU 0 on every rank.
+        # No copying ahead: DCP copies on the current CUDA stream, and in a new thread that is GPU 0's on every rank.
         super().__init__(str(folder), per_thread_copy_ahead=0)
         self.fs = self._files = _ChecksumFiles()
 
@@ -38,7 +46,7 @@ class CheckpointWriter(dcp.FileSystemWriter):
         return self._files.entries
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On rank 0, with what all ranks are about to write.
+        """Check, on rank 0, that what all ranks are about to write fits onto the disk.
 
         Raises:
             OSError: it does not fit onto the disk.
@@ -80,7 +88,7 @@ def _bytes(item: WriteItem) -> int:
 
 
 class _ChecksumFiles(FileSystem):
-    """Counts and checks the bytes on their way into the files, so that what the disk makes of them can be noticed."""
+    """Computes size and checksum from the bytes on their way to the disk, not from what the disk made of them."""
 
     def __init__(self) -> None:
         self.entries: Files = {}
@@ -99,7 +107,7 @@ class _ChecksumFiles(FileSystem):
 
 
 class _Checked:
-    """What DCP and torch.save need of a stream that is written from its start to its end."""
+    """A stream, written from its start to its end, as DCP and torch.save need it; it keeps the first OSError."""
 
     def __init__(self, stream: IO[bytes], files: _ChecksumFiles):
         self._stream, self._files = stream, files

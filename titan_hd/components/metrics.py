@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from titan_hd.config.job_config import JobConfig
+from titan_hd.files import replace_file
 
 logger = logging.getLogger("titan_hd")
 
@@ -225,12 +226,8 @@ def keep_records_until(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    beside = path.with_name(path.name + ".partial")  # renamed when complete: a run that is killed here loses nothing
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write("".join(line + "\n" for line in kept))
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    text = "".join(line + "\n" for line in kept)
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))  # a run killed here loses nothing
 
 
 def _short(value: float) -> str:

@@ -81,11 +81,10 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
 
 
 def _copies(gradient: torch.Tensor) -> int:
-    """How many ranks hold the same part of a gradient: the world's size over the product of the mesh dimensions that
-    shard it."""
+    """Replicas of a gradient shard: world size / product of the sharded mesh dimensions."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     if not isinstance(gradient, DTensor):
         return world
     mesh = gradient.device_mesh
-    # FSDP2 over tensor parallelism uses `_StridedShard`, whose `is_shard()` is False.
+    # FSDP2 over TP uses `_StridedShard`, whose is_shard() is False: hence not `is_replicate()`.
     return world // math.prod(mesh.size(i) for i, p in enumerate(gradient.placements) if not p.is_replicate())

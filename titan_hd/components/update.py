@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterator
@@ -30,9 +31,12 @@ from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.factor_init import SliceSettings, compute_factors
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.shards import adapter_parameters, base_parameters
-from titan_hd.distributed.update.fold import Fold, check_finite
-from titan_hd.distributed.update.plan import Topology, UpdatePlan, plan_update
+from titan_hd.distributed.update.fold import Fold, FoldSettings, check_finite
+from titan_hd.distributed.update.plan import UpdatePlan, plan_update
+from titan_hd.distributed.update.topology import Topology
 from titan_hd.models.decoder import Decoder
+
+logger = logging.getLogger("titan_hd")
 
 Reports = list[dict[str, Any]]
 
@@ -200,17 +204,11 @@ class FoldUpdate(Update):
         self.registry.materialize()
         c, h = self.config, self.config.hdpissa
         shapes = {name: entry.local_shape for name, entry in self.registry.entries.items()}
-        self.plan = fold_plan(c, self.method.num_adapters, (self.dims.dp_replicate, self.dims.dp_shard), shapes)
-        self.fold = Fold(
-            self.registry,
-            self.dims,
-            self.plan,
-            h.aggregate,
-            c.optimizer.weight_decay,
-            c.training.seed,
-            getattr(torch, h.exchange_dtype),
-            h.exchange_in_flight,
-        )
+        plan = fold_plan(c, self.method.num_adapters, (self.dims.dp_replicate, self.dims.dp_shard), shapes)
+        logger.info("%s", plan.table())
+        wire, decay = getattr(torch, h.exchange_dtype), c.optimizer.weight_decay
+        settings = FoldSettings(h.aggregate, decay, c.training.seed, wire, h.exchange_in_flight)
+        self.fold = Fold(self.registry, self.dims, plan, settings)
         self.fold.prepare()
 
     def bind(self, slot: int) -> None:

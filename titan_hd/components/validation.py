@@ -2,45 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from titan_hd.components.generation import generate
-from titan_hd.components.loss import token_loss_sum
 from titan_hd.config.job_config import JobConfig
-from titan_hd.data.loader import Records, validation_batches
+from titan_hd.data.dataset import FiniteDataset
+from titan_hd.data.loader import Batch, validation_batches
 from titan_hd.data.text.tokenizer import Tokenizer
-from titan_hd.data.tokens.records import InstructionRecords
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import reshard
 from titan_hd.models.decoder import Decoder
 
+LossSum = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Sharers:
+    """The data-parallel workers that share out the records, and this one among them."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+    device: torch.device
+
 
 @torch.no_grad()
-def validation_loss(
-    model: nn.Module,
-    records: Records,
-    worker: int,
-    workers: int,
-    batch_size: int,
-    pad_to: int | None,
-    limit: int,
-    device: torch.device,
-    group: dist.ProcessGroup,
-    loss_sum: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = token_loss_sum,
-) -> float:
-    """Mean loss per trained token over the records; every worker takes part in the same number of batches.
+def validation_loss(model: nn.Module, batches: Iterable[Batch], loss_sum: LossSum, sharers: Sharers) -> float:
+    """Mean loss per trained token over the batches of all workers; each worker has equally many.
 
-    group: the data-parallel workers that share out the records. loss_sum: of what the model returns, and targets.
+    loss_sum: of what the model returns, and targets.
     """
+    device = sharers.device
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for batch in validation_batches(records, worker, workers, batch_size, pad_to, limit):
+    for batch in batches:
         loss = loss_sum(model(batch.input_ids.to(device)), batch.targets.to(device))
         totals += torch.stack((loss.double(), totals.new_tensor(batch.trained_tokens)))
-    dist.all_reduce(totals, group=group)
+    dist.all_reduce(totals, group=sharers.group)
     return (totals[0] / totals[1].clamp(min=1)).item()
 
 
@@ -52,88 +55,78 @@ def final_answer(text: str, marker: str) -> str | None:
 
 @torch.no_grad()
 def exact_match(
-    model: nn.Module,
-    records: InstructionRecords,
-    tokenizer: Tokenizer,
+    dataset: FiniteDataset,
     samples: int,
     marker: str,
-    worker: int,
-    workers: int,
-    generate: Callable[[list[list[int]]], list[list[int]]],
-    device: torch.device,
-    group: dist.ProcessGroup,
+    answer: Callable[[list[list[int]]], list[str]],
     batch_size: int,
+    sharers: Sharers,
 ) -> float:
     """Share of the first `samples` records whose generated final answer equals the reference's.
 
-    generate: continues a batch of prompts; all workers call it equally often.
+    answer: the texts that continue a batch of prompts; all workers call it equally often.
     """
-    samples = min(samples, len(records))
-    mine = list(range(worker, samples, workers))
-    per_worker = -(-samples // workers)
-    padded = (mine + [0] * per_worker)[:per_worker]  # equal numbers everywhere; the surplus is not scored
-    answers: list[list[int]] = []
+    samples = min(samples, len(dataset))
+    own = list(range(sharers.rank, samples, sharers.size))
+    per_worker = -(-samples // sharers.size)
+    padded = (own + [0] * per_worker)[:per_worker]  # equal numbers everywhere; the surplus is not scored
+    answers: list[str] = []
     for start in range(0, per_worker, batch_size):
-        answers += generate([records.prompt_ids(i) for i in padded[start : start + batch_size]])
+        answers += answer([dataset.prompt_ids(i) for i in padded[start : start + batch_size]])
     right = 0
-    for index, ids in zip(mine, answers):
-        reference = final_answer(records.response(index), marker)
-        right += reference is not None and final_answer(tokenizer.decode(ids), marker) == reference
-    total = torch.tensor(right, device=device)
-    dist.all_reduce(total, group=group)
+    for index, text in zip(own, answers):
+        reference = final_answer(dataset.response(index), marker)
+        right += reference is not None and final_answer(text, marker) == reference
+    total = torch.tensor(right, device=sharers.device)
+    dist.all_reduce(total, group=sharers.group)
     return total.item() / samples
 
 
 class Validator:
-    """What a run validates on, and how. tokenizer: called only to generate answers. loss_sum: see `validation_loss`."""
+    """What a run validates on, and how.
+
+    pad_to: the length of rows, see `collate`. loss_sum: see `validation_loss`.
+    tokenizer: called only to generate answers.
+    """
 
     def __init__(
         self,
         config: JobConfig,
         dims: ParallelDims,
         device: torch.device,
-        records: Records,
+        dataset: FiniteDataset,
         pad_to: int | None,
-        loss_sum: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        loss_sum: LossSum,
         tokenizer: Callable[[], Tokenizer],
     ):
-        self.settings, self.dims, self.device, self.records = config.validation, dims, device, records
+        self.settings, self.dims, self.device, self.dataset = config.validation, dims, device, dataset
         self.batch_size = config.validation.batch_size or config.training.local_batch_size
         self.pad_to, self.loss_sum, self.tokenizer = pad_to, loss_sum, tokenizer
 
     def run(self, model: Decoder) -> dict[str, float]:
         """validation_loss and, if asked for, validation_exact_match. Collective; leaves the model as for training."""
-        s, dims = self.settings, self.dims
-        share, group = (dims.dp_rank, dims.dp_size), dims.dp_mesh.get_group()
+        s, rank, size = self.settings, self.dims.dp_rank, self.dims.dp_size
+        sharers = Sharers(rank, size, self.dims.dp_mesh.get_group(), self.device)
+        batches = validation_batches(self.dataset, rank, size, self.batch_size, self.pad_to, s.steps)
         model.eval()
-        loss = validation_loss(
-            model, self.records, *share, self.batch_size, self.pad_to, s.steps, self.device, group, self.loss_sum
-        )
-        values = {"validation_loss": loss}
+        values = {"validation_loss": validation_loss(model, batches, self.loss_sum, sharers)}
         if s.exact_match_samples:
+            answer = functools.partial(self._answer, model)
             values["validation_exact_match"] = exact_match(
-                model,
-                self.records,
-                self.tokenizer(),
-                s.exact_match_samples,
-                s.answer_marker,
-                *share,
-                lambda prompts: self._generate(model, prompts),
-                self.device,
-                group,
-                self.batch_size,
+                self.dataset, s.exact_match_samples, s.answer_marker, answer, self.batch_size, sharers
             )
         model.train()
         reshard(model)
         return values
 
-    def _generate(self, model: Decoder, prompts: list[list[int]]) -> list[list[int]]:
-        return generate(
+    def _answer(self, model: Decoder, prompts: list[list[int]]) -> list[str]:
+        answers = generate(
             model,
             prompts,
-            self.records.stop_ids(),
+            self.dataset.stop_ids(),
             self.settings.max_new_tokens,
             self.device,
             group=dist.group.WORLD,
             tp_group=self.dims.world["tp"].get_group() if self.dims.tp > 1 else None,
         )
+        return [self.tokenizer().decode(ids) for ids in answers]

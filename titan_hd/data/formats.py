@@ -1,80 +1,115 @@
-"""What the fields of a record mean: each format turns one into token ids and labels.
+"""What the fields of a record mean: each format turns a record into token ids and labels.
 
-Every `encode` raises UserError without naming the record; who calls it knows where the record is from.
+Adding a format is a class here, its entry in FORMATS and its name in the Literals of config/job_config.py. Every
+`encode` raises UserError without naming the record; its caller knows where the record is from.
 """
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, ClassVar
 
 from titan_hd.config.job_config import Data
-from titan_hd.data.messages import read_messages, read_tools
+from titan_hd.data.example import IGNORE, Example
 from titan_hd.data.sources import Record
 from titan_hd.data.text.chat import ChatTurns, load_chat_template
 from titan_hd.data.text.chat_spans import TurnFinder
-from titan_hd.data.text.templates import Template, load_template
+from titan_hd.data.text.templates import load_template
 from titan_hd.data.text.tokenizer_base import Tokenizer
-from titan_hd.data.tokens.records import IGNORE, Example
 from titan_hd.errors import UserError
 
-_SURROGATES = re.compile("[\ud800-\udfff]")
 PROMPT_FIELDS = ("instruction", "query", "question", "prompt")
 RESPONSE_FIELDS = ("output", "response", "answer", "completion")
 CHAT_FIELDS = ("messages", "conversations")
+_SURROGATES = re.compile("[\ud800-\udfff]")
+# ShareGPT's names of who speaks -> roles of chat templates.
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_SPEAKERS |= {"tool": "tool", "observation": "tool"}
 
 
-class Format(Protocol):
-    def encode(self, record: Record) -> Example: ...
+class Format(ABC):
+    """A way to read records.
 
-
-def detect_format(config: Data, record: Record) -> tuple[str, str]:
-    """data.format "auto": the format of the first record, and what tells.
-
-    Raises:
-        UserError: its fields are those of no format.
+    Attributes:
+        name: the value of data.format.
+        needs_tokenizer: texts are encoded, with `tokenizer`.
+        needs_template: data.template says how the text is written.
+        own_labels: a record brings its labels along. They are stored as they are, and a record without any is kept.
     """
-    prompt = [f for f in (config.prompt_field, *PROMPT_FIELDS) if f in record]
-    response = [f for f in (config.response_field, *RESPONSE_FIELDS) if f in record]
-    chat = [f for f in CHAT_FIELDS if f in record]
-    if "input_ids" in record:
-        return "tokens", "input_ids"
-    if chat and not (config.prompt_field or config.response_field):
-        return "chat", chat[0]
-    if prompt or response or config.prompt_field or config.response_field:
-        return "instruction", " and ".join([*prompt[:1], *response[:1]])
-    if config.text_field in record:
-        return "text", config.text_field
-    raise UserError(
-        f"{record.where}: data.format: auto knows none of its fields ({', '.join(record)}); set data.format, and "
-        "data.prompt_field and data.response_field, or data.text_field"
-    )
+
+    name: ClassVar[str]
+    needs_tokenizer: ClassVar[bool] = True
+    needs_template: ClassVar[bool] = False
+    own_labels: ClassVar[bool] = False
+    tokenizer: Tokenizer
+
+    def __init__(self, config: Data, tokenizer: Tokenizer):
+        self.config, self.tokenizer = config, tokenizer
+
+    @classmethod
+    def create(cls, config: Data, vocab_size: int, tokenizer: Callable[[], Tokenizer], first: Record) -> Format:
+        """The format as the [data] section sets it up.
+
+        vocab_size: the model's. tokenizer: called only if it is needed. first: a record of the dataset, in which
+            fields are looked for that [data] does not name.
+
+        Raises:
+            UserError: the tokenizer has more ids than the model, a field or a template is missing.
+        """
+        return cls(config, _fitting(tokenizer(), vocab_size))
+
+    @classmethod
+    @abstractmethod
+    def recognize(cls, config: Data, record: Record) -> str | None:
+        """The fields by which a record is seen to be of this format, for the log; None if it is not."""
+
+    @abstractmethod
+    def encode(self, record: Record) -> Example:
+        """The example that a record is.
+
+        Raises:
+            UserError: it is a bad record.
+        """
 
 
-def build_format(config: Data, name: str, first: Record, vocab_size: int, tokenizer: Callable[[], Tokenizer]) -> Format:
-    """The format of that name.
+class QuestionFormat(Format):
+    """A format whose records ask for an answer, so that the model's own can be compared with it.
 
-    first: a record of the data set, by which an instruction's fields are found.
-    tokenizer: called only where the format needs one.
-
-    Raises:
-        UserError: the tokenizer has more ids than the model, a field or a template is missing.
+    A question is what is kept of a record for that: a list of what JSON can hold, with the reference answer at the end.
     """
-    if name == "tokens":
-        return TokensFormat(vocab_size)
-    tokens = tokenizer()
-    if tokens.vocab_size > vocab_size:
-        raise UserError(
-            f"model.hf_assets_path: the tokenizer has {tokens.vocab_size} ids, the model's vocabulary {vocab_size}"
-        )
-    if name == "instruction":
-        return InstructionFormat(config, tokens, load_template(config.template, tokens), first)
-    return (ChatFormat if name == "chat" else TextFormat)(config, tokens)
+
+    @abstractmethod
+    def question(self, record: Record) -> list: ...
+
+    @abstractmethod
+    def write(self, question: list) -> str:
+        """The text in front of the response."""
+
+    @abstractmethod
+    def prompt_ids(self, question: list) -> list[int]:
+        """The token ids in front of the response, from which generation starts."""
+
+    @abstractmethod
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end a generated response."""
 
 
-class TokensFormat:
+class TokensFormat(Format):
     """{"input_ids": [...], "labels": [...]}, taken as they are."""
+
+    name = "tokens"
+    needs_tokenizer = False
+    own_labels = True
+
+    @classmethod
+    def recognize(cls, config: Data, record: Record) -> str | None:
+        return "input_ids" if "input_ids" in record else None
+
+    @classmethod
+    def create(cls, config: Data, vocab_size: int, tokenizer: Callable[[], Tokenizer], first: Record) -> Format:
+        return cls(vocab_size)
 
     def __init__(self, vocab_size: int):
         self._vocab_size = vocab_size
@@ -95,15 +130,27 @@ class TokensFormat:
         return Example(ids, labels)
 
 
-class InstructionFormat:
-    """Prompt and response as the template writes them; loss on the response and its end, or on all tokens.
+class InstructionFormat(QuestionFormat):
+    """Prompt and response as the template writes them; loss on the response and its end, or on all tokens."""
 
-    first: where the fields are looked for if the configuration names none.
-    """
+    name = "instruction"
+    needs_template = True
 
-    def __init__(self, config: Data, tokenizer: Tokenizer, template: Template | ChatTurns, first: Record):
-        self.tokenizer, self.template = tokenizer, template
-        self._train_on_prompt = config.train_on_prompt
+    @classmethod
+    def recognize(cls, config: Data, record: Record) -> str | None:
+        prompt = [f for f in (config.prompt_field, *PROMPT_FIELDS) if f in record]
+        response = [f for f in (config.response_field, *RESPONSE_FIELDS) if f in record]
+        if prompt or response or config.prompt_field or config.response_field:
+            return " and ".join([*prompt[:1], *response[:1]])
+        return None
+
+    @classmethod
+    def create(cls, config: Data, vocab_size: int, tokenizer: Callable[[], Tokenizer], first: Record) -> Format:
+        return cls(config, _fitting(tokenizer(), vocab_size), first)
+
+    def __init__(self, config: Data, tokenizer: Tokenizer, first: Record):
+        super().__init__(config, tokenizer)
+        self._template = load_template(config.template, tokenizer)
         self._prompt_field = config.prompt_field or _detect(first, PROMPT_FIELDS, "data.prompt_field")
         self._response_field = config.response_field or _detect(first, RESPONSE_FIELDS, "data.response_field")
 
@@ -120,28 +167,35 @@ class InstructionFormat:
     def write(self, question: list) -> str:
         """The text in front of the response."""
         prompt, extra, _ = question
-        return self.template.write(prompt, extra)
+        return self._template.write(prompt, extra)
 
     def prompt_ids(self, question: list) -> list[int]:
         prompt, extra, _ = question
-        return self.template.prompt_ids(self.tokenizer, prompt, extra)
+        return self._template.prompt_ids(self.tokenizer, prompt, extra)
 
     def stop_ids(self) -> frozenset[int]:
-        return self.template.stop_ids(self.tokenizer)
+        return self._template.stop_ids(self.tokenizer)
 
     def encode(self, record: Record) -> Example:
         """Prompt and response are encoded as one text; only what the template calls the response carries labels."""
-        ids, start, stop = self.template.encode(self.tokenizer, *self.parts(record))
-        if self._train_on_prompt:
+        ids, start, stop = self._template.encode(self.tokenizer, *self.parts(record))
+        if self.config.train_on_prompt:
             return Example(ids, ids)
         return Example(ids, [IGNORE] * start + ids[start:stop] + [IGNORE] * (len(ids) - stop))
 
 
-class ChatFormat:
+class ChatFormat(QuestionFormat):
     """A conversation as the model's chat template writes it; loss on what the assistant says, or on all tokens."""
 
+    name = "chat"
+
+    @classmethod
+    def recognize(cls, config: Data, record: Record) -> str | None:
+        by_name = config.prompt_field or config.response_field
+        return None if by_name else next((name for name in CHAT_FIELDS if name in record), None)
+
     def __init__(self, config: Data, tokenizer: Tokenizer):
-        self._tokenizer, self._train_on_prompt = tokenizer, config.train_on_prompt
+        super().__init__(config, tokenizer)
         self._chat = load_chat_template(tokenizer)
         self._turns = TurnFinder(self._chat, tokenizer)
 
@@ -157,10 +211,10 @@ class ChatFormat:
         return self._chat.render(messages, add_generation_prompt=True, tools=tools)
 
     def prompt_ids(self, question: list) -> list[int]:
-        return self._tokenizer.encode(self.write(question), special=True)
+        return self.tokenizer.encode(self.write(question), special=True)
 
     def stop_ids(self) -> frozenset[int]:
-        return ChatTurns(self._tokenizer).stop_ids(self._tokenizer)
+        return ChatTurns(self.tokenizer).stop_ids(self.tokenizer)
 
     def encode(self, record: Record) -> Example:
         """The conversation is encoded as one text, as transformers' apply_chat_template does it. Every assistant turn
@@ -168,8 +222,8 @@ class ChatFormat:
         """
         messages, tools = read_messages(record), read_tools(record)
         whole = self._chat.render(messages, tools=tools)
-        ids = self._tokenizer.encode(whole, special=True)
-        if self._train_on_prompt:
+        ids = self.tokenizer.encode(whole, special=True)
+        if self.config.train_on_prompt:
             return Example(ids, ids)
         labels = [IGNORE] * len(ids)
         for start, stop in self._turns.spans(messages, tools, whole, ids):
@@ -177,19 +231,51 @@ class ChatFormat:
         return Example(ids, labels)
 
 
-class TextFormat:
+class TextFormat(Format):
     """A document; loss on all tokens, with BOS (if the family has one) and the end-of-sequence token."""
 
-    def __init__(self, config: Data, tokenizer: Tokenizer):
-        self._field, self._tokenizer = config.text_field, tokenizer
+    name = "text"
+
+    @classmethod
+    def recognize(cls, config: Data, record: Record) -> str | None:
+        return config.text_field if config.text_field in record else None
 
     def encode(self, record: Record) -> Example:
-        text, tokenizer = text_of(record, self._field), self._tokenizer
+        field, tokenizer = self.config.text_field, self.tokenizer
+        text = text_of(record, field)
         if not text.strip():
-            raise UserError(f"{self._field}: is empty")
+            raise UserError(f"{field}: is empty")
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         ids = [*bos, *tokenizer.encode(text), tokenizer.eos_id]
         return Example(ids, ids)
+
+
+FORMATS: dict[str, type[Format]] = {f.name: f for f in (TokensFormat, ChatFormat, InstructionFormat, TextFormat)}
+"""In the order in which data.format = "auto" tries them."""
+
+
+def detect_format(config: Data, record: Record) -> tuple[str, str]:
+    """data.format "auto": the format of the first record, and the fields by which it is recognized.
+
+    Raises:
+        UserError: its fields are those of no format.
+    """
+    for name, format in FORMATS.items():
+        fields = format.recognize(config, record)
+        if fields is not None:
+            return name, fields
+    raise UserError(
+        f"{record.where}: data.format: auto knows none of its fields ({', '.join(record)}); set data.format, and "
+        "data.prompt_field and data.response_field, or data.text_field"
+    )
+
+
+def _fitting(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"model.hf_assets_path: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {vocab_size}"
+        )
+    return tokenizer
 
 
 def text_of(record: Record, name: str) -> str:
@@ -207,3 +293,46 @@ def _detect(record: Record, candidates: tuple[str, ...], key: str) -> str:
             return name
     fields = ", ".join(record)
     raise UserError(f"{record.where}: none of {', '.join(candidates)} is there (found {fields}); set {key}")
+
+
+def read_messages(record: Record) -> list[dict[str, Any]]:
+    """The conversation in the field `messages` or `conversations`, with every key that a chat template may read.
+
+    Raises:
+        UserError: it is no list of messages, one has no text, or the assistant says nothing.
+    """
+    name = "conversations" if "messages" not in record and "conversations" in record else "messages"
+    messages = record.get(name)
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{name}: must be a list of messages, and not empty")
+    return [_message(message, f"{name}[{place}]") for place, message in enumerate(messages)]
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise UserError(f"{where}: must be an object with role and content, not {type(message).__name__}")
+    if "from" in message and "role" not in message:
+        message = {"role": _role(message["from"], where), "content": message.get("value")}
+    if not isinstance(message.get("role"), str):
+        raise UserError(f"{where}.role: must be a string")
+    content = message.get("content")
+    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        raise UserError(f"{where}.content: must be a string")
+    if message["role"] == "assistant" and not (content or "").strip() and not message.get("tool_calls"):
+        raise UserError(f"{where}.content: is empty")
+    # In Parquet every message has all keys; templates ask whether tool_calls is there.
+    return {key: value for key, value in message.items() if value is not None or key == "content"}
+
+
+def _role(speaker: Any, where: str) -> str:
+    if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+        raise UserError(f"{where}.from: must be one of {', '.join(_SPEAKERS)}, not {speaker!r}")
+    return _SPEAKERS[speaker]
+
+
+def read_tools(record: Record) -> list[Any] | None:
+    """The field `tools`, which some templates write in front of the conversation."""
+    tools = record.get("tools")
+    if not isinstance(tools, (list, type(None))):
+        raise UserError("tools: must be a list")
+    return tools or None

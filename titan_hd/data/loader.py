@@ -1,7 +1,7 @@
 """Micro-batches of one worker for step after step, and the batches of a validation.
 
-What a batch holds is a pure function of (seed, position), see `order`. A worker computes its own part of any global
-batch from that, so the loader's whole state is the number of optimizer steps done, and the same run sees the same
+What a batch holds is a pure function of (seed, position), see `order.sample_order`. A worker computes its own part of
+any global batch from that. So the loader's whole state is the number of optimizer steps done, and a run sees the same
 batches on any number of workers, and with any number of data worker processes.
 """
 
@@ -13,30 +13,26 @@ import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from titan_hd.data.order.order import Order
-from titan_hd.data.tokens.records import IGNORE, Example
+from titan_hd.data.example import IGNORE, NOTHING, Example, Examples, SizedExamples
+from titan_hd.data.order.sample_order import Order
 from titan_hd.errors import UserError
-
-
-class Records(Protocol):
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Example: ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """input_ids and targets [B, T]. targets[:, t] is the label of the token that follows position t.
+    """The samples of a micro-batch as rows.
 
-    tokens: ids without padding. sequences: records in it. documents: [B, T] int32, the number of each token's record
-    within its row, where rows are packs; padding is a document of its own.
+    input_ids: [B, T] int64, padded at the right.
+    targets: [B, T] int64; targets[:, t] is the label of the token that follows position t.
+    tokens: number of ids without padding. sequences: number of records.
+    documents: where rows are packs, [B, T] int32: the number of each token's record within its row. Padding is a
+        document of its own.
     """
 
     input_ids: torch.Tensor
@@ -93,21 +89,21 @@ def _collate(rows: Sequence[Sequence[Example]], pad_to: int | None) -> Batch:
 class GlobalBatches(Dataset):
     """Any part of any optimizer step's global batch. packed: samples are packs."""
 
-    def __init__(self, records: Records, order: Order, global_batch_size: int, pad_to: int | None, packed: bool):
-        self.records, self.order, self.global_batch_size = records, order, global_batch_size
+    def __init__(self, examples: Examples, order: Order, global_batch_size: int, pad_to: int | None, packed: bool):
+        self.examples, self.order, self.global_batch_size = examples, order, global_batch_size
         self.pad_to, self.packed = pad_to, packed
 
     def __getitem__(self, part: tuple[int, range]) -> Batch:
         """part: the optimizer step (0-based), and places in its global batch."""
         step, places = part
         first = step * self.global_batch_size
-        rows = [[self.records[int(i)] for i in self.order.sample(first + place)] for place in places]
+        rows = [[self.examples[int(i)] for i in self.order.sample(first + place)] for place in places]
         return collate_packs(rows, self.pad_to) if self.packed else _collate(rows, self.pad_to)
 
 
 class _Answers(Dataset):
-    """What a data worker process makes of its parts. What the user can mend is an answer like any other: raised there,
-    it would come wrapped into a traceback."""
+    """What a data worker process makes of the parts it is asked for. A UserError is an answer like any other: raised in
+    that process, it would arrive wrapped into a traceback."""
 
     def __init__(self, batches: GlobalBatches):
         self._batches = batches
@@ -120,7 +116,7 @@ class _Answers(Dataset):
 
 
 class _Cursor(Sampler):
-    """The micro-batches of all steps from one on, without an end."""
+    """The parts of global batches that are a worker's micro-batches, from one step on without an end."""
 
     def __init__(self, step: int, micro_batches: Sequence[range]):
         self.step, self.micro_batches = step, micro_batches
@@ -172,6 +168,8 @@ class TrainLoader:
             processes = {"multiprocessing_context": context, "worker_init_fn": _ignore_interrupts}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 calls it, torch 2.13 warns
+            # torchdata's loader, as in torchtitan, although its state_dict() is not needed while a sample is a function
+            # of its position: the sampler starts at any step, on any number of workers, which that state cannot.
             loader = StatefulDataLoader(
                 _Answers(self._batches),
                 batch_size=None,
@@ -205,15 +203,14 @@ def _received(fields: dict[str, object] | str) -> Batch:
 
 
 def validation_batches(
-    records: Records, worker: int, workers: int, batch_size: int, pad_to: int | None, limit: int
+    examples: SizedExamples, worker: int, workers: int, batch_size: int, pad_to: int | None, limit: int
 ) -> Iterator[Batch]:
     """Every record exactly once over all workers, and the same number of batches on each, the last ones perhaps empty
     of labels: a worker that stopped early would leave the others in a collective. limit: batches at most, -1 for all.
     """
-    per_round = workers * batch_size
-    rounds = -(-len(records) // per_round)
-    filler = Example([0], [IGNORE])
+    per_round, size = workers * batch_size, len(examples)
+    rounds = -(-size // per_round)
     for i in range(rounds if limit < 0 else min(limit, rounds)):
         start = i * per_round + worker * batch_size
         indices = range(start, start + batch_size)
-        yield collate([records[j] if j < len(records) else filler for j in indices], pad_to)
+        yield collate([examples[j] if j < size else NOTHING for j in indices], pad_to)

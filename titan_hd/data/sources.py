@@ -1,10 +1,9 @@
 """Where records come from: files, directories and globs of JSONL, JSON arrays and Parquet, perhaps compressed; or a
-data set of the Hub, which `titan_hd.data.hub_datasets` reads.
+data set of the Hugging Face Hub by its name.
 
-Files are read as `Raw` records, which cost next to nothing to pass over; `parse` makes a Record of one, perhaps in
-another process. Whatever is wrong with a record is said with its file and its line (or row), and passes through
-`Faults`, which knows whether bad records end the run or are skipped. What is wrong with a file as a whole always ends
-it.
+Files are read as RawRecords, which cost next to nothing to pass over; `parse` makes a Record of one, perhaps in another
+process. Whatever is wrong with a record is said with its file and its line (or row), and passes through `Faults`, which
+knows whether bad records end the run or are skipped. What is wrong with a file as a whole always ends the run.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from titan_hd.data.hub_datasets import is_hub_name, read_dataset
 from titan_hd.errors import UserError
 
 MAX_RECORD = 8 * 2**20  # bytes of a line; longer ones are binary data or a file without line ends
@@ -30,13 +28,16 @@ PIECE = 2**20  # bytes of a JSON array that are read at once
 _COMPRESSED = (".gz", ".zst")
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 _SPACE = re.compile(r"[ \t\r\n]*")
+# Of the Hub: org/name, org/name:split or org/name:config:split; what ends or begins so is meant as a file.
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+?)(:(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
+_FILE_NAME = re.compile(r"\.(jsonl?|ndjson|parquet)(\.gz|\.zst)?$|^\.{1,2}/")
 
 
 class Fault(str):
     """What is wrong with a record, beginning with its file and line."""
 
 
-class Raw(NamedTuple):
+class RawRecord(NamedTuple):
     """A record before it is understood.
 
     where: its file and line (or row).
@@ -55,6 +56,42 @@ class Record(dict):
     def __init__(self, fields: dict[str, Any], where: str):
         super().__init__(fields)
         self.where = where
+
+
+class InputFiles:
+    """The files that one path of data.train or data.validation names, and what they were like when this was made.
+
+    key: for messages.
+
+    Attributes:
+        source: the path.
+        paths: the files; none for a data set of the Hub.
+
+    Raises:
+        UserError: there is no file.
+    """
+
+    def __init__(self, path: str, key: str):
+        self.source = path
+        self.paths = [] if is_hub_name(path) else find_files(path, key)
+        self._stamps = [_stamp(file) for file in self.paths]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(size for size, _ in self._stamps)
+
+    def check_unchanged(self, key: str) -> None:
+        """Raise UserError if a file has another size or time than before."""
+        for file, stamp in zip(self.paths, self._stamps):
+            if _stamp(file) != stamp:
+                raise UserError(f"{key}: {file} was changed while it was read; start again when it is complete")
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Size and time of the last change; of a missing file zeros."""
+    status = file.stat() if file.exists() else None
+    return (status.st_size, status.st_mtime_ns) if status else (0, 0)
 
 
 class Faults:
@@ -120,26 +157,26 @@ def read_records(path: str, key: str, faults: Faults | None = None) -> Iterator[
             yield record
 
 
-def read_raw(path: str, key: str) -> Iterator[Raw]:
+def read_raw(path: str, key: str) -> Iterator[RawRecord]:
     """All records at `path`, in the order of `find_files` and of their lines; empty lines are passed over.
 
     Raises:
         UserError: a file is missing or cannot be read.
     """
     if is_hub_name(path):
-        for number, row in enumerate(read_dataset(path, key), 1):
-            yield Raw(f"{path}: row {number}", row)
+        for number, row in enumerate(load_hub_dataset(path, key), 1):
+            yield RawRecord(f"{path}: row {number}", row)
         return
     for file in find_files(path, key):
         raw = None
         for raw in _read_file(file, key):
             yield raw
         if raw is None:
-            yield Raw(str(file), Fault(f"{key}: {file} holds no record"))
+            yield RawRecord(str(file), Fault(f"{key}: {file} holds no record"))
 
 
-def parse(raw: Raw) -> Record:
-    """The record that a Raw is.
+def parse(raw: RawRecord) -> Record:
+    """The record that a RawRecord is.
 
     Raises:
         UserError: it is none; the line begins with its file and line.
@@ -168,7 +205,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-def _read_file(path: Path, key: str) -> Iterator[Raw]:
+def _read_file(path: Path, key: str) -> Iterator[RawRecord]:
     if path.name.endswith(".parquet"):
         yield from _read_parquet(path, key)
         return
@@ -227,7 +264,7 @@ def _unpack_zst(path: Path) -> Iterator[bytes]:
         raise OSError("it ends too early")
 
 
-def _read_lines(stream: io.BufferedReader, path: Path) -> Iterator[Raw]:
+def _read_lines(stream: io.BufferedReader, path: Path) -> Iterator[RawRecord]:
     number = 0
     while line := stream.readline(MAX_RECORD + 1):
         number += 1
@@ -235,12 +272,13 @@ def _read_lines(stream: io.BufferedReader, path: Path) -> Iterator[Raw]:
             while line and not line.endswith(b"\n"):
                 line = stream.readline(MAX_RECORD)
             where = f"{path}:{number}"
-            yield Raw(where, Fault(f"{where}: is longer than {MAX_RECORD} bytes, the most that a record may have"))
+            fault = f"{where}: is longer than {MAX_RECORD} bytes, the most that a record may have"
+            yield RawRecord(where, Fault(fault))
         elif not line.isspace():
-            yield Raw(f"{path}:{number}", line)
+            yield RawRecord(f"{path}:{number}", line)
 
 
-def _read_array(stream: io.BufferedReader, path: Path) -> Iterator[Raw]:
+def _read_array(stream: io.BufferedReader, path: Path) -> Iterator[RawRecord]:
     """A file that is one JSON array. A mistake in it ends the run: behind it nothing is sure."""
     array, number = _ArrayText(stream, path), 0
     array.advance(0)
@@ -249,7 +287,7 @@ def _read_array(stream: io.BufferedReader, path: Path) -> Iterator[Raw]:
         number += 1
         where = f"{path}:{array.line}: record {number}"
         value, size = array.value(number)
-        yield Raw(where, value)
+        yield RawRecord(where, value)
         sign = array.advance(size)
         if sign == "," and array.advance(1) != "]":
             sign = ","
@@ -316,7 +354,7 @@ class _ArrayText:
         return UserError(f"{self._path}:{line}: record {number}: not valid JSON: {reason}")
 
 
-def _read_parquet(path: Path, key: str) -> Iterator[Raw]:
+def _read_parquet(path: Path, key: str) -> Iterator[RawRecord]:
     parquet, number = _library("pyarrow.parquet", path), 0
     try:
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
@@ -327,7 +365,7 @@ def _read_parquet(path: Path, key: str) -> Iterator[Raw]:
                     fields = {name: column[row].as_py() for name, column in zip(batch.schema.names, batch.columns)}
                 except UnicodeDecodeError:
                     fields = Fault(f"{where}: not valid UTF-8")
-                yield Raw(where, fields)
+                yield RawRecord(where, fields)
     except OSError as error:  # pyarrow's ArrowIOError is one
         raise UserError(f"{key}: cannot read {path}: {error.strerror or error}") from None
     except _library("pyarrow", path).ArrowException as error:
@@ -340,3 +378,41 @@ def _library(name: str, path: Path) -> Any:
     except ImportError:
         package = name.partition(".")[0]
         raise UserError(f"{path}: needs the package {package}: pip install {package}, or titan_hd[hub]") from None
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path is meant as a data set of the Hub: there is no such file, and none could be meant."""
+    return not os.path.exists(path) and not _FILE_NAME.search(path) and _HUB_NAME.fullmatch(path) is not None
+
+
+def check_hub_library(path: str, key: str) -> Any:
+    """The package `datasets`, which is imported only where it is needed.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module("datasets")
+    except ImportError:
+        raise UserError(
+            f"{key}: cannot read {path}: No such file or directory; as a data set of the Hub it needs the package "
+            "datasets: pip install datasets, or titan_hd[hub]"
+        ) from None
+
+
+def load_hub_dataset(path: str, key: str) -> Any:
+    """The `datasets.Dataset` of org/name, org/name:split or org/name:config:split (default split: train): its rows in
+    their order, and as `_fingerprint` what stands for their content.
+
+    Raises:
+        UserError: the package is not there, or it cannot load the data set.
+    """
+    library, parts = check_hub_library(path, key), _HUB_NAME.fullmatch(path)
+    config, split = parts["config"], parts["split"]
+    if split is None:
+        config, split = None, config or "train"
+    try:
+        return library.load_dataset(parts["name"], config, split=split)
+    except Exception as error:  # the package's, the network's and the builder's own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{key}: cannot read {path}: {reason}") from None

@@ -1,4 +1,7 @@
-"""Small collectives that several rooms need."""
+"""Collectives: those by which ranks agree (errors, small results, equal values), and those that move tensors.
+
+The latter are asynchronous where they return what to wait for, and count the bytes that this process receives.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def raise_on_all(what: str) -> Iterator[None]:
-    """Run a block on every rank; if it raised a user error (ValueError) anywhere, raise that error everywhere.
+    """Run a block on every rank; if it raised a UserError on any, raise that error on all.
 
     For work that may fail on one rank alone (reading files): without this the others would wait in a collective until
     its time-out. The block itself must not communicate. Other exceptions are bugs and pass through at once.
 
     what: the phase of the run, for messages.
 
-    The good case costs one number (4,096 ranks that tell each other "nothing" would take 16 MB on each).
+    Where no rank fails, one number is all-reduced: gathering 4,096 empty messages would take 16 MB on each rank.
     """
     enter_phase(what)
     message = None
@@ -47,10 +50,10 @@ def raise_on_all(what: str) -> Iterator[None]:
 
 
 def on_rank_zero(what: str, function: Callable[[], T]) -> T:
-    """What a function returns on rank 0, on every rank; a user error (ValueError) there is raised on every rank.
+    """Call a function on rank 0 and return its result on every rank; its UserError is raised on every rank.
 
-    For small files that all ranks need: thousands of ranks must not open them all at once, and on a shared file system
-    some would see another state of a folder. The function must not communicate, and its result must be picklable.
+    For small files that all ranks need: thousands of ranks must not open them at once, and on a shared file system some
+    ranks may see an older state of a folder. The function must not communicate; its result must be picklable.
 
     what: the phase of the run, for messages.
     """
@@ -68,7 +71,7 @@ def on_rank_zero(what: str, function: Callable[[], T]) -> T:
 
 
 def check_equal_on_all_ranks(key: str, value: str) -> None:
-    """Make sure that a value is the same on every rank; the good case costs two numbers.
+    """Make sure that a value is the same on every rank. Where it is, two numbers are all-reduced.
 
     Raises:
         UserError: on every rank; the line begins with `key` and shows two of the values.
@@ -92,7 +95,8 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 
 
 class Traffic:
-    """Bytes that this process received through the functions below, as the algorithms' minimum: own parts excluded."""
+    """Bytes that this process received through the functions below, without its own parts: the least that any algorithm
+    for the collective moves. Tests compare them with the plan, benchmarks print them."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -118,7 +122,7 @@ def all_to_all(lines: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Ten
 
 
 class _SumOfLines:
-    """Waits for lines to arrive, then adds them up, in the members' order."""
+    """The work of a reduce-scatter by all-to-all: waits for the members' lines, then adds them up in their order."""
 
     def __init__(self, lines: torch.Tensor, work: dist.Work, out: torch.Tensor):
         self._lines, self._work, self._out = lines, work, out
@@ -134,8 +138,8 @@ def reduce_scatter(
 ) -> tuple[torch.Tensor, dist.Work | _SumOfLines]:
     """Start summing [size * n, ...] over the members; returns this member's [n, ...] and what to wait for.
 
-    gloo's own reduce-scatter first copies its whole input, in the caller's thread. There the parts travel by all-to-all
-    and are summed here, for a second [size * n, ...].
+    gloo's own reduce-scatter copies its whole input first, in the caller's thread. So over gloo the parts travel by
+    all-to-all and are summed on arrival, which takes memory for a second [size * n, ...].
     """
     out = full.new_empty(full.shape[0] // size, *full.shape[1:])
     if dist.get_backend(group) == "gloo":

@@ -1,9 +1,9 @@
-"""Who computes the SVD of which weight, and who receives the slices.
+"""First values of the fixed factors A, B: which rank computes the SVD of which weight, and who receives the slices.
 
 Weights are dealt in waves of one weight per rank, the costliest first. In a wave, every rank sends its part of weight j
 to rank j (one all-to-all), rank j computes the factors of that one weight, and sends each holder the slices of the
-adapters that it hosts (a second all-to-all each for A and B). So every SVD is computed once, all ranks compute at once,
-and nobody holds more than one whole weight and its factors.
+adapters that it hosts (one more all-to-all each for A and B). So every SVD is computed once, all ranks compute at the
+same time, and none holds more than one whole weight and its factors.
 """
 
 from __future__ import annotations
@@ -78,23 +78,22 @@ def _deal(
 ) -> None:
     """Send the factors of the wave's weights from their owners to the holders of the adapters."""
     k, size = registry.hosted, dims.world_size
-    share = dims.dp_size // registry.mesh.size(0)  # workers per holder
+    sharing = dims.dp_size // registry.mesh.size(0)  # workers that share an adapter
     entries = [registry.entries[name] for name in wave]
-    device = entries[0].layer.weight.device
-    send = [[torch.empty(0, device=device)] * size] * 2
+    nothing = torch.empty(0, device=entries[0].layer.weight.device)
+    send_a, send_b = [nothing] * size, [nothing] * size
     if factors is not None:
-        parts = []
+        a, b = factors
         for rank in range(size):
-            worker, _, tp_rank = dims.place(rank)
-            hosted = slice(worker // share * k, (worker // share + 1) * k)
-            a, b = (side[hosted] for side in factors)
-            parts.append(_tp_part(a, b, entries[dims.rank], dims.tp, tp_rank))
-        send = list(zip(*parts))
+            place = dims.place(rank)
+            first = place.worker // sharing * k
+            hosted = slice(first, first + k)
+            send_a[rank], send_b[rank] = _tp_part(a[hosted], b[hosted], entries[dims.rank], dims.tp, place.tp_rank)
     absent: list[tuple[int, ...]] = [(0,)] * (size - len(wave))
     a_shapes = [(k, registry.rank, entry.local_shape[1]) for entry in entries] + absent
     b_shapes = [(k, entry.local_shape[0], registry.rank) for entry in entries] + absent
-    a_all = exchange_lists(list(send[0]), a_shapes, dist.group.WORLD)
-    b_all = exchange_lists(list(send[1]), b_shapes, dist.group.WORLD)
+    a_all = exchange_lists(send_a, a_shapes, dist.group.WORLD)
+    b_all = exchange_lists(send_b, b_shapes, dist.group.WORLD)
     for owner, name in enumerate(wave):
         registry.set_factors(name, a_all[owner], b_all[owner])
 

@@ -1,12 +1,14 @@
-"""The device meshes of a run, and how K logical adapters map onto its data-parallel workers."""
+"""The device meshes of a run, how K logical adapters map onto its data-parallel workers, and what a rank holds of W."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from titan_hd.distributed.row_shards import shard_rows
 from titan_hd.errors import UserError
 
 
@@ -26,8 +28,8 @@ def resolve_shard_degree(replicate: int, shard: int, tensor: int, world_size: in
 class AdapterPlacement:
     """Which adapters a data-parallel worker hosts, and which samples of a global batch it computes.
 
-    Both maps deal out contiguous ranges, so worker w simply owns samples w*B/W to (w+1)*B/W - 1 of every global batch
-    of B, in micro-batches of `local_batch_size`; sample j belongs to adapter floor(j*K/B) whoever computes it.
+    Both are contiguous ranges: worker w computes samples w*B/W to (w+1)*B/W - 1 of every global batch of B, in
+    micro-batches of `local_batch_size`; sample j belongs to adapter floor(j*K/B), whichever worker computes it.
     """
 
     num_adapters: int  # K
@@ -86,45 +88,12 @@ def placement_error(num_adapters: int, workers: int, global_batch: int, local_ba
     return None
 
 
-_ROWS, _COLUMNS = 16, 8  # of the picture; what is more is abbreviated
+class Place(NamedTuple):
+    """Where a global rank stands: its data-parallel worker, the shard of W that this worker owns, its tp rank."""
 
-
-def mesh_picture(dp_replicate: int, dp_shard: int, tp: int, num_adapters: int | None) -> str:
-    """Which ranks hold what, as text: a line per data-parallel worker, a column per tp rank.
-
-    num_adapters: K, or None for methods without logical adapters.
-    """
-    workers = dp_replicate * dp_shard
-    lines = [f"mesh {dp_replicate} x {dp_shard} x {tp} (replicate x shard x tensor); ranks:"]
-    columns = _abbreviated(tp, _COLUMNS)
-    if tp > 1:
-        lines.append(f"{'':<24}" + "".join("   ..." if c is None else f"{f'tp {c}':>6}" for c in columns))
-    for worker in _abbreviated(workers, _ROWS):
-        if worker is None:
-            lines.append("  ...")
-            continue
-        replica, shard = divmod(worker, dp_shard)
-        ranks = "".join("   ..." if c is None else f"{worker * tp + c:>6}" for c in columns)
-        lines.append(f"  replica {replica:<4} shard {shard:<5}{ranks}{_hosted(worker, workers, num_adapters)}")
-    return "\n".join(lines)
-
-
-def _abbreviated(count: int, most: int) -> list[int | None]:
-    """0 to count - 1, with None for those left out where they are more than `most`."""
-    if count <= most:
-        return list(range(count))
-    return [*range(most - 2), None, count - 1]
-
-
-def _hosted(worker: int, workers: int, num_adapters: int | None) -> str:
-    """The adapters of a data-parallel worker, for its line."""
-    if num_adapters is None:
-        return ""
-    first, hosted = worker * num_adapters // workers, num_adapters // workers
-    if hosted > 1:
-        return f"   adapters {first} to {first + hosted - 1}"
-    shared = workers // num_adapters
-    return f"   adapter {first}" + (f", shared by {shared} workers" if shared > 1 else "")
+    worker: int
+    shard: int
+    tp_rank: int
 
 
 @dataclass
@@ -133,7 +102,7 @@ class ParallelDims:
 
     Attributes:
         fsdp_mesh: what `fully_shard` gets: [dp_shard], or [dp_replicate, dp_shard] for HSDP.
-        dp_mesh: the data-parallel workers of this tp rank in one dimension.
+        dp_mesh: the data-parallel workers of this tp rank, replicas and shards in one dimension.
         dp_rank, tp_rank: this rank's places in dp_mesh and in its tp group.
     """
 
@@ -170,10 +139,16 @@ class ParallelDims:
         """Global rank."""
         return self.dp_rank * self.tp + self.tp_rank
 
-    def place(self, rank: int) -> tuple[int, int, int]:
-        """(data-parallel worker, shard of W, tp rank) of a global rank."""
+    def place(self, rank: int) -> Place:
         worker, tp_rank = divmod(rank, self.tp)
-        return worker, worker % self.dp_shard, tp_rank
+        return Place(worker, worker % self.dp_shard, tp_rank)
+
+    def first_copy(self, rank: int, split: int | None) -> bool:
+        """Whether a global rank is the first of those that hold the same part of a parameter, and so the one that sends
+        or writes it: replicas hold the same, and tp ranks too where the parameter is not split over tp (`split` None).
+        """
+        place = self.place(rank)
+        return place.worker < self.dp_shard and (split is not None or place.tp_rank == 0)
 
     def adapter_mesh(self, num_adapters: int) -> DeviceMesh:
         """[adapter, adapter_group, tp]: min(K, W) holders of adapters x workers that share one x tensor parallelism."""
@@ -192,23 +167,16 @@ class Block:
     columns: int
 
 
-def owned_block(shape: tuple[int, ...], split: int | None, place: tuple[int, int, int], dims: ParallelDims) -> Block:
-    """What the worker at `place` holds of a parameter: first split over tp in dimension `split` (None: not), then
-    rows over dp_shard, as FSDP2 shards a tp-local matrix."""
-    _, shard, tp_rank = place
+def owned_block(shape: tuple[int, ...], split: int | None, place: Place, dims: ParallelDims) -> Block:
+    """What the rank at `place` holds of a parameter: first split over tp in dimension `split` (None: not), then rows
+    over dp_shard, as FSDP2 shards a tp-local matrix."""
     rows, columns = shape[0], shape[1] if len(shape) > 1 else 1
     row = column = 0
     if split == 0:
         rows //= dims.tp
-        row = tp_rank * rows
+        row = place.tp_rank * rows
     elif split == 1:
         columns //= dims.tp
-        column = tp_rank * columns
-    lo, hi = shard_rows(rows, dims.dp_shard, shard)
+        column = place.tp_rank * columns
+    lo, hi = shard_rows(rows, dims.dp_shard, place.shard)
     return Block(row + lo, hi - lo, column, columns)
-
-
-def shard_rows(rows: int, shards: int, shard: int) -> tuple[int, int]:
-    """Row range [start, stop) of a shard under DTensor's Shard(0): equal chunks, the last ones short or empty."""
-    chunk = -(-rows // shards)
-    return min(rows, shard * chunk), min(rows, (shard + 1) * chunk)

@@ -1,7 +1,7 @@
-"""Whole tensors, each on one rank, and back: for work on a weight that needs all of it (an SVD, a merge).
+"""From shards to whole tensors, each on one rank, and back: for work that needs all of a weight (an SVD, a merge).
 
 Tensors are dealt in waves of one per rank. In a wave, every rank sends its part of tensor j to rank j (`collect`), rank
-j computes, and sends every rank its part of the result (`hand_back`): two all-to-alls, and nobody holds more than one
+j computes, and sends every rank its part of the result (`hand_back`): two all-to-alls, and no rank holds more than one
 whole tensor.
 """
 
@@ -32,8 +32,8 @@ def sharded(parameter: DTensor) -> Sharded:
 
 
 def tp_split(parameter: DTensor) -> int | None:
-    """The dimension in which tensor parallelism splits a parameter: that of the last placement of a two-dimensional
-    sharding (FSDP2 puts the data-parallel dimensions first)."""
+    """The dimension in which tensor parallelism splits a parameter, or None. FSDP2 puts the data-parallel placements
+    first, so it is the last one's."""
     names = parameter.device_mesh.mesh_dim_names
     return parameter.placements[-1].dim if "tp" in names and parameter.placements[-1].is_shard() else None
 
@@ -45,20 +45,20 @@ def waves(names: Sequence[str], dims: ParallelDims) -> Iterator[list[str]]:
 
 
 def collect(wave: list[Sharded], dims: ParallelDims) -> torch.Tensor | None:
-    """Tensor number `rank` of the wave, whole, or None where the wave has none left for this rank. Collective."""
+    """Tensor number `rank` of the wave, whole; None on ranks beyond the wave's length. Collective."""
     nothing = wave[0].local.new_empty(0)
-    send = [tensor.local if _sends(tensor, dims, dims.rank) else nothing for tensor in wave]
+    send = [tensor.local if dims.first_copy(dims.rank, tensor.split) else nothing for tensor in wave]
     send += [nothing] * (dims.world_size - len(wave))
     if dims.rank >= len(wave):
         exchange_lists(send, [(0,)] * dims.world_size, dist.group.WORLD)
         return None
-    mine = wave[dims.rank]
+    own = wave[dims.rank]
     blocks = {
-        rank: owned_block(mine.shape, mine.split, dims.place(rank), dims)
+        rank: owned_block(own.shape, own.split, dims.place(rank), dims)
         for rank in range(dims.world_size)
-        if _sends(mine, dims, rank)
+        if dims.first_copy(rank, own.split)
     }
-    whole = mine.local.new_empty(mine.shape)
+    whole = own.local.new_empty(own.shape)
     shapes = [cut(whole, blocks[r]).shape if r in blocks else (0,) for r in range(dims.world_size)]
     received = exchange_lists(send, shapes, dist.group.WORLD)
     for rank, block in blocks.items():
@@ -67,15 +67,15 @@ def collect(wave: list[Sharded], dims: ParallelDims) -> torch.Tensor | None:
 
 
 def hand_back(wave: list[Sharded], whole: torch.Tensor | None, dims: ParallelDims) -> list[torch.Tensor]:
-    """This rank's part of every tensor of the wave, in fp32, from the ranks that have them whole. Collective.
+    """This rank's part of every tensor of the wave, fp32, from the ranks that have them whole. Collective.
 
     whole: fp32, of the shape of tensor number `rank` of the wave; None where `collect` gave None.
     """
     size, device = dims.world_size, wave[0].local.device
     send = [torch.empty(0, device=device)] * size
     if whole is not None:
-        mine = wave[dims.rank]
-        send = [cut(whole, owned_block(mine.shape, mine.split, dims.place(rank), dims)) for rank in range(size)]
+        own = wave[dims.rank]
+        send = [cut(whole, owned_block(own.shape, own.split, dims.place(rank), dims)) for rank in range(size)]
     shapes: list[tuple[int, ...]] = [tuple(tensor.local.shape) for tensor in wave]
     shapes += [(0,)] * (size - len(wave))
     return exchange_lists(send, shapes, dist.group.WORLD)[: len(wave)]
@@ -85,9 +85,3 @@ def cut(whole: torch.Tensor, block: Block) -> torch.Tensor:
     """A view of a block of a tensor [rows], [rows, columns] or [rows, columns, ...]."""
     part = whole[block.row : block.row + block.rows]
     return part[:, block.column : block.column + block.columns] if whole.dim() > 1 else part
-
-
-def _sends(tensor: Sharded, dims: ParallelDims, rank: int) -> bool:
-    """Whether a rank's part of a tensor is needed: replicas hold the same, and so do tp ranks if it is not split."""
-    worker, _, tp_rank = dims.place(rank)
-    return worker < dims.dp_shard and (tensor.split is not None or tp_rank == 0)

@@ -1,9 +1,10 @@
-"""Weights into and out of the shards: every rank reads and writes what it holds, nobody gathers a tensor."""
+"""Weights from files into the shards, and back: every rank reads and writes its own block, no tensor is gathered."""
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def materialize(model: Decoder, device: torch.device) -> None:
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, DTensor]]:
-    """The model's own parameters under their HF names, without the adapters' ones."""
+    """The model's own parameters under their HF names, without those of adapters."""
     beside = {name for name, _ in adapter_parameters(model)}
     for name, parameter in model.named_parameters():
         if not name.endswith((".delta_A", ".delta_B")) and name not in beside:
@@ -45,7 +46,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, DTensor]]:
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, DTensor]]:
-    """The tensors of adapters that stand beside a weight, as <layer>.<tensor>."""
+    """The tensors of `AdapterLinear` layers, named <layer>.<tensor>."""
     for name, layer in adapter_layers(model).items():
         for key in layer.adapter_names:
             yield f"{name}.{key}", getattr(layer, key)
@@ -58,13 +59,13 @@ def _block(parameter: DTensor, dims: ParallelDims) -> Block:
 
 @torch.no_grad()
 def load_weights(model: Decoder, dims: ParallelDims, directory: str, progress: bool = False) -> int:
-    """Fill the shards from a HF directory; rank 0 reads the index and the headers, every rank only the byte
-    ranges of what it holds. Collective.
+    """Fill the shards from a HF directory. Rank 0 reads the index and the headers; every rank reads just the byte
+    ranges of its own blocks. Collective.
 
     progress: show a bar, on rank 0, if the standard error is a terminal.
 
     Returns:
-        bytes of tensors that this rank read.
+        bytes that this rank read.
 
     Raises:
         UserError: one line for everything that is wrong with the files, on every rank, before any rank loads anything.
@@ -111,7 +112,7 @@ def init_weights(model: Decoder, dims: ParallelDims, seed: int, std: float = 0.0
             local.fill_(1.0 if name in norms else 0.0)
             continue
         mine = _block(parameter, dims)
-        for number in range(mine.row // _INIT_ROWS, -(-(mine.row + mine.rows) // _INIT_ROWS)):
+        for number in range(mine.row // _INIT_ROWS, math.ceil((mine.row + mine.rows) / _INIT_ROWS)):
             lo, hi = number * _INIT_ROWS, min(parameter.shape[0], (number + 1) * _INIT_ROWS)
             generator = torch.Generator().manual_seed(stable_seed("init", seed, name, number))
             drawn = torch.empty(hi - lo, parameter.shape[1]).normal_(0.0, std, generator=generator)
@@ -148,9 +149,7 @@ def write_weights(
         with raise_on_all("writing the weights"), disk_faults(directory):
             for name, local in wave:
                 parameter = parameters[name]
-                # Replicas, and tp ranks of a parameter that is not split, hold the same.
-                writes = dims.dp_rank < dims.dp_shard and (tp_split(parameter) is not None or dims.tp_rank == 0)
-                if writes and local.numel():
+                if dims.first_copy(dims.rank, tp_split(parameter)) and local.numel():
                     block = _block(parameter, dims)
                     write_rows(slots[name], block.row, local, block.column)
                     written.add(slots[name].file)

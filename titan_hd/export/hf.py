@@ -41,7 +41,7 @@ _ASSET_FILES = (
     "chat_template.json",
     "original/tokenizer.model",
 )
-# By one of these `check_folder` knows what an export has written.
+# Files that mark a folder as the result of an export, which the next export may replace.
 _MARKS = ("config.json", "adapter_config.json")
 _GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -81,8 +81,8 @@ def beside(folder: Path) -> Path:
 
 
 def check_folder(folder: Path, assets: str) -> None:
-    """UserError unless `folder`, and the names beside it that are needed, are free, empty or hold a model that is not
-    the base model: an export never deletes anything else."""
+    """UserError if an export to `folder` would delete anything but an earlier export: the base model, or a folder (also
+    the two beside it that an export uses) with other content."""
     if assets and folder.resolve() == Path(assets).resolve():
         raise UserError(f"export.folder: {folder} is model.hf_assets_path; name another folder")
     for path in (folder, beside(folder), _old(folder)):
@@ -93,13 +93,13 @@ def check_folder(folder: Path, assets: str) -> None:
 
 
 def start_folder(partial: Path) -> None:
-    """An empty folder; what an export that was cut off left there goes."""
+    """Make an empty folder; the remains of an export that was cut off are removed."""
     _remove(partial)
     partial.mkdir(parents=True)
 
 
 def write_assets(partial: Path, hf_config: dict[str, Any], dtype: torch.dtype, assets: str, card: str) -> None:
-    """Everything but the weights: config.json first (by which `check_folder` knows the folder), generation config,
+    """Write everything but the weights: config.json first (it marks the folder, see `check_folder`), generation config,
     tokenizer files and model card."""
     config = {key: value for key, value in hf_config.items() if key != "_name_or_path"}  # may be a path of a machine
     # transformers 5 reads `dtype`, older versions and vLLM `torch_dtype`.
@@ -117,8 +117,8 @@ def write_assets(partial: Path, hf_config: dict[str, Any], dtype: torch.dtype, a
 
 
 def _check_link(assets: Path, name: str) -> None:
-    """UserError if a file of the model directory is a link to somewhere else: whoever made it would have a file of this
-    machine copied into what is published. The hub's cache links from snapshots/COMMIT to blobs."""
+    """UserError if a file of the model directory is a link out of it: the export would copy, and its user publish, any
+    file of this machine that the directory's author names. The hub's cache links from snapshots/COMMIT to blobs."""
     root = assets.resolve()
     allowed = root.parent.parent if root.parent.name == "snapshots" else root
     if not (assets / name).resolve().is_relative_to(allowed):

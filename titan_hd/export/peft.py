@@ -33,7 +33,7 @@ from titan_hd.export.hf import beside, check_folder, export_folder, publish, sta
 from titan_hd.export.model_card import base_name
 from titan_hd.files import disk_faults
 from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_files import WeightFiles
+from titan_hd.models.hf_files import WeightFiles, open_model_weights
 
 logger = logging.getLogger("titan_hd")
 
@@ -71,9 +71,7 @@ def _base_files(model: Decoder, assets: str) -> WeightFiles | None:
     layers = adapter_layers(model)
     if not any(layer.changes_weight for layer in layers.values()):
         return None
-    beside_weights = {f"{name}.{key}" for name, layer in layers.items() for key in layer.adapter_names}
-    expected = {name: p.shape for name, p in model.named_parameters() if name not in beside_weights}
-    return WeightFiles(assets, expected, tied_head=model.lm_head is None)
+    return open_model_weights(assets, model.config)
 
 
 @torch.no_grad()

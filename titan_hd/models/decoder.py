@@ -104,7 +104,7 @@ class LayerCache:
 
 
 class KVCache:
-    """What attention keeps between the forward passes of a generation, for positions below `slots`.
+    """Keys and values of all layers, kept between the forward passes of a generation, for positions below `slots`.
 
     A slot is visible to queries at its position or later. So prompts of unequal lengths may be padded at the right: the
     padding's slots are visible to nobody until a generated token has overwritten them.
@@ -116,8 +116,8 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """`project` is how q_proj, k_proj and v_proj are applied to their common input: a method whose layers can share
-    work there puts its own function in its place."""
+    """Grouped-query attention with RoPE. `project` applies q_proj, k_proj and v_proj to their common input; an adapter
+    method whose layers can share work there replaces it by a function of its own."""
 
     project: Callable[..., tuple[torch.Tensor, ...]]
 
@@ -166,7 +166,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """`project` applies gate_proj and up_proj, as in Attention."""
+    """The gated MLP. `project` applies gate_proj and up_proj to their common input, as in Attention."""
 
     project: Callable[..., tuple[torch.Tensor, ...]]
 
@@ -240,10 +240,10 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         """Logits [B, T, vocabulary] for token ids [B, T]; attention is causal.
 
-        positions: [B, T], of which RoPE and, with a cache, the slots are made; unless given, 0..T-1, and with documents
+        positions: [B, T], for RoPE, and as the slots of the tokens in the cache; by default 0..T-1, and with documents
             from 0 on in each of them.
-        documents: [B, T], a number for each token; tokens of different numbers do not see each other. For documents
-            packed into one row and for padding at the left.
+        documents: [B, T], the number of each token's document; a token sees only its own document. For documents packed
+            into one row, and for padding at the left.
         cache: keys and values of earlier passes, which the tokens see too; their own are added. Not with documents.
         select: [B], the one index into T whose logits are wanted; they come as [B, 1, vocabulary].
         """
@@ -272,6 +272,13 @@ class Decoder(nn.Module):
     def tied_head(self, h: torch.Tensor) -> torch.Tensor:
         """Logits of tied models."""
         return F.linear(h, self.model.embed_tokens.weight)
+
+
+def parameter_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
+    """Shape of every parameter of the model by HF's name, without memory for any."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def attention_mask(

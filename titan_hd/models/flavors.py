@@ -1,4 +1,4 @@
-"""Published sizes as data, in the keys of the checkpoints' own config.json; they serve for random weights."""
+"""Published model sizes, in the keys of their own config.json. For models with random weights (`model.flavor`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Attention to packed documents by flex_attention: no mask and no scores of size [T, T]. Where a device has it."""
+"""Attention within packed documents by flex_attention: no mask and no scores of size [T, T]. On GPUs; on CPUs
+flex_attention has no backward pass, and the decoder makes a mask (`decoder.attention_mask`)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,6 @@ from collections.abc import Callable
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-# On CPUs flex_attention has no backward pass; there the decoder makes a mask.
 DEVICES = {"cuda"}
 _BLOCK = 128
 
@@ -21,7 +21,7 @@ def _compiled() -> Callable[..., torch.Tensor]:
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, grouped: bool) -> torch.Tensor:
     """[B, H, T, C] for queries [B, H, T, C], keys and values [B, G, T, C]. grouped: G is smaller than H.
 
-    Only compiled does flex_attention go without the scores; inside a compiled block it is part of that graph.
+    flex_attention avoids the [T, T] scores only when it is compiled. Inside a compiled block it is part of that graph.
     """
     attention = flex_attention if torch.compiler.is_compiling() else _compiled()
     return attention(q, k, v, block_mask=mask, enable_gqa=grouped)

@@ -1,11 +1,18 @@
 """Hugging Face weight files: which tensor lies where, blocks read one at a time, files written in place by many.
 
 Parameter names are HF's own, so there is no renaming in either direction. Nothing here knows of meshes: callers ask
-for a block of rows and columns, and write one.
+for a block of rows and columns, and write one. A directory is untrusted: no path leads out of it, and nothing pickled
+is read.
 
-Reading is positional (`preadv`) into one small buffer, not through a memory map: the pages of a map count as resident
-memory of the process, for whole files once every row was touched, and a file that shrinks meanwhile is an error and not
-a SIGBUS.
+Why not the readers of the safetensors library? Each worker reads only its own block of every tensor, into a tensor that
+exists already. The library maps files into memory: the pages count against the memory limit of a container, for whole
+files once every row was touched, and a file that shrinks meanwhile is a SIGBUS instead of an error. Its backend without
+a map reads the whole tensor for a slice of it (safetensors 0.8: 67 MB for 0.4 MB). So blocks are read by their position
+(`preadv`), through one small buffer. The library checks the headers (`safetensors_header`).
+
+Writing is the mirror image: a file's header is written first, so that any number of workers can then write the rows
+that they own, each into its place. The library's writers, and torch's HuggingFaceStorageWriter, need whole tensors or
+write one file per rank, which a single process must then read and merge.
 """
 
 from __future__ import annotations
@@ -22,12 +29,15 @@ from pathlib import Path
 import torch
 
 from titan_hd.errors import UserError
-from titan_hd.files import shown
-from titan_hd.models.hf_index import INDEX, SINGLE, find_files
-from titan_hd.models.safetensors_header import DTYPES, Entry, build_header, read_header
+from titan_hd.files import read_json_object, shown, sync_file
+from titan_hd.models.decoder import parameter_shapes
+from titan_hd.models.registry import DecoderConfig
+from titan_hd.models.safetensors_header import DTYPES, Entry, build_header, read_header, unique_keys
 
 logger = logging.getLogger("titan_hd")
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Buffers that old Llama checkpoints carry and that the decoder computes by itself.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -165,6 +175,15 @@ class WeightFiles:
         return errors
 
 
+def open_model_weights(directory: str | Path, config: DecoderConfig) -> WeightFiles:
+    """The weight files of a HF directory, checked against the model of a configuration.
+
+    Raises:
+        UserError: as `WeightFiles`.
+    """
+    return WeightFiles(directory, parameter_shapes(config), tied_head=config.tie_word_embeddings)
+
+
 def _read_strided(file: int, out: memoryview, offset: int, wanted: int, width: int) -> None:
     """Fill `out` with pieces of `wanted` bytes that lie `width` bytes apart; in one go where they touch."""
     if wanted == width:
@@ -179,6 +198,56 @@ def _read_exactly(file: int, out: memoryview, offset: int) -> None:
         if count == 0:
             raise EOFError("the file ends before it; did something write to it meanwhile?")
         out, offset = out[count:], offset + count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files of a directory
+
+
+def find_files(directory: Path) -> dict[str, str] | None:
+    """The index of a HF directory, tensor -> file in this directory, or None for a single model.safetensors.
+
+    Raises:
+        UserError: there are no safetensors, an index is broken or leads out of the directory; all faults at once.
+    """
+    if not directory.is_dir():
+        raise UserError(f"model.hf_assets_path: {directory} is no directory")
+    single, index = directory / SINGLE, directory / INDEX
+    if not index.exists():
+        if not single.exists():
+            raise UserError(_what_else(directory))
+        return None
+    weight_map = read_json_object(index, unique_keys).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()) or not weight_map:
+        raise UserError(f"{index}: weight_map: must be an object of file names")
+    files = sorted(set(weight_map.values()))
+    errors = [f"{index}: weight_map: {reason}" for file in files if (reason := _refusal(file))]
+    if single.exists() and SINGLE not in files:
+        errors.append(f"{directory}: holds both {SINGLE} and an index of other files; remove the one that is stale")
+    if errors:
+        raise UserError("\n".join(errors))
+    return weight_map
+
+
+def _refusal(file: str) -> str | None:
+    """Why an index may not name a file, or None. A file of the directory may be a link, as in the hub's cache."""
+    if Path(file).name != file or "\0" in file:
+        return f"{shown(repr(file))} is not a file of the directory"
+    if file.endswith(_PICKLES):
+        return f"{shown(file)} is pickled, which can run code when it is read; convert it to safetensors"
+    if not file.endswith(".safetensors"):
+        return f"{shown(repr(file))} is no safetensors file"
+    return None
+
+
+def _what_else(directory: Path) -> str:
+    pickles = [path.name for path in directory.iterdir() if path.name.endswith(_PICKLES)]
+    if pickles:
+        return (
+            f"model.hf_assets_path: {directory / min(pickles)} is pickled, which can run code when it is read; convert "
+            "the weights to safetensors"
+        )
+    return f"model.hf_assets_path: {directory} holds no {SINGLE} and no index of it"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,8 +336,7 @@ def _write_strided(file: int, data: memoryview, offset: int, given: int, width: 
 def sync_files(paths: Iterable[Path]) -> None:
     """Wait until what this process wrote to the files is on the disk: once per file, not once per tensor."""
     for path in paths:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        sync_file(path)
 
 
 def check_space(directory: Path, slots: dict[str, TensorSlot], shapes: dict[str, torch.Size]) -> None:

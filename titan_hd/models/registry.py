@@ -1,4 +1,8 @@
-"""Architectures as data: what a config.json may say, and what it comes to."""
+"""The supported architectures as data: which keys of a config.json are read, and the DecoderConfig that they give.
+
+A key that changes the computation in a way that the decoder does not have is refused by name; a key of unknown meaning
+is ignored, and named in the log.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ logger = logging.getLogger("titan_hd")
 
 @dataclass(frozen=True)
 class Architecture:
-    """How the decoder's variants follow from the keys of a config.json.
+    """How the variants of the decoder follow from the keys of a config.json.
 
     families: names that `model.name` may have for it.
     qkv_bias, o_bias, mlp_bias: True or False, or the key that says so (False where it is missing).
@@ -137,7 +141,7 @@ class DecoderConfig:
 
 
 def flavor_config(name: str, flavor: str) -> DecoderConfig:
-    """Published sizes of a family's flavor. ValueError if either is unknown."""
+    """Published sizes of a family's flavor. UserError if either is unknown."""
     if name not in FLAVORS:
         raise UserError(f"model.name: must be one of {', '.join(FLAVORS)}, not {name!r}")
     if flavor not in FLAVORS[name]:
@@ -149,7 +153,7 @@ def read_hf_config(directory: str | Path, name: str = "") -> DecoderConfig:
     """Read `config.json` of a HF directory; `name`, if given, must be a family of its architecture.
 
     Raises:
-        ValueError: missing or unreadable file, or an architecture or feature that is not supported, by name.
+        UserError: missing or unreadable file, or an architecture or feature that is not supported, by name.
     """
     path = Path(directory) / "config.json"
     if not path.exists():

@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from titan_hd.config import manager
-from titan_hd.distributed.parallel_dims import mesh_picture
+from titan_hd.distributed.mesh_picture import mesh_picture
 from titan_hd.preflight import plan_run, update_plan
 from titan_hd.process.network import address_towards, interface_of
 from titan_hd.process.signals import REQUEUE, STATUS

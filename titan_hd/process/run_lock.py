@@ -3,55 +3,49 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import socket
-import time
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from titan_hd.errors import UserError
 
 logger = logging.getLogger("titan_hd")
 
-LOCK_FILE = "run.lock"
+LOCK_FILE, HOLDER_FILE = "run.lock", "run.lock.holder"
 _PATIENCE_SECONDS = 5  # a run that was killed and started again: its old process may still be about to go
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # of a file system, or of NFS without its lock service
 
 
 class RunLock:
     """Holds `folder` for this process.
 
-    A POSIX record lock: the kernel drops it with the process, children do not inherit it, and NFS passes it on to other
-    machines where its lock service runs. A file system without locks gives a warning and no protection.
+    The kernel drops the lock with the process, and NFS passes it on to other machines where its lock service runs. A
+    file system without locks gives a warning and no protection: the substitute of the filelock package, a marker file,
+    would outlive a run that is killed and keep the next one away.
 
     Raises:
         UserError: another process holds it.
+        OSError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while not self._try():
-            if time.monotonic() > deadline:
-                holder = os.read(self._descriptor, 1000).decode(errors="replace").strip() or "unknown"
-                os.close(self._descriptor)
-                raise UserError(
-                    f"job.dump_folder: another run writes to {folder} ({holder}); "
-                    "wait for its end, or name another folder"
-                )
-            time.sleep(0.2)
-        os.truncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-
-    def _try(self) -> bool:
+        self._lock, holder = FileLock(folder / LOCK_FILE, fallback_to_soft=False), folder / HOLDER_FILE
         try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock.acquire(timeout=_PATIENCE_SECONDS, poll_interval=0.2)
+        except Timeout:
+            name = holder.read_text(errors="replace").strip() if holder.is_file() else "unknown"
+            raise UserError(
+                f"job.dump_folder: another run writes to {folder} ({name}); wait for its end, or name another folder"
+            ) from None
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                return False
+            if error.errno not in _NO_LOCKS:
+                raise
             logger.warning("job.dump_folder: cannot be locked (%s): start no second run on it", error.strerror)
-        return True
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
 
     def release(self) -> None:
-        os.close(self._descriptor)
+        self._lock.release()

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_files import WeightFiles
+from titan_hd.models.decoder import parameter_shapes
+from titan_hd.models.hf_files import open_model_weights
 from titan_hd.models.registry import DecoderConfig
 
 
@@ -53,10 +53,7 @@ def delta_ranks(base: Path, trained: Path, config: DecoderConfig, threshold: flo
 
 
 def _pairs(base: Path, trained: Path, config: DecoderConfig) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    with torch.device("meta"):
-        model = Decoder(config)
-    expected = {name: p.shape for name, p in model.named_parameters()}
-    files = [WeightFiles(folder, expected, tied_head=model.lm_head is None) for folder in (base, trained)]
-    for name, shape in expected.items():
+    files = [open_model_weights(folder, config) for folder in (base, trained)]
+    for name, shape in parameter_shapes(config).items():
         if name.endswith(tuple(f"{layer}.weight" for layer in config.linear_shapes())):
             yield name, *(file.read_rows(name, 0, shape[0]) for file in files)

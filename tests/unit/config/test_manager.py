@@ -404,6 +404,13 @@ class TestCombinations:
         (line,) = errors_of([*NEEDED, f"--{key}", value])
         assert line.startswith(f"{key}: ")
 
+    @pytest.mark.parametrize("key", ["export.folder", "checkpoint.folder"])
+    @pytest.mark.parametrize("folder", ["", ".", "..", "a/.."])
+    def test_a_folder_that_is_replaced_is_one_of_its_own(self, key: str, folder: str):
+        """An export never deletes a folder that is no model."""
+        (line,) = errors_of([*NEEDED, f"--{key}={folder}"])
+        assert line == f"{key}: must name a folder of its own, not {folder!r}"
+
     def test_epochs_above_zero(self):
         lines = errors_of(["--data.train", "t", *MODEL, "--training.epochs", "0"])
         assert lines == ["training.epochs: must be above 0"]

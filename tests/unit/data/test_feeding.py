@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from titan_hd.data.tokens.records import Example
 
 from titan_hd.data.loader import Batch, GlobalBatches, TrainLoader
-from titan_hd.data.order.order import Order, build_order
-from titan_hd.data.tokens.records import Example
+from titan_hd.data.order.sample_order import Order, build_order
 from titan_hd.distributed.parallel_dims import AdapterPlacement
 
 Row = tuple[int, ...]  # the records of a row

@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from titan_hd.data.tokens.records import IGNORE, Example
 
 from titan_hd.config.manager import ConfigError, load
 from titan_hd.data.loader import GlobalBatches, TrainLoader, collate, collate_packs, validation_batches
-from titan_hd.data.order.order import SampleOrder
-from titan_hd.data.tokens.records import IGNORE, Example
+from titan_hd.data.order.sample_order import SampleOrder
 from titan_hd.errors import UserError
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)

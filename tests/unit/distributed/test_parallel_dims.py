@@ -7,13 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titan_hd.distributed.parallel_dims import (
-    AdapterPlacement,
-    mesh_picture,
-    placement_error,
-    resolve_shard_degree,
-    shard_rows,
-)
+from titan_hd.distributed.mesh_picture import mesh_picture
+from titan_hd.distributed.parallel_dims import AdapterPlacement, placement_error, resolve_shard_degree
+from titan_hd.distributed.row_shards import shard_rows
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
 

@@ -1,11 +1,16 @@
 """The plan at true sizes, the runtime's order, and the rounding's bits: no process group needed."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from titan_hd.distributed.update.plan import Topology, plan_update
+from tests.conftest import REPOSITORY
+from titan_hd.distributed.update.plan import plan_update
 from titan_hd.distributed.update.rounding import random_bits, rounding_key, stochastic_round
 from titan_hd.distributed.update.runtime import run_tasks
+from titan_hd.distributed.update.topology import Topology
 from titan_hd.models.registry import flavor_config
 
 SHAPES_8B = {
@@ -35,8 +40,8 @@ class TestPlan:
     def test_formulas_by_hand(self):
         plan = plan_update({"layers.0.w": (100, 60)}, Topology(8, 2, 2, 2, wire_bytes=2), "auto")
         (w,) = plan.weights
-        assert w.factors_bytes == 3 * 2 * 2 * (60 + 50) * 2  # 3 others, 2 adapters each, rank 2, bf16
-        assert w.dense_bytes == (50 * 60 + 2 * 50 * 60 // 2) * 2
+        assert w.received_by_route["factors"] == 3 * 2 * 2 * (60 + 50) * 2  # 3 others, 2 adapters each, rank 2, bf16
+        assert w.received_by_route["dense"] == (50 * 60 + 2 * 50 * 60 // 2) * 2
         assert w.cache_bytes == 8 * 2 * (60 + 50) * 4
 
     def test_auto_takes_the_cheaper_route(self):
@@ -44,7 +49,7 @@ class TestPlan:
         plan = plan_update(shapes, Topology(8, 8, 1, 8), "auto", cache_gb=0.0)
         assert {w.name: w.route for w in plan.weights} == {"layers.0.wide": "dense", "layers.0.large": "factors"}
         for w in plan.weights:
-            assert w.received == min(w.factors_bytes, w.dense_bytes)
+            assert w.received == min(w.received_by_route.values())
 
     def test_one_worker_receives_nothing(self):
         assert received(plan_update(SHAPES_8B, Topology(8, 16, 1, 1), "auto")) == 0
@@ -60,12 +65,21 @@ class TestPlan:
         cached = sum(w.cache_bytes for w in plan.weights if w.cached)
         assert 0.29 * 2**30 < cached <= 0.3 * 2**30
         for bucket in plan.buckets:  # what is gathered and what is cached do not share a bucket
-            assert len({w.cached for w in plan.weights if w.name in bucket}) == 1
+            assert len({w.cached for w in plan.weights if w.name in bucket.shapes}) == 1
 
     def test_buckets_are_blocks_and_hold_every_weight_once(self):
         plan = plan_update(SHAPES_8B, Topology(8, 16, 1, 8), "auto")
         assert len(plan.buckets) == 32
-        assert [name for bucket in plan.buckets for name in bucket] == list(SHAPES_8B)
+        assert [name for bucket in plan.buckets for name in bucket.shapes] == list(SHAPES_8B)
+
+    def test_it_needs_no_torch(self):
+        code = (
+            "import sys; sys.modules['torch'] = None; from titan_hd.distributed.update import plan, routes, topology; "
+            "shapes = {f'layers.{i}.up_proj': (53248, 16384) for i in range(126)}; "
+            "print(plan.plan_update(shapes, topology.Topology(512, 16, 8, 512)).table())"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+        assert "8 x 512 workers" in done.stdout
 
     def test_digest_tells_plans_apart(self):
         digests = {

@@ -160,7 +160,7 @@ class TestWriting:
         write_headers(slots, headers)
         for name, value in list(values.items())[:-1]:
             write_rows(slots[name], 0, value)
-        assert "is truncated" in errors_of(tmp_path, shapes_of(values))[0]
+        assert "is it complete?" in errors_of(tmp_path, shapes_of(values))[0]
 
     def test_a_disk_that_is_too_small(self, tmp_path: Path):
         shapes = {"w": torch.Size((2**30, 2**30))}
@@ -308,8 +308,8 @@ class TestReading:
         (tmp_path / "part0.safetensors").write_bytes(b"nothing")
         lines = errors_of(tmp_path, {**shapes_of(values), "b.weight": torch.Size((6, 4)), "lost": torch.Size((1,))})
         assert [line.rpartition("/")[2] for line in lines] == [
-            "part0.safetensors: cannot be read as safetensors: it is truncated or something else: 7 bytes are too few "
-            "for its header",
+            "part0.safetensors: cannot be read as safetensors: Error while deserializing header: header too small "
+            "(it has 7 bytes; is it complete?)",
             "part1.safetensors: b.weight: has shape [4, 6], must be [6, 4]",
             f"{tmp_path.name}: lost: is missing",
         ]
@@ -412,38 +412,34 @@ class TestReading:
 
 
 class TestHeaders:
-    """A header is checked in itself and against the size of its file, before anything is allocated."""
+    """A header is checked in itself and against the size of its file, by the library: these are what it must notice."""
 
     @pytest.mark.parametrize(
         ("header", "data", "reason"),
         [
-            ("[]", 0, "its header is no JSON object"),
-            ("{", 0, "its header is no valid JSON"),
-            ("[" * 100_000, 0, "its header is no valid JSON"),
-            ('{"w": 1, "w": 2}', 0, "w stands there twice"),
-            ({"w": 3}, 0, "w: its header entry must have dtype, shape and data_offsets"),
-            ({"w": {"dtype": "F32"}}, 0, "w: its header entry must have dtype, shape and data_offsets"),
-            ({"w": entry([0, 8], dtype="F33")}, 8, "w: has the unknown dtype F33"),
-            ({"w": entry([0, 8], dtype=[])}, 8, "w: has the unknown dtype []"),
-            ({"w": entry([0, 8], [-2])}, 8, "w: its shape must be"),
-            ({"w": entry([0, 8], [True])}, 8, "w: its shape must be"),
-            ({"w": entry([0, 8], [2.0])}, 8, "w: its shape must be"),
-            ({"w": entry([0, 8], [1] * 9)}, 8, "w: its shape must be"),
-            ({"w": entry([0, 8], [2**62, 2**62, 0])}, 8, "w: its shape must be"),
-            (
-                {"w": entry([0, 8], [2**32, 2**32])},
-                8,
-                "w: has 8 bytes, shape [4294967296, 4294967296] of F32 needs 7378",
-            ),
-            ({"w": entry([0, 12])}, 12, "w: has 12 bytes, shape [2] of F32 needs 8"),
-            ({"w": entry([8, 0])}, 8, "w: its data_offsets must be a first byte and an end"),
-            ({"w": entry([-8, 0])}, 8, "w: its data_offsets must be a first byte and an end"),
-            ({"w": entry([0])}, 8, "w: its data_offsets must be a first byte and an end"),
-            ({"w": entry([0, 8])}, 7, "it is truncated"),
-            ({"w": entry([0, 8])}, 9, "it has 1 bytes more than its header says"),
-            ({"v": entry([0, 8]), "w": entry([16, 24])}, 24, "there is a gap before the data of w"),
-            ({"v": entry([0, 8]), "w": entry([4, 12])}, 12, "there is an overlap before the data of w"),
-            ({"v": entry([0, 8]), "w": entry([0, 8])}, 8, "there is an overlap before the data of w"),
+            ("[]", 0, "invalid type: sequence"),
+            ("{", 0, "invalid JSON in header"),
+            ("[" * 100_000, 0, "invalid JSON in header"),
+            (f'{{"w": {json.dumps(entry([0, 8]))}, "w": {json.dumps(entry([0, 8]))}}}', 8, "w stands there twice"),
+            ({"w": 3}, 0, "invalid JSON in header: invalid type: integer `3`"),
+            ({"w": {"dtype": "F32"}}, 0, "missing field `shape`"),
+            ({"w": entry([0, 8], dtype="F33")}, 8, "unknown variant `F33`"),
+            ({"w": entry([0, 8], dtype=[])}, 8, "invalid JSON in header"),
+            ({"w": entry([0, 8], [-2])}, 8, "integer `-2`, expected usize"),
+            ({"w": entry([0, 8], [True])}, 8, "boolean `true`, expected usize"),
+            ({"w": entry([0, 8], [2.0])}, 8, "floating point `2.0`, expected usize"),
+            ({"w": entry([0, 8], [1] * 9)}, 8, "invalid shape, data type, or offset"),
+            ({"w": entry([0, 8], [2**62, 2**62, 0])}, 8, "overflow computing buffer size"),
+            ({"w": entry([0, 8], [2**32, 2**32])}, 8, "overflow computing buffer size"),
+            ({"w": entry([0, 12])}, 12, "invalid shape, data type, or offset"),
+            ({"w": entry([8, 0])}, 8, "invalid offset for tensor `w`"),
+            ({"w": entry([-8, 0])}, 8, "integer `-8`, expected usize"),
+            ({"w": entry([0])}, 8, "expected a tuple of size 2"),
+            ({"w": entry([0, 8])}, 7, "file not fully covered"),
+            ({"w": entry([0, 8])}, 9, "file not fully covered"),
+            ({"v": entry([0, 8]), "w": entry([16, 24])}, 24, "invalid offset for tensor `w`"),
+            ({"v": entry([0, 8]), "w": entry([4, 12])}, 12, "invalid offset for tensor `w`"),
+            ({"v": entry([0, 8]), "w": entry([0, 8])}, 8, "invalid offset for tensor"),
         ],
     )
     def test_faults(self, tmp_path: Path, header: object, data: int, reason: str):
@@ -457,18 +453,14 @@ class TestHeaders:
         path = tmp_path / "model.safetensors"
         path.write_bytes(length.to_bytes(8, "little") + b"{}")
         (line,) = errors_of(tmp_path, {})
-        assert "10 bytes are too few for its header" in line
+        assert "(it has 10 bytes; is it complete?)" in line
 
     def test_a_header_that_is_too_long(self, tmp_path: Path):
         path = tmp_path / "model.safetensors"
         path.write_bytes((10**9).to_bytes(8, "little"))
         os.truncate(path, 2 * 10**9)  # a sparse file
         (line,) = errors_of(tmp_path, {})
-        assert "its header of 1000000000 bytes is longer than 100000000" in line
-
-    def test_all_faults_of_a_header_at_once(self, tmp_path: Path):
-        raw_file(tmp_path, {"v": entry([0, 4]), "w": entry([4, 12], dtype="?")}, 12)
-        assert len(errors_of(tmp_path, {})) == 2
+        assert "header too large" in line
 
     def test_a_name_cannot_forge_a_line(self, tmp_path: Path):
         raw_file(tmp_path, {"w\ntitan_hd: all is well": entry([0, 8])}, 8)

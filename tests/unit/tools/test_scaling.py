@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.kit.commands import REPOSITORY
-from titan_hd.distributed.update.plan import Topology
+from titan_hd.distributed.update.topology import Topology
 from titan_hd.models.registry import flavor_config
 from tools.scaling import Cluster, Work, authors_estimate, best, compute_seconds, estimate, fsdp_gathers, table
 

@@ -1,29 +1,23 @@
 """Chat templates: the Jinja program that comes with a model and writes a conversation as text.
 
 A template is found where transformers looks for it, and renders what transformers' apply_chat_template renders, within
-the bounds of `titan_hd.data.text.sandbox`. The text holds the template's own BOS and end-of-turn tokens; encode it with
-`special=True` and put nothing in front or behind. A message that spells a control token ("<|eot_id|>") therefore
-becomes that token, as everywhere in this format: do not train on chats that others can write into.
+the bounds of `titan_hd.data.text.sandbox`. The text holds the template's own BOS and end-of-turn tokens, so it is
+encoded with `special=True`, and nothing is put in front or behind. A message that spells a control token ("<|eot_id|>")
+therefore becomes that token, as everywhere in this format: do not train on chats that others can write into.
 """
 
 from __future__ import annotations
 
-import datetime
 import functools
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from titan_hd.data.text.sandbox import SandboxedTemplate, TemplateFault
 from titan_hd.data.text.tokenizer_base import Tokenizer, read_json
 from titan_hd.errors import UserError
 from titan_hd.files import read_small_text
 
-if TYPE_CHECKING:
-    import jinja2
-
-MAX_SOURCE = 256 * 1024  # of a template; compiling takes about 12 us and 2 KB for each character
-# What strftime_now gives, on every day: a run can be repeated. It is the date that stands in Llama 3.1's template.
-TODAY = datetime.datetime(2024, 7, 26)
+MAX_SOURCE = 256 * 1024  # characters of a template; compiling takes about 12 us and 2 KB for each
 
 _LLAMA3 = (
     "{{ bos_token }}{% for message in messages %}"
@@ -39,13 +33,13 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, where: str, special_tokens: dict[str, str]):
-        self._source, self._where, self._special_tokens = source, where, special_tokens
+        self._template, self._where, self._special_tokens = SandboxedTemplate(source), where, special_tokens
         if len(source) > MAX_SOURCE:
             raise UserError(f"{where}: chat template: longer than {MAX_SOURCE} characters")
         try:
-            _compile(source)
-        except Exception as error:
-            raise self._error(error) from None
+            self._template.compile()
+        except TemplateFault as fault:
+            raise UserError(f"{where}: chat template: {fault}") from None
 
     def render(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = False, tools: list[Any] | None = None
@@ -59,22 +53,16 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the messages, or cannot be run within its bounds.
         """
-        template = _compile(self._source)
-        template.environment.start()
         try:
-            return template.render(
+            return self._template.render(
                 messages=messages,
                 tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except Exception as error:  # a template is a program: it can fail in any way
-            raise self._error(error) from None
-
-    def _error(self, error: Exception) -> UserError:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return UserError(f"{self._where}: chat template: {reason}")
+        except TemplateFault as fault:
+            raise UserError(f"{self._where}: chat template: {fault}") from None
 
 
 class ChatTurns:
@@ -183,22 +171,3 @@ def _read_source(path: Path) -> str:
         raise UserError(f"{path}: chat template: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: chat template: not valid UTF-8") from None
-
-
-@functools.lru_cache(maxsize=8)  # and so a ChatTemplate holds nothing but text and can be pickled
-def _compile(source: str) -> jinja2.Template:
-    from titan_hd.data.text.sandbox import Sandbox
-
-    sandbox = Sandbox()
-    sandbox.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
-    return sandbox.from_string(source)
-
-
-def _raise_exception(message: str) -> None:
-    raise ValueError(message)
-
-
-def _strftime_now(format: str) -> str:
-    if re.search(r"\d", format):
-        raise ValueError("strftime_now: no widths")
-    return TODAY.strftime(format)

@@ -1,18 +1,17 @@
 """Tokenized records on disk: written once, mapped into memory by every worker and every later run.
 
 An entry is a folder named by a hash of everything that its content depends on. It holds one plain file of little-endian
-numbers for each array of `TokenizedRecords`, and meta.json with their sizes and the statistics. It is written beside
+numbers for each array of a `TokenizedDataset`, and meta.json with their sizes and the statistics. It is written beside
 its place and renamed when it is complete, so that what is there is whole unless somebody damaged it later, which the
 sizes show. Who finds no entry takes the key's lock and writes it; others wait for the lock and read it. The lock is
-the kernel's (flock): it ends with its process. Nodes whose locks do not reach each other write one entry each, and the
-first to rename wins.
+the kernel's: it ends with its process. Nodes whose locks do not reach each other write one entry each, and the first to
+rename wins.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
@@ -22,12 +21,13 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from titan_hd.data.tokens.encoding import as_array
-from titan_hd.data.tokens.records import Statistics
+from titan_hd.data.tokens.statistics import Statistics
 from titan_hd.errors import UserError
 
 VERSION = 2  # of what an entry looks like and of how records become tokens
@@ -77,22 +77,24 @@ def file_digest(path: Path, folder: Path) -> str:
     """
     status = path.stat()
     seen = [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
-    memo = folder / f".{hashlib.blake2b(json.dumps(seen).encode(), digest_size=16).hexdigest()}.digest"
+    name = hashlib.blake2b(json.dumps(seen).encode(), digest_size=16).hexdigest()
+    memo = folder / f".{name}.digest"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(memo, "a+", encoding="ascii") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # many workers of a node ask for the same file at the same time
-            file.seek(0)
-            known = file.read()
-            if len(known) == _DIGITS:
+        with _file_lock(folder / f".{name}.digest.lock"):  # many workers of a node ask for the same file at once
+            if memo.is_file() and len(known := memo.read_text(encoding="ascii")) == _DIGITS:
                 return known
             digest = _hash(path)
             if time.time() - max(status.st_mtime, status.st_ctime) > _SETTLED_SECONDS:
-                file.truncate(0)
-                file.write(digest)
+                memo.write_text(digest, encoding="ascii")
             return digest
     except OSError:  # a folder that cannot be written, or a full disk, is reported where the records are written
         return _hash(path)
+
+
+def _file_lock(path: Path) -> FileLock:
+    """The kernel's lock alone: the package's substitute, a marker file, would outlive a process that is killed."""
+    return FileLock(path, fallback_to_soft=False)
 
 
 def _hash(path: Path) -> str:
@@ -124,23 +126,6 @@ class Entry:
     arrays: MappedArrays
 
 
-class Lock:
-    """The lock file of a key. It holds how many writers failed, and why the last one did: those who waited for it would
-    fail in the same way, one after the other."""
-
-    def __init__(self, file: TextIO):
-        self._file = file
-
-    def failures(self) -> tuple[int, str]:
-        self._file.seek(0)
-        lines = self._file.read().splitlines()
-        return len(lines), json.loads(lines[-1]) if lines else ""
-
-    def note_failure(self, line: str) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-
-
 class TokenCache:
     """The entries in one folder.
 
@@ -154,8 +139,8 @@ class TokenCache:
     def get(self, key: str, sources: list[str], write: Callable[[Callable[[str], BinaryIO]], Statistics]) -> Entry:
         """The entry of a key, which is written first where there is none.
 
-        sources: names of the files that it is made of; of the statistics, what names one of them follows when they
-            have moved since.
+        sources: paths of the files that the entry is made of. If they have moved since it was written, the paths that
+            are quoted in its statistics are updated.
         write: fills the arrays, whose files the function that it is given opens by name.
 
         Raises:
@@ -166,10 +151,10 @@ class TokenCache:
             if entry:
                 return entry
             self._folder.mkdir(parents=True, exist_ok=True)
-            with self._locked(key) as lock:
+            with self._locked(key):
                 entry = self._read(key, sources)
                 if not entry:
-                    self._write(key, sources, write, lock)
+                    self._write(key, sources, write)
                     entry = self._read(key, sources)
         except OSError as error:
             raise self._unusable(error) from None
@@ -206,27 +191,33 @@ class TokenCache:
         return None
 
     @contextlib.contextmanager
-    def _locked(self, key: str) -> Iterator[Lock]:
-        with open(self._folder / f".{key}.lock", "a+", encoding="utf-8") as file:
-            lock = Lock(file)
-            before = lock.failures()
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.info("waiting for the process that tokenizes into %s", self._folder)
-                fcntl.flock(file, fcntl.LOCK_EX)
-                after = lock.failures()
-                if after[0] != before[0]:
-                    raise UserError(after[1]) from None
-            yield lock
+    def _locked(self, key: str) -> Iterator[None]:
+        """Hold the lock of a key. Where the process that was waited for has failed, this one fails with its line: all
+        that waited would otherwise fail in the same way, one after the other."""
+        lock, before = _file_lock(self._folder / f".{key}.lock"), self._failures(key)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("waiting for the process that tokenizes into %s", self._folder)
+            lock.acquire()
+            failures = self._failures(key)
+            if len(failures) > len(before):
+                lock.release()
+                raise UserError(json.loads(failures[-1])) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
-    def _write(
-        self,
-        key: str,
-        sources: list[str],
-        write: Callable[[Callable[[str], BinaryIO]], Statistics],
-        lock: Lock,
-    ) -> None:
+    def _failures(self, key: str) -> list[str]:
+        """A line for each writer that has failed, as JSON."""
+        path = self._failures_file(key)
+        return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+    def _failures_file(self, key: str) -> Path:
+        return self._folder / f".{key}.failed"
+
+    def _write(self, key: str, sources: list[str], write: Callable[[Callable[[str], BinaryIO]], Statistics]) -> None:
         host = socket.gethostname()
         for left in self._folder.glob(f".{key}.{host}.*"):  # by a process that was killed: the lock is ours
             shutil.rmtree(left)
@@ -255,7 +246,9 @@ class TokenCache:
                     os.rename(folder, self._folder / key)
         except (UserError, OSError) as error:
             shutil.rmtree(folder, ignore_errors=True)  # first: the disk may be full
-            lock.note_failure(str(error if isinstance(error, UserError) else self._unusable(error)))
+            line = json.dumps(str(error if isinstance(error, UserError) else self._unusable(error)))
+            with open(self._failures_file(key), "a", encoding="utf-8") as file:
+                file.write(line + "\n")
             raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Raw records -> chunks of token ids and labels -> the flat arrays of `TokenizedRecords`."""
+"""Raw records -> chunks of token ids and labels -> the flat arrays of a `TokenizedDataset`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import BinaryIO
 
 import numpy as np
 
-from titan_hd.data.formats import Format
-from titan_hd.data.sources import Raw, Record, parse
-from titan_hd.data.tokens.records import IGNORE, Example, Statistics
+from titan_hd.data.example import IGNORE, Example
+from titan_hd.data.formats import Format, QuestionFormat
+from titan_hd.data.sources import RawRecord, Record, parse
+from titan_hd.data.tokens.statistics import Statistics
 from titan_hd.errors import UserError
 
-# The arrays of `TokenizedRecords`. Those that end in "ends" begin with 0 and count what is in another one.
+# The arrays of a `TokenizedDataset`. Those named *ends are prefix sums that begin with 0: offsets into ids
+# and labels (ends), spans (span_ends) and questions (question_ends).
 DTYPES = {
     "ids": np.dtype("<i4"),
     "ends": np.dtype("<i8"),
@@ -29,8 +31,13 @@ DTYPES = {
 
 @dataclass
 class Chunk:
-    """Some records, encoded: the parts that they add to the arrays (of those that end in "ends": sizes, not ends), what
-    became of them (without the bad ones), and what is wrong with each bad one, in order."""
+    """Some records, encoded.
+
+    arrays: what they add to each array; for those that end in "ends" the records' sizes, not yet summed up.
+    statistics: what became of the records, without the bad ones.
+    faults: what is wrong with each bad record, in their order.
+    read: how many records these were.
+    """
 
     arrays: dict[str, np.ndarray]
     statistics: Statistics
@@ -38,45 +45,54 @@ class Chunk:
     read: int
 
 
+@dataclass(frozen=True)
 class Encoder:
-    """Encodes records of one data set.
+    """How the records of one source are encoded. Other processes get it pickled.
 
-    keep_questions: of a format that has them, for InstructionRecords.
-    stop_at_fault: what comes behind a bad record is not wanted.
+    name: what messages call the source. stop_at_fault: what comes behind a bad record is not wanted.
+    keep_questions: also keep what it takes to generate answers and compare them, if the format has questions.
     """
 
-    def __init__(
-        self, name: str, format_name: str, format: Format, seq_len: int, keep_questions: bool, stop_at_fault: bool
-    ):
-        self._name, self._format_name, self._format, self._seq_len = name, format_name, format, seq_len
-        self._keep_questions, self._stop_at_fault = keep_questions, stop_at_fault
+    name: str
+    format: Format
+    seq_len: int
+    stop_at_fault: bool
+    keep_questions: bool = False
+
+    @property
+    def questions(self) -> QuestionFormat | None:
+        """The format, if questions are kept."""
+        return self.format if self.keep_questions and isinstance(self.format, QuestionFormat) else None
+
+    def new_statistics(self) -> Statistics:
+        return Statistics(self.name, self.format.name)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The arrays that the records have."""
-        labels = ("labels",) if self._format_name == "tokens" else ("spans", "span_ends")
-        return ("ids", "ends", *labels, *(("questions", "question_ends") if self._keep_questions else ()))
+        """Of the arrays that the records have."""
+        labels = ("labels",) if self.format.own_labels else ("spans", "span_ends")
+        return ("ids", "ends", *labels, *(("questions", "question_ends") if self.questions else ()))
 
-    def example(self, raw: Raw, statistics: Statistics) -> tuple[Example, Record] | None:
+    def example(self, raw: RawRecord, statistics: Statistics) -> tuple[Example, Record] | None:
         """One record, cut at seq_len and counted.
 
-        A record without anything to train on is counted and left out; but in format "tokens", where records are taken
-        as they are, only if the cut took its labels.
+        A record without anything to train on is counted and left out; but where records bring their own labels, only
+        if the cut took them.
 
         Raises:
             UserError: it is a bad one; the line begins with its file and line.
         """
         record = parse(raw)
         try:
-            example = self._format.encode(record)
+            example = self.format.encode(record)
         except UserError as error:
             raise UserError(f"{record.where}: {error}") from None
         s, length = statistics, len(example.input_ids)
-        s.longest, is_cut = max(s.longest, length), length > self._seq_len
+        s.longest, is_cut = max(s.longest, length), length > self.seq_len
         if is_cut:
-            example = Example(example.input_ids[: self._seq_len], example.labels[: self._seq_len])
+            example = Example(example.input_ids[: self.seq_len], example.labels[: self.seq_len])
         trained = example.trained_tokens
-        if not trained and (is_cut or self._format_name != "tokens"):
+        if not trained and (is_cut or not self.format.own_labels):
             s.unlabelled += 1
             s.first_unlabelled = s.first_unlabelled or record.where
             return None
@@ -86,35 +102,35 @@ class Encoder:
         s.trained += trained
         return example, record
 
-    def chunk(self, raws: list[Raw]) -> Chunk:
+    def chunk(self, raws: list[RawRecord]) -> Chunk:
         """Many records at once."""
-        statistics, faults = Statistics(self._name, self._format_name), []
+        statistics, asked, faults = self.new_statistics(), self.questions, []
         ids: list[int] = []
         labels: list[int] = []
         lengths: list[int] = []
         questions: list[bytes] = []
         for raw in raws:
             try:
-                taken = self.example(raw, statistics)
+                encoded = self.example(raw, statistics)
             except UserError as error:
                 faults.append(str(error))
-                if self._stop_at_fault:
+                if self.stop_at_fault:
                     break
                 continue
-            if taken is None:
+            if encoded is None:
                 continue
-            example, record = taken
+            example, record = encoded
             ids += example.input_ids
             labels += example.labels
             lengths.append(len(example.input_ids))
-            if self._keep_questions:
-                questions.append(json.dumps(self._format.question(record)).encode())
+            if asked:
+                questions.append(json.dumps(asked.question(record)).encode())
         arrays = {"ids": np.array(ids, DTYPES["ids"]), "ends": np.array(lengths, DTYPES["ends"])}
         if "labels" in self.names:
             arrays["labels"] = np.array(labels, DTYPES["labels"])
         else:
             arrays["spans"], arrays["span_ends"] = _spans(np.array(labels, DTYPES["labels"]), arrays["ends"])
-        if self._keep_questions:
+        if asked:
             arrays["questions"] = np.frombuffer(b"".join(questions), DTYPES["questions"])
             arrays["question_ends"] = np.array([len(text) for text in questions], DTYPES["question_ends"])
         return Chunk(arrays, statistics, faults, len(raws))

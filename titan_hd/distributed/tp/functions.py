@@ -1,15 +1,21 @@
-"""Tensor parallelism's collectives for autograd, in pairs: what one does forward, its twin does backward.
+"""Tensor parallelism's collectives as autograd functions, in pairs: each one's backward is its twin's forward.
 
-Activations are plain tensors. x is "whole" where every tp rank has all of [B, T, ...], alike; "in parts" where ranks
-hold terms of a sum; "in pieces" where rank i holds positions i*c to (i+1)*c - 1 of the sequence, c = ceil(T / tp), the
-last ones padded with zeros.
+Activations are plain tensors, so a layout is a matter of who calls what. The words are DTensor's, over the tp ranks:
 
-function            forward                         backward
-copy_to_tp          whole, as it is                 parts -> whole (all-reduce)
-reduce_from_tp      parts -> whole (all-reduce)     whole, as it is
-gather_sequence     pieces -> whole (all-gather)    parts -> pieces (reduce-scatter)
-scatter_sequence    parts -> pieces (reduce-scatter)  pieces -> whole (all-gather)
-gather_alike        pieces -> whole (all-gather)    whole -> own piece, as every rank goes on alike
+Replicate   every rank has all of [B, T, ...], the same
+Partial     every rank has [B, T, ...]; the value is the sum over ranks
+Shard(1)    rank i has positions i*c to (i+1)*c - 1 of the sequence, [B, c, ...] with c = ceil(T / tp); the last ones
+            are padded with zeros, so that T need not be a multiple of tp
+
+function          forward                                 backward
+copy_to_tp        Replicate, unchanged                    Partial -> Replicate (all-reduce)
+reduce_from_tp    Partial -> Replicate (all-reduce)       Replicate, unchanged
+gather_sequence   Shard(1) -> Replicate (all-gather)      Partial -> Shard(1) (reduce-scatter)
+scatter_sequence  Partial -> Shard(1) (reduce-scatter)    Shard(1) -> Replicate (all-gather)
+gather_alike      Shard(1) -> Replicate (all-gather)      Replicate -> Shard(1) (own piece, nothing travels)
+
+gather_sequence is for layers that are split, whose ranks compute different terms of dx; gather_alike for layers that
+all ranks compute alike.
 """
 
 from __future__ import annotations
@@ -107,7 +113,7 @@ def gather_dim(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Ten
 
 
 def own_piece(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """This rank's piece of a whole [B, T, ...]; gradients flow, into this piece alone."""
+    """Replicate -> Shard(1): this rank's positions of [B, T, ...]. The gradient of the other positions is zero."""
     return _padded(x, group).chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)]
 
 
@@ -129,5 +135,5 @@ def _all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def _arrived(x: torch.Tensor) -> torch.Tensor:
-    """A plain tensor: each layer that reads one that is still under way would wrap and save one of its own."""
+    """Wait here, once; otherwise every consumer of the AsyncCollectiveTensor saves its own copy for backward."""
     return x.wait() if isinstance(x, funcol.AsyncCollectiveTensor) else x

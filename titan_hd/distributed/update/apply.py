@@ -31,28 +31,45 @@ def factored_update(
     return torch.cat((db, b + db), dim=1), torch.cat((a, da), dim=0)
 
 
-def add_product(
-    w: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficient: float, decay: float, rounding: Rounding
-) -> None:
-    """w <- (1 - decay) w + coefficient * left @ right, in place.
+@dataclass(frozen=True)
+class FactoredUpdate:
+    """coefficient * sum_i [dB_i A_i + (B_i + dB_i) dA_i] on the rows of one worker, not multiplied out.
 
-    w: [rows, in], fp32 or, with stochastic rounding, bf16; left [rows, m], right [m, in] fp32.
+    a, da [m, in], b, db [rows, m], fp32, where m = K*r.
     """
-    if w.dtype == torch.float32:
-        w.addmm_(left, right, beta=1.0 - decay, alpha=coefficient)
-        return
-    for start, part in _row_chunks(w):
-        new = torch.addmm(part.float(), left[start : start + len(part)], right, beta=1.0 - decay, alpha=coefficient)
-        _round_into(part, new, start, rounding)
+
+    a: torch.Tensor
+    b: torch.Tensor
+    da: torch.Tensor
+    db: torch.Tensor
+    coefficient: float
+
+    def add_to(self, w: torch.Tensor, decay: float, rounding: Rounding) -> None:
+        """w <- (1 - decay) w + the update, in place, by one product; w [rows, in] is fp32, or bf16 and rounded."""
+        left, right = factored_update(self.a, self.b, self.da, self.db)
+        scales = {"beta": 1.0 - decay, "alpha": self.coefficient}
+        if w.dtype == torch.float32:
+            w.addmm_(left, right, **scales)
+            return
+        for start, part in _row_chunks(w):
+            new = torch.addmm(part.float(), left[start : start + len(part)], right, **scales)
+            _round_into(part, new, start, rounding)
 
 
-def add_rows(w: torch.Tensor, update: torch.Tensor, decay: float, rounding: Rounding) -> None:
-    """w <- (1 - decay) w + update, in place; update [rows, in] fp32."""
-    if w.dtype == torch.float32:
-        torch.add(update, w, alpha=1.0 - decay, out=w)
-        return
-    for start, part in _row_chunks(w):
-        _round_into(part, part.float() * (1.0 - decay) + update[start : start + len(part)], start, rounding)
+@dataclass(frozen=True)
+class RowsUpdate:
+    """The update of one worker's rows as a matrix [chunk, in], fp32; rows beyond the worker's are padding."""
+
+    chunk: torch.Tensor
+
+    def add_to(self, w: torch.Tensor, decay: float, rounding: Rounding) -> None:
+        """w <- (1 - decay) w + the update, in place; w [rows, in] is fp32, or bf16 and rounded."""
+        update = self.chunk[: len(w)]
+        if w.dtype == torch.float32:
+            torch.add(update, w, alpha=1.0 - decay, out=w)
+            return
+        for start, part in _row_chunks(w):
+            _round_into(part, part.float() * (1.0 - decay) + update[start : start + len(part)], start, rounding)
 
 
 def _row_chunks(w: torch.Tensor):

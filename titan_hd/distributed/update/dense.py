@@ -1,81 +1,56 @@
-"""The dense exchange: every worker forms its adapters' update and reduce-scatters it onto the shards.
+"""The dense route: every worker forms its adapters' update and reduce-scatters it onto the shards.
 
-Cheaper than factors only where K*r comes near min(out, in). In words, for one weight whose rows are cut into dp_shard
-equal chunks, the last ones padded: take the next few rows of every chunk; form those rows of c * sum over the hosted
-adapters of [dB_i A_i + (B_i + dB_i) dA_i]; reduce-scatter them over dp_shard; all-reduce what arrived over
-dp_replicate; and so on, until the chunk is complete. No worker ever holds [out, in]. Where g workers share an adapter,
-each contributes 1/g of its update.
+With at most `chunk` = ceil(out / dp_shard) rows of W per worker, a worker receives (dp_shard - 1) chunk in elements of
+the reduce-scatter, and of the all-reduce over the replicas 2 (dp_replicate - 1) / dp_replicate chunk in: cheaper than
+factors only where K*r comes near min(out, in). `dense_exchange.py` has the steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-
-from titan_hd.distributed.collectives import all_reduce, reduce_scatter
-from titan_hd.distributed.update.apply import factored_update
-
-
-@dataclass(frozen=True)
-class DenseGroups:
-    """Process groups of this worker along dp_shard and dp_replicate, with their sizes."""
-
-    shard: dist.ProcessGroup
-    shards: int
-    replicate: dist.ProcessGroup | None
-    replicas: int
-
+from titan_hd.distributed.update.route import Collective, Exchange, Memory, Route, Shape
+from titan_hd.distributed.update.topology import Topology
 
 # What travels at a time, in bytes of fp32: enough to fill the links of GPUs, little enough for the caches of CPUs.
 _PIECE_BYTES = {"cuda": 2**26, "cpu": 2**22}
 
 
-def rows_at_a_time(chunk: int, width: int, shards: int, device_type: str) -> int:
+def piece_rows(chunk: int, width: int, shards: int, device_type: str) -> int:
     """Rows of each chunk [chunk, width] that travel together."""
     return min(chunk, max(1, _PIECE_BYTES.get(device_type, 2**26) // (4 * shards * width)))
 
 
-def exchange_dense(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    da: torch.Tensor,
-    db: torch.Tensor,
-    coefficient: float,
-    groups: DenseGroups,
-    wire: torch.dtype,
-) -> Generator[None, None, torch.Tensor]:
-    """This worker's rows of the whole update, padded to a full chunk [chunk, in], fp32; yields while pieces travel.
+class DenseRoute(Route):
+    name = "dense"
+    fills_bucket = True
 
-    a, da [k, r, in], b, db [k, out, r]: the hosted adapters. `fold.bucket_bytes` says what is held meanwhile.
-    """
-    stack = lambda t: t.transpose(0, 1).flatten(1)  # noqa: E731  [k, out, r] -> [out, k*r]
-    left, right = factored_update(a.flatten(0, 1), stack(b), da.flatten(0, 1), stack(db))
-    right.mul_(coefficient)
-    chunk = -(-left.shape[0] // groups.shards)
-    padding = chunk * groups.shards - left.shape[0]
-    left = (F.pad(left, (0, 0, 0, padding)) if padding else left).view(groups.shards, chunk, -1)
-    rows = right.new_empty(chunk, right.shape[1])
-    step = rows_at_a_time(*rows.shape, groups.shards, rows.device.type)
-    for first in range(0, chunk, step):
-        update = (left[:, first : first + step].flatten(0, 1) @ right).to(wire)
-        arrived = yield from _sum_over_workers(update, groups)
-        rows[first : first + step] = arrived
-        del update, arrived  # a generator's variables live as long as it waits
-    return rows
+    def traffic(self, shapes: Sequence[Shape], t: Topology, cached: bool) -> list[Collective]:
+        collectives = []
+        for out, width in shapes:
+            rows = t.chunk(out) * width * t.wire_bytes
+            across = 2 * (t.dp_replicate - 1) * rows // t.dp_replicate
+            collectives.append(Collective("reduce_scatter", (t.dp_shard - 1) * rows, t.dp_shard, 1))
+            collectives.append(Collective("all_reduce", across, t.dp_replicate, t.dp_shard))
+        return collectives
 
+    def flops(self, shape: Shape, t: Topology) -> int:
+        out, width = shape
+        return 2 * out * width * 2 * t.hosted * t.rank
 
-def _sum_over_workers(update: torch.Tensor, groups: DenseGroups) -> Generator[None, None, torch.Tensor]:
-    """[shards * n, in] of every worker -> the sum's own [n, in] of this worker's shard."""
-    if groups.shards > 1:
-        update, work = reduce_scatter(update, groups.shards, groups.shard)
-        yield
-        work.wait()
-    if groups.replicas > 1:
-        work = all_reduce(update, groups.replicas, groups.replicate)
-        yield
-        work.wait()
-    return update
+    def memory(self, shapes: Sequence[Shape], t: Topology, cached: bool, device_type: str = "cuda") -> Memory:
+        """Held: left and right of the product, the worker's rows of the update, and the piece that travels: what is
+        sent, over gloo as much that is received, and the sum. Computing: stacking left, and one piece in fp32."""
+        ((out, width),) = shapes
+        chunk, hosted = t.chunk(out), t.hosted * t.rank
+        step = piece_rows(chunk, width, t.dp_shard, device_type)
+        piece = step * t.dp_shard * width
+        held = 8 * hosted * (chunk * t.dp_shard + width) + 4 * chunk * width
+        held += (2 * piece + step * width) * t.wire_bytes
+        converted = 4 * piece if t.wire_bytes != 4 else 0
+        return Memory(held, 4 * hosted * (5 * out + 2 * step * t.dp_shard) + converted)
+
+    def exchange(self, mesh, dims, coefficient, wire) -> Exchange:
+        from titan_hd.distributed.update.dense_exchange import DenseExchange  # needs torch, a plan does not
+
+        return DenseExchange(mesh, dims, coefficient, wire, piece_rows)

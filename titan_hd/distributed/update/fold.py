@@ -2,141 +2,107 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Generator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
-from titan_hd.distributed.parallel_dims import ParallelDims
-from titan_hd.distributed.update.apply import Rounding, add_product, add_rows, factored_update
-from titan_hd.distributed.update.dense import DenseGroups, exchange_dense, rows_at_a_time
-from titan_hd.distributed.update.factors import ExchangeGroup, exchange_factors
-from titan_hd.distributed.update.plan import UpdatePlan
+from titan_hd.distributed.parallel_dims import ParallelDims, owned_block
+from titan_hd.distributed.update.apply import Rounding
+from titan_hd.distributed.update.plan import Bucket, UpdatePlan
 from titan_hd.distributed.update.rounding import rounding_key
+from titan_hd.distributed.update.route import HostedFactors
+from titan_hd.distributed.update.routes import ROUTES
 from titan_hd.distributed.update.runtime import Task, run_tasks
 from titan_hd.errors import UserError
 
-logger = logging.getLogger("titan_hd")
+
+@dataclass(frozen=True)
+class FoldSettings:
+    """How the adapters' updates are added up, and how many of the plan's buckets are under way together."""
+
+    aggregate: str = "mean"  # or "sum", over the adapters
+    weight_decay: float = 0.0  # of W, decoupled; times the learning rate
+    seed: int = 0  # of the stochastic rounding of bf16 masters
+    wire: torch.dtype = torch.float32  # of dA and dB on the way
+    in_flight: int = 2
 
 
 class Fold:
     """W <- (1 - lr * weight_decay) W + c * sum_i [dB_i A_i + (B_i + dB_i) dA_i], then dA_i = dB_i = 0.
 
-    Buckets of the plan are tasks: while the collectives of one are under way, the products of the one before run. Extra
-    memory: the cached static factors, and what `bucket_bytes` says of `in_flight` buckets.
+    `prepare` once, when the fixed factors A, B are there; then call it after every step of the optimizer. Extra memory:
+    the cached fixed factors, and what `Route.memory` says of `in_flight` buckets.
     """
 
-    def __init__(
-        self,
-        registry: AdapterRegistry,
-        dims: ParallelDims,
-        plan: UpdatePlan,
-        aggregate: str = "mean",
-        weight_decay: float = 0.0,
-        seed: int = 0,
-        wire: torch.dtype = torch.float32,
-        in_flight: int = 2,
-    ):
-        self.registry, self.plan, self.seed, self.wire = registry, plan, seed, wire
-        self.coefficient = 1.0 / registry.num_adapters if aggregate == "mean" else 1.0
-        self.weight_decay, self.in_flight = weight_decay, in_flight
-        self._routes = {w.name: w for w in plan.weights}
-        holders = registry.mesh["adapter"].mesh.tolist()  # global ranks that exchange with this one
-        self._holders = ExchangeGroup(
-            registry.mesh.get_group("adapter"),
-            tuple(dims.place(rank)[1] for rank in holders),
-            dims.dp_shard,
-            registry.mesh.get_local_rank("adapter"),
-        )
-        self._dense = DenseGroups(
-            dims.world.get_group("dp_shard"),
-            dims.dp_shard,
-            dims.world.get_group("dp_replicate") if dims.dp_replicate > 1 else None,
-            dims.dp_replicate,
-        )
-        self._tp_rank = dims.tp_rank
-        self._static: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    def __init__(self, registry: AdapterRegistry, dims: ParallelDims, plan: UpdatePlan, settings: FoldSettings):
+        self.registry, self.dims, self.plan, self.settings = registry, dims, plan, settings
+        coefficient = 1.0 / registry.num_adapters if settings.aggregate == "mean" else 1.0
+        self.exchanges = {
+            name: route.exchange(registry.mesh, dims, coefficient, settings.wire) for name, route in ROUTES.items()
+        }
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Compare plans over all ranks, then send the static factors that are to be cached.
+        """Compare plans over all ranks, then send the fixed factors that are to be cached.
 
         Raises:
-            ValueError: on every rank, if ranks disagree on the plan.
+            UserError: on every rank, if ranks disagree on the plan.
         """
         check_same_plan(self.plan)
-
-        def gather(bucket: tuple[str, ...]) -> Task:
-            static = [self._local(self.registry.entries[name])[:2] for name in bucket]
-            arrived = yield from exchange_factors(static, self._holders, torch.float32)
-            self._static.update(zip(bucket, arrived))
-
-        run_tasks((gather(b) for b in self.plan.buckets if self._routes[b[0]].cached), self.in_flight)
+        cached = (bucket for bucket in self.plan.buckets if bucket.cached)
+        tasks = (self.exchanges[b.route].prepare(list(b.shapes), self._hosted(b)) for b in cached)
+        run_tasks(tasks, self.settings.in_flight)
 
     @torch.no_grad()
     def __call__(self, lr: float, step: int) -> None:
         """Update every adapted weight in place. lr scales the weight decay; step keys the stochastic rounding.
 
+        Phase 1, all ranks together: one number is all-reduced to find out whether every dA and dB is finite. If one is
+        not, every rank raises, and W is as it was.
+
+        Phase 2, bucket by bucket, in the plan's order on all ranks: the bucket's updates start to travel. On the
+        factors route, dA and rows of dB pass between the workers that hold adapters; on the dense route, the workers'
+        parts of the update are summed onto the shards, piece by piece, and over the replicas. The collectives are
+        asynchronous: the task yields, and waits for them when its turn comes.
+
+        Phase 3, no collectives: the bucket has arrived. This worker multiplies it out, adds it to the rows of W that it
+        owns, and sets its own dA and dB of the bucket to zero; what other workers receive of them is a copy.
+
+        Phase 3 of a bucket runs while the next ones are in phase 2; at most `in_flight` buckets are in either. No
+        barrier ends the step: who needs the others' rows is the all-gather of the next forward pass.
+
         Raises:
             FloatingPointError: on every rank and before W is touched, if an adapter's update is not finite.
         """
         check_finite(self.registry, "update", step)
-        run_tasks((self._task(bucket, lr, step) for bucket in self.plan.buckets), self.in_flight)
+        decay = lr * self.settings.weight_decay
+        run_tasks((self._fold_bucket(bucket, decay, step) for bucket in self.plan.buckets), self.settings.in_flight)
 
-    def _task(self, bucket: tuple[str, ...], lr: float, step: int) -> Task:
-        decay = lr * self.weight_decay
-        if self._routes[bucket[0]].route == "dense":
-            yield from self._dense_task(bucket[0], decay, step)
-        else:
-            yield from self._factors_task(bucket, decay, step)
-
-    def _factors_task(self, bucket: tuple[str, ...], decay: float, step: int) -> Generator:
-        entries = [self.registry.entries[name] for name in bucket]
-        local = [self._local(entry) for entry in entries]
-        send = [(da, db) for _, _, da, db in local]
-        deltas = yield from exchange_factors(send, self._holders, self.wire)
-        if bucket[0] in self._static:
-            static = [self._static[name] for name in bucket]
-        else:  # always in fp32, as the cached ones
-            fixed = [(a, b) for a, b, _, _ in local]
-            static = yield from exchange_factors(fixed, self._holders, torch.float32)
-        for name, entry, (a, b), (da, db) in zip(bucket, entries, static, deltas):
+    def _fold_bucket(self, bucket: Bucket, decay: float, step: int) -> Task:
+        hosted = self._hosted(bucket)
+        updates = yield from self.exchanges[bucket.route].travel(list(bucket.shapes), hosted)  # phase 2
+        for name, update, factors in zip(bucket.shapes, updates, hosted):  # phase 3
+            entry = self.registry.entries[name]
             rows = entry.weight_rows()
-            if rows.numel():
-                left, right = factored_update(a, b, da, db)
-                add_product(rows, left, right, self.coefficient, decay, self._rounding(name, entry, step))
-            self._zero(entry)
+            if rows.numel():  # the last shards may be empty
+                update.add_to(rows, decay, self._rounding(name, entry, step))
+            factors.da.zero_()
+            factors.db.zero_()
 
-    def _dense_task(self, name: str, decay: float, step: int) -> Generator:
-        entry = self.registry.entries[name]
-        share = self.coefficient / self.registry.mesh.size(1)  # workers that share an adapter send a part each
-        update = yield from exchange_dense(*self._local(entry), share, self._dense, self.wire)
-        rows = entry.weight_rows()
-        if rows.numel():
-            add_rows(rows, update[: len(rows)], decay, self._rounding(name, entry, step))
-        self._zero(entry)
+    def _hosted(self, bucket: Bucket) -> list[HostedFactors]:
+        entries = [self.registry.entries[name] for name in bucket.shapes]
+        tensors = [(e.a, e.b, e.layer.delta_A, e.layer.delta_B) for e in entries]
+        return [HostedFactors(*(t.to_local() for t in four)) for four in tensors]
 
     def _rounding(self, name: str, entry: AdapterEntry, step: int) -> Rounding:
-        row, _ = self._holders.rows(entry.local_shape[0])
-        offset = {0: (entry.local_shape[0], 0), 1: (0, entry.local_shape[1]), None: (0, 0)}[entry.split]
-        key = rounding_key(self.seed, step, name)
-        return Rounding(key, row + self._tp_rank * offset[0], self._tp_rank * offset[1])
-
-    @staticmethod
-    def _local(entry: AdapterEntry) -> tuple[torch.Tensor, ...]:
-        tensors = (entry.a, entry.b, entry.layer.delta_A, entry.layer.delta_B)
-        return tuple(t.to_local() for t in tensors)
-
-    @staticmethod
-    def _zero(entry: AdapterEntry) -> None:
-        entry.layer.delta_A.to_local().zero_()
-        entry.layer.delta_B.to_local().zero_()
+        block = owned_block(entry.shape, entry.split, self.dims.place(self.dims.rank), self.dims)
+        return Rounding(rounding_key(self.settings.seed, step, name), block.row, block.column)
 
 
 def check_same_plan(plan: UpdatePlan) -> None:
-    """ValueError on every rank if the ranks' plans differ: they would wait for different collectives.
+    """UserError on every rank if the ranks' plans differ: they would wait for different collectives.
 
     Two numbers travel, whatever the number of ranks.
     """
@@ -172,38 +138,3 @@ def check_finite(registry: AdapterRegistry, what: str, step: int) -> None:
     if first.item() < len(registry.entries):
         name = list(registry.entries)[first.item()]
         raise FloatingPointError(f"step {step + 1}: the {what} of {name} is not finite; W is as it was before the step")
-
-
-def bucket_bytes(
-    plan: UpdatePlan, names: tuple[str, ...], wire_bytes: int, device_type: str = "cuda"
-) -> tuple[int, int]:
-    """Most memory in bytes that one bucket's task holds while it is under way, and what it needs besides to compute.
-
-    All started tasks hold the first; one task at a time computes, so a fold needs at most the first of `in_flight`
-    buckets and the second of one. Factors hold what is sent and received; computing unpacks it to fp32 and stacks left
-    and right of one weight's product. Dense holds left and right, its rows of the update, and the piece that travels:
-    what is sent, over gloo as much that is received, and the sum.
-    """
-    t = plan.topology
-    weights = {w.name: w for w in plan.weights}
-    m, local = t.num_adapters * t.rank, t.hosted * t.rank
-    converts = wire_bytes != 4
-    if weights[names[0]].route == "dense":
-        out, width = weights[names[0]].shape
-        chunk = t.chunk(out)
-        step = rows_at_a_time(chunk, width, t.dp_shard, device_type)
-        piece = step * t.dp_shard * width
-        held = 8 * local * (chunk * t.dp_shard + width) + 4 * chunk * width + (2 * piece + step * width) * wire_bytes
-        return held, 4 * local * (5 * out + 2 * step * t.dp_shard) + converts * 4 * piece
-    held = unpacked = largest = 0
-    for name in names:
-        out, width = weights[name].shape
-        chunk, copies = t.chunk(out), 1 if weights[name].cached else 2
-        received = m * (width + chunk)
-        sent = local * width + m * chunk
-        held += (sent + received) * (wire_bytes + 4 * (copies - 1))
-        unpacked += copies * received * 4 * (1 + converts)
-        product = 4 * m * (2 * width + 3 * chunk)
-        packing = copies * 3 * local * chunk * t.dp_shard * 4
-        largest = max(largest, product, packing)
-    return held, unpacked + largest

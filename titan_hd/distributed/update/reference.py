@@ -1,4 +1,4 @@
-"""The update in plain dense loops: what every exchange must equal. Used by tests; slow on purpose."""
+"""The update in plain dense loops: what every route must equal. Used by tests; slow on purpose."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 def reference_update(
     a: torch.Tensor, b: torch.Tensor, da: torch.Tensor, db: torch.Tensor, aggregate: str
 ) -> torch.Tensor:
-    """c * sum_i [(B_i + dB_i)(A_i + dA_i) - B_i A_i] as a dense [out, in] (DESIGN section 1).
+    """c * sum_i [(B_i + dB_i)(A_i + dA_i) - B_i A_i] as a dense [out, in].
 
     a, da: [K, r, in]; b, db: [K, out, r]; c is 1/K for aggregate = "mean", 1 for "sum". Give float64: the difference
     of the two products cancels in fp32.

@@ -255,8 +255,9 @@ def test_a_full_disk_is_noted_for_those_who_wait(setup: Path, monkeypatch):
     monkeypatch.setattr("titan_hd.data.tokens.cache.os.fsync", refuse)
     text = message(build, setup)
     assert text.startswith(f"data.cache_dir: cannot use {setup}/cache: No space left on device; name another folder")
-    (lock,) = [path for path in (setup / "cache").iterdir() if path.suffix != ".digest"]
-    assert json.loads(lock.read_text()) == text
+    (failed,) = (setup / "cache").glob(".*.failed")
+    assert json.loads(failed.read_text()) == text
+    assert not [path for path in (setup / "cache").iterdir() if path.is_dir()]
 
 
 def refuse(*unused) -> None:
@@ -351,8 +352,8 @@ def test_a_writer_that_is_killed_leaves_nothing_behind(setup: Path, writer_and_r
     assert said.count("chunk") == CHUNKS, "it has made all of it"
     assert json.loads(said[-1]) == [e.input_ids for e in build(setup, cache_dir="")]
     (entry,) = entries(setup)
-    left = [path.name for path in (setup / "cache").iterdir() if path != entry and path.suffix != ".digest"]
-    assert left == [f".{entry.name}.lock"], "the killed one's part is removed"
+    left = [path for path in (setup / "cache").iterdir() if path.is_dir()]
+    assert left == [entry], "the killed one's part is removed"
 
 
 def test_of_two_at_once_one_writes(setup: Path, writer_and_reader):

@@ -1,15 +1,20 @@
-"""Which records make up a sample of the run, as a pure function of (seed, position).
+"""Which records make up the sample at a position of the run, as a pure function of (seed, position).
 
 Position p counts samples over the whole run, epoch behind epoch. Within an epoch the samples stand in a permutation
-that is seeded by (seed, epoch). A sample is one record, or one pack of records (data.pack).
+that is seeded by (seed, epoch). A sample is one record, or one pack of records (data.pack). A stream has no epochs:
+there the permutations are those of windows of a fixed size.
+
+Orders hold indices, not records; data workers get them pickled.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -21,7 +26,7 @@ from titan_hd.seeding import stable_seed
 logger = logging.getLogger("titan_hd")
 
 Index = Callable[[int, int], int]
-"""(epoch, place in the epoch) -> record, for data whose epochs differ (a mixture). Data workers get it pickled."""
+"""(epoch, place in the epoch) -> record, for data whose epochs differ (a mixture)."""
 
 
 def whole_part(number: float) -> int:
@@ -29,10 +34,24 @@ def whole_part(number: float) -> int:
     return math.floor(number + 1e-6)
 
 
+@dataclass(frozen=True)
+class OrderSettings:
+    """How the samples of a run are ordered: data.shuffle, training.seed, and for data.pack the tokens of a pack."""
+
+    shuffle: bool
+    seed: int
+    pack_to: int | None = None
+
+
 class Order(Protocol):
     """What the loader reads. Positions may be asked in any order, but are cheap when they ascend."""
 
-    def sample(self, position: int) -> Sequence[int]:
+    @property
+    def records_per_epoch(self) -> int | None:
+        """None where there are no epochs."""
+        ...
+
+    def sample(self, position: int) -> Sequence[int] | np.ndarray:
         """Indices of the records at this position of the run."""
         ...
 
@@ -59,22 +78,22 @@ class _Permutations:
 
 
 class SampleOrder:
-    """Every sample is one record. size: records of an epoch."""
+    """Every sample is one record."""
 
-    def __init__(self, size: int, shuffle: bool, seed: int, index: Index | None = None):
-        self.size, self.index = size, index
+    def __init__(self, records_per_epoch: int, shuffle: bool, seed: int, index: Index | None = None):
+        self.records_per_epoch, self.index = records_per_epoch, index
         self._permutations = _Permutations(shuffle, seed)
 
     def __getitem__(self, position: int) -> int:
-        epoch, place = divmod(position, self.size)
-        place = self._permutations.place(epoch, place, self.size)
+        epoch, place = divmod(position, self.records_per_epoch)
+        place = self._permutations.place(epoch, place, self.records_per_epoch)
         return place if self.index is None else self.index(epoch, place)
 
     def sample(self, position: int) -> list[int]:
         return [self[position]]
 
     def positions(self, epochs: float) -> int:
-        return whole_part(epochs * self.size)
+        return whole_part(epochs * self.records_per_epoch)
 
 
 class PackOrder:
@@ -82,13 +101,19 @@ class PackOrder:
 
     Where an index is given, the records of an epoch are packed anew for each, and the numbers of packs may differ.
 
-    lengths: [records] tokens of every record. capacity: tokens of a pack. size: records of an epoch.
+    lengths: [records] tokens of every record. capacity: tokens of a pack.
     """
 
     def __init__(
-        self, lengths: np.ndarray, capacity: int, shuffle: bool, seed: int, size: int, index: Index | None = None
+        self,
+        lengths: np.ndarray,
+        capacity: int,
+        shuffle: bool,
+        seed: int,
+        records_per_epoch: int,
+        index: Index | None = None,
     ):
-        self.capacity, self.size, self.index = capacity, size, index
+        self.capacity, self.records_per_epoch, self.index = capacity, records_per_epoch, index
         self._permutations = _Permutations(shuffle, seed)
         self._lengths = lengths if index else None
         self._starts = [0]  # position at which each epoch begins, as far as was asked
@@ -96,7 +121,8 @@ class PackOrder:
         self._packs = self._pack(0) if index else pack(lengths, capacity)
 
     def _pack(self, epoch: int) -> Packs:
-        records = np.fromiter((self.index(epoch, place) for place in range(self.size)), dtype=np.int64, count=self.size)
+        size = self.records_per_epoch
+        records = np.fromiter((self.index(epoch, place) for place in range(size)), dtype=np.int64, count=size)
         packs = pack(self._lengths[records], self.capacity)
         return Packs(records[packs.records], packs.starts)
 
@@ -133,28 +159,50 @@ class PackOrder:
         return lengths[packs.records].sum() / (len(packs) * self.capacity)
 
 
-def build_order(
-    lengths: Callable[[], np.ndarray],
-    size: int,
-    pack: bool,
-    seq_len: int,
-    shuffle: bool,
-    seed: int,
-    index: Index | None = None,
-) -> Order:
-    """The order of records, or of packs of seq_len tokens; says in the log how full the packs are.
+class WindowOrder:
+    """Every sample is one record of an endless stream, permuted within windows of so many records."""
 
-    lengths: gives the tokens of every record; called only to pack. size: records of an epoch.
+    records_per_epoch = None
+
+    def __init__(self, window: int, shuffle: bool, seed: int):
+        self.window, self._shuffle, self._seed = window, shuffle, seed
+        self._permutation = functools.lru_cache(maxsize=2)(self._permute)
+
+    def __getitem__(self, position: int) -> int:
+        window, place = divmod(position, self.window)
+        return window * self.window + (self._permutation(window)[place] if self._shuffle else place)
+
+    def sample(self, position: int) -> list[int]:
+        return [self[position]]
+
+    def positions(self, epochs: float) -> int:
+        raise AssertionError("a stream has no epochs; config.checks refuses training.epochs")
+
+    def _permute(self, window: int) -> list[int]:
+        generator = torch.Generator().manual_seed(stable_seed("window", self._seed, window))
+        return torch.randperm(self.window, generator=generator).tolist()
+
+    def __reduce__(self):  # the cache of a method cannot be pickled
+        return WindowOrder, (self.window, self._shuffle, self._seed)
+
+
+def build_order(
+    lengths: Callable[[], np.ndarray], records_per_epoch: int, settings: OrderSettings, index: Index | None = None
+) -> Order:
+    """The order of records, or of packs of records; says in the log how full the packs are.
+
+    lengths: gives the tokens of every record; called only to pack.
     """
-    if not pack:
-        return SampleOrder(size, shuffle, seed, index)
+    s, size = settings, records_per_epoch
+    if s.pack_to is None:
+        return SampleOrder(size, s.shuffle, s.seed, index)
     tokens = lengths()
-    order = PackOrder(tokens, seq_len, shuffle, seed, size, index)
+    order = PackOrder(tokens, s.pack_to, s.shuffle, s.seed, size, index)
     logger.info(
         "packed: %d records into %d packs of training.seq_len = %d tokens, of which %.2f%% are used",
         size,
         len(order.packs(0)),
-        seq_len,
+        s.pack_to,
         100 * order.efficiency(tokens),
     )
     return order

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from titan_hd.data.tokens.records import IGNORE, Example, InstructionRecords, TokenizedRecords, statistics_table
 
 from tests.kit.errors import message
 from tests.kit.tokenizers import Letters, pieces_directory
@@ -14,7 +15,6 @@ from titan_hd.config.job_config import Data
 from titan_hd.data.dataset import build_records
 from titan_hd.data.loader import collate
 from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
-from titan_hd.data.tokens.records import IGNORE, Example, InstructionRecords, TokenizedRecords, statistics_table
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -1,0 +1,237 @@
+"""From the [data] section to datasets: sources opened, formats chosen, records tokenized (or found in the cache)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import logging
+import os
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from titan_hd import __version__
+from titan_hd.config.job_config import Data, DataSource
+from titan_hd.data.dataset import Concatenation, Dataset, FiniteDataset, Mixture, TokenizedDataset
+from titan_hd.data.formats import FORMATS, detect_format
+from titan_hd.data.sources import (
+    Faults,
+    InputFiles,
+    Record,
+    check_hub_library,
+    find_files,
+    is_hub_name,
+    load_hub_dataset,
+    read_records,
+)
+from titan_hd.data.streaming import StreamedDataset, StreamSource
+from titan_hd.data.text.templates import load_template, template_file
+from titan_hd.data.text.tokenizer import TOKENIZER_FILES
+from titan_hd.data.text.tokenizer_base import Tokenizer
+from titan_hd.data.tokens.cache import TokenCache, cache_folder, content_key
+from titan_hd.data.tokens.encoding import Encoder, as_array
+from titan_hd.data.tokens.statistics import Statistics
+from titan_hd.data.tokens.tokenizing import tokenize
+from titan_hd.errors import UserError
+
+SMALL = 2**20  # bytes of files that every worker tokenizes by itself, in a second or two
+MAX_PROCESSES = 32  # more would wait for the one that reads and writes
+logger = logging.getLogger("titan_hd")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One path of data.train or data.validation.
+
+    config: the [data] section as it is for this path. name: what messages call it: data.train, data.train[1], ...
+    """
+
+    config: Data
+    path: str
+    name: str
+
+
+def sources(config: Data, key: str) -> list[Source]:
+    """What data.train or data.validation names (`key` is "train" or "validation")."""
+    value, name = getattr(config, key), f"data.{key}"
+    if isinstance(value, str):
+        return [Source(config, value, name)] if value else []
+    return [Source(_with_own(config, entry), entry.path, f"{name}[{i}]") for i, entry in enumerate(value)]
+
+
+def _with_own(config: Data, entry: DataSource) -> Data:
+    """The [data] section with what an entry of a list sets itself."""
+    own = {f.name: getattr(entry, f.name) for f in dataclasses.fields(DataSource) if hasattr(config, f.name)}
+    return dataclasses.replace(config, **{name: value for name, value in own.items() if value is not None})
+
+
+def check_data(config: Data) -> None:
+    """What can be said of data.train and data.validation before they are read: files, packages and templates.
+
+    Raises:
+        UserError: one line for each fault.
+    """
+    errors: dict[str, None] = {}  # several sources may have the same fault
+
+    def attempt(function: Callable, *args: object) -> None:
+        try:
+            function(*args)
+        except UserError as error:
+            errors[str(error)] = None
+
+    for source in (*sources(config, "train"), *sources(config, "validation")):
+        if source.config.format == "auto" or FORMATS[source.config.format].needs_template:
+            attempt(load_template, source.config.template)
+        attempt(check_hub_library if is_hub_name(source.path) else find_files, source.path, source.name)
+    if errors:
+        raise UserError("\n".join(errors))
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetBuilder:
+    """Makes the datasets of a run, the same on every worker.
+
+    vocab_size: the model's. tokenizer: called only where a format needs one.
+    progress: show a bar where this process tokenizes, if the standard error is a terminal.
+
+    Raises (both methods):
+        UserError: names the key, or the file and its line; or no record is left.
+    """
+
+    config: Data
+    vocab_size: int
+    seq_len: int
+    tokenizer: Callable[[], Tokenizer]
+    progress: bool = False
+
+    def training(self) -> Dataset:
+        """The dataset of data.train: of a list a mixture; with data.streaming a stream, which has read nothing yet.
+
+        Blocks while another process tokenizes the same into the cache.
+        """
+        config = self.config
+        if config.streaming:
+            return self._stream()
+        parts = [self._tokenized(source) for source in sources(config, "train")]
+        return parts[0] if isinstance(config.train, str) else Mixture("data.train", parts, config.train)
+
+    def validation(self) -> FiniteDataset:
+        """The dataset of data.validation; of a list, all records of all its sources.
+
+        Blocks while another process tokenizes the same into the cache.
+        """
+        value = self.config.validation
+        parts = [self._tokenized(source, keep_questions=True) for source in sources(self.config, "validation")]
+        return parts[0] if isinstance(value, str) else Concatenation("data.validation", parts)
+
+    def _encoder(self, source: Source, keep_questions: bool = False) -> Encoder:
+        first, name = open_source(source)
+        format = FORMATS[name].create(source.config, self.vocab_size, self.tokenizer, first)
+        return Encoder(source.name, format, self.seq_len, source.config.on_error == "raise", keep_questions)
+
+    def _stream(self) -> StreamedDataset:
+        config = self.config
+        parts, extents = [], []
+        for source in sources(config, "train"):
+            parts.append(StreamSource(source.path, self._encoder(source)))
+            files = InputFiles(source.path, source.name)
+            extents.append(f"{len(files.paths)} file(s) of {files.size} bytes" if files.paths else source.path)
+        names = ("format", "template", "prompt_field", "response_field", "text_field", "train_on_prompt")
+        settings = ", ".join(f"{name} {getattr(config, name)}" for name in names)
+        text = f"a stream of {' and '.join(extents)}, {settings}, training.seq_len {self.seq_len}"
+        if config.shuffle:
+            text += f", permuted in windows of {config.shuffle_window}"
+        return StreamedDataset(parts, config.shuffle_window, _faults(config), text)
+
+    def _tokenized(self, source: Source, keep_questions: bool = False) -> TokenizedDataset:
+        encoder, config = self._encoder(source, keep_questions), source.config
+        files = InputFiles(source.path, source.name)
+        folder, is_small = cache_folder(config.cache_dir), bool(files.paths) and files.size < SMALL
+        processes = 1 if is_small else _process_count(config)
+        write = functools.partial(tokenize, files, encoder, _faults(config), processes, self.progress)
+        if folder is None or is_small:
+            buffers: dict[str, io.BytesIO] = {}
+            statistics = write(lambda name: buffers.setdefault(name, io.BytesIO()))
+            arrays = {name: as_array(name, np.frombuffer(b.getbuffer(), np.uint8)) for name, b in buffers.items()}
+        else:
+            key = self._cache_key(source, encoder, files, folder)
+            entry = TokenCache(folder).get(key, [str(file) for file in files.paths], write)
+            statistics, arrays = entry.statistics, entry.arrays
+        statistics.name = source.name
+        _check_what_is_left(statistics, self.seq_len)
+        return TokenizedDataset(statistics, arrays, encoder.questions)
+
+    def _cache_key(self, source: Source, encoder: Encoder, files: InputFiles, folder: Path) -> str:
+        """Stands for everything that the arrays depend on. folder: the cache."""
+        config, format = source.config, encoder.format
+        names = ("prompt_field", "response_field", "text_field", "train_on_prompt", "template", "on_error")
+        settings = {name: getattr(config, name) for name in (*names, "max_skipped")}
+        settings |= {"format": format.name, "vocab_size": self.vocab_size, "seq_len": self.seq_len}
+        settings |= {"keep_questions": encoder.questions is not None}
+        settings |= {"titan_hd": __version__, "files": len(files.paths)}
+        settings |= {name: metadata.version(name) for name in ("tokenizers", "sentencepiece", "tiktoken", "jinja2")}
+        if not files.paths:
+            settings["dataset"] = load_hub_dataset(source.path, source.name)._fingerprint
+        content = list(files.paths)
+        if format.needs_tokenizer:
+            names = (*TOKENIZER_FILES, "config.json", "special_tokens_map.json", "original/tokenizer.model")
+            found = [name for name in sorted(set(names)) if (format.tokenizer.directory / name).exists()]
+            settings["tokenizer"] = found
+            content += [format.tokenizer.directory / name for name in found]
+        template = template_file(config.template)
+        if format.needs_template and template:
+            settings["template"] = "file"
+            content.append(template)
+        try:
+            return content_key(settings, content, folder)
+        except OSError as error:
+            raise UserError(f"{source.name}: cannot read {error.filename}: {error.strerror}") from None
+
+
+def open_source(source: Source) -> tuple[Record, str]:
+    """The first good record of a source, and the name of its format.
+
+    Raises:
+        UserError: there is none, or its fields are those of no format.
+    """
+    config, name, faults = source.config, source.name, _faults(source.config)
+    first = next(read_records(source.path, name, faults), None)
+    if first is None:
+        raise UserError(f"{name}: no record is left; {faults.count} are bad, the first: {faults.first}")
+    if config.format != "auto":
+        return first, config.format
+    chosen, fields = detect_format(config, first)
+    logger.info("%s: format %s, because the first record has %s", name, chosen, fields)
+    return first, chosen
+
+
+def _faults(config: Data) -> Faults:
+    return Faults(config.on_error == "skip", config.max_skipped)
+
+
+def _process_count(config: Data) -> int:
+    """data.num_proc, else the cores of this node; where every worker tokenizes for itself, its share of them."""
+    if config.num_proc:
+        return config.num_proc
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = 1 if cache_folder(config.cache_dir) else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(cores // share, MAX_PROCESSES))
+
+
+def _check_what_is_left(statistics: Statistics, seq_len: int) -> None:
+    """Say in the log what was left out."""
+    s = statistics
+    if s.bad:
+        logger.info("%s: %d bad records are skipped; the first: %s", s.name, s.bad, s.first_bad)
+    if s.unlabelled:
+        line = "%s: %d records hold no label within training.seq_len = %d and are skipped; the first: %s"
+        logger.info(line, s.name, s.unlabelled, seq_len, s.first_unlabelled)
+    if not s.records:
+        bad = f", {s.bad} are bad, the first: {s.first_bad}" if s.bad else ""
+        raise UserError(
+            f"{s.name}: no record is left; {s.unlabelled} hold no label within training.seq_len = {seq_len} (the "
+            f"longest has {s.longest} tokens){bad}"
+        )

@@ -1,0 +1,41 @@
+"""The sizes that a plan depends on: adapters and workers, without a process group and without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from titan_hd.distributed.row_shards import chunk_rows
+
+
+@dataclass(frozen=True)
+class Topology:
+    """K adapters of rank r on dp_replicate x dp_shard workers; wire_bytes is the size of an element that travels."""
+
+    num_adapters: int
+    rank: int
+    dp_replicate: int
+    dp_shard: int
+    wire_bytes: int = 4
+
+    @property
+    def workers(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def holders(self) -> int:
+        """Workers that exchange with each other; where K < W, W / K such sets run side by side."""
+        return min(self.num_adapters, self.workers)
+
+    @property
+    def sharing(self) -> int:
+        """Neighbouring workers that share an adapter: 1 unless K < W."""
+        return self.workers // self.holders
+
+    @property
+    def hosted(self) -> int:
+        """Adapters on each holder."""
+        return self.num_adapters // self.holders
+
+    def chunk(self, out_features: int) -> int:
+        """Rows of the largest shard of a weight."""
+        return chunk_rows(out_features, self.dp_shard)
