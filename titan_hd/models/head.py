@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+IGNORE_INDEX = -100
 # Positions whose logits exist at a time. Their products are large enough for any GPU; 1,024 x 128,256 in fp32 is 0.5 GB.
 CHUNK = 1024
 
@@ -30,6 +31,13 @@ class Targets(NamedTuple):
 
     positions: torch.Tensor
     labels: torch.Tensor
+
+    @classmethod
+    def of(cls, targets: torch.Tensor) -> Targets:
+        """Of targets [B, T], -100 where nothing is learned; best on the host, for the number of positions is needed."""
+        flat = targets.flatten()
+        positions = (flat != IGNORE_INDEX).nonzero()[:, 0]
+        return cls(positions, flat[positions])
 
     def to(self, device: torch.device) -> Targets:
         return Targets(self.positions.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))

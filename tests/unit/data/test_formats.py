@@ -10,18 +10,18 @@ from typing import ClassVar
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from titan_hd.data.messages import read_messages
+from titan_hd.data.tokens.records import IGNORE, Example
 
 from tests.kit.tokenizers import CHATML, Letters, chat_directory
 from titan_hd.config.job_config import Data
 from titan_hd.data.dataset import build_records
 from titan_hd.data.formats import ChatFormat, detect_format
 from titan_hd.data.loader import collate
-from titan_hd.data.messages import read_messages
 from titan_hd.data.sources import Record
 from titan_hd.data.text import chat_spans
 from titan_hd.data.text.chat import ChatTemplate
 from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
-from titan_hd.data.tokens.records import IGNORE, Example
 
 # As CHATML, with the marks by which transformers tells what an assistant says.
 MARKED = (

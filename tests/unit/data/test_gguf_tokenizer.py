@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-
 from titan_hd.data.gguf_tokenizer import _PRE_TOKENIZERS, write_tokenizer
+from titan_hd.models.gguf import GGUFModel
+
 from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.errors import UserError
-from titan_hd.models.gguf import GGUFModel
 
 gguf = pytest.importorskip("gguf")
 

@@ -7,12 +7,12 @@ import types
 from pathlib import Path
 
 import pytest
+from titan_hd.data.hub_datasets import is_hub_name
 
 from tests.kit.errors import message
 from tests.kit.tokenizers import Letters
 from titan_hd.config.job_config import Data, DataSource
 from titan_hd.data.dataset import build_records, check_data
-from titan_hd.data.hub_datasets import is_hub_name
 
 ROWS = [{"query": "a", "response": "b"}, {"query": "c", "response": "dd"}]
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from titan_hd.data.tokens.records import statistics_table
 
 from tests.kit.errors import message
 from tests.kit.tokenizers import Letters
 from titan_hd.config.job_config import Data, DataSource
 from titan_hd.data.dataset import build_records, sample_order
 from titan_hd.data.order.mixture import Concatenation, Mixture, MixtureOrder, Share, share_of
-from titan_hd.data.tokens.records import statistics_table
 
 shares = st.lists(st.builds(Share, taken=st.integers(1, 40), records=st.integers(1, 15)), min_size=1, max_size=4)
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from titan_hd.data.order.order import PackOrder, build_order
+
 from titan_hd.data.order.packing import pack
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from titan_hd.data.tokens.records import InstructionRecords
 
 from tests.kit.commands import REPOSITORY
 from tests.kit.errors import message
@@ -28,7 +29,6 @@ from titan_hd.data.sources import Raw
 from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.data.tokens import cache as token_cache
 from titan_hd.data.tokens import processes as token_processes
-from titan_hd.data.tokens.records import InstructionRecords
 
 WORDS = ("the fox", "brown dog", "my box", "lazy jug", "1 + 2")
 
