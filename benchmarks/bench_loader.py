@@ -14,19 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from titan_hd.data.tokens.records import Statistics, TokenizedRecords
 
 from benchmarks.common import environment, print_header, print_json, print_table
+from titan_hd.data.dataset import TokenizedDataset
 from titan_hd.data.loader import GlobalBatches, TrainLoader
 from titan_hd.data.order.packing import pack
-from titan_hd.data.order.sample_order import build_order
+from titan_hd.data.order.sample_order import OrderSettings, build_order
 from titan_hd.data.tokens.cache import MappedArrays
+from titan_hd.data.tokens.statistics import Statistics
 
 REQUIRED = 100_000  # tokens per second of a whole node
 BATCH, MICRO_BATCHES = 4, 4
 
 
-def make_records(lengths: np.ndarray, folder: Path) -> dict[str, TokenizedRecords]:
+def make_records(lengths: np.ndarray, folder: Path) -> dict[str, TokenizedDataset]:
     """The same random records, all labels trained, in memory and mapped from files as the token cache maps them."""
     count, ends = len(lengths), np.concatenate(([0], np.cumsum(lengths)))
     arrays = {
@@ -39,7 +40,7 @@ def make_records(lengths: np.ndarray, folder: Path) -> dict[str, TokenizedRecord
         array.tofile(folder / name)
     statistics = Statistics("data.train", "tokens")
     mapped = MappedArrays(folder, {name: array.nbytes for name, array in arrays.items()})
-    return {"memory": TokenizedRecords(statistics, arrays), "file": TokenizedRecords(statistics, mapped)}
+    return {"memory": TokenizedDataset(statistics, arrays), "file": TokenizedDataset(statistics, mapped)}
 
 
 def measure(loader: TrainLoader, seconds: float) -> tuple[float, float, float]:
@@ -90,7 +91,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for source, records in make_records(lengths, Path(folder)).items():
             for packed in (False, True):
-                order = build_order(lambda: lengths, args.records, packed, args.seq_len, True, 42)
+                order = build_order(
+                    lambda: lengths, args.records, OrderSettings(True, 42, args.seq_len if packed else None)
+                )
                 batches = GlobalBatches(records, order, BATCH * MICRO_BATCHES, None, packed)
                 for num_workers in args.num_workers:
                     first, rate, cpu = measure(TrainLoader(batches, micro_batches, num_workers), args.seconds)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from benchmarks.common import environment, pick_device, print_header, print_json, print_table
 from titan_hd.config.job_config import Data
-from titan_hd.data import dataset
+from titan_hd.data import build
 from titan_hd.data.text.tokenizer import load_tokenizer
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "assets" / "quickstart"
@@ -42,19 +42,19 @@ def write_records(source: Path, count: int, path: Path) -> None:
 
 def run_case(folder: Path, tokenizer: str, num_proc: int, seq_len: int) -> None:
     """In a process of its own: tokenize (or open what is there) and print the figures."""
-    dataset.SMALL = 0
+    build.SMALL = 0
     load = load_tokenizer(tokenizer)
     data = Data(train=str(folder / "records.jsonl"), num_proc=num_proc, cache_dir=str(folder / f"cache{num_proc}"))
     children = _PeakOfChildren()
     wall, cpu = time.perf_counter(), _cpu_seconds()
-    records = dataset.build_records(data, "train", load.vocab_size, seq_len, lambda: load)
+    records = build.DatasetBuilder(data, load.vocab_size, seq_len, lambda: load).training()
     result = {
         "seconds": time.perf_counter() - wall,
         "cpu_seconds": _cpu_seconds() - cpu,
         "writer_mib": _peak_mib("self"),
         "process_mib": children.mib,
-        "records": len(records),
-        "tokens": records.statistics.tokens,
+        "records": records.rows[0].records,
+        "tokens": records.rows[0].tokens,
         "bytes": sum(path.stat().st_size for path in (folder / f"cache{num_proc}").rglob("*")),
     }
     print(json.dumps(result))

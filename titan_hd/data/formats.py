@@ -115,10 +115,8 @@ class TokensFormat(Format):
         self._vocab_size = vocab_size
 
     def encode(self, record: Record) -> Example:
-        ids, labels, size = record.get("input_ids"), record.get("labels"), self._vocab_size
-        for name, values in (("input_ids", ids), ("labels", labels)):
-            if not isinstance(values, list) or not all(type(v) is int for v in values):
-                raise UserError(f"{name}: must be a list of whole numbers")
+        ids, labels = _whole_numbers(record, "input_ids"), _whole_numbers(record, "labels")
+        size = self._vocab_size
         if len(ids) != len(labels):
             raise UserError(f"labels: has {len(labels)} entries, input_ids has {len(ids)}; they must agree")
         if not ids:
@@ -128,6 +126,13 @@ class TokensFormat(Format):
         if not all(v == IGNORE or 0 <= v < size for v in labels):
             raise UserError(f"labels: must be {IGNORE} or from 0 to {size - 1}")
         return Example(ids, labels)
+
+
+def _whole_numbers(record: Record, name: str) -> list[int]:
+    values = record.get(name)
+    if not isinstance(values, list) or not all(type(v) is int for v in values):
+        raise UserError(f"{name}: must be a list of whole numbers")
+    return values
 
 
 class InstructionFormat(QuestionFormat):

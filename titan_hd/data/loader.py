@@ -14,6 +14,7 @@ import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,7 +144,7 @@ class TrainLoader:
 
     def __init__(self, batches: GlobalBatches, micro_batches: Sequence[range], num_workers: int = 0):
         self._batches, self._micro_batches, self._num_workers = batches, list(micro_batches), num_workers
-        self._iterator: Iterator[Batch] | None = None
+        self._iterator: Any = None
         self._next_step = -1
 
     def step(self, step: int) -> list[Batch]:
@@ -164,11 +165,10 @@ class TrainLoader:
 
     def _start(self, step: int) -> None:
         self.close()
-        processes = {}
+        context = None
         if self._num_workers:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
-            processes = {"multiprocessing_context": context, "worker_init_fn": _ignore_interrupts}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 calls it, torch 2.13 warns
             # torchdata's loader, as in torchtitan, although its state_dict() is not needed while a sample is a function
@@ -178,9 +178,10 @@ class TrainLoader:
                 batch_size=None,
                 sampler=_Cursor(step, self._micro_batches),
                 num_workers=self._num_workers,
+                multiprocessing_context=context,
+                worker_init_fn=_ignore_interrupts,
                 collate_fn=_sent,
                 generator=torch.Generator(),  # it draws a seed for its processes: not from the run's generator
-                **processes,
             )
         self._iterator = iter(loader)
 
@@ -191,18 +192,20 @@ class TrainLoader:
         self._iterator, self._next_step = None, -1
 
 
-def _sent(batch: Batch | UserError) -> dict[str, object] | str:
-    """A batch as arrays, which come through a pipe; an error as its line. Tensors would take shared memory and open
+def _sent(batch: Any) -> dict[str, Any] | str:
+    """A Batch as arrays, which come through a pipe; a UserError as its line. Tensors would take shared memory and open
     files: that costs more than the batch itself."""
     if isinstance(batch, UserError):
         return str(batch)
     return {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in vars(batch).items()}
 
 
-def _received(fields: dict[str, object] | str) -> Batch:
+def _received(fields: dict[str, Any] | str) -> Batch:
     if isinstance(fields, str):
         raise UserError(fields)
-    return Batch(**{key: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for key, x in fields.items()})
+    for key, value in fields.items():
+        fields[key] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+    return Batch(**fields)
 
 
 def validation_batches(

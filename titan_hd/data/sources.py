@@ -237,7 +237,7 @@ class _Chunks(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any, /) -> int:
         while not self._rest:
             chunk = next(self._chunks, None)
             if chunk is None:
@@ -325,7 +325,9 @@ class _ArrayText:
         """Go on by so many signs and then to one that is no space, which is returned; "" at the end of the file."""
         start, self._place = self._place, self._place + count
         while True:
-            self._place = _SPACE.match(self._text, self._place).end()
+            space = _SPACE.match(self._text, self._place)
+            assert space, "it matches nothing too"
+            self._place = space.end()
             self.line += self._text.count("\n", start, self._place)
             if self._place < len(self._text) or not self._read_on():
                 return self._text[self._place : self._place + 1]
@@ -334,7 +336,7 @@ class _ArrayText:
     def value(self, number: int) -> tuple[Any, int]:
         """The value that begins here, and its size in signs. number: of the record, for messages."""
         while True:
-            fault = None
+            value, size, fault = None, 0, None
             try:
                 value, end = self._json.raw_decode(self._text, self._place)
                 size = end - self._place
@@ -408,6 +410,7 @@ def load_hub_dataset(path: str, key: str) -> Any:
         UserError: the package is not there, or it cannot load the data set.
     """
     library, parts = check_hub_library(path, key), _HUB_NAME.fullmatch(path)
+    assert parts, "is_hub_name"
     config, split = parts["config"], parts["split"]
     if split is None:
         config, split = None, config or "train"

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 IGNORE_INDEX = -100
-# Positions whose logits exist at a time. Their products are large enough for any GPU; 1,024 x 128,256 in fp32 is 0.5 GB.
+# Positions whose logits exist at a time: enough for the products of any GPU; 1,024 x 128,256 in fp32 are 0.5 GB.
 CHUNK = 1024
 
 
@@ -58,7 +58,7 @@ def cross_entropy_sum_(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
 
 
 class _LossOfHead(torch.autograd.Function):
-    """apply(h [N, D], weight [V, D], labels [N], cross entropy, whether a gradient is wanted) -> sum of the losses []"""
+    """apply(h [N, D], weight [V, D], labels [N], cross entropy, whether gradients are wanted) -> sum of losses []"""
 
     @staticmethod
     def forward(ctx, h, weight, labels, cross_entropy_sum, differentiate):

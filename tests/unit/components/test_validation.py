@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from titan_hd.components.validation import exact_match, final_answer
+from titan_hd.components.validation import Sharers, exact_match, final_answer
 
 
 @pytest.mark.parametrize(
@@ -39,33 +39,17 @@ class Numbers:
     def response(self, index: int) -> str:
         return "unknown" if index == 6 else f"the answer: {index}"
 
-    def decode(self, ids: list[int]) -> str:
-        return f"well, the answer: {ids[0]}"
-
 
 def share_right(samples: int, wrong: tuple[int, ...], batch_size: int) -> tuple[float, list[list[list[int]]]]:
     """Exact match where generation repeats the prompt, but for some; and what was asked of it on this worker."""
     asked: list[list[list[int]]] = []
 
-    def generate(prompts: list[list[int]]) -> list[list[int]]:
+    def answer(prompts: list[list[int]]) -> list[str]:
         asked.append(prompts)
-        return [[-1] if prompt[0] in wrong else prompt for prompt in prompts]
+        return [f"well, the answer: {-1 if prompt[0] in wrong else prompt[0]}" for prompt in prompts]
 
-    worker, workers, numbers = dist.get_rank(), dist.get_world_size(), Numbers()
-    value = exact_match(
-        None,
-        numbers,
-        numbers,
-        samples,
-        "the answer: ",
-        worker,
-        workers,
-        generate,
-        torch.device("cpu"),
-        dist.group.WORLD,
-        batch_size,
-    )
-    return value, asked
+    sharers = Sharers(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, torch.device("cpu"))
+    return exact_match(Numbers(), samples, "the answer: ", answer, batch_size, sharers), asked
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from titan_hd.data.tokens.records import IGNORE, Example, InstructionRecords, TokenizedRecords, statistics_table
 
+from tests.kit.datasets import build_dataset
 from tests.kit.errors import message
 from tests.kit.tokenizers import Letters, pieces_directory
 from titan_hd.config.job_config import Data
-from titan_hd.data.dataset import build_records
+from titan_hd.data.dataset import TokenizedDataset
+from titan_hd.data.example import IGNORE, Example
 from titan_hd.data.loader import collate
 from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
+from titan_hd.data.tokens.statistics import statistics_table
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -58,14 +60,14 @@ def jsonl(tmp_path: Path):
 
 def instruction(path: str, tokenizer: Tokenizer | None = None, seq_len: int = 64, template: str = "none", **settings):
     data = Data(validation=path, format="instruction", template=template, **settings)
-    return build_records(data, "validation", 30, seq_len, lambda: tokenizer or Letters())
+    return build_dataset(data, "validation", 30, seq_len, lambda: tokenizer or Letters())
 
 
 class TestTokenRecords:
     GOOD: ClassVar = {"input_ids": [1, 2, 3], "labels": [IGNORE, 2, 3]}
 
-    def build(self, path: str, seq_len: int = 8) -> TokenizedRecords:
-        return build_records(Data(train=path, format="tokens"), "train", 10, seq_len, None)
+    def build(self, path: str, seq_len: int = 8) -> TokenizedDataset:
+        return build_dataset(Data(train=path, format="tokens"), "train", 10, seq_len, None)
 
     def test_taken_as_they_are(self, jsonl):
         records = self.build(jsonl(self.GOOD, {"input_ids": [9], "labels": [0], "more": "x"}))
@@ -221,8 +223,8 @@ class TestInstructionRecords:
     def test_texts_are_kept_for_generated_answers_alone(self, jsonl):
         data = Data(train=jsonl({"prompt": "ab", "response": "cd"}), template="none")
         data.validation = data.train
-        assert isinstance(build_records(data, "validation", 30, 8, Letters), InstructionRecords)
-        assert not isinstance(build_records(data, "train", 30, 8, Letters), InstructionRecords)
+        assert build_dataset(data, "validation", 30, 8).answerable
+        assert not build_dataset(data, "train", 30, 8).answerable
 
 
 class TestWhatIsLeftOut:
@@ -251,7 +253,7 @@ class TestWhatIsLeftOut:
     def test_tokens_without_a_label_are_taken_as_they_are_unless_they_were_cut(self, jsonl, seq_len: int, left: list):
         cut = {"input_ids": [5, 6, 7], "labels": [IGNORE, IGNORE, 7]}
         path = jsonl({"input_ids": [1], "labels": [IGNORE]}, cut)
-        records = build_records(Data(train=path, format="tokens"), "train", 10, seq_len, None)
+        records = build_dataset(Data(train=path, format="tokens"), "train", 10, seq_len, None)
         assert [e.input_ids for e in records] == left
 
     def test_bad_records_are_skipped_and_counted(self, jsonl):
@@ -286,7 +288,7 @@ class TestChatRecords:
     def build(self, path: str, folder: Path, template: str = CHAT, seq_len: int = 64):
         tokenizer = load_tokenizer(pieces_directory(folder, chat_template=template, bos_token="</s>"))
         data = Data(validation=path, template="chat")
-        return tokenizer, build_records(data, "validation", tokenizer.vocab_size, seq_len, lambda: tokenizer)
+        return tokenizer, build_dataset(data, "validation", tokenizer.vocab_size, seq_len, lambda: tokenizer)
 
     def test_labels(self, jsonl, tmp_path: Path):
         tokenizer, records = self.build(jsonl({"prompt": "the fox", "response": "1 + 2"}), tmp_path)
@@ -334,7 +336,7 @@ class TestBuildRecords:
     WORDS: ClassVar = {"prompt": "ab", "response": "cd"}
 
     def build(self, path: str, format: str = "auto", vocab_size: int = 30):
-        return build_records(Data(train=path, format=format, template="none"), "train", vocab_size, 16, Letters)
+        return build_dataset(Data(train=path, format=format, template="none"), "train", vocab_size, 16, Letters)
 
     def test_auto(self, jsonl):
         assert self.build(jsonl(self.TOKENS)).statistics.format == "tokens"
@@ -344,7 +346,7 @@ class TestBuildRecords:
         def tokenizer():
             raise AssertionError("not needed")
 
-        assert len(build_records(Data(train=jsonl(self.TOKENS)), "train", 30, 16, tokenizer)) == 1
+        assert len(build_dataset(Data(train=jsonl(self.TOKENS)), "train", 30, 16, tokenizer)) == 1
 
     def test_a_given_format_is_not_guessed(self, jsonl):
         assert "input_ids: must be a list" in message(self.build, jsonl(self.WORDS), "tokens")
@@ -360,6 +362,6 @@ class TestBuildRecords:
 
     def test_the_validation_records(self, jsonl):
         data = Data(train="nowhere", validation=jsonl(self.TOKENS))
-        assert len(build_records(data, "validation", 30, 16, Letters)) == 1
+        assert len(build_dataset(data, "validation", 30, 16, Letters)) == 1
         with pytest.raises(ValueError, match=r"data.train: cannot read nowhere"):
-            build_records(data, "train", 30, 16, Letters)
+            build_dataset(data, "train", 30, 16, Letters)

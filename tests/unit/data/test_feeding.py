@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from titan_hd.data.tokens.records import Example
 
+from titan_hd.data.example import Example
 from titan_hd.data.loader import Batch, GlobalBatches, TrainLoader
-from titan_hd.data.order.sample_order import Order, build_order
+from titan_hd.data.order.sample_order import Order, OrderSettings, build_order
 from titan_hd.distributed.parallel_dims import AdapterPlacement
 
 Row = tuple[int, ...]  # the records of a row
@@ -51,7 +51,8 @@ class Case:
     def order(self) -> Order:
         index = self.index if self.mixed_size else None
         lengths = np.array(self.lengths)
-        return build_order(lambda: lengths, self.epoch, self.pack, self.seq_len, self.shuffle, self.seed, index)
+        settings = OrderSettings(self.shuffle, self.seed, self.seq_len if self.pack else None)
+        return build_order(lambda: lengths, self.epoch, settings, index)
 
 
 @st.composite

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_args, get_type_hints
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from titan_hd.data.messages import read_messages
-from titan_hd.data.tokens.records import IGNORE, Example
 
+from tests.kit.datasets import build_dataset
 from tests.kit.tokenizers import CHATML, Letters, chat_directory
-from titan_hd.config.job_config import Data
-from titan_hd.data.dataset import build_records
-from titan_hd.data.formats import ChatFormat, detect_format
+from titan_hd.config.job_config import Data, DataSource
+from titan_hd.data.example import IGNORE, Example
+from titan_hd.data.formats import FORMATS, ChatFormat, detect_format, read_messages
 from titan_hd.data.loader import collate
 from titan_hd.data.sources import Record
 from titan_hd.data.text import chat_spans
-from titan_hd.data.text.chat import ChatTemplate
 from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
 
 # As CHATML, with the marks by which transformers tells what an assistant says.
@@ -39,8 +38,12 @@ def turns(*pairs: tuple[str, str]) -> list[dict]:
 
 
 def encode(tokenizer: Tokenizer, messages: list[dict], train_on_prompt: bool = False, **fields) -> Example:
-    format = ChatFormat(Data(train_on_prompt=train_on_prompt), tokenizer)
-    return format.encode(Record({"messages": messages, **fields}, "f:1"))
+    return chat_format(tokenizer, train_on_prompt).encode(Record({"messages": messages, **fields}, "f:1"))
+
+
+@functools.cache  # it has a process that renders
+def chat_format(tokenizer: Tokenizer, train_on_prompt: bool) -> ChatFormat:
+    return ChatFormat(Data(train_on_prompt=train_on_prompt), tokenizer)
 
 
 def stretches(example: Example) -> list[list[int]]:
@@ -127,7 +130,7 @@ class TestChat:
         path = tmp_path / "r.jsonl"
         path.write_text(json.dumps({"prompt": "the fox", "response": answer}) + "\n")
         data = Data(train=str(path), template="chat")
-        (expected,) = build_records(data, "train", 500, 500, lambda: tokenizer)
+        (expected,) = build_dataset(data, "train", 500, 500, lambda: tokenizer)
         assert encode(tokenizer, turns(USER, ("assistant", answer))) == expected
 
     def test_sharegpt_is_the_same_conversation(self, chatml: Tokenizer):
@@ -165,7 +168,7 @@ class TestChat:
 
 
 class TestManyTurns:
-    """What is found in time linear in the number of turns is what rendering up to every turn gives."""
+    """What is counted from control tokens is what encoding the text up to every turn gives."""
 
     CONTENTS: ClassVar = [
         "the fox",
@@ -179,12 +182,11 @@ class TestManyTurns:
     ]
 
     def both(self, monkeypatch, tokenizer: Tokenizer, messages: list[dict]) -> tuple:
-        """What `encode` gives or says as it is, and where no content is marked and no control token found."""
+        """What `encode` gives or says as it is, and where no control token is found."""
         results = []
         for quick in (True, False):
             with monkeypatch.context() as patch:
                 if not quick:
-                    patch.setattr(chat_spans._Conversation, "contents", lambda *_: {})
                     patch.setattr(chat_spans.TurnFinder, "_controls", lambda *_: None)
                 try:
                     results.append(encode(tokenizer, messages))
@@ -207,29 +209,22 @@ class TestManyTurns:
         assert quick == slow
         assert len(stretches(quick)) == 6
 
-    def test_linear(self, chatml: Tokenizer, monkeypatch):
-        """Counted, not timed: messages that are rendered and characters that are encoded, for ten times the turns."""
-        short, long = (self.work(chatml, monkeypatch, turns(USER, ANSWER) * count) for count in (5, 50))
-        assert 0 < long[0] < 12 * short[0]
-        assert 0 < long[1] < 12 * short[1]
+    def test_encoding_is_linear(self, chatml: Tokenizer, monkeypatch):
+        """Counted, not timed: characters that are encoded, for ten times the turns."""
+        short, long = (self.encoded(chatml, monkeypatch, turns(USER, ANSWER) * count) for count in (5, 50))
+        assert 0 < long < 12 * short
 
-    def work(self, tokenizer: Tokenizer, monkeypatch, messages: list[dict]) -> tuple[int, int]:
-        rendered, encoded = [], []
-        render, run = ChatTemplate.render, tokenizer.encode
-
-        def counting_render(chat, messages, *args, **kwargs):
-            rendered.append(len(messages))
-            return render(chat, messages, *args, **kwargs)
+    def encoded(self, tokenizer: Tokenizer, monkeypatch, messages: list[dict]) -> int:
+        sizes, run = [], tokenizer.encode
 
         def counting_encode(text, special=False):
-            encoded.append(len(text))
+            sizes.append(len(text))
             return run(text, special)
 
         with monkeypatch.context() as patch:
-            patch.setattr(ChatTemplate, "render", counting_render)
             patch.setattr(tokenizer, "encode", counting_encode)
-            encode(tokenizer, messages)
-        return sum(rendered), sum(encoded)
+            ChatFormat(Data(), tokenizer).encode(Record({"messages": messages}, "f:1"))
+        return sum(sizes)
 
     def test_it_can_be_pickled(self, chatml: Tokenizer):
         """Data worker processes get the formats of a stream so."""
@@ -272,7 +267,7 @@ class TestTemplatesThatDoNotAllowIt:
     def test_the_record_is_named(self, tmp_path: Path):
         folder, path = chat_directory(tmp_path / "t", "{{ raise_exception('no') }}"), tmp_path / "r.jsonl"
         path.write_text(json.dumps({"messages": turns(USER, ANSWER)}) + "\n")
-        text = message(build_records, Data(train=str(path)), "train", 500, 64, lambda: load_tokenizer(folder))
+        text = message(build_dataset, Data(train=str(path)), "train", 500, 64, lambda: load_tokenizer(folder))
         assert text == f"{path}:1: {folder}/tokenizer_config.json: chat template: no"
 
 
@@ -345,7 +340,7 @@ class TestText:
     def build(self, tmp_path: Path, *rows: dict, tokenizer: Tokenizer | None = None, seq_len: int = 16, **settings):
         path = tmp_path / "r.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return build_records(Data(train=str(path), **settings), "train", 30, seq_len, lambda: tokenizer or Letters())
+        return build_dataset(Data(train=str(path), **settings), "train", 30, seq_len, lambda: tokenizer or Letters())
 
     def test_labels_by_hand(self, tmp_path: Path):
         """<s> a b c </s>: loss on all that can be predicted."""
@@ -368,6 +363,12 @@ class TestText:
     def test_faults(self, tmp_path: Path, row: dict, says: str):
         text = message(self.build, tmp_path, {"text": "a"}, row)
         assert text.startswith(f"{tmp_path}/r.jsonl:2: text: {says}")
+
+
+def test_the_table_has_what_the_configuration_takes():
+    assert set(get_args(get_type_hints(Data)["format"])) == {"auto", *FORMATS}
+    own, _ = get_args(get_type_hints(DataSource)["format"])  # of a source: the same, or None
+    assert set(get_args(own)) == {"auto", *FORMATS}
 
 
 class TestDetection:
@@ -399,5 +400,5 @@ class TestDetection:
         path = tmp_path / "r.jsonl"
         path.write_text('{"text": "abc"}\n')
         with caplog.at_level(logging.INFO, logger="titan_hd"):
-            build_records(Data(train=str(path)), "train", 30, 8, Letters)
+            build_dataset(Data(train=str(path)), "train", 30, 8, Letters)
         assert "data.train: format text, because the first record has text" in caplog.text

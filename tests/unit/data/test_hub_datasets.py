@@ -7,12 +7,13 @@ import types
 from pathlib import Path
 
 import pytest
-from titan_hd.data.hub_datasets import is_hub_name
 
+from tests.kit.datasets import build_dataset
 from tests.kit.errors import message
 from tests.kit.tokenizers import Letters
 from titan_hd.config.job_config import Data, DataSource
-from titan_hd.data.dataset import build_records, check_data
+from titan_hd.data.build import check_data
+from titan_hd.data.sources import is_hub_name
 
 ROWS = [{"query": "a", "response": "b"}, {"query": "c", "response": "dd"}]
 
@@ -79,21 +80,21 @@ def test_a_folder_comes_first(tmp_path: Path, monkeypatch):
     ],
 )
 def test_rows(asked: list[tuple], tmp_path: Path, path: str, call: tuple):
-    data = Data(train=path, template="none", cache_dir="")
-    records = build_records(data, "train", 30, 16, Letters)
+    data = Data(train=path, template="none", cache_dir="", num_proc=1)
+    records = build_dataset(data, "train", 30, 16, Letters)
     assert [e.input_ids for e in records] == [[1, 3, 4, 2], [1, 5, 6, 6, 2]]
     assert set(asked) == {call}
-    stream = build_records(Data(train=path, template="none", streaming=True, shuffle=False), "train", 30, 16, Letters)
+    stream = build_dataset(Data(train=path, template="none", streaming=True, shuffle=False), "train", 30, 16, Letters)
     assert [stream[i].input_ids[1] for i in range(4)] == [3, 5, 3, 5]
 
 
 def test_bad_rows_are_named(asked: list[tuple]):
-    data = Data(train=[DataSource("org/name", response_field="no")], template="none", cache_dir="")
-    assert message(build_records, data, "train", 30, 16, Letters) == "org/name: row 1: no: must be a string"
+    data = Data(train=[DataSource("org/name", response_field="no")], template="none", cache_dir="", num_proc=1)
+    assert message(build_dataset, data, "train", 30, 16, Letters) == "org/name: row 1: no: must be a string"
 
 
 def test_an_unknown_name(asked: list[tuple]):
-    text = message(build_records, Data(train="org/other"), "train", 30, 16, Letters)
+    text = message(build_dataset, Data(train="org/other"), "train", 30, 16, Letters)
     assert text == "data.train: cannot read org/other: Dataset 'org/other' doesn't exist on the Hub"
 
 

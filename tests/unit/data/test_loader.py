@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from titan_hd.data.tokens.records import IGNORE, Example
 
 from titan_hd.config.manager import ConfigError, load
+from titan_hd.data.example import IGNORE, Example
 from titan_hd.data.loader import GlobalBatches, TrainLoader, collate, collate_packs, validation_batches
 from titan_hd.data.order.sample_order import SampleOrder
 from titan_hd.errors import UserError

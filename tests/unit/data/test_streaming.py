@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit.datasets import build_dataset
 from tests.kit.errors import message
-from tests.kit.tokenizers import Letters
 from titan_hd.config.job_config import Data, DataSource
-from titan_hd.data import streaming
-from titan_hd.data.dataset import build_records, data_summary, sample_order
-from titan_hd.data.streaming import EMPTY, StreamedRecords, WindowOrder
+from titan_hd.data.example import NOTHING
+from titan_hd.data.order.sample_order import OrderSettings, WindowOrder
+from titan_hd.data.streaming import StreamedDataset
 
 COUNT = 23  # records: two files of 10 and 13
 
@@ -30,15 +30,19 @@ def paths(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl.gz")]
 
 
-def stream(paths: list[str], window: int = 5, **settings) -> StreamedRecords:
+def stream(paths: list[str], window: int = 5, **settings) -> StreamedDataset:
     sources = [DataSource(path) for path in paths]
     data = Data(train=sources, template="none", streaming=True, shuffle_window=window, **settings)
-    return build_records(data, "train", 30, 16, Letters, seed=1)
+    return build_dataset(data, "train", 30, 16)
 
 
-def letters(records: StreamedRecords, positions) -> list[int]:
+SHUFFLED = OrderSettings(shuffle=True, seed=1)
+
+
+def letters(records: StreamedDataset, positions, settings: OrderSettings = SHUFFLED) -> list[int]:
     """Which record each position of the run is."""
-    return [records[records.order[p]].input_ids[1] - 3 for p in positions]
+    order = records.order(settings)
+    return [records[order.sample(p)[0]].input_ids[1] - 3 for p in positions]
 
 
 @pytest.mark.parametrize("window", [1, 5, 7, 23, 50])
@@ -48,7 +52,9 @@ def test_every_pass_has_every_record_in_windows(paths, window: int):
     for start in range(0, run, window):
         expected = [p % COUNT for p in range(start, start + window)]
         assert sorted(seen[start : start + window]) == sorted(expected)
-    assert letters(stream(paths, window, shuffle=False), range(60)) == [p % COUNT for p in range(60)]
+    assert letters(stream(paths, window), range(60), OrderSettings(shuffle=False, seed=1)) == [
+        p % COUNT for p in range(60)
+    ]
     if window == 7:
         assert seen[:7] != list(range(7))
         assert [s % 7 for s in seen[:7]] != [s % 7 for s in seen[7:14]]
@@ -68,7 +74,7 @@ def test_any_order_and_any_process(paths):
     assert letters(records, places) == [expected[p] for p in places]
     assert letters(pickle.loads(pickle.dumps(records)), places) == [expected[p] for p in places]
     read, write = os.pipe()
-    records[records.order[12]]  # a file is open now
+    letters(records, [12])  # a file is open now
     child = os.fork()
     if not child:
         os.write(write, json.dumps(letters(records, range(12, 40))).encode())
@@ -94,15 +100,15 @@ def test_records_without_loss_keep_their_place(tmp_path: Path, caplog):
     path.write_text("\n".join([good[0], "{", long, good[1], "{}", good[2], good[3]]) + "\n")
     records = stream([str(path)], window=7, shuffle=False, on_error="skip", max_skipped=2)
     found = [records[i] for i in range(7)]
-    assert [i for i, example in enumerate(found) if example == EMPTY] == [1, 2, 4]
-    assert EMPTY.trained_tokens == 0
+    assert [i for i, example in enumerate(found) if example == NOTHING] == [1, 2, 4]
+    assert NOTHING.trained_tokens == 0
     assert f"{path}:2: not valid JSON" in caplog.text
     assert f"{path}:5: prompt: must be a string; it is left out" in caplog.text
     said = len(caplog.records)
-    assert [records[i] == EMPTY for i in range(7, 21)] == [example == EMPTY for example in found] * 2
+    assert [records[i] == NOTHING for i in range(7, 21)] == [example == NOTHING for example in found] * 2
     assert len(caplog.records) == said, "a record that comes by again is neither said nor counted again"
     records = stream([str(path)], window=7, shuffle=False, on_error="skip", max_skipped=1)
-    assert records[1] == EMPTY
+    assert records[1] == NOTHING
     assert message(records.__getitem__, 4).startswith("data.max_skipped: more than 1 bad records; the first: ")
     records = stream([str(path)], window=7, shuffle=False)
     assert records[0].input_ids == [1, 3, 28, 2]
@@ -112,7 +118,7 @@ def test_records_without_loss_keep_their_place(tmp_path: Path, caplog):
 def test_two_windows_are_held(paths):
     records = stream(paths, window=3)
     for position in range(30):
-        records[records.order[position]]
+        letters(records, [position])
         assert len(records._windows) <= 2
 
 
@@ -120,7 +126,7 @@ def test_sources_have_their_own_formats(paths, tmp_path: Path):
     (tmp_path / "t.jsonl").write_text('{"input_ids": [7, 8, 9], "labels": [7, 8, 9]}\n')
     records = stream([*paths, str(tmp_path / "t.jsonl")], window=4, shuffle=False)
     assert records[23].input_ids == [7, 8, 9]
-    assert sample_order(records, Data(shuffle=False), 64, 0)[23] == 23
+    assert records.order(OrderSettings(shuffle=False, seed=0)).sample(23) == [23]
 
 
 def test_the_order_survives_pickling():
@@ -131,15 +137,16 @@ def test_the_order_survives_pickling():
 def test_no_record(tmp_path: Path):
     (tmp_path / "e.jsonl").write_text("")
     assert "holds no record" in message(stream, [str(tmp_path / "e.jsonl")])
-    assert streaming.EMPTY.input_ids == [0]
 
 
 def test_what_tells_it_from_another(paths):
-    records = stream(paths)
-    data = Data(streaming=True, shuffle_window=5)
+    def summary(seq_len: int = 16, **settings) -> str:
+        data = Data(train=[DataSource(path) for path in paths], streaming=True, shuffle_window=5, **settings)
+        return build_dataset(data, "train", 30, seq_len).summary()
+
     first, second = (f"1 file(s) of {os.path.getsize(path)} bytes" for path in paths)
-    text = data_summary(records, data, 16)
+    text = summary()
     assert text.startswith(f"a stream of {first} and {second}, format auto, template pissa, ")
     assert text.endswith(", permuted in windows of 5")
-    assert data_summary(records, data, 17) != text
-    assert data_summary(records, Data(streaming=True, shuffle_window=5, template="none"), 16) != text
+    assert summary(17) != text
+    assert summary(template="none") != text

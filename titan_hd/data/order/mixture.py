@@ -1,9 +1,9 @@
 """Which records an epoch takes of several sources.
 
-An epoch takes m_i records of source i, which has n_i. Source i is walked through in one permutation of its own, seeded
-by (seed, i), again and again; epoch e takes steps e * m_i to (e + 1) * m_i - 1 of that endless walk. So an epoch is a
-fixed multiset that depends on (seed, epoch) alone, m_i is the same in every epoch, and the counts of two records of a
-source never differ by more than one.
+Source i has n_i records, and an epoch takes m_i of them (fewer, or more). Source i is walked through in one permutation
+of its own, seeded by (seed, i), again and again; epoch e takes steps e * m_i to (e + 1) * m_i - 1 of that endless walk.
+So an epoch is a fixed multiset that depends on (seed, epoch) alone, m_i is the same in every epoch, and the counts of
+two records of a source never differ by more than one.
 """
 
 from __future__ import annotations

@@ -67,8 +67,9 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
                 free = rooms[at]
                 packs = with_room[free]
             else:  # no pack has room: as many new ones as this length needs
-                free, packs = capacity, list(range(opened, opened - (-left // (capacity // length))))
-                opened += len(packs)
+                new = -(-left // (capacity // length))  # rounded up
+                free, packs = capacity, list(range(opened, opened + new))
+                opened += new
             # The fullest pack stays the fullest while it is filled up, so each takes as many as it has room for.
             each = free // length
             whole, rest = divmod(min(left, each * len(packs)), each)

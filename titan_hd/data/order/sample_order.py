@@ -121,8 +121,10 @@ class PackOrder:
         self._packs = self._pack(0) if index else pack(lengths, capacity)
 
     def _pack(self, epoch: int) -> Packs:
-        size = self.records_per_epoch
-        records = np.fromiter((self.index(epoch, place) for place in range(size)), dtype=np.int64, count=size)
+        index, size = self.index, self.records_per_epoch
+        assert index is not None
+        assert self._lengths is not None
+        records = np.fromiter((index(epoch, place) for place in range(size)), dtype=np.int64, count=size)
         packs = pack(self._lengths[records], self.capacity)
         return Packs(records[packs.records], packs.starts)
 

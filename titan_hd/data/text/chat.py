@@ -76,6 +76,7 @@ class ChatTurns:
 
     @functools.cached_property
     def _chat(self) -> ChatTemplate:
+        assert self._tokenizer is not None, "load_template was asked to check the name alone"
         return load_chat_template(self._tokenizer)
 
     def write(self, prompt: str, extra: str) -> str:

@@ -1,9 +1,10 @@
 """Where the assistant's turns stand in a conversation that a chat template has written.
 
 A turn starts where the rendering of the messages before it ends, and ends where the rendering that includes it ends;
-both renderings must be prefixes of the full one. That is quadratic in the number of turns, but for short texts: a
-conversation of 100 messages takes some 20 ms, once, because tokenized records are cached. Encoding all these prefixes
-would take twenty times as long. So tokens are counted from control tokens, which cut a text for every tokenizer.
+both renderings must be prefixes of the full one. That is quadratic in the number of turns, which matters little: for a
+conversation of 100 messages it takes some 20 ms, once, because tokenized records are cached. Encoding all these
+prefixes would take twenty times as long. So their tokens are counted from the last control token in front: there the
+text falls apart for every tokenizer.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def _environment() -> jinja2.Environment:
     class Generation(jinja2.ext.Extension):
         """{% generation %} ... {% endgeneration %} marks what an assistant says; it changes nothing in the text."""
 
-        tags = frozenset(("generation",))
+        tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser):
             lineno = next(parser.stream).lineno
@@ -141,7 +141,8 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals.update(raise_exception=_raise_exception, strftime_now=TODAY.strftime)
+    functions: dict[str, Any] = {"raise_exception": _raise_exception, "strftime_now": TODAY.strftime}
+    environment.globals.update(functions)
     return environment
 
 

@@ -1,4 +1,9 @@
-"""tokenizer.model: SentencePiece (Llama 2, Mistral) and tiktoken (Llama 3)."""
+"""tokenizer.model: SentencePiece (Llama 2, Mistral) and tiktoken (Llama 3).
+
+Directories in the layout of the models' makers, and older ones of Hugging Face, have no tokenizer.json. What they have
+is read by the libraries that the models were trained with, so that ids are theirs; converting it into a tokenizer.json
+at load time would need transformers, whose conversion changed from version to version.
+"""
 
 from __future__ import annotations
 

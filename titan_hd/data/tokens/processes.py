@@ -47,24 +47,27 @@ class TokenProcesses:
         Raises:
             UserError: reading a chunk raised it, after all before it are given; or a process has ended.
         """
-        idle, busy, done = list(self._helpers), {}, {}
+        idle = list(self._helpers)
+        busy: dict[Connection, int] = {}  # the number of the chunk that each encodes
+        done: dict[int, Chunk] = {}  # encoded, but not given yet
         sent = given = 0
-        error: UserError | None = None
+        more, error = True, None
         while True:
-            while idle and chunks is not None and sent - given < AHEAD * len(self._helpers):
+            while idle and more and sent - given < AHEAD * len(self._helpers):
                 try:
                     chunk = next(chunks, None)
                 except UserError as caught:
                     chunk, error = None, caught
                 if chunk is None:
-                    chunks = None
+                    more = False
                     break
                 connection = idle.pop()
                 self._send(connection, chunk)
                 busy[connection], sent = sent, sent + 1
-            if given == sent and chunks is None:
+            if given == sent and not more:
                 break
-            for connection in wait(list(busy)):
+            ready = wait(list(busy))
+            for connection in [connection for connection in busy if connection in ready]:
                 done[busy.pop(connection)] = self._receive(connection)
                 idle.append(connection)
             while given in done:

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from titan_hd.data.tokens.records import statistics_table
 
+from tests.kit.datasets import build_dataset
 from tests.kit.errors import message
 from tests.kit.tokenizers import Letters
 from titan_hd.config.job_config import Data, DataSource
-from titan_hd.data.dataset import build_records, sample_order
-from titan_hd.data.order.mixture import Concatenation, Mixture, MixtureOrder, Share, share_of
+from titan_hd.data.dataset import Concatenation, Mixture
+from titan_hd.data.order.mixture import MixtureOrder, Share, share_of
+from titan_hd.data.order.sample_order import OrderSettings
+from titan_hd.data.tokens.statistics import statistics_table
 
 shares = st.lists(st.builds(Share, taken=st.integers(1, 40), records=st.integers(1, 15)), min_size=1, max_size=4)
 
@@ -86,22 +88,24 @@ class TestBuilt:
 
     def test_a_mixture(self, sources: list[DataSource]):
         data = Data(train=sources, template="none")
-        mixture = build_records(data, "train", 30, 16, Letters, seed=3)
+        mixture = build_dataset(data, "train", 30, 16)
         assert isinstance(mixture, Mixture)
-        assert (len(mixture), mixture.size) == (10, 9)
+        mixed = MixtureOrder(mixture.shares, True, 3)
+        assert (len(mixture), mixed.size) == (10, 9)
         assert mixture[2].input_ids == [1, 3, 3, 3, 4, 2]
         assert mixture[9].input_ids == [1, 5, *[6] * 6, 2]
         assert mixture.lengths().tolist() == [len(mixture[i].input_ids) for i in range(10)]
-        order = sample_order(mixture, Data(), 64, 3)
+        order = mixture.order(OrderSettings(shuffle=True, seed=3))
+        assert order.records_per_epoch == 9
         for epoch in range(3):
             places = range(epoch * 9, epoch * 9 + 9)
-            assert sorted(order[p] for p in places) == sorted(mixture.index(epoch, i) for i in range(9))
-        assert [order[p] for p in range(9)] != [mixture.index(0, i) for i in range(9)]
+            assert sorted(order[p] for p in places) == sorted(mixed.index(epoch, i) for i in range(9))
+        assert [order[p] for p in range(9)] != [mixed.index(0, i) for i in range(9)]
         with pytest.raises(IndexError):
             mixture[10]
 
     def test_the_table_has_a_row_for_each_source_and_all(self, sources: list[DataSource]):
-        mixture = build_records(Data(train=sources, template="none"), "train", 30, 16, Letters)
+        mixture = build_dataset(Data(train=sources, template="none"), "train", 30, 16, Letters)
         rows = [line.split() for line in statistics_table(mixture.rows).splitlines()[1:]]
         assert [row[:3] for row in rows] == [
             ["data.train[0]", "instruction", "4"],
@@ -112,10 +116,10 @@ class TestBuilt:
 
     def test_faults_name_the_source(self, sources: list[DataSource]):
         sources[1].prompt_field = "no"
-        text = message(build_records, Data(train=sources, template="none"), "train", 30, 16, Letters)
+        text = message(build_dataset, Data(train=sources, template="none"), "train", 30, 16, Letters)
         assert text == f"{sources[1].path}:1: no: must be a string"
         sources[1].path = "nowhere.jsonl"
-        text = message(build_records, Data(train=sources, template="none"), "train", 30, 16, Letters)
+        text = message(build_dataset, Data(train=sources, template="none"), "train", 30, 16, Letters)
         assert text == "data.train[1]: cannot read nowhere.jsonl: No such file or directory"
 
     def test_validation_reads_every_record(self, sources: list[DataSource]):
@@ -123,7 +127,7 @@ class TestBuilt:
             source.weight = source.samples = None
         tokenizer = Letters()
         tokenizer.stop_ids = frozenset({2})
-        records = build_records(Data(validation=sources, template="none"), "validation", 30, 16, lambda: tokenizer)
+        records = build_dataset(Data(validation=sources, template="none"), "validation", 30, 16, lambda: tokenizer)
         assert type(records) is Concatenation
         assert records.answerable
         assert len(records) == 10

