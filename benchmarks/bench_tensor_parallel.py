@@ -29,11 +29,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import common
-from titan_hd.components.loss import token_loss_sum
 from titan_hd.distributed.parallelize import apply_activation_checkpointing
-from titan_hd.distributed.tp.loss import vocabulary_parallel_loss_sum
 from titan_hd.distributed.tp.tensor_parallel import apply_tensor_parallel
 from titan_hd.models.decoder import Decoder
+from titan_hd.models.head import Targets
 from titan_hd.models.registry import parse_hf_config
 
 VARIANTS = {"neither": (False, False), "sequence": (True, False), "loss": (False, True), "both": (True, True)}
@@ -84,9 +83,7 @@ def build(args: argparse.Namespace, mesh, sequence: bool, loss: bool, inputs: tu
         apply_activation_checkpointing(model, args.checkpoint)
 
     def one_pass() -> float:
-        logits = model(inputs[0])
-        value = vocabulary_parallel_loss_sum(logits, inputs[1], mesh.get_group()) if loss else None
-        value = token_loss_sum(logits, inputs[1]) if value is None else value
+        value = model(inputs[0], targets=Targets.of(inputs[1]))
         (value / inputs[1].numel()).backward()
         return value.item()
 

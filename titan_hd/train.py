@@ -21,7 +21,6 @@ from titan_hd.adapters.methods import ignored_keys
 from titan_hd.checkpoint.checkpointer import Checkpointer
 from titan_hd.checkpoint.resume_check import check_resumable, run_identity, weights_fingerprint
 from titan_hd.components.flops import flops_per_token, trained_work
-from titan_hd.components.loss import token_loss_sum
 from titan_hd.components.lr_scheduler import lr_factor
 from titan_hd.components.metrics import (
     MetricsLogger,
@@ -44,7 +43,6 @@ from titan_hd.distributed.mesh_picture import mesh_picture
 from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims
 from titan_hd.distributed.parallelize import parallelize
 from titan_hd.distributed.shards import init_weights, load_weights, materialize
-from titan_hd.distributed.tp.loss import vocabulary_parallel_loss_sum
 from titan_hd.distributed.tp.tensor_parallel import apply_tensor_parallel
 from titan_hd.distributed.watch import enter_phase
 from titan_hd.errors import UserError
@@ -137,12 +135,9 @@ class Trainer:
         with torch.device("meta"):
             self.model = Decoder(self.plan.decoder).to(getattr(torch, c.training.master_dtype))
         trained = method.apply(self.model, c.adapter.target_modules)
-        self.loss_sum = token_loss_sum
         if self.plan.tp > 1:
             p, mesh = c.parallelism, self.dims.world["tp"]
             apply_tensor_parallel(self.model, mesh, p.sequence_parallel, p.loss_parallel)
-            if p.loss_parallel:
-                self.loss_sum = functools.partial(vocabulary_parallel_loss_sum, group=mesh.get_group())
         self.update = build_update(self.model, method, self.dims, c)
         parallelize(
             self.model,
@@ -182,7 +177,7 @@ class Trainer:
         pad_training_to = seq_len if c.data.pack and self.device.type == "cuda" else pad_to
         self.validator = None
         if validation is not None:
-            self.validator = Validator(c, self.dims, self.device, validation, pad_to, self.loss_sum, tokenizer)
+            self.validator = Validator(c, self.dims, self.device, validation, pad_to, tokenizer)
         batch, order = self.plan.global_batch_size, dataset.order(order_settings)
         micro_batches = [self.placement.samples(m) for m in range(self.placement.micro_batches)]
         batches = GlobalBatches(dataset, order, batch, pad_training_to, c.data.pack)
@@ -334,8 +329,9 @@ class Trainer:
             # Masks are a function of the samples, not of the worker that happens to compute them.
             first = self.step * self.plan.global_batch_size + self.placement.samples(micro_batch).start
             torch.manual_seed(stable_seed("dropout", self.config.training.seed, first))
-        batch = batch.to(self.device)
-        loss = self.loss_sum(self.model(batch.input_ids, documents=batch.documents), batch.targets)
+        documents = None if batch.documents is None else batch.documents.to(self.device)
+        input_ids, targets = batch.input_ids.to(self.device), batch.labelled.to(self.device)
+        loss = self.model(input_ids, documents=documents, targets=targets)
         (loss / max(1, trained_tokens)).backward()
         return loss.detach()
 

@@ -185,10 +185,10 @@ def test_a_bug_on_one_rank_ends_the_run_at_once_with_its_traceback(setup, tmp_pa
     (tmp_path / "hook" / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('RANK') == '1':\n"
-        "    import titan_hd.components.loss as loss\n"
+        "    import titan_hd.models.head as head\n"
         "    def broken(*_):\n"
         "        raise RuntimeError('a bug of rank 1')\n"
-        "    loss.token_loss_sum = broken\n"
+        "    head.cross_entropy_sum_ = broken\n"
     )
     start = time.monotonic()
     result = run_train(*setup(), PYTHONPATH=str(tmp_path / "hook"))

@@ -19,8 +19,6 @@ from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import reshard
 from titan_hd.models.decoder import Decoder
 
-LossSum = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
 
 @dataclass(frozen=True)
 class Sharers:
@@ -33,15 +31,12 @@ class Sharers:
 
 
 @torch.no_grad()
-def validation_loss(model: nn.Module, batches: Iterable[Batch], loss_sum: LossSum, sharers: Sharers) -> float:
-    """Mean loss per trained token over the batches of all workers; each worker has equally many.
-
-    loss_sum: of what the model returns, and targets.
-    """
+def validation_loss(model: nn.Module, batches: Iterable[Batch], sharers: Sharers) -> float:
+    """Mean loss per trained token over the batches of all workers; each worker has equally many."""
     device = sharers.device
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        loss = loss_sum(model(batch.input_ids.to(device)), batch.targets.to(device))
+        loss = model(batch.input_ids.to(device), targets=batch.labelled.to(device))
         totals += torch.stack((loss.double(), totals.new_tensor(batch.trained_tokens)))
     dist.all_reduce(totals, group=sharers.group)
     return (totals[0] / totals[1].clamp(min=1)).item()
@@ -85,7 +80,7 @@ def exact_match(
 class Validator:
     """What a run validates on, and how.
 
-    pad_to: the length of rows, see `collate`. loss_sum: see `validation_loss`.
+    pad_to: the length of rows, see `collate`.
     tokenizer: called only to generate answers.
     """
 
@@ -96,12 +91,11 @@ class Validator:
         device: torch.device,
         dataset: FiniteDataset,
         pad_to: int | None,
-        loss_sum: LossSum,
         tokenizer: Callable[[], Tokenizer],
     ):
         self.settings, self.dims, self.device, self.dataset = config.validation, dims, device, dataset
         self.batch_size = config.validation.batch_size or config.training.local_batch_size
-        self.pad_to, self.loss_sum, self.tokenizer = pad_to, loss_sum, tokenizer
+        self.pad_to, self.tokenizer = pad_to, tokenizer
 
     def run(self, model: Decoder) -> dict[str, float]:
         """validation_loss and, if asked for, validation_exact_match. Collective; leaves the model as for training."""
@@ -109,7 +103,7 @@ class Validator:
         sharers = Sharers(rank, size, self.dims.dp_mesh.get_group(), self.device)
         batches = validation_batches(self.dataset, rank, size, self.batch_size, self.pad_to, s.steps)
         model.eval()
-        values = {"validation_loss": validation_loss(model, batches, self.loss_sum, sharers)}
+        values = {"validation_loss": validation_loss(model, batches, sharers)}
         if s.exact_match_samples:
             answer = functools.partial(self._answer, model)
             values["validation_exact_match"] = exact_match(

@@ -7,6 +7,7 @@ batches on any number of workers, and with any number of data worker processes.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 import signal
@@ -23,6 +24,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from titan_hd.data.example import IGNORE, NOTHING, Example, Examples, SizedExamples
 from titan_hd.data.order.sample_order import Order
 from titan_hd.errors import UserError
+from titan_hd.models.head import Targets
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,14 @@ class Batch:
     sequences: int
     documents: torch.Tensor | None = None
 
+    @functools.cached_property
+    def labelled(self) -> Targets:
+        """The positions that have a label, for the head and the loss."""
+        return Targets.of(self.targets)
+
     @property
     def trained_tokens(self) -> int:
-        return int((self.targets != IGNORE).sum())
-
-    def to(self, device: torch.device) -> Batch:
-        documents = None if self.documents is None else self.documents.to(device)
-        return replace(self, input_ids=self.input_ids.to(device), targets=self.targets.to(device), documents=documents)
+        return len(self.labelled.labels)
 
 
 def collate(examples: Sequence[Example], pad_to: int | None) -> Batch:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from titan_hd.models import flex
+from titan_hd.models.head import Head, Targets, logits_or_loss
 from titan_hd.models.registry import DecoderConfig
 
 
@@ -222,9 +223,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = DecoderStack(config)
-        self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.lm_head = None if config.tie_word_embeddings else Head(config.hidden_size, config.vocab_size)
 
     def reset_buffers(self, device: torch.device) -> None:
         """Recompute what is not loaded from a checkpoint; call it after the parameters are materialised."""
@@ -237,8 +236,9 @@ class Decoder(nn.Module):
         documents: torch.Tensor | None = None,
         cache: KVCache | None = None,
         select: torch.Tensor | None = None,
+        targets: Targets | None = None,
     ) -> torch.Tensor:
-        """Logits [B, T, vocabulary] for token ids [B, T]; attention is causal.
+        """Logits [B, T, vocabulary] for token ids [B, T], or the loss of targets; attention is causal.
 
         positions: [B, T], for RoPE, and as the slots of the tokens in the cache; by default 0..T-1, and with documents
             from 0 on in each of them.
@@ -246,6 +246,7 @@ class Decoder(nn.Module):
             into one row, and for padding at the left.
         cache: keys and values of earlier passes, which the tokens see too; their own are added. Not with documents.
         select: [B], the one index into T whose logits are wanted; they come as [B, 1, vocabulary].
+        targets: return the sum of their cross entropies, [] in fp32, instead of logits. Not with select.
         """
         assert documents is None or cache is None
         stack, (batch, length) = self.model, input_ids.shape
@@ -267,11 +268,11 @@ class Decoder(nn.Module):
         if select is not None:
             h = h[torch.arange(batch, device=h.device), select][:, None]
         h = stack.norm(h)
-        return self.tied_head(h) if self.lm_head is None else self.lm_head(h)
+        return self.tied_head(h, targets) if self.lm_head is None else self.lm_head(h, targets)
 
-    def tied_head(self, h: torch.Tensor) -> torch.Tensor:
-        """Logits of tied models."""
-        return F.linear(h, self.model.embed_tokens.weight)
+    def tied_head(self, h: torch.Tensor, targets: Targets | None = None) -> torch.Tensor:
+        """Logits, or the loss, of tied models."""
+        return logits_or_loss(h, self.model.embed_tokens.weight, targets)
 
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, torch.Size]:

@@ -30,7 +30,9 @@ from titan_hd.distributed.tp.functions import (
     reduce_from_tp,
     scatter_sequence,
 )
+from titan_hd.distributed.tp.loss import split_cross_entropy_sum_
 from titan_hd.models.decoder import Decoder, RMSNorm
+from titan_hd.models.head import logits_or_loss
 
 
 class Stream:
@@ -186,26 +188,32 @@ def whole_embedding(embedding: nn.Embedding, stream: Stream) -> None:
 
 
 def split_head(model: Decoder, stream: Stream) -> None:
-    """stream -> logits split by the vocabulary, or whole ones where the pass asks for them. A tied head was split with
-    the embedding."""
+    """stream -> the loss; without targets logits split by the vocabulary, or whole ones where the pass asks for them. A
+    tied head was split with the embedding."""
     head = model.model.embed_tokens if model.lm_head is None else model.lm_head
     if model.lm_head is not None:
         _distribute(head, "weight", stream, 0)
 
-    def forward(x):
-        logits = F.linear(stream.enter(x), head.weight.to_local())
-        return gather_dim(logits, 2, stream.group) if stream.whole_logits else logits
+    cross_entropy_sum = functools.partial(split_cross_entropy_sum_, group=stream.group)
+
+    def forward(x, targets=None):
+        out = logits_or_loss(stream.enter(x), head.weight.to_local(), targets, cross_entropy_sum)
+        return gather_dim(out, 2, stream.group) if stream.whole_logits and targets is None else out
 
     _set_head(model, forward)
 
 
 def whole_head(model: Decoder, stream: Stream) -> None:
     """stream -> Replicate, in front of the head, which every rank computes alike."""
-    logits = model.tied_head if model.lm_head is None else model.lm_head.forward
-    _set_head(model, lambda x: logits(x if stream.length is None else gather_alike(x, stream.length, stream.group)))
+    whole = model.tied_head if model.lm_head is None else model.lm_head.forward
+
+    def forward(x, targets=None):
+        return whole(x if stream.length is None else gather_alike(x, stream.length, stream.group), targets)
+
+    _set_head(model, forward)
 
 
-def _set_head(model: Decoder, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def _set_head(model: Decoder, forward: Callable[..., torch.Tensor]) -> None:
     if model.lm_head is None:
         _replace(model, tied_head=forward)
     else:
