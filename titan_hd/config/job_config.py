@@ -245,6 +245,11 @@ class Parallelism:
     """Replicas of the sharded model (HSDP)."""
     data_parallel_shard_degree: int = -1
     """Shards of the model (FSDP). -1: all workers that are left."""
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """When the gathered weights are freed. always: after each block's forward pass, and gathered again for its backward
+    pass. never: after the last backward pass of an optimizer step, so that each is gathered once a step; takes the
+    memory of all weights in mixed_precision_param. default: never where a step has several micro-batches and the memory
+    left by the first step suffices (the log says what was decided), else always."""
     tensor_parallel_degree: int = 1
     """Ranks that split each linear layer of the blocks (tensor parallelism), within a node."""
     sequence_parallel: bool = True

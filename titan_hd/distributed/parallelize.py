@@ -6,6 +6,7 @@ Wrapping replaces `block.forward`, never a module, so parameter names stay those
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 from torch import nn
@@ -106,10 +107,22 @@ def apply_fsdp(model: Decoder, dims: ParallelDims, ignored_params: set[nn.Parame
         )
         modules[0].set_gradient_divide_factor(1.0)
         modules[0].set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+    if dims.dp_shard > 1:
+        prefetch_forward(model)
     if not model.model.embed_tokens.weight.requires_grad and model.lm_head is not None:
         # A frozen embedding has no backward pass, but FSDP2 would prefetch it during that of the first block.
         first = model.model.layers[0]
         first.set_modules_to_backward_prefetch([first])
+
+
+def prefetch_forward(model: Decoder) -> None:
+    """Ask for the next block's weights before a block computes. FSDP2 by itself asks when the host comes to the next
+    block, which is in time only while the host runs ahead of the device."""
+    chain: list[nn.Module] = [*model.model.layers]
+    if model.lm_head is not None:
+        chain = [model.model.embed_tokens, *chain, model.model.norm]  # norm stands for its group, that of the head
+    for module, following in itertools.pairwise(chain):
+        module.set_modules_to_forward_prefetch([following])
 
 
 def reshard(model: Decoder) -> None:
