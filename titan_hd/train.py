@@ -148,6 +148,8 @@ class Trainer:
             param_dtype=param_dtype,
             checkpoint_mode=c.activation_checkpoint.mode,
             compile_blocks=c.compile.enable,
+            checkpoint_keep=c.activation_checkpoint.keep,
+            dropout=c.adapter.dropout > 0,
         )
         materialize(self.model, self.device)
         self.gathers = WeightGathers(

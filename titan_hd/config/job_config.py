@@ -265,8 +265,11 @@ class Parallelism:
 @dataclass
 class ActivationCheckpoint:
     mode: Literal["none", "selective", "full"] = "none"
-    """none: keep all activations. full: recompute each block. selective: keep attention and every second matrix
-    product of a block, recompute the rest."""
+    """none: keep all activations. full: recompute each block. selective: keep the residual stream, attention's result
+    and what activation_checkpoint.keep names, recompute the rest."""
+    keep: list[Literal["qkv", "gate_up"]] = field(default_factory=lambda: ["qkv", "gate_up"])
+    """What selective keeps besides. qkv: queries, keys and values. gate_up: the outputs of gate_proj and up_proj. The
+    default computes no matrix product twice; [] keeps the least. docs/performance.md has the memory of each choice."""
 
 
 @dataclass
