@@ -332,7 +332,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in _PACKAGES:
             raise
-        manager.exit_with([f"a package is missing: pip install {' '.join(_PACKAGES)}, or titan_hd with its extra hub"])
+        manager.exit_with([f"a package is missing: pip install {' '.join(_PACKAGES)}, or titan_hd with its extra gguf"])
     except UserError as error:
         manager.exit_with(str(error).splitlines())
     print(f"{args.folder}: set model.hf_assets_path to it")

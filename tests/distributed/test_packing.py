@@ -49,7 +49,7 @@ def train_unpacked(argv: list[str]) -> list[float]:
         step, places = part
         packs = [self.order.sample(step * self.global_batch_size + place) for place in places]
         assert any(len(pack) > 1 for pack in packs)
-        return collate([self.records[int(record)] for pack in packs for record in pack], self.pad_to)
+        return collate([self.examples[int(record)] for pack in packs for record in pack], self.pad_to)
 
     with mock.patch.object(GlobalBatches, "__getitem__", unpacked):
         return runs.train(argv)

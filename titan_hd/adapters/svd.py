@@ -1,7 +1,7 @@
 """Principal slices of a weight: the fixed factors A_i, B_i of HD-PiSSA's logical adapters.
 
 Pure functions of one whole weight on one device; who computes them and who receives them is decided in
-`distributed.slices`, whether they are read from an earlier run in `svd_cache`.
+`distributed.factor_init`, whether they are read from an earlier run in `svd_cache`.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def cut_slices(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors of all K adapters, A [K, r, in] and B [K, out, r], from principal ones, a [count, in] and b [out, count].
 
-    slices = "orthogonal": adapter i has directions i*r to (i+1)*r - 1 (HD-PiSSA, DESIGN section 1; count = K*r);
+    slices = "orthogonal": adapter i has directions i*r to (i+1)*r - 1 (HD-PiSSA; count = K*r);
     slices = "top": every adapter has the first r (the ablation without orthogonal slices; count = r).
     """
     if slices == "top":

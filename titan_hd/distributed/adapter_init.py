@@ -1,7 +1,7 @@
 """First values of the adapters that stand beside a weight, and the merged weights, on a sharded model.
 
 What depends on a whole weight (PiSSA's decomposition, a merge) is computed once, by one rank, all ranks at once; see
-`distributed.whole`. What does not is drawn by every rank, which keeps its part.
+`distributed.regroup`. What does not is drawn by every rank, which keeps its part.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Writes the adapters alone, as a directory that the peft library loads onto the base model.
 
-Every rank makes the tensors of the layers dealt to it (`distributed.whole`), and rank 0 gathers them, wave by wave, and
-writes one file. They are fp32: an adapter is small, and the two halves of a PiSSA adapter nearly cancel, which rounding
-would undo.
+Every rank makes the tensors of the layers dealt to it (`distributed.regroup`), and rank 0 gathers them, wave by wave,
+and writes one file. They are fp32: an adapter is small, and the two halves of a PiSSA adapter nearly cancel, which
+rounding would undo.
 
 PiSSA and OLoRA train A, B over a base weight W - s B0 A0, while peft's user has W. So the adapter is of rank 2r:
 s B A - s B0 A0. A0 and B0 are kept nowhere: s B0 A0 is the base model's weight minus the frozen one, a matrix of rank

@@ -4,7 +4,7 @@
 
 Same options and rendezvous as torchrun. What differs: faults of the configuration are reported once, with status 2,
 before any process starts; and the exit status is that of the worker that failed first, or 75 or 130 where a signal has
-stopped the run (see titan_hd/signals.py).
+stopped the run (see titan_hd/process/signals.py).
 """
 
 from __future__ import annotations

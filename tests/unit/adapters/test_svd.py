@@ -20,7 +20,7 @@ K, R = 3, 2
 
 
 def slice_factors(weight: torch.Tensor, num_adapters: int, rank: int, slices: str):
-    """Slices of a weight: what `distributed.slices` does with the cache left out."""
+    """Slices of a weight: what `distributed.factor_init` does with the cache left out."""
     count = rank if slices == "top" else num_adapters * rank
     return cut_slices(*principal_factors(weight, count), num_adapters, rank, slices)
 
