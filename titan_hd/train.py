@@ -34,7 +34,7 @@ from titan_hd.components.validation import Validator
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
 from titan_hd.data.build import DatasetBuilder
-from titan_hd.data.loader import Batch, GlobalBatches, TrainLoader
+from titan_hd.data.loader import Batch, GlobalBatches, ReadAhead, TrainLoader
 from titan_hd.data.order.sample_order import OrderSettings
 from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.data.tokens.statistics import statistics_table
@@ -181,8 +181,9 @@ class Trainer:
         batch, order = self.plan.global_batch_size, dataset.order(order_settings)
         micro_batches = [self.placement.samples(m) for m in range(self.placement.micro_batches)]
         batches = GlobalBatches(dataset, order, batch, pad_training_to, c.data.pack)
-        self.loader = TrainLoader(batches, micro_batches, c.data.num_workers)
+        loader = TrainLoader(batches, micro_batches, c.data.num_workers)
         self.total_steps = c.training.steps or max(1, order.positions(c.training.epochs) // batch)
+        self.loader = ReadAhead(loader, self.total_steps, pin=self.device.type == "cuda")
         logger.info(
             "%s training records; %d steps of %d", order.records_per_epoch or "streamed", self.total_steps, batch
         )
@@ -285,7 +286,7 @@ class Trainer:
         lr = self.config.optimizer.lr * lr_factor(self.config.lr_scheduler, self.step, self.total_steps)
         self.update.begin_step(lr)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for m, batch in enumerate(batches):
+        for m, batch in enumerate([batch.on(self.device) for batch in batches]):
             loss_sum += self._forward_backward(m, batch, counts.trained[self.placement.adapter(m)])
         grad_norm = self.update.finish_gradients(self.step)
         self.update.apply(lr, self.step)
@@ -300,14 +301,15 @@ class Trainer:
             return self.loader.step(self.step)
 
     def _count_tokens(self, batches: list[Batch]) -> TokenCounts:
-        """Of all workers' batches."""
+        """Of all workers' batches. Counted on the host: a device would have to be waited for."""
         counts = torch.zeros(self.plan.num_adapters + 2, dtype=torch.long)
         for m, batch in enumerate(batches):
             counts[self.placement.adapter(m)] += batch.trained_tokens
             counts[-2] += batch.tokens
             counts[-1] += batch.sequences
-        counts = counts.to(self.device)
-        dist.all_reduce(counts, group=self.dims.dp_mesh.get_group())
+        if self.dims.tp_rank:  # the ranks of a tensor-parallel group read the same
+            counts.zero_()
+        dist.all_reduce(counts)
         *trained, tokens, sequences = counts.tolist()
         return TokenCounts(trained, tokens, sequences)
 
@@ -329,9 +331,7 @@ class Trainer:
             # Masks are a function of the samples, not of the worker that happens to compute them.
             first = self.step * self.plan.global_batch_size + self.placement.samples(micro_batch).start
             torch.manual_seed(stable_seed("dropout", self.config.training.seed, first))
-        documents = None if batch.documents is None else batch.documents.to(self.device)
-        input_ids, targets = batch.input_ids.to(self.device), batch.labelled.to(self.device)
-        loss = self.model(input_ids, documents=documents, targets=targets)
+        loss = self.model(batch.input_ids, documents=batch.documents, targets=batch.labelled)
         (loss / max(1, trained_tokens)).backward()
         return loss.detach()
 

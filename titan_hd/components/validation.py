@@ -36,8 +36,9 @@ def validation_loss(model: nn.Module, batches: Iterable[Batch], sharers: Sharers
     device = sharers.device
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        loss = model(batch.input_ids.to(device), targets=batch.labelled.to(device))
-        totals += torch.stack((loss.double(), totals.new_tensor(batch.trained_tokens)))
+        here = batch.on(device)
+        totals[0] += model(here.input_ids, targets=here.labelled)
+        totals[1] += batch.trained_tokens
     dist.all_reduce(totals, group=sharers.group)
     return (totals[0] / totals[1].clamp(min=1)).item()
 

@@ -12,7 +12,8 @@ import itertools
 import multiprocessing
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,6 +44,21 @@ class Batch:
     tokens: int
     sequences: int
     documents: torch.Tensor | None = None
+
+    def on(self, device: torch.device) -> Batch:
+        """The same on a device. From pinned memory (`pinned`) a GPU copies it while the host goes on."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same in page-locked memory."""
+        return self._mapped(torch.Tensor.pin_memory)
+
+    def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        documents = None if self.documents is None else function(self.documents)
+        batch = replace(self, input_ids=function(self.input_ids), documents=documents)
+        # The targets themselves are needed by nobody there, and their positions are found on the host.
+        batch.__dict__["labelled"] = Targets(*map(function, self.labelled))
+        return batch
 
     @functools.cached_property
     def labelled(self) -> Targets:
@@ -190,6 +206,42 @@ class TrainLoader:
         if self._iterator is not None and self._num_workers:
             self._iterator._shutdown_workers()  # the iterator may live on, in a traceback
         self._iterator, self._next_step = None, -1
+
+
+class ReadAhead:
+    """Reads the next step's micro-batches in a thread while this step's are computed.
+
+    end: the number of steps of the run; nothing is read beyond it. pin: put them into page-locked memory.
+    """
+
+    def __init__(self, loader: TrainLoader, end: int, pin: bool):
+        self._loader, self._end, self._pin = loader, end, pin
+        self._thread = ThreadPoolExecutor(1, "read-ahead")
+        self._next: tuple[int, Future[list[Batch]]] | None = None
+
+    def step(self, step: int) -> list[Batch]:
+        """The micro-batches of optimizer step `step` (0-based).
+
+        Raises:
+            UserError: a record of this step cannot be used.
+        """
+        ahead, self._next = self._next, None
+        if ahead is not None and ahead[0] != step:
+            ahead[1].exception()  # it reads for a step that nobody wants; the loader is free when it is done
+            ahead = None
+        batches = ahead[1].result() if ahead is not None else self._read(step)
+        if step + 1 < self._end:
+            self._next = step + 1, self._thread.submit(self._read, step + 1)
+        return batches
+
+    def _read(self, step: int) -> list[Batch]:
+        batches = self._loader.step(step)
+        return [batch.pinned() for batch in batches] if self._pin else batches
+
+    def close(self) -> None:
+        """End the thread, and the loader's processes."""
+        self._thread.shutdown(cancel_futures=True)
+        self._loader.close()
 
 
 def _sent(batch: Any) -> dict[str, Any] | str:
