@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -106,40 +107,35 @@ def build(args: argparse.Namespace, dtype: torch.dtype) -> Decoder:
                 torch.nn.init.normal_(p, std=0.02)
     else:
         model.requires_grad_(False)
-        for layer in replace_linears(model, None, lambda linear: HDPissaLinear(linear, 1.0, 0.0, 0.0)).values():
+        replace_linears(model, None, lambda linear: HDPissaLinear(linear, 1.0, 0.0, 0.0))
+        for layer in (module for module in model.modules() if isinstance(module, HDPissaLinear)):
             a, b = torch.randn(args.rank, layer.in_features), torch.randn(layer.out_features, args.rank)
             layer.bind(a, b, torch.zeros_like(a, requires_grad=True), torch.zeros_like(b, requires_grad=True))
         share_products(model)
     return model
 
 
-def variants(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Callable[[], torch.Tensor]]:
-    """name -> a forward pass that returns its loss."""
-    dims, ids = ParallelDims(1, 1, "cpu"), torch.arange(args.tokens)[None] % 64
-    passes = {}
+def variants(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Decoder]:
+    dims, models = ParallelDims(1, 1, "cpu"), {}
     for name in [*VARIANTS, "dispatch mode"]:
         model = build(args, dtype)
         if name == "dispatch mode":
             for block in model.model.layers:
                 options = {"use_reentrant": False, "context_fn": dispatch_contexts}
                 block.forward = functools.partial(checkpoint, block.forward, **options)
-        elif VARIANTS[name]:
-            apply_activation_checkpointing(model, *VARIANTS[name])
+        elif choice := VARIANTS[name]:
+            apply_activation_checkpointing(model, *choice)
         apply_fsdp(model, dims, set(), dtype)
+        assert isinstance(model, FSDPModule)
         model.set_reshard_after_forward(False)
         model.set_reshard_after_backward(False)
-        passes[name] = functools.partial(one_pass, model, ids)
-    return passes
+        models[name] = model
+    return models
 
 
-def one_pass(model: Decoder, ids: torch.Tensor) -> torch.Tensor:
-    return model(ids).float().sum()
-
-
-def kept_bytes(forward: Callable[[], torch.Tensor], args: argparse.Namespace) -> float:
+def kept_bytes(model: Decoder, forward: Callable[[], torch.Tensor], args: argparse.Namespace) -> float:
     """Per token and layer. What the last norm and the head keep counts too: a share of one layer's."""
     forward().backward()
-    model = forward.args[0]
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     with Kept() as kept:
         loss = forward()
@@ -164,10 +160,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = dist.FileStore(str(Path(folder) / "store"), 1)
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-        passes = variants(args, getattr(torch, args.dtype))
-        calls = {name: (lambda forward=forward: forward().backward()) for name, forward in passes.items()}
+        models, ids = variants(args, getattr(torch, args.dtype)), torch.arange(args.tokens)[None] % 64
+
+        def forward(model: Decoder) -> torch.Tensor:
+            return model(ids).float().sum()
+
+        passes = {name: functools.partial(forward, model) for name, model in models.items()}
+        calls = {name: (lambda one=one: one().backward()) for name, one in passes.items()}
         timing = common.interleave(calls, device, args.repetitions)
-        kept = {name: kept_bytes(forward, args) for name, forward in passes.items()}
+        kept = {name: kept_bytes(models[name], one, args) for name, one in passes.items()}
         dist.destroy_process_group()
     milliseconds = {name: 1e3 * value for name, value in common.medians(timing.cpu).items()}
     ratios = {name: common.median_ratio(timing.cpu, name, "none") for name in passes}

@@ -34,7 +34,7 @@ from titan_hd.components.validation import Validator
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
 from titan_hd.data.build import DatasetBuilder
-from titan_hd.data.loader import Batch, GlobalBatches, TrainLoader
+from titan_hd.data.loader import Batch, GlobalBatches, ReadAhead, TrainLoader, length_buckets
 from titan_hd.data.order.sample_order import OrderSettings
 from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.data.tokens.statistics import statistics_table
@@ -62,20 +62,23 @@ logger = logging.getLogger("titan_hd")
 
 
 class TokenCounts(NamedTuple):
-    """Of one step over all workers: trained tokens of each logical adapter, all tokens but padding, records."""
+    """Of one step over all workers: trained tokens of each logical adapter, positions of all rows, all tokens but
+    padding, records."""
 
     trained: list[int]
+    positions: int
     tokens: int
     sequences: int
 
 
 class StepResult(NamedTuple):
     """What one step came to: the loss of a trained token before the step, the gradients' norm before clipping, the
-    learning rate, and how many tokens (without padding) and records all workers read."""
+    learning rate, and how many positions, tokens (positions without padding) and records all workers read."""
 
     loss: float
     grad_norm: float
     lr: float
+    positions: int
     tokens: int
     sequences: int
 
@@ -182,18 +185,23 @@ class Trainer:
         rows = dataset.rows + (validation.rows if validation is not None else [])
         if rows:
             logger.info("%s", statistics_table(rows))
-        # Compiled blocks want one shape, and so does attention to packs on a GPU, which is always compiled; otherwise
+        # Compiled blocks want few shapes, and attention to packs on a GPU, which is always compiled, wants one; else
         # padding to the longest row of a micro-batch is enough.
-        pad_to = seq_len if c.compile.enable else None
-        pad_training_to = seq_len if c.data.pack and self.device.type == "cuda" else pad_to
+        one_length = c.data.pack and (c.compile.enable or self.device.type == "cuda")
+        pad_to = (seq_len,) if one_length else length_buckets(seq_len) if c.compile.enable else ()
         self.validator = None
         if validation is not None:
-            self.validator = Validator(c, self.dims, self.device, validation, pad_to, tokenizer)
+            self.validator = Validator(c, self.dims, self.device, validation, tokenizer)
         batch, order = self.plan.global_batch_size, dataset.order(order_settings)
         micro_batches = [self.placement.samples(m) for m in range(self.placement.micro_batches)]
-        batches = GlobalBatches(dataset, order, batch, pad_training_to, c.data.pack)
-        self.loader = TrainLoader(batches, micro_batches, c.data.num_workers)
-        self.total_steps = c.training.steps or max(1, order.positions(c.training.epochs) // batch)
+        batches = GlobalBatches(dataset, order, batch, pad_to, c.data.pack)
+        loader = TrainLoader(batches, micro_batches, c.data.num_workers)
+        steps, epochs = c.training.steps, c.training.epochs
+        if steps is None:
+            assert epochs is not None  # one of the two is given
+            steps = max(1, order.positions(epochs) // batch)
+        self.total_steps = steps
+        self.loader = ReadAhead(loader, self.total_steps, pin=self.device.type == "cuda")
         logger.info(
             "%s training records; %d steps of %d", order.records_per_epoch or "streamed", self.total_steps, batch
         )
@@ -296,7 +304,7 @@ class Trainer:
         lr = self.config.optimizer.lr * lr_factor(self.config.lr_scheduler, self.step, self.total_steps)
         self.update.begin_step(lr)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for m, batch in enumerate(batches):
+        for m, batch in enumerate([batch.on(self.device) for batch in batches]):
             self.gathers.before_micro_batch(m)
             loss_sum += self._forward_backward(m, batch, counts.trained[self.placement.adapter(m)])
         grad_norm = self.update.finish_gradients(self.step)
@@ -304,7 +312,7 @@ class Trainer:
         self.gathers.after_step(max(batch.input_ids.shape[1] for batch in batches))
         self.step += 1
         loss = self._sum_losses(loss_sum) / max(1, sum(counts.trained))
-        return StepResult(loss, grad_norm, lr, counts.tokens, counts.sequences)
+        return StepResult(loss, grad_norm, lr, counts.positions, counts.tokens, counts.sequences)
 
     def _read_batches(self) -> list[Batch]:
         if not self.config.data.streaming:
@@ -313,16 +321,18 @@ class Trainer:
             return self.loader.step(self.step)
 
     def _count_tokens(self, batches: list[Batch]) -> TokenCounts:
-        """Of all workers' batches."""
-        counts = torch.zeros(self.plan.num_adapters + 2, dtype=torch.long)
+        """Of all workers' batches. Counted on the host: a device would have to be waited for."""
+        counts = torch.zeros(self.plan.num_adapters + 3, dtype=torch.long)
         for m, batch in enumerate(batches):
             counts[self.placement.adapter(m)] += batch.trained_tokens
+            counts[-3] += batch.input_ids.numel()
             counts[-2] += batch.tokens
             counts[-1] += batch.sequences
-        counts = counts.to(self.device)
-        dist.all_reduce(counts, group=self.dims.dp_mesh.get_group())
-        *trained, tokens, sequences = counts.tolist()
-        return TokenCounts(trained, tokens, sequences)
+        if self.dims.tp_rank:  # the ranks of a tensor-parallel group read the same
+            counts.zero_()
+        dist.all_reduce(counts)
+        *trained, positions, tokens, sequences = counts.tolist()
+        return TokenCounts(trained, positions, tokens, sequences)
 
     def _sum_losses(self, loss_sum: torch.Tensor) -> float:
         """The sum of all workers' losses. What signals ask for travels with it: all ranks must agree where to stop."""
@@ -342,9 +352,7 @@ class Trainer:
             # Masks are a function of the samples, not of the worker that happens to compute them.
             first = self.step * self.plan.global_batch_size + self.placement.samples(micro_batch).start
             torch.manual_seed(stable_seed("dropout", self.config.training.seed, first))
-        documents = None if batch.documents is None else batch.documents.to(self.device)
-        input_ids, targets = batch.input_ids.to(self.device), batch.labelled.to(self.device)
-        loss = self.model(input_ids, documents=documents, targets=targets)
+        loss = self.model(batch.input_ids, documents=batch.documents, targets=batch.labelled)
         (loss / max(1, trained_tokens)).backward()
         return loss.detach()
 
@@ -405,6 +413,7 @@ class Trainer:
         steps = len(self._window)
         tokens = sum(result.tokens for result, _ in self._window)
         sequences = sum(result.sequences for result, _ in self._window)
+        positions = sum(result.positions for result, _ in self._window)
         seconds = sum(seconds for _, seconds in self._window)
         self._window.clear()
         tokens_of_pass = tokens / (steps * self.placement.micro_batches * self.dims.dp_size)
@@ -418,6 +427,7 @@ class Trainer:
                 "lr": last.lr,
                 "tokens_per_second": rate,
                 "tflops_per_worker": rate * flops / 1e12 / self.dims.world_size,
+                "padding_share": 1 - tokens / positions,
                 "step_seconds": seconds / steps,
                 "peak_memory_gib": peak_memory_gib(self.device),
             },
@@ -426,6 +436,7 @@ class Trainer:
     def validate(self) -> None:
         """Validation loss and, if asked for, exact match of generated answers; logged under this step."""
         enter_phase(f"validation after step {self.step}")
+        assert self.validator is not None
         self.metrics.log(self.step, self.validator.run(self.model))
 
     def save(self) -> None:

@@ -221,6 +221,7 @@ def save_tokenizer(path: Path, file: GGUFFile, folder: Path) -> None:
 
     with _reading(file):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        assert tokenizer is not None  # as it is for transformers without tokenizers
         corrected = correct_tokenizer(tokenizer, file)
     with _writing(folder):
         tokenizer.save_pretrained(folder)
@@ -332,7 +333,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in _PACKAGES:
             raise
-        manager.exit_with([f"a package is missing: pip install {' '.join(_PACKAGES)}, or titan_hd with its extra hub"])
+        manager.exit_with([f"a package is missing: pip install {' '.join(_PACKAGES)}, or titan_hd with its extra gguf"])
     except UserError as error:
         manager.exit_with(str(error).splitlines())
     print(f"{args.folder}: set model.hf_assets_path to it")

@@ -136,6 +136,10 @@ class Training:
     """Seeds the data order, random weights, random slices and dropout."""
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype in which the weights are all-gathered and computed with."""
+    float32_matmul_precision: Literal["high", "highest"] = "highest"
+    """How GPUs multiply fp32 matrices (torch.set_float32_matmul_precision). high: TF32, several times faster, with 10
+    bits of mantissa in the factors; where mixed_precision_param is bfloat16 it matters to the fold's products alone.
+    highest: fp32."""
     master_dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of the sharded master weights. bfloat16 halves their memory. For hdpissa the fold then rounds
     stochastically, because an update of relative size 1e-5 would vanish; methods with adapters beside a frozen W keep
@@ -275,7 +279,8 @@ class ActivationCheckpoint:
 @dataclass
 class Compile:
     enable: bool = False
-    """torch.compile each block (fullgraph); records are then padded to seq_len, so that shapes stay the same."""
+    """torch.compile each block (fullgraph, static shapes); records are then padded to one of at most eight lengths,
+    packs to seq_len. Validation and generation are not compiled."""
 
 
 @dataclass

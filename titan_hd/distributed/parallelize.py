@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from titan_hd.distributed.parallel_dims import ParallelDims
@@ -19,6 +20,7 @@ from titan_hd.models.decoder import Decoder
 from titan_hd.models.recompute import recompute_first
 
 KEEPABLE = ("qkv", "gate_up")  # values of activation_checkpoint.keep
+_GRAPHS = 64  # of one block's code at most: lengths, times kinds of masks, times the first block and the others
 
 
 def parallelize(
@@ -55,7 +57,7 @@ def apply_activation_checkpointing(
 
     draws: adapters have dropout, whose masks must be drawn again.
     """
-    for block in model.model.layers:
+    for block in model.blocks():
         if mode == "full":
             flags = {"use_reentrant": False, "preserve_rng_state": draws, "determinism_check": "none"}
             block.forward = functools.partial(checkpoint, block.forward, **flags)
@@ -69,9 +71,19 @@ def apply_activation_checkpointing(
 
 
 def apply_compile(model: Decoder) -> None:
-    """Compile each block as one graph; FSDP2's hooks stay outside of it. Equal blocks share one compilation."""
+    """Compile each block as one graph per shape; FSDP2's hooks stay outside of it. Equal blocks share one compilation.
+
+    Shapes are static: rows come in a handful of lengths (`data.loader.length_buckets`). Passes without gradients are
+    not compiled: validation and generation have shapes of their own, too many and too rare to compile for.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
     for block in model.model.layers:
-        block.forward = torch.compile(block.forward, fullgraph=True)
+        compiled = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        block.forward = functools.partial(_compiled_in_training, compiled, block.forward)
+
+
+def _compiled_in_training(compiled: Callable, eager: Callable, *args: Any) -> torch.Tensor:
+    return compiled(*args) if torch.is_grad_enabled() else eager(*args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,9 +96,9 @@ def fsdp_groups(model: Decoder) -> list[tuple[list[nn.Module], bool]]:
     The head is needed again at once in the backward pass, so it stays gathered. A tied embedding is the head too, and
     belongs to the root group, which stays gathered for the whole step.
     """
-    groups = [([block], True) for block in model.model.layers]
+    groups: list[tuple[list[nn.Module], bool]] = [([block], True) for block in model.model.layers]
     if model.lm_head is not None:
-        groups += [([model.model.embed_tokens], True), ([model.model.norm, model.lm_head], False)]
+        groups.extend([([model.model.embed_tokens], True), ([model.model.norm, model.lm_head], False)])
     return [*groups, ([model], False)]
 
 
@@ -102,13 +114,16 @@ def apply_fsdp(model: Decoder, dims: ParallelDims, ignored_params: set[nn.Parame
             reshard_after_forward=reshard,
             ignored_params=ignored_params,
         )
-        modules[0].set_gradient_divide_factor(1.0)
-        modules[0].set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+        first = modules[0]
+        assert isinstance(first, FSDPModule)
+        first.set_gradient_divide_factor(1.0)
+        first.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
     if dims.dp_shard > 1:
         prefetch_forward(model)
     if not model.model.embed_tokens.weight.requires_grad and model.lm_head is not None:
         # A frozen embedding has no backward pass, but FSDP2 would prefetch it during that of the first block.
         first = model.model.layers[0]
+        assert isinstance(first, FSDPModule)
         first.set_modules_to_backward_prefetch([first])
 
 
@@ -119,6 +134,8 @@ def prefetch_forward(model: Decoder) -> None:
     if model.lm_head is not None:
         chain = [model.model.embed_tokens, *chain, model.model.norm]  # norm stands for its group, that of the head
     for module, following in itertools.pairwise(chain):
+        assert isinstance(module, FSDPModule)
+        assert isinstance(following, FSDPModule)
         module.set_modules_to_forward_prefetch([following])
 
 
@@ -129,4 +146,5 @@ def reshard(model: Decoder) -> None:
     whoever looks at the model next: a checkpoint, the export.
     """
     for modules, _ in fsdp_groups(model):
+        assert isinstance(modules[0], FSDPModule)
         modules[0].reshard()

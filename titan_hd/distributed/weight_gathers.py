@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.models.decoder import Decoder
@@ -48,6 +50,7 @@ class WeightGathers:
     def before_micro_batch(self, micro_batch: int) -> None:
         """micro_batch: 0-based, within the step."""
         if self.kept:
+            assert isinstance(self.model, FSDPModule)
             self.model.set_reshard_after_backward(micro_batch == self.micro_batches - 1)
         elif self.undecided and micro_batch == 0 and self._device().type == "cuda":
             self.allocated = torch.cuda.memory_allocated(self._device())
@@ -68,6 +71,7 @@ class WeightGathers:
             logger.info("W is gathered for every micro-batch, forward and backward: %s, or less on another", copy)
 
     def _keep(self) -> None:
+        assert isinstance(self.model, FSDPModule)
         self.kept = True
         self.model.set_reshard_after_forward(False)
 
@@ -88,8 +92,8 @@ class WeightGathers:
 
 def gathered_bytes(model: Decoder, dims: ParallelDims, ignored: set[nn.Parameter], dtype: torch.dtype) -> int:
     """Bytes of all that FSDP2 gathers, held whole in `dtype` (under tensor parallelism: whole tp-local matrices)."""
-    shards = (p.to_local().numel() for p in model.parameters() if p not in ignored)
-    return sum(shards) * dims.dp_shard * dtype.itemsize
+    shards = [p.to_local() for p in model.parameters() if isinstance(p, DTensor) and p not in ignored]
+    return sum(shard.numel() for shard in shards) * dims.dp_shard * dtype.itemsize
 
 
 def available_memory() -> int:

@@ -7,7 +7,7 @@ H query heads, G key/value heads, C channels per head; S slots of a key/value ca
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +81,16 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def repeat_heads(k: torch.Tensor, v: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [B, G, S, C] as [B, H, S, C], each as often as there are query heads for it.
+
+    On GPUs fp32 and masks leave the memory-efficient kernel alone, which has no grouped-query attention: asked for it,
+    torch takes the plain formula, with scores [B, H, T, S] in memory.
+    """
+    times = heads // k.shape[1]
+    return k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
+
+
 def project_each(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
     """Several linear layers of one input."""
     return tuple(layer(x) for layer in layers)
@@ -96,7 +106,7 @@ class LayerCache:
 
     def update(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write k, v [B, G, T, C] into the slots of positions [B, T]; returns all slots."""
-        if self.keys is None:
+        if self.keys is None or self.values is None:
             shape = (*k.shape[:2], self.slots, k.shape[3])
             self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
         index = positions[:, None, :, None].expand_as(k)
@@ -175,10 +185,14 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Attention [B, H, T, C] of what `heads` returns, and of what the cache has."""
         if cache is not None:
+            assert positions is not None
             k, v = cache.update(k, v, positions)
         if isinstance(mask, BlockMask):
             return flex.attend(q, k, v, mask, self.grouped)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+        grouped = self.grouped
+        if grouped and q.is_cuda and (q.dtype == torch.float32 or mask is not None):
+            k, v, grouped = *repeat_heads(k, v, q.shape[1]), False
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 class MLP(nn.Module):
@@ -256,6 +270,12 @@ class Decoder(nn.Module):
         self.config = config
         self.model = DecoderStack(config)
         self.lm_head = None if config.tie_word_embeddings else Head(config.hidden_size, config.vocab_size)
+
+    def blocks(self) -> Iterator[Block]:
+        """The layers, as what they are."""
+        for layer in self.model.layers:
+            assert isinstance(layer, Block)
+            yield layer
 
     def reset_buffers(self, device: torch.device) -> None:
         """Recompute what is not loaded from a checkpoint; call it after the parameters are materialised."""

@@ -39,9 +39,6 @@ class Targets(NamedTuple):
         positions = (flat != IGNORE_INDEX).nonzero()[:, 0]
         return cls(positions, flat[positions])
 
-    def to(self, device: torch.device) -> Targets:
-        return Targets(self.positions.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
-
 
 # (logits [n, V] in fp32, labels [n]) -> the sum of their cross entropies [], in fp32; the logits become its gradient
 CrossEntropySum = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -48,7 +48,7 @@ def recompute_first(
     recomputation = _Recomputation(first, inputs, draws)
     with saved_tensors_hooks(recomputation.leave_out, recomputation.fetch):
         results = _as_tuple(first(*inputs))
-    recomputation.results = [result.detach() for result in results]
+    recomputation.results = [result.untyped_storage() for result in results]
     with recomputation.outer_of_others():
         y = second(*results, *rest)
     if y.requires_grad:
@@ -71,7 +71,7 @@ class _Recomputation:
         self.inputs = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t for t in inputs]
         self.random_state = _random_state(inputs) if draws else None
         self.outer = self._open[-1] if self._open else None
-        self.results: list[torch.Tensor] = []
+        self.results: list[torch.UntypedStorage] = []
         self.left_out = 0
         self.saved: dict[int, torch.Tensor] = {}
 
@@ -96,8 +96,8 @@ class _Recomputation:
 
     def free(self, y: torch.Tensor) -> None:
         """Free the results until the gradient of y arrives."""
-        for result in self.results:
-            result.untyped_storage().resize_(0)
+        for storage in self.results:
+            storage.resize_(0)
         y.register_hook(self.restore)
 
     def restore(self, _: torch.Tensor | None = None) -> None:
@@ -110,11 +110,11 @@ class _Recomputation:
         def save(t: torch.Tensor) -> None:
             self.saved[len(self.saved)] = t
 
-        with torch.enable_grad(), _replayed(self.random_state), saved_tensors_hooks(save, lambda _: None):
+        with torch.enable_grad(), _replayed(self.random_state), saved_tensors_hooks(save, self.fetch):
             again = _as_tuple(self.first(*self.inputs))
         assert len(self.saved) == self.left_out, "the second computation is not the first"
-        for result, value in zip(self.results, again):
-            storage, new = result.untyped_storage(), value.untyped_storage()
+        for storage, value in zip(self.results, again):
+            new = value.untyped_storage()
             if not storage.nbytes():
                 storage.resize_(new.nbytes())
                 storage.copy_(new)  # the version of the tensor stays: what `second` has saved is as it was
