@@ -49,9 +49,10 @@ class WeightGathers:
 
     def before_micro_batch(self, micro_batch: int) -> None:
         """micro_batch: 0-based, within the step."""
-        if self.kept:
+        last = micro_batch == self.micro_batches - 1
+        if self.kept and (last or micro_batch == 0):
             assert isinstance(self.model, FSDPModule)
-            self.model.set_reshard_after_backward(micro_batch == self.micro_batches - 1)
+            self.model.set_reshard_after_backward(last)
         elif self.undecided and micro_batch == 0 and self._device().type == "cuda":
             self.allocated = torch.cuda.memory_allocated(self._device())
 
