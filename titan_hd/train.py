@@ -45,6 +45,7 @@ from titan_hd.distributed.parallelize import parallelize
 from titan_hd.distributed.shards import init_weights, load_weights, materialize
 from titan_hd.distributed.tp.tensor_parallel import apply_tensor_parallel
 from titan_hd.distributed.watch import enter_phase
+from titan_hd.distributed.weight_gathers import WeightGathers, gathered_bytes
 from titan_hd.errors import UserError
 from titan_hd.export.hf import export_hf
 from titan_hd.export.peft import export_peft
@@ -139,15 +140,25 @@ class Trainer:
             p, mesh = c.parallelism, self.dims.world["tp"]
             apply_tensor_parallel(self.model, mesh, p.sequence_parallel, p.loss_parallel)
         self.update = build_update(self.model, method, self.dims, c)
+        ignored, param_dtype = self.update.ignored_parameters(), getattr(torch, c.training.mixed_precision_param)
         parallelize(
             self.model,
             self.dims,
-            ignored_params=self.update.ignored_parameters(),
-            param_dtype=getattr(torch, c.training.mixed_precision_param),
+            ignored_params=ignored,
+            param_dtype=param_dtype,
             checkpoint_mode=c.activation_checkpoint.mode,
             compile_blocks=c.compile.enable,
+            checkpoint_keep=c.activation_checkpoint.keep,
+            dropout=c.adapter.dropout > 0,
         )
         materialize(self.model, self.device)
+        self.gathers = WeightGathers(
+            self.model,
+            c.parallelism.fsdp_reshard_after_forward,
+            self.placement.micro_batches,
+            gathered_bytes(self.model, self.dims, ignored, param_dtype),
+            c.training.seq_len,
+        )
         self.update.build_optimizer()
         total = sum(p.numel() for p in self.model.parameters())
         count = sum(p.numel() for p in self.update.trainable)
@@ -291,9 +302,11 @@ class Trainer:
         self.update.begin_step(lr)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for m, batch in enumerate([batch.on(self.device) for batch in batches]):
+            self.gathers.before_micro_batch(m)
             loss_sum += self._forward_backward(m, batch, counts.trained[self.placement.adapter(m)])
         grad_norm = self.update.finish_gradients(self.step)
         self.update.apply(lr, self.step)
+        self.gathers.after_step(max(batch.input_ids.shape[1] for batch in batches))
         self.step += 1
         loss = self._sum_losses(loss_sum) / max(1, sum(counts.trained))
         return StepResult(loss, grad_norm, lr, counts.tokens, counts.sequences)

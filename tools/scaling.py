@@ -129,15 +129,16 @@ class Estimate:
 # Bytes
 
 
-def fsdp_gathers(config: DecoderConfig, shards: int, element: int, trained: bool = False) -> list[int]:
+def fsdp_gathers(config: DecoderConfig, shards: int, element: int, trained: bool = False, passes: int = 2) -> list[int]:
     """Bytes that a GPU receives in each all-gather of the weights of one micro-batch (a forward and a backward pass).
 
     element: bytes of an element as gathered. trained: method full, whose backward pass wants the embedding again.
+    passes: 1 where the weights stay gathered, and these are the gathers of a whole step.
     """
     gathers = []
     for numel, again, embedding in _groups(config, shards):
-        passes = 1 if not again or (embedding and not trained) else 2
-        gathers += [(shards - 1) * numel * element] * passes
+        passes_of_group = 1 if not again or (embedding and not trained) else passes
+        gathers += [(shards - 1) * numel * element] * passes_of_group
     return gathers
 
 

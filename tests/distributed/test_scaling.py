@@ -103,6 +103,7 @@ def test_bytes_of_a_step_are_those_counted(case, request, tmp_path: Path):
         parallelism__data_parallel_replicate_degree=replicate,
         training__global_batch_size=8,
         training__steps=3,
+        parallelism__fsdp_reshard_after_forward="always",
         **options,
     )
     pool = request.getfixturevalue("eight_workers" if world == 8 else "workers")

@@ -6,14 +6,19 @@ Wrapping replaces `block.forward`, never a module, so parameter names stay those
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.models.decoder import Decoder
+from titan_hd.models.recompute import recompute_first
+
+KEEPABLE = ("qkv", "gate_up")  # values of activation_checkpoint.keep
 
 
 def parallelize(
@@ -23,11 +28,13 @@ def parallelize(
     param_dtype: torch.dtype,
     checkpoint_mode: str,
     compile_blocks: bool,
+    checkpoint_keep: Sequence[str] = KEEPABLE,
+    dropout: bool = False,
 ) -> None:
     """Wrap a model on the meta device. Tensor parallelism comes before (`apply_tensor_parallel`): the adapters' tensors
-    follow how it splits the weights."""
+    follow how it splits the weights. checkpoint_keep, dropout: see `apply_activation_checkpointing`."""
     if checkpoint_mode != "none":
-        apply_activation_checkpointing(model, checkpoint_mode)
+        apply_activation_checkpointing(model, checkpoint_mode, checkpoint_keep, dropout)
     if compile_blocks:
         apply_compile(model)
     apply_fsdp(model, dims, ignored_params, param_dtype)
@@ -36,38 +43,29 @@ def parallelize(
 # ---------------------------------------------------------------------------------------------------------------------
 # Activation checkpointing
 
-_ATTENTION_OPS = {
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.higher_order.flex_attention,
-}
-_MATMUL_OPS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 
+def apply_activation_checkpointing(
+    model: Decoder, mode: str, keep: Sequence[str] = KEEPABLE, draws: bool = False
+) -> None:
+    """Recompute each block in the backward pass, wholly ("full"), or but for its costly results ("selective").
 
-def _selective_contexts():
-    """Keep attention's outputs and every second matrix product; recompute the rest."""
-    products = {"forward": 0, "recompute": 0}
+    selective keeps the residual stream, attention's result and, if `keep` names them, q, k, v ("qkv") and the outputs
+    of gate_proj and up_proj ("gate_up"). It recomputes the norms, the MLP's product, and what `keep` does not name. No
+    matrix product runs twice but those; nobody needs the outputs of o_proj and down_proj again.
 
-    def policy(ctx, op, *args, **kwargs):
-        if op in _ATTENTION_OPS:
-            return CheckpointPolicy.MUST_SAVE
-        if op in _MATMUL_OPS:
-            phase = "recompute" if ctx.is_recompute else "forward"
-            products[phase] += 1
-            if products[phase] % 2:
-                return CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
-
-
-def apply_activation_checkpointing(model: Decoder, mode: str) -> None:
-    """Recompute each block in the backward pass, wholly ("full") or but for its costly results ("selective")."""
-    extra = {"context_fn": _selective_contexts} if mode == "selective" else {}
+    draws: adapters have dropout, whose masks must be drawn again.
+    """
     for block in model.model.layers:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **extra)
+        if mode == "full":
+            flags = {"use_reentrant": False, "preserve_rng_state": draws, "determinism_check": "none"}
+            block.forward = functools.partial(checkpoint, block.forward, **flags)
+            continue
+        block.norm_then = block.mlp.activate_then = recompute_first
+        project_then = functools.partial(recompute_first, draws=draws)
+        if "qkv" not in keep:
+            block.self_attn.project_then = project_then
+        if "gate_up" not in keep:
+            block.mlp.project_then = project_then
 
 
 def apply_compile(model: Decoder) -> None:
@@ -108,11 +106,23 @@ def apply_fsdp(model: Decoder, dims: ParallelDims, ignored_params: set[nn.Parame
         assert isinstance(first, FSDPModule)
         first.set_gradient_divide_factor(1.0)
         first.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+    if dims.dp_shard > 1:
+        prefetch_forward(model)
     if not model.model.embed_tokens.weight.requires_grad and model.lm_head is not None:
         # A frozen embedding has no backward pass, but FSDP2 would prefetch it during that of the first block.
         first = model.model.layers[0]
         assert isinstance(first, FSDPModule)
         first.set_modules_to_backward_prefetch([first])
+
+
+def prefetch_forward(model: Decoder) -> None:
+    """Ask for the next block's weights before a block computes. FSDP2 by itself asks when the host comes to the next
+    block, which is in time only while the host runs ahead of the device."""
+    chain: list[nn.Module] = [*model.model.layers]
+    if model.lm_head is not None:
+        chain = [model.model.embed_tokens, *chain, model.model.norm]  # norm stands for its group, that of the head
+    for module, following in itertools.pairwise(chain):
+        module.set_modules_to_forward_prefetch([following])
 
 
 def reshard(model: Decoder) -> None:
