@@ -11,6 +11,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ def main() -> None:
     print_header("loader", env)
     lengths = lognormal(args.records, args.mean_length, args.seq_len)
     micro_batches = [range(m * BATCH, (m + 1) * BATCH) for m in range(MICRO_BATCHES)]
-    rows = []
+    rows: list[list[Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for source, records in make_records(lengths, Path(folder)).items():
             for packed in (False, True):

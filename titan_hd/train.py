@@ -187,7 +187,11 @@ class Trainer:
         micro_batches = [self.placement.samples(m) for m in range(self.placement.micro_batches)]
         batches = GlobalBatches(dataset, order, batch, pad_training_to, c.data.pack)
         self.loader = TrainLoader(batches, micro_batches, c.data.num_workers)
-        self.total_steps = c.training.steps or max(1, order.positions(c.training.epochs) // batch)
+        steps, epochs = c.training.steps, c.training.epochs
+        if steps is None:
+            assert epochs is not None  # one of the two is given
+            steps = max(1, order.positions(epochs) // batch)
+        self.total_steps = steps
         logger.info(
             "%s training records; %d steps of %d", order.records_per_epoch or "streamed", self.total_steps, batch
         )
@@ -417,6 +421,7 @@ class Trainer:
     def validate(self) -> None:
         """Validation loss and, if asked for, exact match of generated answers; logged under this step."""
         enter_phase(f"validation after step {self.step}")
+        assert self.validator is not None
         self.metrics.log(self.step, self.validator.run(self.model))
 
     def save(self) -> None:

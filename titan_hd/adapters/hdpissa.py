@@ -139,6 +139,7 @@ def share_products(model: nn.Module) -> None:
     """Give `project_together` to the modules that let a method say how layers of one input are applied."""
     for module in model.modules():
         if hasattr(module, "project"):  # models.decoder.Attention and MLP
+            # pyrefly: ignore[bad-argument-type]: a module takes any attribute; torch's __setattr__ says tensor or module
             module.project = project_together
 
 

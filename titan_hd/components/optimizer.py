@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,7 +47,7 @@ def build_optimizer(
     Always the foreach implementation: fused AdamW on DTensors leaks host memory at every step.
     """
     cls = optimizer_class(config.name)
-    offered = {
+    offered: dict[str, Any] = {
         "lr": config.lr,
         "betas": (config.beta1, config.beta2),
         "eps": config.eps,

@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from titan_hd.adapters.adapter_linear import adapter_layers
-from titan_hd.adapters.method import Method
+from titan_hd.adapters.method import FoldingMethod, Method
 from titan_hd.adapters.svd import SvdSettings
 from titan_hd.components.optimizer import build_optimizer, clip_gradients
 from titan_hd.config.job_config import JobConfig
@@ -97,8 +97,9 @@ class Update:
             if not changed_only or p.requires_grad or name in changed
         }
         state |= {f"adapters.{name}": p.detach() for name, p in adapter_parameters(self.model)}
-        for parameter, values in self.optimizer.state.items():
-            state |= {f"optimizer.{self.trainable[parameter]}.{key}": value for key, value in values.items()}
+        for parameter, name in self.trainable.items():
+            moments = self.optimizer.state.get(parameter, {})
+            state |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
         return state
 
     def start(self) -> None:
@@ -174,7 +175,7 @@ class FoldUpdate(Update):
     """The trained tensors are zero when a step begins; what the optimizer adds to them is folded into W, and they are
     zero again. The adapter registry holds them, outside of FSDP2."""
 
-    def __init__(self, model: Decoder, method: Method, dims: ParallelDims, config: JobConfig):
+    def __init__(self, model: Decoder, method: FoldingMethod, dims: ParallelDims, config: JobConfig):
         super().__init__(model, method, dims, config)
         self.registry = AdapterRegistry(model, method, dims.adapter_mesh(method.num_adapters))
         self.fold: Fold
@@ -236,7 +237,9 @@ class FoldUpdate(Update):
 
 def build_update(model: Decoder, method: Method, dims: ParallelDims, config: JobConfig) -> Update:
     """The update of a method that was applied to a meta model."""
-    return (FoldUpdate if method.folds else OptimizerUpdate)(model, method, dims, config)
+    if isinstance(method, FoldingMethod):
+        return FoldUpdate(model, method, dims, config)
+    return OptimizerUpdate(model, method, dims, config)
 
 
 def fold_plan(

@@ -8,17 +8,18 @@ replicated over "tp". So checkpoints, resharding and optimizers need no code of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from titan_hd.adapters.frozen_linear import FoldingLinear
 from titan_hd.adapters.method import FoldingMethod
 from titan_hd.distributed.collectives import all_reduce
+from titan_hd.distributed.parallel_dims import local_part
 
 
 @dataclass
@@ -26,20 +27,22 @@ class AdapterEntry:
     """One adapted layer. a [K, r, in] and b [K, out, r] are the fixed factors, fp32.
 
     shape: (out, in) of the whole W; split: its dimension that is split over tp, or None; local_shape: the (out, in) of
-    the tp-local matrix.
+    the tp-local matrix. leaves: per hosted adapter, da [r, in] and db [out, r].
+    grads: this worker's parts of the gradients of delta_A and delta_B.
     """
 
     layer: FoldingLinear
     shape: tuple[int, int]
     split: int | None
     local_shape: tuple[int, int]
-    a: DTensor | None = None
-    b: DTensor | None = None
-    leaves: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # per hosted adapter: da [r, in], db [out, r]
+    a: DTensor = field(init=False)  # with b, by `set_factors`
+    b: DTensor = field(init=False)
+    leaves: list[tuple[torch.Tensor, torch.Tensor]] = field(init=False)  # with grads, by `materialize`
+    grads: tuple[torch.Tensor, torch.Tensor] = field(init=False)
 
     def weight_rows(self) -> torch.Tensor:
         """This worker's rows of W, [rows, in]; writing to them changes W."""
-        return self.layer.weight.to_local()
+        return local_part(self.layer.weight)
 
 
 class AdapterRegistry:
@@ -87,18 +90,19 @@ class AdapterRegistry:
         A leaf's gradient is a slice of the parameter's gradient: backward accumulates where the optimizer reads.
         """
         for entry in self.entries.values():
-            columns = []
+            columns, parts = [], []
             for key in ("delta_A", "delta_B"):
                 parameter = getattr(entry.layer, key)
-                local = parameter.to_local()
+                local = local_part(parameter)
                 local.zero_()
-                parameter.grad = self._dtensor(torch.zeros_like(local), key, entry)
-                grads = parameter.grad.to_local()
+                grads = torch.zeros_like(local)
+                parameter.grad = self._dtensor(grads, key, entry)
                 leaves = [local[i].detach().requires_grad_(True) for i in range(self.hosted)]
                 for i, leaf in enumerate(leaves):
                     leaf.grad = grads[i]
                 columns.append(leaves)
-            entry.leaves = list(zip(*columns))
+                parts.append(grads)
+            entry.leaves, entry.grads = list(zip(*columns)), (parts[0], parts[1])
 
     def activate(self, slot: int) -> None:
         """Bind hosted adapter `slot` to every layer: the next forward and backward pass trains it."""
@@ -121,24 +125,23 @@ class AdapterRegistry:
         if self.mesh.size(1) > 1:
             _sum_in_place(grads, self.mesh.get_group("adapter_group"))
         if self.mesh.size(2) > 1:
-            whole = {0: "delta_A", 1: "delta_B"}
-            parts = [
-                getattr(e.layer, whole[e.split]).grad.to_local() for e in self.entries.values() if e.split is not None
-            ]
+            # Where rows of W are split over tp, delta_A is whole on every rank; where columns are, delta_B.
+            parts = [entry.grads[entry.split] for entry in self.entries.values() if entry.split is not None]
             _sum_in_place(parts, self.mesh.get_group("tp"))
         if self.method.mute_scalar:
             torch._foreach_div_(grads, self.method.mute_scalar)
 
     def _local_grads(self) -> list[torch.Tensor]:
-        return [p.grad.to_local() for e in self.entries.values() for p in (e.layer.delta_A, e.layer.delta_B)]
+        return [grad for entry in self.entries.values() for grad in entry.grads]
 
     def _entry(self, layer: FoldingLinear) -> AdapterEntry:
-        weight = layer.weight
-        split, local = None, weight.shape
-        if isinstance(weight, DTensor):
-            (placement,) = weight.placements
-            split, local = placement.dim, weight.to_local().shape
-        return AdapterEntry(layer, tuple(weight.shape), split, tuple(local))
+        split, local = None, layer.weight
+        if isinstance(layer.weight, DTensor):
+            (placement,) = layer.weight.placements
+            assert isinstance(placement, Shard)
+            split, local = placement.dim, layer.weight.to_local()
+        out_features, in_features = local.shape
+        return AdapterEntry(layer, (layer.out_features, layer.in_features), split, (out_features, in_features))
 
     def _local_shapes(self, entry: AdapterEntry) -> dict[str, tuple[int, int, int]]:
         out_features, in_features = entry.local_shape
@@ -149,7 +152,8 @@ class AdapterRegistry:
 
     def _dtensor(self, local: torch.Tensor, key: str, entry: AdapterEntry) -> DTensor:
         """A DTensor over the adapter mesh from this worker's part of delta_A (or A) or delta_B (or B)."""
-        split = {("delta_A", 1): Shard(2), ("delta_B", 0): Shard(1)}.get((key, entry.split), Replicate())
+        splits: dict[tuple[str, int | None], Placement] = {("delta_A", 1): Shard(2), ("delta_B", 0): Shard(1)}
+        split = splits.get((key, entry.split), Replicate())
         return DTensor.from_local(local, self.mesh, (Shard(0), Replicate(), split), run_check=False)
 
 

@@ -9,7 +9,7 @@ import functools
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titan_hd.distributed.parallel_dims import ParallelDims
@@ -86,9 +86,9 @@ def fsdp_groups(model: Decoder) -> list[tuple[list[nn.Module], bool]]:
     The head is needed again at once in the backward pass, so it stays gathered. A tied embedding is the head too, and
     belongs to the root group, which stays gathered for the whole step.
     """
-    groups = [([block], True) for block in model.model.layers]
+    groups: list[tuple[list[nn.Module], bool]] = [([block], True) for block in model.model.layers]
     if model.lm_head is not None:
-        groups += [([model.model.embed_tokens], True), ([model.model.norm, model.lm_head], False)]
+        groups.extend([([model.model.embed_tokens], True), ([model.model.norm, model.lm_head], False)])
     return [*groups, ([model], False)]
 
 
@@ -104,11 +104,14 @@ def apply_fsdp(model: Decoder, dims: ParallelDims, ignored_params: set[nn.Parame
             reshard_after_forward=reshard,
             ignored_params=ignored_params,
         )
-        modules[0].set_gradient_divide_factor(1.0)
-        modules[0].set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+        first = modules[0]
+        assert isinstance(first, FSDPModule)
+        first.set_gradient_divide_factor(1.0)
+        first.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
     if not model.model.embed_tokens.weight.requires_grad and model.lm_head is not None:
         # A frozen embedding has no backward pass, but FSDP2 would prefetch it during that of the first block.
         first = model.model.layers[0]
+        assert isinstance(first, FSDPModule)
         first.set_modules_to_backward_prefetch([first])
 
 
@@ -119,4 +122,5 @@ def reshard(model: Decoder) -> None:
     whoever looks at the model next: a checkpoint, the export.
     """
     for modules, _ in fsdp_groups(model):
+        assert isinstance(modules[0], FSDPModule)
         modules[0].reshard()

@@ -94,7 +94,7 @@ class LayerCache:
 
     def update(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write k, v [B, G, T, C] into the slots of positions [B, T]; returns all slots."""
-        if self.keys is None:
+        if self.keys is None or self.values is None:
             shape = (*k.shape[:2], self.slots, k.shape[3])
             self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
         index = positions[:, None, :, None].expand_as(k)
@@ -156,6 +156,7 @@ class Attention(nn.Module):
         )
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if cache is not None:
+            assert positions is not None
             k, v = cache.update(k, v, positions)
         grouped = self.kv_heads != self.heads
         if isinstance(mask, BlockMask):

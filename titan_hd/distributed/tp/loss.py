@@ -31,7 +31,8 @@ class _CrossEntropySum(torch.autograd.Function):
         return torch.where(trained, sums[0].log() - sums[1], 0.0).sum()
 
     @staticmethod
-    def backward(ctx, gy):
+    def backward(ctx, *gys):
+        (gy,) = gys
         softmax, index, mine, trained = ctx.saved_tensors
         gradient = softmax.scatter_add_(1, index, -mine[:, None].to(softmax.dtype))
         return gradient.mul_((gy * trained)[:, None]).to(ctx.dtype), None, None

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
-from titan_hd.distributed.parallel_dims import ParallelDims, owned_block
+from titan_hd.distributed.parallel_dims import ParallelDims, local_part, owned_block
 from titan_hd.distributed.update.apply import Rounding
 from titan_hd.distributed.update.plan import Bucket, UpdatePlan
 from titan_hd.distributed.update.rounding import rounding_key
@@ -94,7 +94,7 @@ class Fold:
     def _hosted(self, bucket: Bucket) -> list[HostedFactors]:
         entries = [self.registry.entries[name] for name in bucket.shapes]
         tensors = [(e.a, e.b, e.layer.delta_A, e.layer.delta_B) for e in entries]
-        return [HostedFactors(*(t.to_local() for t in four)) for four in tensors]
+        return [HostedFactors(*map(local_part, four)) for four in tensors]
 
     def _rounding(self, name: str, entry: AdapterEntry, step: int) -> Rounding:
         block = owned_block(entry.shape, entry.split, self.dims.place(self.dims.rank), self.dims)
@@ -127,7 +127,7 @@ def check_finite(registry: AdapterRegistry, what: str, step: int) -> None:
     tensors, owners = [], []
     for index, entry in enumerate(registry.entries.values()):
         for parameter in (entry.layer.delta_A, entry.layer.delta_B):
-            tensors.append((parameter.grad if what == "gradient" else parameter).to_local())
+            tensors.append(local_part(parameter.grad if what == "gradient" else parameter))
             owners.append(index)
     # Squares of fp32 do not overflow in float64, so that a norm is infinite or NaN exactly where an element is. (So
     # would the maximum norm be, but that is slow on a CPU.)
@@ -136,5 +136,5 @@ def check_finite(registry: AdapterRegistry, what: str, step: int) -> None:
     first = bad.min()
     dist.all_reduce(first, op=dist.ReduceOp.MIN)
     if first.item() < len(registry.entries):
-        name = list(registry.entries)[first.item()]
+        name = list(registry.entries)[int(first)]
         raise FloatingPointError(f"step {step + 1}: the {what} of {name} is not finite; W is as it was before the step")
