@@ -300,7 +300,7 @@ class Trainer:
         self.update.apply(lr, self.step)
         self.step += 1
         loss = self._sum_losses(loss_sum) / max(1, sum(counts.trained))
-        return StepResult(loss, grad_norm, lr, counts.tokens, counts.sequences)
+        return StepResult(loss, grad_norm.item(), lr, counts.tokens, counts.sequences)
 
     def _read_batches(self) -> list[Batch]:
         if not self.config.data.streaming:
