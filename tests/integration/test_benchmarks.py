@@ -21,7 +21,7 @@ TINY = {
     "checkpoint": "--megabytes 5 --workers 2 --saves 1",
     "tensor_parallel": "--hidden 128 --intermediate 32 --layers 1 --vocabulary 32 --tokens 9 --repetitions 1",
     "loss": "--tokens 32 --hidden 16 --vocabulary 50 --repetitions 1",
-    "host": "--layers 2 --repetitions 1",
+    "checkpointing": "--layers 2 --repetitions 1",
     "svd": "--sizes 48x32 --count 8 --threads 1 --repetitions 1",
 }
 
