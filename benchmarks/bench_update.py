@@ -179,12 +179,13 @@ def build(case: Case, num_adapters: int, device: torch.device) -> tuple[AdapterR
     registry = AdapterRegistry(model, method, dims.adapter_mesh(num_adapters))
     fully_shard(model, mesh=dims.fsdp_mesh, ignored_params=registry.parameters())
     model.to_empty(device=device)
+    registry.materialize()
     torch.manual_seed(dist.get_rank())
     for name, entry in registry.entries.items():
         entry.weight_rows().zero_()
         a, b = local_part(entry.layer.delta_A), local_part(entry.layer.delta_B)
         registry.set_factors(name, 0.1 * torch.randn_like(a), 0.1 * torch.randn_like(b))
-    registry.materialize()
+    registry.start()
     return registry, dims
 
 

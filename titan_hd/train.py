@@ -312,7 +312,7 @@ class Trainer:
         self.gathers.after_step(max(batch.input_ids.shape[1] for batch in batches))
         self.step += 1
         loss = self._sum_losses(loss_sum) / max(1, sum(counts.trained))
-        return StepResult(loss, grad_norm, lr, counts.positions, counts.tokens, counts.sequences)
+        return StepResult(loss, grad_norm.item(), lr, counts.positions, counts.tokens, counts.sequences)
 
     def _read_batches(self) -> list[Batch]:
         if not self.config.data.streaming:
