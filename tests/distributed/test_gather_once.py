@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from tests.distributed.test_scaling import Gathers, trainer
 from tests.kit import runs
+from tests.kit.gathers import Gathers
 from titan_hd.distributed import weight_gathers
 from titan_hd.distributed.shards import base_parameters
 from titan_hd.models.registry import read_hf_config
@@ -23,7 +23,7 @@ MICRO_BATCHES = 4  # of each of two workers
 def counted_step(argv: list[str]) -> tuple[list[int], bool]:
     """Bytes of each all-gather of the second step's forward and backward passes; whether fold and optimizer met
     shards."""
-    run = trainer(argv)
+    run = runs.trainer(argv)
     run.train_step()
     gathers, apply, sharded = Gathers(), run.update.apply, []
 
@@ -107,7 +107,7 @@ def decided(argv: list[str], available: list[int]) -> tuple[bool, int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weight_gathers, "available_memory", lambda: available[rank])
         patch.setenv("LOCAL_WORLD_SIZE", "2")
-        run = trainer(argv)
+        run = runs.trainer(argv)
         assert not run.gathers.kept
         run.train_step()
     run.close()

@@ -15,48 +15,25 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kit import runs
-from titan_hd.components.metrics import init_logging
+from tests.kit.gathers import Gathers
 from titan_hd.components.update import FoldUpdate
-from titan_hd.config import manager
 from titan_hd.distributed.collectives import TRAFFIC
 from titan_hd.distributed.shards import base_parameters
 from titan_hd.distributed.update.topology import Topology
 from titan_hd.models.registry import read_hf_config
-from titan_hd.preflight import plan_run
 from titan_hd.train import Trainer
 from tools.scaling import Work, fsdp_gathers, shared_gradients, state_bytes
-
-
-def trainer(argv: list[str]) -> Trainer:
-    init_logging(rank=1)
-    config = manager.load(argv)
-    return Trainer(config, plan_run(config, dist.get_world_size()), torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bytes
 
 
-class Gathers(TorchDispatchMode):
-    """Bytes received in each all-gather into one tensor, while `counting`."""
-
-    def __init__(self):
-        super().__init__()
-        self.received: list[int] = []
-        self.counting = True
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.counting and func is torch.ops.c10d._allgather_base_.default:
-            self.received.append(args[0].nbytes - args[1].nbytes)
-        return func(*args, **(kwargs or {}))
-
-
 def received(argv: list[str]) -> tuple[list[int], int, int]:
     """All-gathers of the second step's forward and backward passes; bytes of its exchange, counted and planned."""
-    run = trainer(argv)
+    run = runs.trainer(argv)
     run.train_step()
     gathers, before = Gathers(), TRAFFIC.received
     folds = isinstance(run.update, FoldUpdate)
@@ -127,7 +104,7 @@ def fake_run(world: int, argv: list[str]) -> tuple[Trainer, int]:
     new_group = dist.new_group
     every_group_fake = mock.patch.object(dist, "new_group", lambda *a, **k: new_group(*a, **{**k, "backend": "fake"}))
     with every_group_fake, cProfile.Profile() as profile:  # checkpoints ask for gloo, which would look for the others
-        run = trainer(argv)
+        run = runs.trainer(argv)
         run.train_step()
     run.close()
     return run, sum(calls for _, calls, *_ in pstats.Stats(profile).stats.values())

@@ -99,27 +99,31 @@ def options(model: Path, records: Path, dump: Path, **overrides) -> list[str]:
     return [f"--{key}={value}" for key, value in values.items()]
 
 
+def trainer(argv: list[str]):
+    """A quiet Trainer on this rank of the worker pool."""
+    import torch.distributed as dist
+
+    from titan_hd.components.metrics import init_logging
+    from titan_hd.train import Trainer
+
+    init_logging(rank=1)
+    config = manager.load(argv)
+    return Trainer(config, plan_run(config, dist.get_world_size()), torch.device("cpu"))
+
+
 def train(argv: list[str], stop_after: int | None = None) -> list[float]:
     """Run on this rank of the worker pool; the loss of every step. Importable, so that the pool can call it.
 
     stop_after: save a checkpoint and leave after so many steps, as a run that is interrupted there.
     """
-    from titan_hd.components.metrics import init_logging
-    from titan_hd.train import Trainer
-
-    init_logging(rank=1)  # quiet
-    config = manager.load(argv)
-    import torch.distributed as dist
-
-    trainer = Trainer(config, plan_run(config, dist.get_world_size()), torch.device("cpu"))
-    losses = []
+    run, losses = trainer(argv), []
     if stop_after is None:
-        trainer.add_hook(1, lambda result: losses.append(result.loss))
-        trainer.train()
+        run.add_hook(1, lambda result: losses.append(result.loss))
+        run.train()
     else:
-        losses = [trainer.train_step().loss for _ in range(stop_after)]
-        trainer.save()
-    trainer.close()
+        losses = [run.train_step().loss for _ in range(stop_after)]
+        run.save()
+    run.close()
     return losses
 
 
