@@ -49,6 +49,7 @@ from titan_hd.errors import UserError
 from titan_hd.export.hf import export_hf
 from titan_hd.export.peft import export_peft
 from titan_hd.files import disk_faults
+from titan_hd.fitting import log_memory
 from titan_hd.models.decoder import Decoder
 from titan_hd.preflight import RunPlan
 from titan_hd.process.environment import record_environment
@@ -86,6 +87,7 @@ class Trainer:
     """
 
     def __init__(self, config: JobConfig, plan: RunPlan, device: torch.device, signals: StopSignals | None = None):
+        config = plan.config  # with what "auto" stands for
         self.config, self.plan, self.device = config, plan, device
         self.signals = signals or StopSignals()
         self.stop_status = 0  # all workers' agreement on `signals.status`
@@ -115,7 +117,7 @@ class Trainer:
         logger.info("titan_hd %s, torch %s, %d x %s", __version__, torch.__version__, w, device_name(self.device))
         if config.job.print_config:
             logger.info("configuration:\n%s", manager.to_toml(config))
-        for line in ignored_keys(config):
+        for line in (*ignored_keys(config), *plan.warnings):
             logger.warning("%s", line)
         hosted = f", {self.placement.hosted} on each worker" if plan.num_adapters > 1 else ""
         logger.info(
@@ -448,6 +450,8 @@ class Trainer:
 
 def run(config: JobConfig, plan: RunPlan, device: torch.device, signals: StopSignals) -> int:
     """A whole run of this worker; its exit status."""
+    if dist.get_rank() == 0:
+        log_memory(plan, device)
     trainer = Trainer(config, plan, device, signals)
     status = trainer.train()
     # Only after success: a rank that fails alone would wait here for others, which wait for it in a collective.

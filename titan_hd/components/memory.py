@@ -18,7 +18,7 @@ from torch import nn
 
 from titan_hd.adapters.adapter_linear import AdapterLinear
 from titan_hd.adapters.methods import build_method
-from titan_hd.components.live_bytes import BlockMemory, HeadMemory, block_memory, head_memory
+from titan_hd.components.live_bytes import block_memory, head_memory
 from titan_hd.components.optimizer import optimizer_class
 from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.parallelize import fsdp_groups
@@ -31,24 +31,32 @@ from titan_hd.models.registry import DecoderConfig
 GB = 1e9
 # Of the device's memory, beside what the allocator hands out: the CUDA context with the libraries' workspaces, nccl's
 # buffers where there are several workers, and the share of the allocations that fragmentation costs.
-CONTEXT_BYTES = 1.0e9
-NCCL_BYTES = 0.5e9
+CONTEXT_BYTES = 1_000_000_000
+NCCL_BYTES = 500_000_000
 FRAGMENTATION = 0.05
+PROCESS_BYTES = 400_000_000  # of Python and torch on a CPU
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What the estimate depends on. mesh: degrees of replicas, shards, tensor parallelism; updates: how the update of
-    every weight travels, for a method that folds; compute, master, frozen: dtypes."""
+    every weight travels, for a method that folds. The configuration's dtypes are resolved."""
 
     config: JobConfig
     decoder: DecoderConfig
     mesh: tuple[int, int, int]
-    num_adapters: int
     updates: UpdatePlan | None
-    compute: torch.dtype
-    master: torch.dtype
     device_type: str = "cuda"
+
+    @property
+    def compute(self) -> torch.dtype:
+        """dtype of the gathered weights and the activations."""
+        return getattr(torch, self.config.training.mixed_precision_param)
+
+    @property
+    def master(self) -> torch.dtype:
+        """dtype of the shards of W that the optimizer does not work on."""
+        return getattr(torch, self.config.training.master_dtype)
 
 
 @dataclass(frozen=True)
@@ -80,17 +88,15 @@ class Estimate:
 
 def estimate_memory(sizes: Sizes) -> Estimate:
     """The peak of a training step after the first one (the optimizer's moments are there)."""
-    c, shards = sizes.config, sizes.mesh[1]
     model, local = _meta_model(sizes)
-    groups = list(_groups(model, shards))
+    groups = list(_groups(model, sizes.mesh[1]))
     held = _held(sizes, model, groups)
     phases = _phases(sizes, model, local, groups)
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     allocated = sum(held.values()) + sum(phases[phase].values())
-    beside = 0
+    beside = PROCESS_BYTES
     if sizes.device_type == "cuda":
-        beside = int(CONTEXT_BYTES + NCCL_BYTES * (sizes.mesh != (1, 1, 1)) + FRAGMENTATION * allocated)
-    assert c is sizes.config
+        beside = CONTEXT_BYTES + NCCL_BYTES * (sizes.mesh != (1, 1, 1)) + int(FRAGMENTATION * allocated)
     return Estimate(held, phases[phase], phase, beside)
 
 
@@ -253,6 +259,3 @@ def fold_bytes(updates: UpdatePlan, in_flight: int) -> int:
     """The most that a fold needs at a time, beside the cache."""
     buckets = [ROUTES[b.route].memory([*b.shapes.values()], updates.topology, b.cached) for b in updates.buckets]
     return min(in_flight, len(buckets)) * max(b.held for b in buckets) + max(b.computing for b in buckets)
-
-
-__all__ = ["BlockMemory", "Estimate", "HeadMemory", "Sizes", "estimate_memory", "fold_bytes", "state_tensors"]

@@ -1,0 +1,118 @@
+"""Whether a run will fit into the memory of its device, and which change would make it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator
+
+import torch
+
+from titan_hd.adapters.full import FullFineTuning
+from titan_hd.adapters.methods import method_of
+from titan_hd.components.memory import GB, Estimate, Sizes, estimate_memory
+from titan_hd.preflight import RunPlan, update_plan
+
+logger = logging.getLogger("titan_hd")
+
+_MOST_SHARDS = 64
+
+
+def estimate_run(plan: RunPlan, device_type: str) -> Estimate:
+    """What each worker of a run on devices of this type will need."""
+    updates = update_plan(plan.config, plan) if plan.method.folds else None
+    return estimate_memory(Sizes(plan.config, plan.decoder, plan.mesh, updates, device_type))
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that one worker may take: what is free on its GPU, or its share of the host's available memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            fields = dict(line.split(":", 1) for line in file)
+    except OSError:  # not Linux
+        return 2**63
+    return 1024 * int(fields["MemAvailable"].split()[0]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def log_memory(plan: RunPlan, device: torch.device) -> None:
+    """Say what a run will need, and warn if its device has less. Before anything is loaded."""
+    logger.info("%s", estimate_run(plan, device.type).table())
+    warning = too_little(plan, device.type, device_memory(device))
+    if warning:
+        logger.warning("%s", warning)
+
+
+def too_little(plan: RunPlan, device_type: str, available: int) -> str | None:
+    """One line, if a worker needs more than `available` bytes: how much, and what would help. None: it fits."""
+    needed = estimate_run(plan, device_type).total
+    if needed <= available:
+        return None
+    return (
+        f"memory: each worker will need about {needed / GB:.1f} GB and has {available / GB:.1f} GB; "
+        f"{remedy(plan, device_type, available)}"
+    )
+
+
+def remedy(plan: RunPlan, device_type: str, available: int) -> str:
+    """Every single change that would make a run fit; else the fewest of them together, in the order of what they cost."""
+
+    def fits(changed: RunPlan) -> bool:
+        return estimate_run(changed, device_type).total <= available
+
+    single = [text for text, changed in _changes(plan) if fits(changed)]
+    if single:
+        return "it would fit with " + ", or ".join(single)
+    together, taken = plan, []
+    while (change := next(_within(together), None)) is not None:
+        text, together = change
+        taken.append(text)
+        if fits(together):
+            return "it would fit with " + " and ".join(taken)
+    return f"even {' and '.join(taken)} would not be enough" if taken else "nothing smaller is left to try"
+
+
+def _changes(plan: RunPlan) -> Iterator[tuple[str, RunPlan]]:
+    """Changes that save memory, each by itself: its words and the changed plan."""
+    yield from _within(plan)
+    batch = plan.config.training.local_batch_size
+    for size in (batch // 2**i for i in range(2, batch.bit_length())):
+        yield _set(plan, "training.local_batch_size", size)
+    shards = plan.dp_shard * 2
+    while shards <= _MOST_SHARDS:
+        changed = _more_shards(plan, shards)
+        if changed is not None:
+            yield f"{shards * plan.dp_replicate * plan.tp} workers", changed
+        shards *= 2
+
+
+def _within(plan: RunPlan) -> Iterator[tuple[str, RunPlan]]:
+    """Changes on the same workers."""
+    c = plan.config
+    if c.training.local_batch_size > 1:
+        yield _set(plan, "training.local_batch_size", c.training.local_batch_size // 2)
+    modes = ("none", "selective", "full")
+    for mode in modes[modes.index(c.activation_checkpoint.mode) + 1 :]:
+        yield _set(plan, "activation_checkpoint.mode", mode)
+    if c.training.mixed_precision_param != "bfloat16":
+        yield _set(plan, "training.mixed_precision_param", "bfloat16")
+    if c.training.master_dtype != "bfloat16" and not issubclass(method_of(c), FullFineTuning):
+        yield _set(plan, "training.master_dtype", "bfloat16")
+    if plan.method.folds and c.hdpissa.factor_cache_gb != 0.0:
+        yield _set(plan, "hdpissa.factor_cache_gb", 0.0)
+
+
+def _set(plan: RunPlan, key: str, value: object) -> tuple[str, RunPlan]:
+    section, _, name = key.partition(".")
+    changed = dataclasses.replace(getattr(plan.config, section), **{name: value})
+    config = dataclasses.replace(plan.config, **{section: changed})
+    return f"{key} = {value}", dataclasses.replace(plan, config=config)
+
+
+def _more_shards(plan: RunPlan, shards: int) -> RunPlan | None:
+    """The plan on more workers with the same adapters; None if these cannot be dealt to them."""
+    workers = shards * plan.dp_replicate
+    k = plan.num_adapters
+    return None if max(k, workers) % min(k, workers) else dataclasses.replace(plan, dp_shard=shards)
