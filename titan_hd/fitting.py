@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -57,42 +57,37 @@ def too_little(plan: RunPlan, device_type: str, available: int) -> str | None:
 
 
 def remedy(plan: RunPlan, device_type: str, available: int) -> str:
-    """Every single change that would make a run fit; else the fewest of them together, in the order of what they cost."""
+    """Every change that by itself makes a run fit on its workers, else the first ones, by what they cost, that do it
+    together; and the smallest number of workers on which it fits as it is."""
 
     def fits(changed: RunPlan) -> bool:
         return estimate_run(changed, device_type).total <= available
 
-    single = [text for text, changed in _changes(plan) if fits(changed)]
-    if single:
-        return "it would fit with " + ", or ".join(single)
-    together, taken = plan, []
-    while (change := next(_within(together), None)) is not None:
-        text, together = change
+    ways = [text for text, changed in _changes(plan) if fits(changed)] or _together(plan, fits)
+    more = next((changed for changed in _more_shards(plan) if fits(changed)), None)
+    if more is not None:
+        ways.append(f"{more.dp_shard * more.dp_replicate * more.tp} workers")
+    return "it would fit with " + ", or ".join(ways) if ways else "no smaller setting would be enough"
+
+
+def _together(plan: RunPlan, fits: Callable[[RunPlan], bool]) -> list[str]:
+    """The first changes that make a run fit together, as one text; none if all of them do not."""
+    taken = []
+    while (change := next(_changes(plan), None)) is not None:
+        text, plan = change
         taken.append(text)
-        if fits(together):
-            return "it would fit with " + " and ".join(taken)
-    return f"even {' and '.join(taken)} would not be enough" if taken else "nothing smaller is left to try"
+        if fits(plan):
+            last = {part.split(" = ")[0]: part for part in taken}  # a batch size is halved several times
+            return [" and ".join(last.values())]
+    return []
 
 
 def _changes(plan: RunPlan) -> Iterator[tuple[str, RunPlan]]:
-    """Changes that save memory, each by itself: its words and the changed plan."""
-    yield from _within(plan)
-    batch = plan.config.training.local_batch_size
-    for size in (batch // 2**i for i in range(2, batch.bit_length())):
-        yield _set(plan, "training.local_batch_size", size)
-    shards = plan.dp_shard * 2
-    while shards <= _MOST_SHARDS:
-        changed = _more_shards(plan, shards)
-        if changed is not None:
-            yield f"{shards * plan.dp_replicate * plan.tp} workers", changed
-        shards *= 2
-
-
-def _within(plan: RunPlan) -> Iterator[tuple[str, RunPlan]]:
-    """Changes on the same workers."""
+    """Changes that save memory on the same workers, cheap ones first: words for each, and the plan with it alone."""
     c = plan.config
-    if c.training.local_batch_size > 1:
-        yield _set(plan, "training.local_batch_size", c.training.local_batch_size // 2)
+    batch = c.training.local_batch_size
+    for size in (batch // 2**i for i in range(1, batch.bit_length())):
+        yield _set(plan, "training.local_batch_size", size)
     modes = ("none", "selective", "full")
     for mode in modes[modes.index(c.activation_checkpoint.mode) + 1 :]:
         yield _set(plan, "activation_checkpoint.mode", mode)
@@ -111,8 +106,10 @@ def _set(plan: RunPlan, key: str, value: object) -> tuple[str, RunPlan]:
     return f"{key} = {value}", dataclasses.replace(plan, config=config)
 
 
-def _more_shards(plan: RunPlan, shards: int) -> RunPlan | None:
-    """The plan on more workers with the same adapters; None if these cannot be dealt to them."""
-    workers = shards * plan.dp_replicate
-    k = plan.num_adapters
-    return None if max(k, workers) % min(k, workers) else dataclasses.replace(plan, dp_shard=shards)
+def _more_shards(plan: RunPlan) -> Iterator[RunPlan]:
+    """The plan on twice the shards and so on, with the same adapters where they can be dealt to so many workers."""
+    shards, k = plan.dp_shard, plan.num_adapters
+    while (shards := 2 * shards) <= _MOST_SHARDS:
+        workers = shards * plan.dp_replicate
+        if max(k, workers) % min(k, workers) == 0:
+            yield dataclasses.replace(plan, dp_shard=shards)

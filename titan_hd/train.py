@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 
 from titan_hd import __version__
-from titan_hd.adapters.methods import ignored_keys
+from titan_hd.adapters.methods import build_method, ignored_keys
 from titan_hd.checkpoint.checkpointer import Checkpointer
 from titan_hd.checkpoint.resume_check import check_resumable, run_identity, weights_fingerprint
-from titan_hd.components.flops import flops_per_token, trained_work
+from titan_hd.components.flops import flops_per_token, peak_flops, trained_work
+from titan_hd.components.live_bytes import recomputed_flops
 from titan_hd.components.lr_scheduler import lr_factor
 from titan_hd.components.metrics import (
     MetricsLogger,
@@ -62,22 +63,26 @@ logger = logging.getLogger("titan_hd")
 
 
 class TokenCounts(NamedTuple):
-    """Of one step over all workers: trained tokens of each logical adapter, all tokens but padding, records."""
+    """Of one step over all workers: trained tokens of each logical adapter, all tokens but padding, records; squares:
+    the sum of the records' squared lengths."""
 
     trained: list[int]
     tokens: int
     sequences: int
+    squares: int
 
 
 class StepResult(NamedTuple):
     """What one step came to: the loss of a trained token before the step, the gradients' norm before clipping, the
-    learning rate, and how many tokens (without padding) and records all workers read."""
+    learning rate, and how many tokens (without padding) and records all workers read; squares: the sum of the records'
+    squared lengths."""
 
     loss: float
     grad_norm: float
     lr: float
     tokens: int
     sequences: int
+    squares: int
 
 
 class Trainer:
@@ -259,6 +264,15 @@ class Trainer:
             if rank == 0:
                 self.metrics = MetricsLogger(c, self.total_steps, self.step, self.wandb_id)
         self.profiler = build_profiler(c, rank)
+        self.peak_flops = peak_flops(device_name(self.device))
+        if self.peak_flops:
+            self.recomputed_flops = recomputed_flops(
+                self.plan.decoder,
+                build_method(c),
+                c.adapter.target_modules,
+                (c.training.local_batch_size, c.training.seq_len),
+                c.activation_checkpoint.mode,
+            )
         self._window: list[tuple[StepResult, float]] = []  # of the steps since the last log, with their seconds
         self.hooks: list[tuple[int, Callable[[StepResult], object]]] = []
         self.add_hook(1, lambda result: self.metrics.advance(result.loss))
@@ -293,7 +307,7 @@ class Trainer:
         self.update.apply(lr, self.step)
         self.step += 1
         loss = self._sum_losses(loss_sum) / max(1, sum(counts.trained))
-        return StepResult(loss, grad_norm, lr, counts.tokens, counts.sequences)
+        return StepResult(loss, grad_norm, lr, counts.tokens, counts.sequences, counts.squares)
 
     def _read_batches(self) -> list[Batch]:
         if not self.config.data.streaming:
@@ -303,15 +317,16 @@ class Trainer:
 
     def _count_tokens(self, batches: list[Batch]) -> TokenCounts:
         """Of all workers' batches."""
-        counts = torch.zeros(self.plan.num_adapters + 2, dtype=torch.long)
+        counts = torch.zeros(self.plan.num_adapters + 3, dtype=torch.long)
         for m, batch in enumerate(batches):
             counts[self.placement.adapter(m)] += batch.trained_tokens
-            counts[-2] += batch.tokens
-            counts[-1] += batch.sequences
+            counts[-3] += batch.tokens
+            counts[-2] += batch.sequences
+            counts[-1] += batch.squares
         counts = counts.to(self.device)
         dist.all_reduce(counts, group=self.dims.dp_mesh.get_group())
-        *trained, tokens, sequences = counts.tolist()
-        return TokenCounts(trained, tokens, sequences)
+        *trained, tokens, sequences, squares = counts.tolist()
+        return TokenCounts(trained, tokens, sequences, squares)
 
     def _sum_losses(self, loss_sum: torch.Tensor) -> float:
         """The sum of all workers' losses. What signals ask for travels with it: all ranks must agree where to stop."""
@@ -393,12 +408,17 @@ class Trainer:
         """The last step's loss, norm and rate, and the speed of all steps since the last call."""
         steps = len(self._window)
         tokens = sum(result.tokens for result, _ in self._window)
-        sequences = sum(result.sequences for result, _ in self._window)
+        squares = sum(result.squares for result, _ in self._window)
         seconds = sum(seconds for _, seconds in self._window)
         self._window.clear()
         tokens_of_pass = tokens / (steps * self.placement.micro_batches * self.dims.dp_size)
-        flops = flops_per_token(self.plan.decoder, tokens / sequences, *trained_work(self.model, tokens_of_pass))
+        flops = flops_per_token(self.plan.decoder, squares / tokens, *trained_work(self.model, tokens_of_pass))
         rate = tokens / seconds
+        per_worker = rate / self.dims.world_size
+        utilisation = {}
+        if self.peak_flops:
+            utilisation["mfu"] = per_worker * flops / self.peak_flops
+            utilisation["hfu"] = per_worker * (flops + self.recomputed_flops) / self.peak_flops
         self.metrics.log(
             self.step,
             {
@@ -406,7 +426,8 @@ class Trainer:
                 "grad_norm": last.grad_norm,
                 "lr": last.lr,
                 "tokens_per_second": rate,
-                "tflops_per_worker": rate * flops / 1e12 / self.dims.world_size,
+                "tflops_per_worker": per_worker * flops / 1e12,
+                **utilisation,
                 "step_seconds": seconds / steps,
                 "peak_memory_gib": peak_memory_gib(self.device),
             },

@@ -120,12 +120,15 @@ class TestRemedy:
         line = fitting.too_little(plan, "cpu", needed - 1_000_000)
         assert line.startswith("memory: each worker will need about ")
         assert "it would fit with training.local_batch_size = 1, or activation_checkpoint.mode = selective" in line
+        assert line.endswith(", or 2 workers")
 
     def test_several_together(self, argv):
-        plan = self.plan(argv, training__global_batch_size=4)
+        plan = self.plan(argv)
         smallest = plan
-        while changes := list(fitting._within(smallest)):
+        while changes := list(fitting._changes(smallest)):
             smallest = changes[0][1]
         available = fitting.estimate_run(smallest, "cpu").total
-        assert " and " in fitting.remedy(plan, "cpu", available)
-        assert fitting.remedy(plan, "cpu", available // 2).startswith("even training.local_batch_size = 1 and ")
+        assert "training.local_batch_size = 1 and activation_checkpoint.mode = full" in fitting.remedy(
+            plan, "cpu", available
+        )
+        assert fitting.remedy(plan, "cpu", available // 100).startswith("no smaller setting")

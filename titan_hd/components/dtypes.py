@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from titan_hd.adapters.adapter_linear import AdapterMethod
-from titan_hd.adapters.methods import method_of
+from titan_hd.adapters.methods import build_method
 from titan_hd.config.job_config import JobConfig
 
 # Names of the instructions in torch.cpu.get_capabilities() and /proc/cpuinfo (the last one is Arm's).
@@ -37,18 +37,22 @@ def resolve_dtypes(
     files: the dtype that all weights of model.hf_assets_path have; None if they differ or are not there. saved: the
     state of the checkpoint that the run goes on from.
     """
-    frozen = issubclass(method_of(config), AdapterMethod)
     compute, master, base = config.training.mixed_precision_param, config.training.master_dtype, config.checkpoint.base
     if compute == "auto":
         compute = "bfloat16" if has_bfloat16(device_type) else "float32"
+    training = dataclasses.replace(config.training, mixed_precision_param=compute)
+    method = build_method(dataclasses.replace(config, training=training))
+    frozen = isinstance(method, AdapterMethod)
     if master == "auto":
-        exact = frozen and compute == "bfloat16" and files == torch.bfloat16
+        # Rounding the base that pissa and OLoRA make would not change the training, which rounds what it gathers, but
+        # their adapter for peft: docs/memory.md.
+        exact = frozen and not method.changes_base and compute == "bfloat16" and files == torch.bfloat16
         master = "bfloat16" if exact else "float32"
         master = saved["identity"].get("training.master_dtype", master) if saved else master
     if base == "auto":
         base = "delta" if frozen and config.model.hf_assets_path and not config.model.flavor else "full"
         base = saved.get("base", base) if saved else base
-    training = dataclasses.replace(config.training, mixed_precision_param=compute, master_dtype=master)
+    training = dataclasses.replace(training, master_dtype=master)
     return dataclasses.replace(config, training=training, checkpoint=dataclasses.replace(config.checkpoint, base=base))
 
 

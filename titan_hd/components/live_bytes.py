@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
 
 from titan_hd.adapters.frozen_linear import FoldingLinear
 from titan_hd.adapters.method import Method
@@ -22,7 +23,6 @@ from titan_hd.distributed.parallelize import apply_activation_checkpointing
 from titan_hd.models.decoder import Decoder, RMSNorm
 from titan_hd.models.head import Targets, logits_or_loss
 from titan_hd.models.registry import DecoderConfig
-
 
 # Operators that make a tensor as large as their input for themselves.
 _WORKSPACE = {torch.ops.aten.logsumexp.default}
@@ -34,31 +34,29 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
-        self._seen: dict[int, weakref.ref] = {}
+        self.peak = 0
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    @property
+    def live(self) -> int:
+        """Asked of the storages each time: one may be emptied, and filled again, without an operator."""
+        storages = (ref() for ref in self._storages.values())
+        return sum(storage.nbytes() for storage in storages if storage is not None)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        before = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
-        if func in _WORKSPACE:
-            self.peak = max(self.peak, self.live + args[0].nbytes)
         for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage(), known)
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in before:
+                self._add(tensor.untyped_storage())
+        workspace = args[0].nbytes if func in _WORKSPACE else 0
+        self.peak = max(self.peak, self.live + workspace)
         return out
 
-    def _add(self, storage: torch.UntypedStorage, known: set[int]) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key in self._seen or key in known:
-            return
-
-        def gone(_: weakref.ref) -> None:
-            del self._seen[key]
-            self.live -= size
-
-        self._seen[key] = weakref.ref(storage, gone)
-        self.live += size
-        self.peak = max(self.peak, self.live)
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key not in self._storages:
+            self._storages[key] = weakref.ref(storage, lambda _: self._storages.pop(key))
 
 
 class BlockMemory(NamedTuple):
@@ -130,6 +128,20 @@ def block_memory(
             bytes_.peak = before = bytes_.live
             h.backward(gy)
             return BlockMemory(kept, forward, bytes_.peak - before)
+
+
+def recomputed_flops(
+    config: DecoderConfig, method: Method, targets: list[str] | None, tokens: tuple[int, int], checkpoint_mode: str
+) -> float:
+    """Operations per token that all blocks together do a second time. Arguments as of `block_memory`."""
+
+    def counted(mode: str) -> int:
+        with FlopCounterMode(display=False) as counter:
+            block_memory(config, method, targets, tokens, torch.bfloat16, mode)
+        return counter.get_total_flops()
+
+    again = 0 if checkpoint_mode == "none" else counted(checkpoint_mode) - counted("none")
+    return again / 2 * config.num_hidden_layers / (tokens[0] * tokens[1])
 
 
 def _as_gathered(model: Decoder, dtype: torch.dtype) -> None:

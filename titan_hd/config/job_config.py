@@ -140,8 +140,9 @@ class Training:
     master_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of the sharded master weights. bfloat16 halves their memory. For hdpissa the fold then rounds
     stochastically, because an update of relative size 1e-5 would vanish; methods with adapters beside a frozen W keep
-    those in float32; full needs float32. auto: bfloat16 where W is frozen, its files are bfloat16 and so is
-    training.mixed_precision_param (nothing is lost), else float32; a run that resumes keeps its checkpoint's."""
+    those in float32; full needs float32. auto: bfloat16 where W is frozen as its files have it
+    (not for pissa and OLoRA), the files are bfloat16 and so is training.mixed_precision_param: nothing is lost. Else
+    float32. A run that resumes keeps its checkpoint's."""
     gc_freq: int = 50
     """Python garbage is collected every this many steps, by all workers at once."""
 
