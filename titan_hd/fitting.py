@@ -11,7 +11,7 @@ import torch
 
 from titan_hd.adapters.full import FullFineTuning
 from titan_hd.adapters.methods import method_of
-from titan_hd.components.memory import GB, Estimate, Sizes, estimate_memory
+from titan_hd.components.memory import GB, Estimate, Sizes, estimate_memory, received_bytes
 from titan_hd.preflight import RunPlan, update_plan
 
 logger = logging.getLogger("titan_hd")
@@ -21,8 +21,18 @@ _MOST_SHARDS = 64
 
 def estimate_run(plan: RunPlan, device_type: str) -> Estimate:
     """What each worker of a run on devices of this type will need."""
+    return estimate_memory(_sizes(plan, device_type))
+
+
+def traffic_gb(plan: RunPlan, micro_batches: int) -> dict[str, float]:
+    """GB that a worker receives in a step, by name of the metric."""
+    gathered, exchanged = received_bytes(_sizes(plan, "cuda"), micro_batches)
+    return {"gather_gb": gathered / GB, "exchange_gb": exchanged / GB}
+
+
+def _sizes(plan: RunPlan, device_type: str) -> Sizes:
     updates = update_plan(plan.config, plan) if plan.method.folds else None
-    return estimate_memory(Sizes(plan.config, plan.decoder, plan.mesh, updates, device_type))
+    return Sizes(plan.config, plan.decoder, plan.mesh, updates, device_type)
 
 
 def device_memory(device: torch.device) -> int:

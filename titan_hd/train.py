@@ -50,7 +50,7 @@ from titan_hd.errors import UserError
 from titan_hd.export.hf import export_hf
 from titan_hd.export.peft import export_peft
 from titan_hd.files import disk_faults
-from titan_hd.fitting import log_memory
+from titan_hd.fitting import log_memory, traffic_gb
 from titan_hd.models.decoder import Decoder
 from titan_hd.preflight import RunPlan
 from titan_hd.process.environment import record_environment
@@ -264,6 +264,7 @@ class Trainer:
             if rank == 0:
                 self.metrics = MetricsLogger(c, self.total_steps, self.step, self.wandb_id)
         self.profiler = build_profiler(c, rank)
+        self.traffic = traffic_gb(self.plan, self.placement.micro_batches)
         self.peak_flops = peak_flops(device_name(self.device))
         if self.peak_flops:
             self.recomputed_flops = recomputed_flops(
@@ -428,6 +429,7 @@ class Trainer:
                 "tokens_per_second": rate,
                 "tflops_per_worker": per_worker * flops / 1e12,
                 **utilisation,
+                **self.traffic,
                 "step_seconds": seconds / steps,
                 "peak_memory_gib": peak_memory_gib(self.device),
             },

@@ -89,7 +89,7 @@ class Estimate:
 def estimate_memory(sizes: Sizes) -> Estimate:
     """The peak of a training step after the first one (the optimizer's moments are there)."""
     model, local = _meta_model(sizes)
-    groups = list(_groups(model, sizes.mesh[1]))
+    groups = list(fsdp_group_sizes(model, sizes.mesh[1]))
     held = _held(sizes, model, groups)
     phases = _phases(sizes, model, local, groups)
     phase = max(phases, key=lambda name: sum(phases[name].values()))
@@ -115,6 +115,15 @@ class Group:
     trained: int
     whole: int
     whole_trained: int
+
+    @property
+    def shard(self) -> int:
+        """Elements of a shard."""
+        return self.base + self.trained
+
+    def gathers(self, trains_embedding: bool) -> int:
+        """How often a micro-batch gathers it: a block in the forward and in the backward pass."""
+        return 2 if self.kind == "block" or (self.kind == "embedding" and trains_embedding) else 1
 
 
 def shard_elements(parameter: torch.Tensor, shards: int) -> int:
@@ -143,7 +152,8 @@ def _meta_model(sizes: Sizes) -> tuple[Decoder, DecoderConfig]:
     return model, local
 
 
-def _groups(model: Decoder, shards: int) -> Iterator[Group]:
+def fsdp_group_sizes(model: Decoder, shards: int) -> Iterator[Group]:
+    """Of a model on the meta device that is not sharded yet."""
     seen: set[nn.Parameter] = set()
     for modules, _ in fsdp_groups(model):
         mine = {p for module in modules for p in module.parameters()} - seen
@@ -253,6 +263,17 @@ def _optimizer_temporaries(sizes: Sizes, groups: list[Group]) -> int:
         topology = sizes.updates.topology
         return 4 * topology.hosted * topology.rank * sum(sum(w.shape) for w in sizes.updates.weights)
     return 4 * sum(g.trained for g in groups)
+
+
+def received_bytes(sizes: Sizes, micro_batches: int) -> tuple[int, int]:
+    """What a worker receives in a step: all-gathers of the weights, and the exchange of the updates of a method that
+    folds. Gradients that are summed over workers are not in it."""
+    shards = sizes.mesh[1]
+    model, _ = _meta_model(sizes)
+    embeds = model.model.embed_tokens.weight.requires_grad
+    elements = sum(group.gathers(embeds) * group.shard for group in fsdp_group_sizes(model, shards))
+    exchanged = sum(weight.received for weight in sizes.updates.weights) if sizes.updates is not None else 0
+    return micro_batches * (shards - 1) * elements * sizes.compute.itemsize, exchanged
 
 
 def fold_bytes(updates: UpdatePlan, in_flight: int) -> int:

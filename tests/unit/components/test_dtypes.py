@@ -60,7 +60,7 @@ def test_random_weights_have_no_base_to_come_back_to():
 
 @pytest.mark.parametrize(("instructions", "fast"), [({"avx512_bf16": True}, True), ({"avx512_bf16": False}, False)])
 def test_cpus_say_what_they_can(instructions: dict[str, bool], fast: bool):
-    with mock.patch.object(torch.cpu, "get_capabilities", lambda: instructions, create=True):
+    with mock.patch.object(torch.cpu, "get_capabilities", return_value=instructions, create=True):
         assert has_bfloat16("cpu") == fast
         assert has_bfloat16("cuda")
 
