@@ -1,4 +1,4 @@
-"""What the host does in a step beside forward and backward: milliseconds and operations, on shapes too small to compute.
+"""What the host does in a step beside forward and backward: milliseconds and operations, on tiny shapes.
 
     python -m benchmarks.bench_host                      # one gloo worker, one thread
     python -m benchmarks.bench_host --optimizer SGD --adapters 8
@@ -7,6 +7,10 @@ Part "optimizer": HD-PiSSA on 32 blocks of 7 linear layers, from the last backwa
 gradients, norm and clipping, the optimizer's step, the check that all is finite, the fold. On these shapes the
 arithmetic is nothing, and what is measured is what keeps a GPU waiting. "operations" are those of ATen that
 torch.profiler counts in one call, views and allocations apart: each is a kernel on a GPU.
+
+Part "rounding": how a bf16 weight [1024, 4096] takes an update with stochastic rounding, operation by operation as on
+CPUs, and compiled as on GPUs ("--compile": that takes half a minute). bytes are those that the operations read and
+write for each element; the compiled kernel reads weight and update and writes the weight, 8 bytes.
 
 The products of the fold and what they are made of (224 products, and their operands) are the row "fold's products":
 the same tensors, without anything around them.
@@ -21,6 +25,8 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import common
 from titan_hd.adapters.hdpissa import HDPissa
@@ -29,6 +35,7 @@ from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import parallelize
 from titan_hd.distributed.shards import init_weights, materialize
+from titan_hd.distributed.update import rounding
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import parse_hf_config
 
@@ -136,14 +143,52 @@ def operations(function: Callable[[], None]) -> int:
     return sum(e.name.removeprefix("aten::") not in _FREE for e in leaves)
 
 
+class MovedBytes(TorchDispatchMode):
+    """Bytes that operations inside the context read and write, and the number of these operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.operations = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+        result = function(*arguments, **(kwargs or {}))
+        if function.overloadpacket.__name__ not in _FREE:
+            tensors = [t for t in tree_leaves((arguments, kwargs, result)) if isinstance(t, torch.Tensor)]
+            self.total += sum(t.nbytes for t in tensors)
+            self.operations += 1
+        return result
+
+
+def measure_rounding(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    n, m = 1024, 4096
+    w, update, keep = torch.randn(n, m).bfloat16(), 1e-3 * torch.randn(n, m), torch.ones(())
+    operands = (w, update, keep, rounding.row_hashes(1, torch.arange(n)), torch.arange(m, dtype=torch.int32))
+    variants = {"rounding, eager": lambda: rounding.add_rounded(*operands)}
+    if args.compile:
+        compiled = torch.compile(rounding._add_rounded, dynamic=True)
+        variants["rounding, compiled"] = lambda: compiled(*operands)
+    timing = common.interleave(variants, torch.device("cpu"), args.repetitions, warmup=2)
+    results = {}
+    for name, wall in common.medians(timing.wall).items():
+        results[name] = {
+            "ms": wall * 1e3,
+            "cpu_ms": common.medians(timing.cpu)[name] * 1e3,
+            "operations": 1,
+            "bytes": 8.0,
+        }
+    with MovedBytes() as moved:
+        rounding.add_rounded(*operands)
+    results["rounding, eager"] |= {"operations": moved.operations, "bytes": moved.total / w.numel()}
+    return results
+
+
 def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     update = build(args)
     steps = Steps(update)
-    optimizer_alone = products(update)
     variants = {
         "zero gradients": steps.zero,
         "clip, optimizer, check, fold": steps.finish,
-        "fold's products": optimizer_alone,
+        "fold's products": products(update),
         "bind a micro-batch": steps.bind,
     }
     timing = common.interleave(variants, torch.device("cpu"), args.repetitions, warmup=3, before=steps.begin)
@@ -157,7 +202,8 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--parts", nargs="+", choices=["optimizer"], default=["optimizer"])
+    parser.add_argument("--parts", nargs="+", choices=["optimizer", "rounding"], default=["optimizer", "rounding"])
+    parser.add_argument("--compile", action="store_true", help="measure the compiled rounding too")
     parser.add_argument("--optimizer", default="AdamW", help="a class of torch.optim")
     parser.add_argument("--adapters", type=int, default=1, help="K")
     parser.add_argument("--repetitions", type=int, default=20)
@@ -169,10 +215,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = dist.FileStore(os.path.join(folder, "store"), 1)
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-        results = measure(args)
+        results = measure(args) if "optimizer" in args.parts else {}
+        results |= measure_rounding(args) if "rounding" in args.parts else {}
         dist.destroy_process_group()
-    rows = [[name, r["ms"], r["cpu_ms"], r["operations"]] for name, r in results.items()]
-    common.print_table(["part", "ms", "CPU ms", "operations"], rows)
+    rows = [[name, r["ms"], r["cpu_ms"], r["operations"], r.get("bytes")] for name, r in results.items()]
+    common.print_table(["part", "ms", "CPU ms", "operations", "bytes an element"], rows)
     common.print_json("bench_host", environment, results)
 
 

@@ -85,7 +85,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
 
 @torch.no_grad()
 def clip_flat(parts: list[tuple[torch.Tensor, int]], max_norm: float) -> torch.Tensor:
-    """As `clip_gradients`, of flat parts of a gradient, each with the number of ranks that hold the same; in float64."""
+    """`clip_gradients` in float64, of flat parts of a gradient, each with the number of ranks that hold the same."""
     total = sum(square_sum(part) / copies for part, copies in parts)
     assert isinstance(total, torch.Tensor)
     return _clip([part for part, _ in parts], total, max_norm)

@@ -5,8 +5,8 @@ shapes, all Shard(0) over the mesh dimension "adapter" and replicated over "adap
 adapter where K < W). Under tensor parallelism the factor on the split side of W is split with it, the other one is
 replicated over "tp". So checkpoints and resharding need no code of their own.
 
-What this worker has of them lies in flat tensors, one each for the deltas, their gradients and the factors: the DTensors
-are views. What every step does to all of them (zero, sum, norm, clip, the optimizer) is a few kernels on the flat ones.
+What this worker has of them lies in flat tensors, one each for the deltas, their gradients and the factors: the
+DTensors are views. What every step does to all of them (zero, sum, norm, clip, the optimizer) is a few kernels.
 """
 
 from __future__ import annotations

@@ -78,7 +78,8 @@ class Fold:
         owns.
 
         Phase 3 of a bucket runs while the next ones are in phase 2; at most `in_flight` buckets are in either. At the
-        end every worker sets its own dA and dB to zero; what other workers receive of them is a copy. No barrier ends the step: who needs the others' rows is the all-gather of the next forward pass.
+        end every worker sets its own dA and dB to zero; what others received of them was a copy. No barrier ends the
+        step: who needs the others' rows is the all-gather of the next forward pass.
 
         Raises:
             FloatingPointError: on every rank and before W is touched, if an adapter's gradient or update is not finite.
