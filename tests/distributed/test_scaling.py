@@ -12,7 +12,6 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -25,7 +24,6 @@ from titan_hd.distributed.update.topology import Topology
 from titan_hd.models.registry import read_hf_config
 from titan_hd.train import Trainer
 from tools.scaling import Work, fsdp_gathers, shared_gradients, state_bytes
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bytes
