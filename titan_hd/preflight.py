@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import torch
 
 from titan_hd.adapters.method import Method
 from titan_hd.adapters.methods import build_method, method_errors, method_of
-from titan_hd.checkpoint.folder import CheckpointFolder
+from titan_hd.checkpoint.folder import CheckpointFolder, read_train_state
 from titan_hd.checkpoint.resume_check import allow_mismatch_errors
+from titan_hd.components.dtypes import dtype_warnings, resolve_dtypes
 from titan_hd.components.optimizer import optimizer_class
 from titan_hd.components.update import fold_plan
 from titan_hd.config.job_config import JobConfig
@@ -25,6 +28,7 @@ from titan_hd.distributed.tp.tensor_parallel import LINEAR_PATHS, local_shape, t
 from titan_hd.distributed.update.plan import UpdatePlan
 from titan_hd.errors import UserError
 from titan_hd.export.hf import check_folder, export_folder
+from titan_hd.models.decoder import parameter_shapes
 from titan_hd.models.hf_files import open_model_weights
 from titan_hd.models.registry import DecoderConfig, flavor_config, read_hf_config
 
@@ -33,14 +37,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What the configuration comes to for a number of workers: every default resolved."""
+    """What the configuration comes to for a number of workers: every default resolved.
 
+    config: with the dtypes and checkpoint.base that "auto" stands for. warnings: lines for the log.
+    """
+
+    config: JobConfig
     decoder: DecoderConfig
     dp_replicate: int
     dp_shard: int
     tp: int
     method: Method
     global_batch_size: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def num_adapters(self) -> int:
@@ -53,13 +62,16 @@ class RunPlan:
         return self.dp_replicate, self.dp_shard, self.tp
 
 
-def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> RunPlan:
-    """Resolve a configuration for `world_size` workers; needs_files: the data must be there.
+def plan_run(config: JobConfig, world_size: int, needs_files: bool = True, device_type: str | None = None) -> RunPlan:
+    """Resolve a configuration for `world_size` workers; needs_files: the data must be there; device_type: "cuda" or
+    "cpu", by default what this machine has.
 
     Raises:
         ConfigError: one line for every fault that needs the model's shapes, the files or the number of workers.
     """
     errors = method_errors(config)
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    warnings = dtype_warnings(config, device_type)
 
     def attempt(function: Callable[..., T], *args: object) -> T | None:
         try:
@@ -73,6 +85,7 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> Ru
     shard = attempt(resolve_shard_degree, replicate, parallelism.data_parallel_shard_degree, tp, world_size)
     workers = max(1, world_size // tp)
     decoder = attempt(decoder_config, config)
+    config = resolve_dtypes(config, device_type, files_dtype(config, decoder), _saved_state(config))
     attempt(optimizer_class, config.optimizer.name)
     if needs_files:
         attempt(check_data, config.data)
@@ -101,7 +114,7 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True) -> Ru
         raise ConfigError(errors)
     assert decoder is not None
     assert shard is not None
-    return RunPlan(decoder, replicate, shard, tp, method, global_batch)
+    return RunPlan(config, decoder, replicate, shard, tp, method, global_batch, tuple(warnings))
 
 
 def update_plan(config: JobConfig, plan: RunPlan) -> UpdatePlan:
@@ -130,6 +143,32 @@ def _check_start(config: JobConfig, decoder: DecoderConfig, method: Method) -> N
     if (resumes and c.base == "full" and not export_reads_base) or config.model.flavor:
         return
     open_model_weights(config.model.hf_assets_path, decoder)
+
+
+def files_dtype(config: JobConfig, decoder: DecoderConfig | None) -> torch.dtype | None:
+    """The one dtype of all weights of the base model; where its files are not there, what its config.json says. None:
+    several, or not to be known."""
+    if decoder is None or config.model.flavor:
+        return None
+    try:
+        files = open_model_weights(config.model.hf_assets_path, decoder)
+    except UserError:  # `_check_start` reports it
+        said = decoder.hf.get("dtype", decoder.hf.get("torch_dtype"))
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(str(said))
+    dtypes = {files.dtype(name) for name in parameter_shapes(decoder)}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _saved_state(config: JobConfig) -> dict[str, Any] | None:
+    """The state of the checkpoint that a run will go on from, as far as that can be told without reading all of it."""
+    c = config.checkpoint
+    if not c.enable:
+        return None
+    folder = CheckpointFolder(Path(config.job.dump_folder) / c.folder, c.keep_latest_k)
+    try:
+        return next((read_train_state(folder.path(step)) for step in folder.candidates(c.load_step)), None)
+    except UserError:  # the checkpointer reports it
+        return None
 
 
 def decoder_config(config: JobConfig) -> DecoderConfig:

@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 
 from titan_hd import __version__
-from titan_hd.adapters.methods import ignored_keys
+from titan_hd.adapters.methods import build_method, ignored_keys
 from titan_hd.checkpoint.checkpointer import Checkpointer
 from titan_hd.checkpoint.resume_check import check_resumable, run_identity, weights_fingerprint
-from titan_hd.components.flops import flops_per_token, trained_work
+from titan_hd.components.flops import flops_per_token, peak_flops, trained_work
+from titan_hd.components.live_bytes import recomputed_flops
 from titan_hd.components.lr_scheduler import lr_factor
 from titan_hd.components.metrics import (
     MetricsLogger,
@@ -50,6 +51,7 @@ from titan_hd.errors import UserError
 from titan_hd.export.hf import export_hf
 from titan_hd.export.peft import export_peft
 from titan_hd.files import disk_faults
+from titan_hd.fitting import log_memory, traffic_gb
 from titan_hd.models.decoder import Decoder
 from titan_hd.preflight import RunPlan
 from titan_hd.process.environment import record_environment
@@ -63,17 +65,20 @@ logger = logging.getLogger("titan_hd")
 
 class TokenCounts(NamedTuple):
     """Of one step over all workers: trained tokens of each logical adapter, positions of all rows, all tokens but
-    padding, records."""
+    padding, records; squares: the sum of the records' squared lengths."""
 
     trained: list[int]
     positions: int
     tokens: int
     sequences: int
+    squares: int
 
 
 class StepResult(NamedTuple):
     """What one step came to: the loss of a trained token before the step, the gradients' norm before clipping, the
-    learning rate, and how many positions, tokens (positions without padding) and records all workers read."""
+    learning rate, and how many positions, tokens (positions without padding) and records all workers read; squares: the
+    sum of the records' squared lengths.
+    """
 
     loss: float
     grad_norm: float
@@ -81,6 +86,7 @@ class StepResult(NamedTuple):
     positions: int
     tokens: int
     sequences: int
+    squares: int
 
 
 class Trainer:
@@ -90,6 +96,7 @@ class Trainer:
     """
 
     def __init__(self, config: JobConfig, plan: RunPlan, device: torch.device, signals: StopSignals | None = None):
+        config = plan.config  # with what "auto" stands for
         self.config, self.plan, self.device = config, plan, device
         self.signals = signals or StopSignals()
         self.stop_status = 0  # all workers' agreement on `signals.status`
@@ -119,7 +126,7 @@ class Trainer:
         logger.info("titan_hd %s, torch %s, %d x %s", __version__, torch.__version__, w, device_name(self.device))
         if config.job.print_config:
             logger.info("configuration:\n%s", manager.to_toml(config))
-        for line in ignored_keys(config):
+        for line in (*ignored_keys(config), *plan.warnings):
             logger.warning("%s", line)
         hosted = f", {self.placement.hosted} on each worker" if plan.num_adapters > 1 else ""
         logger.info(
@@ -276,6 +283,17 @@ class Trainer:
             if rank == 0:
                 self.metrics = MetricsLogger(c, self.total_steps, self.step, self.wandb_id)
         self.profiler = build_profiler(c, rank)
+        # By whether W stays gathered for a whole step, which may be decided after the first one.
+        self.traffic = {kept: traffic_gb(self.plan, self.placement.micro_batches, kept) for kept in (False, True)}
+        self.peak_flops = peak_flops(device_name(self.device))
+        if self.peak_flops:
+            self.recomputed_flops = recomputed_flops(
+                self.plan.decoder,
+                build_method(c),
+                c.adapter.target_modules,
+                (c.training.local_batch_size, c.training.seq_len),
+                c.activation_checkpoint.mode,
+            )
         self._window: list[tuple[StepResult, float]] = []  # of the steps since the last log, with their seconds
         self.hooks: list[tuple[int, Callable[[StepResult], object]]] = []
         self.add_hook(1, lambda result: self.metrics.advance(result.loss))
@@ -312,7 +330,7 @@ class Trainer:
         self.gathers.after_step(max(batch.input_ids.shape[1] for batch in batches))
         self.step += 1
         loss = self._sum_losses(loss_sum) / max(1, sum(counts.trained))
-        return StepResult(loss, grad_norm.item(), lr, counts.positions, counts.tokens, counts.sequences)
+        return StepResult(loss, grad_norm.item(), lr, *counts[1:])
 
     def _read_batches(self) -> list[Batch]:
         if not self.config.data.streaming:
@@ -322,17 +340,16 @@ class Trainer:
 
     def _count_tokens(self, batches: list[Batch]) -> TokenCounts:
         """Of all workers' batches. Counted on the host: a device would have to be waited for."""
-        counts = torch.zeros(self.plan.num_adapters + 3, dtype=torch.long)
+        counts = torch.zeros(self.plan.num_adapters + 4, dtype=torch.long)
         for m, batch in enumerate(batches):
             counts[self.placement.adapter(m)] += batch.trained_tokens
-            counts[-3] += batch.input_ids.numel()
-            counts[-2] += batch.tokens
-            counts[-1] += batch.sequences
+            of_batch = (batch.input_ids.numel(), batch.tokens, batch.sequences, batch.squares)
+            counts[-4:] += torch.tensor(of_batch)
         if self.dims.tp_rank:  # the ranks of a tensor-parallel group read the same
             counts.zero_()
         dist.all_reduce(counts)
-        *trained, positions, tokens, sequences = counts.tolist()
-        return TokenCounts(trained, positions, tokens, sequences)
+        *trained, positions, tokens, sequences, squares = counts.tolist()
+        return TokenCounts(trained, positions, tokens, sequences, squares)
 
     def _sum_losses(self, loss_sum: torch.Tensor) -> float:
         """The sum of all workers' losses. What signals ask for travels with it: all ranks must agree where to stop."""
@@ -412,13 +429,18 @@ class Trainer:
         """The last step's loss, norm and rate, and the speed of all steps since the last call."""
         steps = len(self._window)
         tokens = sum(result.tokens for result, _ in self._window)
-        sequences = sum(result.sequences for result, _ in self._window)
+        squares = sum(result.squares for result, _ in self._window)
         positions = sum(result.positions for result, _ in self._window)
         seconds = sum(seconds for _, seconds in self._window)
         self._window.clear()
         tokens_of_pass = tokens / (steps * self.placement.micro_batches * self.dims.dp_size)
-        flops = flops_per_token(self.plan.decoder, tokens / sequences, *trained_work(self.model, tokens_of_pass))
+        flops = flops_per_token(self.plan.decoder, squares / tokens, *trained_work(self.model, tokens_of_pass))
         rate = tokens / seconds
+        per_worker = rate / self.dims.world_size
+        utilisation = {}
+        if self.peak_flops:
+            utilisation["mfu"] = per_worker * flops / self.peak_flops
+            utilisation["hfu"] = per_worker * (flops + self.recomputed_flops) / self.peak_flops
         self.metrics.log(
             self.step,
             {
@@ -426,7 +448,9 @@ class Trainer:
                 "grad_norm": last.grad_norm,
                 "lr": last.lr,
                 "tokens_per_second": rate,
-                "tflops_per_worker": rate * flops / 1e12 / self.dims.world_size,
+                "tflops_per_worker": per_worker * flops / 1e12,
+                **utilisation,
+                **self.traffic[self.gathers.kept],
                 "padding_share": 1 - tokens / positions,
                 "step_seconds": seconds / steps,
                 "peak_memory_gib": peak_memory_gib(self.device),
@@ -472,6 +496,8 @@ class Trainer:
 
 def run(config: JobConfig, plan: RunPlan, device: torch.device, signals: StopSignals) -> int:
     """A whole run of this worker; its exit status."""
+    if dist.get_rank() == 0:
+        log_memory(plan, device)
     trainer = Trainer(config, plan, device, signals)
     status = trainer.train()
     # Only after success: a rank that fails alone would wait here for others, which wait for it in a collective.

@@ -39,7 +39,8 @@ def precompute(config: JobConfig, share: int, shares: int) -> None:
     method = build_method(config, method_of(config).adapters_for(config, workers=1))
     names = method.apply(model, a.target_modules)[share::shares]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    master = getattr(torch, config.training.master_dtype)  # what the run decomposes is the master
+    # What the run decomposes is the master; one that is chosen automatically is exact.
+    master = torch.bfloat16 if config.training.master_dtype == "bfloat16" else torch.float32
     for name in tqdm(names, unit="weight"):
         rows = files.read_rows(f"{name}.weight", 0, shapes[f"{name}.weight"][0])
         weight = rows.to(device, master).float()

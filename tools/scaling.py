@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from titan_hd.components.flops import flops_per_token
+from titan_hd.components.memory import Group, fold_bytes, fsdp_group_sizes
 from titan_hd.config import manager
-from titan_hd.distributed.parallelize import fsdp_groups
-from titan_hd.distributed.row_shards import chunk_rows
 from titan_hd.distributed.update.plan import UpdatePlan, plan_update
 from titan_hd.distributed.update.route import Collective
 from titan_hd.distributed.update.routes import ROUTES
@@ -135,27 +133,13 @@ def fsdp_gathers(config: DecoderConfig, shards: int, element: int, trained: bool
     element: bytes of an element as gathered. trained: method full, whose backward pass wants the embedding again.
     passes: 1 where the weights stay gathered, and these are the gathers of a whole step.
     """
-    gathers = []
-    for numel, again, embedding in _groups(config, shards):
-        passes_of_group = 1 if not again or (embedding and not trained) else passes
-        gathers += [(shards - 1) * numel * element] * passes_of_group
-    return gathers
+    sizes = [(group.shard, min(passes, group.gathers(trained))) for group in _groups(config, shards)]
+    return [(shards - 1) * shard * element for shard, times in sizes for _ in range(times)]
 
 
-def _groups(config: DecoderConfig, shards: int) -> Iterator[tuple[int, bool, bool]]:
-    """Of each FSDP2 group: elements of a (padded) shard, whether backward gathers it again, whether it embeds."""
+def _groups(config: DecoderConfig, shards: int) -> list[Group]:
     with torch.device("meta"):
-        model = Decoder(config)
-    seen = set()
-    for modules, reshard in fsdp_groups(model):
-        mine = {p for module in modules for p in module.parameters()} - seen
-        seen |= mine
-        if mine:
-            yield sum(_shard(p, shards) for p in mine), reshard, model.model.embed_tokens in modules
-
-
-def _shard(parameter: torch.Tensor, shards: int) -> int:
-    return chunk_rows(parameter.shape[0], shards) * parameter[0].numel()
+        return list(fsdp_group_sizes(Decoder(config), shards))
 
 
 def shared_gradients(work: Work, topology: Topology) -> int:
@@ -174,7 +158,7 @@ def state_bytes(work: Work, plan: UpdatePlan) -> dict[str, int]:
     cached static factors."""
     topology = plan.topology
     return {
-        "shards": 4 * sum(numel for numel, _, _ in _groups(work.config, topology.dp_shard)),
+        "shards": 4 * sum(group.shard for group in _groups(work.config, topology.dp_shard)),
         "adapters": 5 * 4 * adapter_elements(work, topology),
         "cache": sum(w.cache_bytes for w in plan.weights if w.cached),
     }
@@ -186,10 +170,9 @@ def passing_bytes(work: Work, plan: UpdatePlan) -> int:
     widths = sum(out for out, _ in c.linear_shapes().values()) + 4 * c.hidden_size
     activations = t * bf16 * (c.num_hidden_layers * c.hidden_size + 2 * widths)
     logits = t * c.vocab_size * (bf16 + 3 * 4)  # bf16; fp32, their softmax and its gradient
-    numels = [plan.topology.dp_shard * numel for numel, _, _ in _groups(c, plan.topology.dp_shard)]
+    numels = [plan.topology.dp_shard * group.shard for group in _groups(c, plan.topology.dp_shard)]
     gathered = bf16 * (sum(sorted(numels)[-2:]) + max(numels))
-    buckets = [ROUTES[b.route].memory([*b.shapes.values()], plan.topology, b.cached) for b in plan.buckets]
-    return max(activations + logits + gathered, 2 * max(b.held for b in buckets) + max(b.computing for b in buckets))
+    return max(activations + logits + gathered, fold_bytes(plan, in_flight=2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,7 +235,7 @@ def authors_estimate(work: Work, gpus: int, cluster: Cluster) -> Estimate:
     received = (gpus - 1) * per_adapter
     products = 4 * gpus * work.rank * sum(out * width for out, width in shapes) / cluster.fold_rate
     wire = cluster.ring(received, gpus, min(gpus, cluster.node))
-    whole = sum(numel for numel, _, _ in _groups(work.config, 1))
+    whole = sum(group.shard for group in _groups(work.config, 1))
     plan = plan_update(work.shapes(), Topology(1, work.rank, 1, 1))
     memory = 4 * whole + 5 * per_adapter // 2 + passing_bytes(work, plan)
     compute = compute_seconds(work, cluster, dense_gradient=True)

@@ -144,5 +144,6 @@ def test_resumed_twice_and_tokens_are_real_ones(workers, setup, tmp_path):
         documents = [records[i] for place in range(8) for i in order.sample(step * 8 + place)]
         tokens = sum(len(d["input_ids"]) for d in documents)
         assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(tokens)
-        flops = flops_per_token(decoder, tokens / len(documents), 0, work)
+        seen = sum(len(d["input_ids"]) ** 2 for d in documents) / tokens
+        flops = flops_per_token(decoder, seen, 0, work)
         assert line["tflops_per_worker"] == pytest.approx(line["tokens_per_second"] * flops / 1e12 / 2)

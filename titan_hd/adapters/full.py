@@ -31,7 +31,7 @@ class FullFineTuning(Method):
                 "checkpoint.base: delta needs a base model in model.hf_assets_path (and no model.flavor), and a method "
                 "that leaves some of its weights alone"
             )
-        if config.training.master_dtype != "float32":
+        if config.training.master_dtype == "bfloat16":
             errors.append(
                 "training.master_dtype: bfloat16 is for methods that keep W frozen or fold into it, not for full "
                 "(small updates would vanish)"

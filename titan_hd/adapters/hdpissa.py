@@ -132,8 +132,8 @@ class HDPissaLinear(FoldingLinear):
         return F.linear(x, layer.weight, layer.bias) + self.mute_scalar * self.scale * low_rank
 
     def flops(self, tokens: float) -> float:
-        """The exact mute's four skinny products."""
-        return 4 * self.delta_A.shape[1] * (self.in_features + self.out_features)
+        """The exact mute's four skinny products; with a mute scalar LoRA's six."""
+        return (6 if self.mute_scalar else 4) * self.delta_A.shape[1] * (self.in_features + self.out_features)
 
 
 def project_together(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:

@@ -134,16 +134,19 @@ class Training:
     """Clip gradients to this global norm (over all logical adapters). 0: off."""
     seed: int = 42
     """Seeds the data order, random weights, random slices and dropout."""
-    mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
-    """dtype in which the weights are all-gathered and computed with."""
+    mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
+    """dtype in which the weights are all-gathered and computed with. auto: bfloat16 on GPUs and on CPUs that have
+    instructions for it, else float32."""
     float32_matmul_precision: Literal["high", "highest"] = "highest"
     """How GPUs multiply fp32 matrices (torch.set_float32_matmul_precision). high: TF32, several times faster, with 10
     bits of mantissa in the factors; where mixed_precision_param is bfloat16 it matters to the fold's products alone.
     highest: fp32."""
-    master_dtype: Literal["float32", "bfloat16"] = "float32"
+    master_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of the sharded master weights. bfloat16 halves their memory. For hdpissa the fold then rounds
     stochastically, because an update of relative size 1e-5 would vanish; methods with adapters beside a frozen W keep
-    those in float32; full needs float32."""
+    those in float32; full needs float32. auto: bfloat16 where W is frozen as its files have it
+    (not for pissa and OLoRA), the files are bfloat16 and so is training.mixed_precision_param: nothing is lost. Else
+    float32. A run that resumes keeps its checkpoint's."""
     gc_freq: int = 50
     """Python garbage is collected every this many steps, by all workers at once."""
 
@@ -316,9 +319,10 @@ class Checkpoint:
     async_mode: Literal["disabled", "async"] = "disabled"
     """async: a save stops the training only while the shards are copied to the host (which takes as much memory there);
     a thread writes them. One save is under way at a time. disabled: training waits for the disk."""
-    base: Literal["full", "delta"] = "full"
+    base: Literal["auto", "full", "delta"] = "auto"
     """full: a checkpoint holds every weight. delta: only those that training changes; the others are read again from
-    model.hf_assets_path, which must then hold the same files."""
+    model.hf_assets_path, which must then hold the same files. auto: delta where a method trains adapters beside the
+    frozen weights of model.hf_assets_path, else full; a run that resumes keeps its checkpoint's."""
     allow_mismatch: list[str] = field(default_factory=list)
     """Keys in which a run may differ from the checkpoint that it resumes from, for example data.train (see
     docs/checkpoints.md for those that can)."""

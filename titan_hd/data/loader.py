@@ -34,7 +34,7 @@ class Batch:
 
     input_ids: [B, T] int64, padded at the right.
     targets: [B, T] int64; targets[:, t] is the label of the token that follows position t.
-    tokens: number of ids without padding. sequences: number of records.
+    tokens: number of ids without padding. sequences: number of records; squares: the sum of their squared lengths.
     documents: where rows are packs, [B, T] int32: the number of each token's record within its row. Padding is a
         document of its own.
     """
@@ -43,6 +43,7 @@ class Batch:
     targets: torch.Tensor
     tokens: int
     sequences: int
+    squares: int = 0
     documents: torch.Tensor | None = None
 
     def on(self, device: torch.device) -> Batch:
@@ -112,7 +113,8 @@ def _collate(rows: Sequence[Sequence[Example]], pad_to: Sequence[int]) -> Batch:
             start, end = end, end + len(example.input_ids)
             input_ids[row, start:end] = torch.tensor(example.input_ids)
             targets[row, start : end - 1] = torch.tensor(example.labels[1:])
-    return Batch(input_ids, targets, sum(sizes), sum(map(len, rows)))
+    lengths = [len(example.input_ids) for row in rows for example in row]
+    return Batch(input_ids, targets, sum(lengths), len(lengths), sum(n * n for n in lengths))
 
 
 class GlobalBatches(Dataset):

@@ -18,6 +18,7 @@ import socket
 import sys
 from pathlib import Path
 
+import torch
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -25,6 +26,7 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from titan_hd.config import manager
 from titan_hd.distributed.mesh_picture import mesh_picture
+from titan_hd.fitting import estimate_run
 from titan_hd.preflight import plan_run, update_plan
 from titan_hd.process.network import address_towards, interface_of
 from titan_hd.process.signals import REQUEUE, STATUS
@@ -53,6 +55,8 @@ def main() -> None:
         folds = plan.method.folds
         print(mesh_picture(*plan.mesh, plan.num_adapters if folds else None))
         print(update_plan(config, plan).table() if folds else "nothing is folded")
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        print(estimate_run(plan, device_type).table())
         return
     least, most = run.parse_min_max_nnodes(args.nnodes)
     if most > 1 and args.rdzv_endpoint:

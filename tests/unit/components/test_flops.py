@@ -10,7 +10,8 @@ from titan_hd.adapters.full import FullFineTuning
 from titan_hd.adapters.hdpissa import HDPissa, HDPissaLinear
 from titan_hd.adapters.lora import LoRA
 from titan_hd.adapters.method import Method
-from titan_hd.components.flops import flops_per_token, trained_work
+from titan_hd.components.flops import flops_per_token, peak_flops, trained_work
+from titan_hd.components.live_bytes import recomputed_flops
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import flavor_config
 
@@ -56,6 +57,19 @@ def test_hdpissa_costs_four_skinny_products():
     assert added < 0.01 * 4 * N
 
 
+def test_a_mute_scalar_costs_six_as_lora():
+    assert work(HDPissa(1, 16, mute_scalar=1e-16)) == (0, 6 * WIDTH)
+
+
+def test_cards_by_the_name_that_torch_gives():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA A10G") == 70e12
+    assert peak_flops("NVIDIA GeForce RTX 4090") == 165.2e12
+    assert peak_flops("another card") is None
+
+
 def test_lora_costs_six():
     assert work(LoRA(rank=16, scale=1.0)) == (0, 6 * WIDTH)
 
@@ -73,3 +87,16 @@ def test_a_tied_head_is_multiplied_with_too():
     llama = flavor_config("llama3", "debugmodel")
     weights = sum(out * width for out, width in llama.linear_shapes().values()) * 2 + 256 * 64
     assert flops_per_token(llama, 0, weights, 0) == 6 * weights
+
+
+def test_full_checkpointing_computes_blocks_again():
+    """All of a block's forward pass but the product of down_proj, whose result nobody needs."""
+    llama, tokens = flavor_config("llama3", "debugmodel"), (2, 64)
+    method = HDPissa(1, 4)
+    shapes = llama.linear_shapes()
+    forward = 2 * sum(out * width for name, (out, width) in shapes.items() if name != "down_proj")
+    attention = 4 * llama.num_attention_heads * llama.head_dim * tokens[1]
+    again = recomputed_flops(llama, method, None, tokens, "full")
+    assert again == llama.num_hidden_layers * (forward + attention)
+    assert recomputed_flops(llama, method, None, tokens, "none") == 0
+    assert 0 < recomputed_flops(llama, method, None, tokens, "selective") < again

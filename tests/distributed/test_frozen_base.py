@@ -1,0 +1,55 @@
+"""A frozen base in the dtype of its files, and checkpoints without it: nothing is lost, and older runs go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.kit import runs
+
+
+@pytest.fixture
+def argv(tmp_path: Path):
+    """Options of a run of lora in bf16 on a model whose files are bf16."""
+    runs.write_model(tmp_path / "model")
+    runs.write_records(tmp_path / "records.jsonl")
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({name: weight.bfloat16() for name, weight in load_file(file).items()}, file)
+
+    def options(dump: str, **overrides):
+        values = {"adapter__method": "lora", "training__mixed_precision_param": "bfloat16"} | overrides
+        return runs.options(tmp_path / "model", tmp_path / "records.jsonl", tmp_path / dump, **values)
+
+    return options
+
+
+OLD = {"training__master_dtype": "float32", "checkpoint__base": "full"}  # what the defaults were
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "hira"])
+def test_nothing_is_lost(method: str, argv, workers, tmp_path: Path):
+    """The weights are the files' either way: losses and merged weights are the same bit for bit."""
+    fp32 = workers.run(2, runs.train, argv("fp32", adapter__method=method, **OLD))[0]
+    bf16 = workers.run(2, runs.train, argv("bf16", adapter__method=method))[0]
+    assert bf16 == fp32
+    want = runs.exported(tmp_path / "fp32")
+    assert all(torch.equal(weight, want[name]) for name, weight in runs.exported(tmp_path / "bf16").items())
+
+
+def test_checkpoints_hold_the_adapters_alone_and_older_ones_go_on(argv, workers, tmp_path: Path):
+    whole = workers.run(1, runs.train, argv("whole"))[0]
+    saved = {"checkpoint__enable": "true", "checkpoint__interval": 1}
+    sizes = {}
+    for name, before in (("new", {}), ("old", OLD)):
+        first = workers.run(1, runs.train, argv(name, **saved, **before), stop_after=2)[0]
+        folder = tmp_path / name / "checkpoint"
+        sizes[name] = sum(file.stat().st_size for file in (folder / "step-2").iterdir())
+        assert first + workers.run(1, runs.train, argv(name, **saved))[0] == whole
+        state = json.loads((folder / "step-4" / "train_state.json").read_text())
+        kept = {"new": ("delta", "bfloat16"), "old": ("full", "float32")}
+        assert (state["base"], state["identity"]["training.master_dtype"]) == kept[name]
+    assert sizes["new"] < sizes["old"]

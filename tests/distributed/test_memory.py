@@ -1,0 +1,134 @@
+"""The memory estimate against what torch's allocator counts in a step, and what is made of it."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from tests.kit import runs
+from titan_hd import fitting
+from titan_hd.adapters.methods import METHODS
+from titan_hd.config import manager
+from titan_hd.preflight import plan_run
+
+# What the estimate promises.
+TOLERANCE = 0.10
+LENGTH, VOCABULARY = 128, 1500
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+MODES = ("none", "selective", "full")
+
+
+@pytest.fixture
+def argv(tmp_path: Path):
+    """Options of a run whose records all have the longest length."""
+    runs.write_model(tmp_path / "model", **SIZES)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, VOCABULARY, (16, LENGTH), generator=generator).tolist()
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps({"input_ids": i, "labels": i}) + "\n" for i in ids))
+
+    def options(**overrides):
+        values = {
+            "training__seq_len": LENGTH,
+            "training__local_batch_size": 2,
+            "training__global_batch_size": 4,
+            "adapter__rank": 4,
+            "hdpissa__num_adapters": 2,
+            "hdpissa__slices": "random",  # the profiler does not see all of what LAPACK frees
+            "export__enable": "false",
+        } | overrides
+        return runs.options(tmp_path / "model", tmp_path / "records.jsonl", tmp_path / "out", **values)
+
+    return options
+
+
+def peak_of_step(argv: list[str]) -> int:
+    """The most bytes that torch has allocated at a time in the second step of a run, everything that the run has made
+    before included."""
+    from titan_hd.train import Trainer
+
+    config = manager.load(argv)
+    gc.collect()  # an earlier run's memory must not be given back in this one
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer = Trainer(config, plan_run(config, dist.get_world_size()), torch.device("cpu"))
+        trainer.train_step()
+        with record_function("measured step"):
+            trainer.train_step()
+    trainer.close()
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    step = next(event for event in events if event.name() == "measured step")
+    live, peak = 0, 0
+    for event in events:
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            if step.start_ns() <= event.start_ns() <= step.end_ns():
+                peak = max(peak, live)
+    return peak
+
+
+def compare(argv: list[str], workers, size: int = 1) -> None:
+    config = manager.load(argv)
+    estimate = fitting.estimate_run(plan_run(config, size), "cpu")
+    assert estimate.allocated == pytest.approx(workers.run(size, peak_of_step, argv)[0], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_and_mode(method: str, argv, workers):
+    for mode in MODES:
+        compare(argv(adapter__method=method, activation_checkpoint__mode=mode), workers)
+
+
+@pytest.mark.parametrize("method", ["hdpissa", "lora", "full"])
+def test_compute_in_bfloat16(method: str, argv, workers):
+    compare(argv(adapter__method=method, training__mixed_precision_param="bfloat16"), workers)
+
+
+@pytest.mark.parametrize("method", ["hdpissa", "lora", "full"])
+def test_two_shards(method: str, argv, workers):
+    compare(argv(adapter__method=method), workers, size=2)
+
+
+def test_bfloat16_masters_and_another_optimizer(argv, workers):
+    compare(argv(training__master_dtype="bfloat16", optimizer__name="SGD"), workers)
+
+
+class TestRemedy:
+    """On the estimate alone."""
+
+    def plan(self, argv, **overrides):
+        return plan_run(manager.load(argv(**overrides)), 1)
+
+    def test_what_fits_needs_none(self, argv):
+        plan = self.plan(argv)
+        assert fitting.too_little(plan, "cpu", fitting.estimate_run(plan, "cpu").total) is None
+
+    def test_one_change_is_enough(self, argv):
+        plan = self.plan(argv)
+        needed = fitting.estimate_run(plan, "cpu").total
+        line = fitting.too_little(plan, "cpu", needed - 1_000_000)
+        assert line.startswith("memory: each worker will need about ")
+        assert "it would fit with training.local_batch_size = 1, or activation_checkpoint.mode = selective" in line
+        assert line.endswith(", or 2 workers")
+
+    def test_several_together(self, argv):
+        plan = self.plan(argv)
+        smallest = plan
+        while changes := list(fitting._changes(smallest)):
+            smallest = changes[0][1]
+        available = fitting.estimate_run(smallest, "cpu").total
+        assert "training.local_batch_size = 1 and activation_checkpoint.mode = full" in fitting.remedy(
+            plan, "cpu", available
+        )
+        assert fitting.remedy(plan, "cpu", available // 100).startswith("no smaller setting")

@@ -1,0 +1,63 @@
+"""What "auto" means for the dtypes of a run and for its checkpoints' base. Decided once, before anything is built."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from titan_hd.adapters.adapter_linear import AdapterMethod
+from titan_hd.adapters.methods import build_method
+from titan_hd.config.job_config import JobConfig
+
+# Names of the instructions in torch.cpu.get_capabilities() and /proc/cpuinfo (the last one is Arm's).
+_BFLOAT16_INSTRUCTIONS = {"amx_bf16", "avx512_bf16", "bf16"}
+
+
+def has_bfloat16(device_type: str) -> bool:
+    """Whether products in bfloat16 are fast: on a CPU without instructions for it they are many times slower."""
+    if device_type != "cpu":
+        return True
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.12
+    if capabilities:
+        return any(capabilities.get(name) for name in _BFLOAT16_INSTRUCTIONS)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return any(not _BFLOAT16_INSTRUCTIONS.isdisjoint(line.split()) for line in file)
+    except OSError:
+        return False
+
+
+def resolve_dtypes(
+    config: JobConfig, device_type: str, files: torch.dtype | None, saved: dict[str, Any] | None
+) -> JobConfig:
+    """The configuration with every "auto" of its dtypes and of checkpoint.base replaced.
+
+    files: the dtype that all weights of model.hf_assets_path have; None if they differ or are not there. saved: the
+    state of the checkpoint that the run goes on from.
+    """
+    compute, master, base = config.training.mixed_precision_param, config.training.master_dtype, config.checkpoint.base
+    if compute == "auto":
+        compute = "bfloat16" if has_bfloat16(device_type) else "float32"
+    training = dataclasses.replace(config.training, mixed_precision_param=compute)
+    method = build_method(dataclasses.replace(config, training=training))
+    frozen = isinstance(method, AdapterMethod)
+    if master == "auto":
+        # Rounding the base that pissa and OLoRA make would not change the training, which rounds what it gathers, but
+        # their adapter for peft: docs/memory.md.
+        exact = frozen and not method.changes_base and compute == "bfloat16" and files == torch.bfloat16
+        master = "bfloat16" if exact else "float32"
+        master = saved["identity"].get("training.master_dtype", master) if saved else master
+    if base == "auto":
+        base = "delta" if frozen and config.model.hf_assets_path and not config.model.flavor else "full"
+        base = saved.get("base", base) if saved else base
+    training = dataclasses.replace(training, master_dtype=master)
+    return dataclasses.replace(config, training=training, checkpoint=dataclasses.replace(config.checkpoint, base=base))
+
+
+def dtype_warnings(config: JobConfig, device_type: str) -> list[str]:
+    """Of a configuration as the user gave it."""
+    if config.training.mixed_precision_param != "bfloat16" or has_bfloat16(device_type):
+        return []
+    return ["training.mixed_precision_param: this CPU has no instructions for bfloat16; float32 (or auto) is faster"]

@@ -1,0 +1,162 @@
+"""What a block keeps and needs, found by running it on tensors without memory.
+
+A formula would have to know what autograd saves of every layer of every method; running one block under FakeTensorMode
+costs a fraction of a second and knows. Shapes, dtypes and the moment at which each tensor dies are those of a real run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+from titan_hd.adapters.frozen_linear import FoldingLinear
+from titan_hd.adapters.method import Method
+from titan_hd.distributed.parallelize import apply_activation_checkpointing
+from titan_hd.models.decoder import Decoder, RMSNorm
+from titan_hd.models.head import Targets, logits_or_loss
+from titan_hd.models.registry import DecoderConfig
+
+# Operators that make a tensor as large as their input for themselves.
+_WORKSPACE = {torch.ops.aten.logsumexp.default}
+
+
+class LiveBytes(TorchDispatchMode):
+    """While it is entered: `live` is the bytes of all storages that operators have made since and that are still there,
+    `peak` the most that there were at a time. `peak` may be set back to `live`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    @property
+    def live(self) -> int:
+        """Asked of the storages each time: one may be emptied, and filled again, without an operator."""
+        storages = (ref() for ref in self._storages.values())
+        return sum(storage.nbytes() for storage in storages if storage is not None)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in before:
+                self._add(tensor.untyped_storage())
+        workspace = args[0].nbytes if func in _WORKSPACE else 0
+        self.peak = max(self.peak, self.live + workspace)
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key not in self._storages:
+            self._storages[key] = weakref.ref(storage, lambda _: self._storages.pop(key))
+
+
+class BlockMemory(NamedTuple):
+    """Bytes of activations of one block and micro-batch.
+
+    kept: from the forward to the backward pass. forward, backward: the most beside what is kept while one block's pass
+    runs; backward includes the gradients of the block's own parameters, in the dtype of the compute.
+    """
+
+    kept: int
+    forward: int
+    backward: int
+
+
+class HeadMemory(NamedTuple):
+    """Bytes of the final norm, the head and the loss. peak: the most in the forward pass; backward: in the backward
+    pass, with the gradient of the hidden states."""
+
+    peak: int
+    backward: int
+
+
+def head_memory(config: DecoderConfig, tokens: tuple[int, int], dtype: torch.dtype, trained: bool) -> HeadMemory:
+    """Of a micro-batch of tokens (B, T) that all have a label. trained: the head gets a gradient."""
+    with FakeTensorMode(), torch.device("cpu"):
+        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        weight = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, requires_grad=trained)
+        norm.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype), requires_grad=trained)
+        count = tokens[0] * tokens[1]
+        targets = Targets(torch.arange(count), torch.zeros(count, dtype=torch.long))
+        with LiveBytes() as bytes_:
+            h = torch.empty(*tokens, config.hidden_size, dtype=dtype).requires_grad_()
+            loss = logits_or_loss(norm(h), weight, targets)
+            peak, bytes_.peak = bytes_.peak, bytes_.live
+            loss.backward()
+            return HeadMemory(peak, bytes_.peak)
+
+
+def block_memory(
+    config: DecoderConfig,
+    method: Method,
+    targets: list[str] | None,
+    tokens: tuple[int, int],
+    dtype: torch.dtype,
+    checkpoint_mode: str,
+) -> BlockMemory:
+    """Of an inner block of a model that a method was applied to. tokens: (B, T) of a micro-batch; dtype: of compute.
+
+    Two blocks are run: what the second adds is what every further one adds. The method must have one adapter.
+    """
+    two = dataclasses.replace(config, num_hidden_layers=2, layer_windows=config.layer_windows[:2], vocab_size=1)
+    with FakeTensorMode(), torch.device("cpu"):
+        model = Decoder(two)
+        method.apply(model, targets)
+        _as_gathered(model, dtype)
+        _bind(model, getattr(method, "rank", 0))
+        if checkpoint_mode != "none":
+            apply_activation_checkpointing(model, checkpoint_mode)
+        positions = torch.zeros(tokens, dtype=torch.long)
+        cos, sin = model.model.rotary_emb(positions, dtype)
+        with LiveBytes() as bytes_:
+            h = torch.empty(*tokens, config.hidden_size, dtype=dtype).requires_grad_()
+            first, second = model.model.layers
+            h = first(h, cos, sin, None)
+            after_one = bytes_.peak = bytes_.live
+            h = second(h, cos, sin, None)
+            kept, forward = bytes_.live - after_one, bytes_.peak - bytes_.live
+            gy = torch.empty_like(h)
+            bytes_.peak = before = bytes_.live
+            h.backward(gy)
+            return BlockMemory(kept, forward, bytes_.peak - before)
+
+
+def recomputed_flops(
+    config: DecoderConfig, method: Method, targets: list[str] | None, tokens: tuple[int, int], checkpoint_mode: str
+) -> float:
+    """Operations per token that all blocks together do a second time. Arguments as of `block_memory`."""
+
+    def counted(mode: str) -> int:
+        with FlopCounterMode(display=False) as counter:
+            block_memory(config, method, targets, tokens, torch.bfloat16, mode)
+        return counter.get_total_flops()
+
+    again = 0 if checkpoint_mode == "none" else counted(checkpoint_mode) - counted("none")
+    return again / 2 * config.num_hidden_layers / (tokens[0] * tokens[1])
+
+
+def _as_gathered(model: Decoder, dtype: torch.dtype) -> None:
+    """Every parameter in the dtype of the compute, as FSDP2 hands it to a forward pass."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            module.register_parameter(name, nn.Parameter(torch.empty(p.shape, dtype=dtype), p.requires_grad))
+
+
+def _bind(model: Decoder, rank: int) -> None:
+    """Adapters for the layers whose registry is not there, with the gradients that it keeps."""
+    for layer in model.modules():
+        if isinstance(layer, FoldingLinear):
+            a, da = (torch.empty(rank, layer.in_features) for _ in range(2))
+            b, db = (torch.empty(layer.out_features, rank) for _ in range(2))
+            for leaf in (da, db):
+                leaf.requires_grad_().grad = torch.empty_like(leaf)
+            layer.bind(a, b, da, db)

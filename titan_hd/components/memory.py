@@ -1,0 +1,283 @@
+"""What a run needs on each GPU, from its configuration alone: no weights, no GPU, no process group.
+
+Three parts. What is held all the time is counted from shapes. What comes and goes in a step is the largest of its
+phases; the activations in it are found by running a block without memory (`live_bytes`). On top comes what no
+allocation of ours explains, as a stated assumption. tests/distributed/test_memory.py compares with what a run's
+allocator counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from titan_hd.adapters.adapter_linear import AdapterLinear
+from titan_hd.adapters.methods import build_method
+from titan_hd.components.live_bytes import block_memory, head_memory
+from titan_hd.components.optimizer import optimizer_class
+from titan_hd.config.job_config import JobConfig
+from titan_hd.distributed.parallelize import fsdp_groups
+from titan_hd.distributed.row_shards import chunk_rows
+from titan_hd.distributed.update.plan import UpdatePlan
+from titan_hd.distributed.update.routes import ROUTES
+from titan_hd.models.decoder import Decoder
+from titan_hd.models.registry import DecoderConfig
+
+GB = 1e9
+# Of the device's memory, beside what the allocator hands out: the CUDA context with the libraries' workspaces, nccl's
+# buffers where there are several workers, and the share of the allocations that fragmentation costs.
+CONTEXT_BYTES = 1_000_000_000
+NCCL_BYTES = 500_000_000
+FRAGMENTATION = 0.05
+PROCESS_BYTES = 400_000_000  # of Python and torch on a CPU
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the estimate depends on. mesh: degrees of replicas, shards, tensor parallelism; updates: how the update of
+    every weight travels, for a method that folds. The configuration's dtypes are resolved."""
+
+    config: JobConfig
+    decoder: DecoderConfig
+    mesh: tuple[int, int, int]
+    updates: UpdatePlan | None
+    device_type: str = "cuda"
+
+    @property
+    def compute(self) -> torch.dtype:
+        """dtype of the gathered weights and the activations."""
+        return getattr(torch, self.config.training.mixed_precision_param)
+
+    @property
+    def master(self) -> torch.dtype:
+        """dtype of the shards of W that the optimizer does not work on."""
+        return getattr(torch, self.config.training.master_dtype)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes per worker. held: by name, all the time; passing: by name, the parts of the phase of a step that needs the
+    most; phase: its name; beside: context and fragmentation."""
+
+    held: dict[str, int]
+    passing: dict[str, int]
+    phase: str
+    beside: int
+
+    @property
+    def allocated(self) -> int:
+        """The peak of what is allocated."""
+        return sum(self.held.values()) + sum(self.passing.values())
+
+    @property
+    def total(self) -> int:
+        return self.allocated + self.beside
+
+    def table(self) -> str:
+        """One line per item, in GB."""
+        lines = [f"memory of each worker, estimated (GB = 10^9 bytes): {self.total / GB:.2f} GB"]
+        lines += [f"  {name:<44}{size / GB:>10.3f}" for name, size in self.held.items() if size]
+        lines += [f"  {self.phase + ': ' + name:<44}{size / GB:>10.3f}" for name, size in self.passing.items() if size]
+        return "\n".join([*lines, f"  {'context, fragmentation (assumed)':<44}{self.beside / GB:>10.3f}"])
+
+
+def estimate_memory(sizes: Sizes) -> Estimate:
+    """The peak of a training step after the first one (the optimizer's moments are there)."""
+    model, local = _meta_model(sizes)
+    groups = list(fsdp_group_sizes(model, sizes.mesh[1]))
+    held = _held(sizes, model, groups)
+    phases = _phases(sizes, model, local, groups)
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    allocated = sum(held.values()) + sum(phases[phase].values())
+    beside = PROCESS_BYTES
+    if sizes.device_type == "cuda":
+        beside = CONTEXT_BYTES + NCCL_BYTES * (sizes.mesh != (1, 1, 1)) + int(FRAGMENTATION * allocated)
+    return Estimate(held, phases[phase], phase, beside)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+@dataclass(frozen=True)
+class Group:
+    """One FSDP2 group. base, trained: elements of a (padded) shard of what stays as it is, and of what the optimizer
+    trains; whole: elements as gathered; whole_trained: those of them that get a gradient; kind: block, embedding, head,
+    root."""
+
+    kind: str
+    base: int
+    trained: int
+    whole: int
+    whole_trained: int
+
+    @property
+    def shard(self) -> int:
+        """Elements of a shard."""
+        return self.base + self.trained
+
+    def gathers(self, trains_embedding: bool) -> int:
+        """How often a micro-batch gathers it: a block in the forward and in the backward pass."""
+        return 2 if self.kind == "block" or (self.kind == "embedding" and trains_embedding) else 1
+
+
+def shard_elements(parameter: torch.Tensor, shards: int) -> int:
+    """Elements of the largest shard of a parameter."""
+    return chunk_rows(parameter.shape[0], shards) * parameter[0].numel()
+
+
+def tp_local(decoder: DecoderConfig, tp: int, loss_parallel: bool) -> DecoderConfig:
+    """The decoder whose weights are a tensor-parallel rank's parts. (With sequence parallelism norms and residuals are
+    smaller still.)"""
+    return dataclasses.replace(
+        decoder,
+        num_attention_heads=decoder.num_attention_heads // tp,
+        num_key_value_heads=decoder.num_key_value_heads // tp,
+        intermediate_size=decoder.intermediate_size // tp,
+        vocab_size=decoder.vocab_size // tp if loss_parallel else decoder.vocab_size,
+    )
+
+
+def _meta_model(sizes: Sizes) -> tuple[Decoder, DecoderConfig]:
+    """The tp-local model with its method, without memory."""
+    local = tp_local(sizes.decoder, sizes.mesh[2], sizes.config.parallelism.loss_parallel)
+    with torch.device("meta"):
+        model = Decoder(local)
+        build_method(sizes.config).apply(model, sizes.config.adapter.target_modules)
+    return model, local
+
+
+def fsdp_group_sizes(model: Decoder, shards: int) -> Iterator[Group]:
+    """Of a model on the meta device that is not sharded yet."""
+    seen: set[nn.Parameter] = set()
+    for modules, _ in fsdp_groups(model):
+        mine = {p for module in modules for p in module.parameters()} - seen
+        seen |= mine
+        if not mine:
+            continue
+        kind = "block"
+        if model.model.embed_tokens in modules:
+            kind = "embedding"
+        elif model.lm_head is not None and model.lm_head in modules:
+            kind = "head"
+        elif modules[0] is model:
+            kind = "root"
+        trained = {p for p in mine if p.requires_grad}
+        yield Group(
+            kind,
+            sum(shard_elements(p, shards) for p in mine - trained),
+            sum(shard_elements(p, shards) for p in trained),
+            sum(p.numel() for p in mine),
+            sum(p.numel() for p in trained),
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All the time
+
+
+def _held(sizes: Sizes, model: Decoder, groups: list[Group]) -> dict[str, int]:
+    base, trained = sum(g.base for g in groups), sum(g.trained for g in groups)
+    beside = any(isinstance(layer, AdapterLinear) for layer in model.modules())
+    held = {"weights": sizes.master.itemsize * base}
+    held["adapters beside W" if beside else "trained weights (fp32)"] = 4 * trained
+    cache, factors = 0, 0
+    if sizes.updates is not None:
+        topology = sizes.updates.topology
+        factors = 4 * topology.hosted * topology.rank * sum(sum(w.shape) for w in sizes.updates.weights)
+        cache = sum(_cached(w.cache_bytes, w.shape, sizes.updates) for w in sizes.updates.weights if w.cached)
+    learned = factors or 4 * trained
+    return held | {
+        "fixed factors A, B": factors,
+        "deltas dA, dB": factors,
+        "gradients": learned,
+        "optimizer's moments": state_tensors(sizes.config.optimizer.name) * learned,
+        "cache of all workers' factors": cache,
+    }
+
+
+def _cached(planned: int, shape: tuple[int, int], updates: UpdatePlan) -> int:
+    """Bytes of the cached factors of one weight: those of a single holder are its own A, B, but for the copy in which
+    the rows of several adapters' B stand side by side."""
+    topology = updates.topology
+    if topology.holders > 1:
+        return planned
+    return 0 if topology.num_adapters == 1 else 4 * topology.num_adapters * topology.rank * topology.chunk(shape[0])
+
+
+def state_tensors(optimizer: str) -> int:
+    """Tensors as large as a parameter that an optimizer keeps of it: 2 for Adam."""
+    cls = optimizer_class(optimizer)
+    parameter = nn.Parameter(torch.zeros(2, 3))
+    parameter.grad = torch.ones(2, 3)
+    extra = {"foreach": True} if "foreach" in inspect.signature(cls).parameters else {}
+    built = cls([parameter], lr=1e-3, **extra)
+    built.step()
+    state = built.state[parameter].values()
+    return sum(isinstance(value, torch.Tensor) and value.shape == parameter.shape for value in state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The phases of a step
+
+
+def _phases(sizes: Sizes, model: Decoder, local: DecoderConfig, groups: list[Group]) -> dict[str, dict[str, int]]:
+    """Bytes by name of each phase, beside what is held all the time."""
+    c, element = sizes.config, sizes.compute.itemsize
+    tokens = (c.training.local_batch_size, c.training.seq_len)
+    method = build_method(c)
+    block = block_memory(local, method, c.adapter.target_modules, tokens, sizes.compute, c.activation_checkpoint.mode)
+    head_trained = c.adapter.method == "full" and c.adapter.target_modules is None
+    head = head_memory(local, tokens, sizes.compute, head_trained)
+    layers = local.num_hidden_layers
+    blocks = [g for g in groups if g.kind == "block"]
+    gathered = element * max(g.whole for g in blocks)
+    incoming = gathered if sizes.mesh[1] > 1 else 0
+    head_and_root = (element * sum(g.whole for g in groups if g.kind == kind) for kind in ("head", "root"))
+    gathered_head, root = head_and_root
+    kept = {"activations": layers * block.kept, "gathered root": root}  # the root's group stays for the whole step
+    weights = {"gathered block": gathered, "next block on its way": incoming}
+    phases = {
+        "forward": {**kept, **weights, "block at work": block.forward},
+        "loss": {**kept, "gathered head": gathered_head, "loss and its gradient": head.peak},
+        "backward": {**kept, **weights, "block at work": block.backward},
+        "optimizer": {"its temporaries": _optimizer_temporaries(sizes, groups)},
+    }
+    reduced = max((4 + element) * g.whole_trained + 4 * g.trained for g in blocks)
+    if reduced:
+        below = {**kept, "activations": (layers - 1) * block.kept}
+        phases["reduction"] = {**below, **weights, "gradients of a block": reduced}
+    if sizes.updates is not None:
+        phases["fold"] = {"buckets on their way": fold_bytes(sizes.updates, c.hdpissa.exchange_in_flight)}
+    return phases
+
+
+def _optimizer_temporaries(sizes: Sizes, groups: list[Group]) -> int:
+    """The foreach implementation of Adam makes one list as large as all parameters."""
+    if sizes.updates is not None:
+        topology = sizes.updates.topology
+        return 4 * topology.hosted * topology.rank * sum(sum(w.shape) for w in sizes.updates.weights)
+    return 4 * sum(g.trained for g in groups)
+
+
+def received_bytes(sizes: Sizes, micro_batches: int, kept: bool = False) -> tuple[int, int]:
+    """What a worker receives in a step: all-gathers of the weights, and the exchange of the updates of a method that
+    folds. Gradients that are summed over workers are not in it. kept: the weights are gathered once for the step."""
+    shards = sizes.mesh[1]
+    model, _ = _meta_model(sizes)
+    embeds = model.model.embed_tokens.weight.requires_grad
+    groups = fsdp_group_sizes(model, shards)
+    elements = sum((1 if kept else micro_batches * group.gathers(embeds)) * group.shard for group in groups)
+    exchanged = sum(weight.received for weight in sizes.updates.weights) if sizes.updates is not None else 0
+    return (shards - 1) * elements * sizes.compute.itemsize, exchanged
+
+
+def fold_bytes(updates: UpdatePlan, in_flight: int) -> int:
+    """The most that a fold needs at a time, beside the cache."""
+    buckets = [ROUTES[b.route].memory([*b.shapes.values()], updates.topology, b.cached) for b in updates.buckets]
+    return min(in_flight, len(buckets)) * max(b.held for b in buckets) + max(b.computing for b in buckets)
