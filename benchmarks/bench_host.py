@@ -139,7 +139,7 @@ def operations(function: Callable[[], None]) -> int:
     """Operations of one call that are a kernel each on a GPU; those that others are made of are not counted twice."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         function()
-    leaves = [e for e in profile.events() if e.name.startswith("aten::") and not e.cpu_children]
+    leaves = [e for e in profile.events() or () if e.name.startswith("aten::") and not e.cpu_children]
     return sum(e.name.removeprefix("aten::") not in _FREE for e in leaves)
 
 
