@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,7 +59,9 @@ def _worker(rank: int, args: argparse.Namespace, folder: str, queue) -> None:
     count = max(1, args.megabytes * 10**6 // (4 * _SIDE * _SIDE))
     locals_ = [torch.randn(_SIDE // args.workers, _SIDE) for _ in range(count)]
     tensors = {f"model.{i}": DTensor.from_local(local, mesh, [Shard(0)]) for i, local in enumerate(locals_)}
-    results = {mode: _measure(Path(folder) / mode, mode, tensors, locals_, args) for mode in ("disabled", "async")}
+    results: dict[str, Any] = {
+        mode: _measure(Path(folder) / mode, mode, tensors, locals_, args) for mode in ("disabled", "async")
+    }
     checkpointer = Checkpointer(Path(folder) / "async", 1, False, 600)
     results["checked"] = _timed(lambda: checkpointer.choose(-1))
     if rank == 0:

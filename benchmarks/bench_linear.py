@@ -34,7 +34,6 @@ from torch import nn
 
 from benchmarks import common
 from titan_hd.adapters.hdpissa import HDPissaLinear, share_products
-from titan_hd.adapters.inject import replace_linears
 from titan_hd.models.decoder import Block, RotaryEmbedding
 from titan_hd.models.registry import DecoderConfig, flavor_config
 
@@ -122,7 +121,9 @@ def build_block(args: argparse.Namespace, variant: str, device: torch.device) ->
     torch.manual_seed(0)
     with device:
         block = Block(block_config(args)).to(args.dtype).requires_grad_(False)
-    replace_linears(block, None, lambda linear: adapt(linear, variant, args.rank))
+    for name, linear in list(block.named_modules()):
+        if isinstance(linear, nn.Linear):
+            block.set_submodule(name, adapt(linear, variant, args.rank))
     if variant == "exact mute":
         share_products(block)
     return block

@@ -11,6 +11,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,14 +88,14 @@ def main() -> None:
     print_header("loader", env)
     lengths = lognormal(args.records, args.mean_length, args.seq_len)
     micro_batches = [range(m * BATCH, (m + 1) * BATCH) for m in range(MICRO_BATCHES)]
-    rows = []
+    rows: list[list[Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for source, records in make_records(lengths, Path(folder)).items():
             for packed in (False, True):
                 order = build_order(
                     lambda: lengths, args.records, OrderSettings(True, 42, args.seq_len if packed else None)
                 )
-                batches = GlobalBatches(records, order, BATCH * MICRO_BATCHES, None, packed)
+                batches = GlobalBatches(records, order, BATCH * MICRO_BATCHES, (), packed)
                 for num_workers in args.num_workers:
                     first, rate, cpu = measure(TrainLoader(batches, micro_batches, num_workers), args.seconds)
                     kind = "packed" if packed else "unpacked"

@@ -12,6 +12,7 @@ is two or three matrices of the size of the largest layer, for as long as it run
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ from titan_hd.models.decoder import Block, RotaryEmbedding
 
 # name -> changes of [adapter], or a variant of bench_linear
 BASELINES = {"frozen": "frozen", "full": "full", "hdpissa": "exact mute"}
-ADAPTERS = {
+ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
     "pissa": {"method": "pissa"},
     "dora": {"method": "dora"},

@@ -116,7 +116,7 @@ def measure(w: torch.Tensor, count: int, repetitions: int) -> dict[str, dict]:
     return results
 
 
-def report(label: str, shape: tuple[int, int], count: int, results: dict[str, dict]) -> None:
+def report(label: str, shape: torch.Size, count: int, results: dict[str, dict]) -> None:
     count = min(count, *shape)
     defaults = SvdSettings("auto")
     chosen = defaults.resolve(shape, count)
@@ -168,7 +168,7 @@ def main() -> None:
     for label, make in weights(args, device).items():
         weight = make()
         everything[label] = measure(weight, args.count, args.repetitions)
-        report(label, tuple(weight.shape), args.count, everything[label])
+        report(label, weight.shape, args.count, everything[label])
     common.print_json("svd", env, {"settings": {**vars(args), "hf_dir": str(args.hf_dir)}, "weights": everything})
 
 

@@ -45,7 +45,7 @@ class Received(TorchDispatchMode):
         super().__init__()
         self.size, self.bytes = size, 0
 
-    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+    def __torch_dispatch__(self, function, types, arguments: tuple = (), kwargs=None):
         result = function(*arguments, **(kwargs or {}))
         name, others = str(function), self.size - 1
         if name.startswith("_c10d_functional.all_reduce"):
@@ -107,7 +107,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         peak = common.peak_extra_bytes(one_pass, device)
         results[name] = {"loss": loss, "received_mb": received.bytes / 1e6, "peak_mib": peak / 2**20}
     timing = common.interleave(passes, device, args.repetitions, before=dist.barrier)
-    everyone: list[common.Timing | None] = [timing] * size
+    everyone = [timing] * size
     if not args.fake:
         dist.all_gather_object(everyone, timing)
     for name, result in results.items():

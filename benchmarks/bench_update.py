@@ -35,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,7 +47,7 @@ from benchmarks import common
 from titan_hd.adapters.hdpissa import HDPissa
 from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
 from titan_hd.distributed.collectives import TRAFFIC, all_gather
-from titan_hd.distributed.parallel_dims import ParallelDims
+from titan_hd.distributed.parallel_dims import ParallelDims, local_part
 from titan_hd.distributed.row_shards import shard_rows
 from titan_hd.distributed.update.fold import Fold, FoldSettings
 from titan_hd.distributed.update.plan import plan_update
@@ -109,7 +110,7 @@ def authors_fold(registry: AdapterRegistry, dims: ParallelDims, coefficient: flo
 
 def factors(entry: AdapterEntry) -> list[torch.Tensor]:
     """a, b, da, db of the adapters on this worker."""
-    return [t.detach().to_local() for t in (entry.a, entry.b, entry.layer.delta_A, entry.layer.delta_B)]
+    return [local_part(t.detach()) for t in (entry.a, entry.b, entry.layer.delta_A, entry.layer.delta_B)]
 
 
 def make_variants(registry: AdapterRegistry, dims: ParallelDims, rank: int) -> dict[str, Callable[[], None]]:
@@ -158,10 +159,11 @@ class Layers(nn.Module):
 
     def __init__(self, case: Case):
         super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict() for _ in range(case.blocks))
+        blocks = [nn.ModuleDict() for _ in range(case.blocks)]
         for name, (out, width) in case.shapes().items():
             _, block, last = name.split(".")
-            self.layers[int(block)][last] = nn.Linear(width, out, bias=False)
+            blocks[int(block)][last] = nn.Linear(width, out, bias=False)
+        self.layers = nn.ModuleList(blocks)
 
     def forward(self):
         raise NotImplementedError
@@ -177,12 +179,13 @@ def build(case: Case, num_adapters: int, device: torch.device) -> tuple[AdapterR
     registry = AdapterRegistry(model, method, dims.adapter_mesh(num_adapters))
     fully_shard(model, mesh=dims.fsdp_mesh, ignored_params=registry.parameters())
     model.to_empty(device=device)
+    registry.materialize()
     torch.manual_seed(dist.get_rank())
     for name, entry in registry.entries.items():
         entry.weight_rows().zero_()
-        a, b = entry.layer.delta_A.to_local(), entry.layer.delta_B.to_local()
+        a, b = local_part(entry.layer.delta_A), local_part(entry.layer.delta_B)
         registry.set_factors(name, 0.1 * torch.randn_like(a), 0.1 * torch.randn_like(b))
-    registry.materialize()
+    registry.start()
     return registry, dims
 
 
@@ -216,7 +219,7 @@ def difference(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
 
 
 @torch.no_grad()
-def one_pass(variant: Callable[[], None], registry: AdapterRegistry, device: torch.device) -> dict[str, float]:
+def one_pass(variant: Callable[[], None], registry: AdapterRegistry, device: torch.device) -> dict[str, Any]:
     """Bytes and memory of one fold, outside of any timing."""
     refill(registry)
     before = TRAFFIC.received
@@ -234,7 +237,7 @@ def timed(variants: dict[str, Callable], registry: AdapterRegistry, device, repe
 
     with torch.no_grad():
         mine = common.interleave(variants, device, repetitions, warmup=2, before=before)
-    everyone: list[common.Timing | None] = [None] * dist.get_world_size()
+    everyone = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return common.Timing(
         {name: [max(sample) for sample in zip(*(t.wall[name] for t in everyone))] for name in variants},

@@ -8,7 +8,7 @@ import platform
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,11 +53,11 @@ def print_header(title: str, env: dict[str, object]) -> None:
 
 
 def interleave(
-    variants: dict[str, Callable[[], None]],
+    variants: Mapping[str, Callable[[], object]],
     device: torch.device,
     repetitions: int,
     warmup: int = 1,
-    before: Callable[[], None] = lambda: None,
+    before: Callable[[], object] = lambda: None,
     calls: int = 1,
 ) -> Timing:
     """Times of every variant, per call. A repetition runs all variants once, each time beginning with another one, so
@@ -117,7 +117,7 @@ def _tensors(tree: object) -> list[torch.Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
-def peak_extra_bytes(function: Callable[[], None], device: torch.device) -> int:
+def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> int:
     """Most memory that one call holds beyond what was held before it. Slow on CPU: never inside a timing."""
     if device.type == "cpu":
         with LiveBytes() as memory:
@@ -131,7 +131,7 @@ def peak_extra_bytes(function: Callable[[], None], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def print_table(columns: list[str], rows: list[list[object]]) -> None:
+def print_table(columns: list[str], rows: Sequence[Sequence[object]]) -> None:
     """A Markdown table; the first column is text, the others are right-aligned."""
     assert all(len(row) == len(columns) for row in rows)
     cells = [columns] + [[_cell(value) for value in row] for row in rows]

@@ -24,9 +24,9 @@ def estimate_run(plan: RunPlan, device_type: str) -> Estimate:
     return estimate_memory(_sizes(plan, device_type))
 
 
-def traffic_gb(plan: RunPlan, micro_batches: int) -> dict[str, float]:
-    """GB that a worker receives in a step, by name of the metric."""
-    gathered, exchanged = received_bytes(_sizes(plan, "cuda"), micro_batches)
+def traffic_gb(plan: RunPlan, micro_batches: int, kept: bool) -> dict[str, float]:
+    """GB that a worker receives in a step, by name of the metric. kept: the weights are gathered once for all of it."""
+    gathered, exchanged = received_bytes(_sizes(plan, "cuda"), micro_batches, kept)
     return {"gather_gb": gathered / GB, "exchange_gb": exchanged / GB}
 
 

@@ -35,7 +35,7 @@ from titan_hd.components.validation import Validator
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
 from titan_hd.data.build import DatasetBuilder
-from titan_hd.data.loader import Batch, GlobalBatches, TrainLoader
+from titan_hd.data.loader import Batch, GlobalBatches, ReadAhead, TrainLoader, length_buckets
 from titan_hd.data.order.sample_order import OrderSettings
 from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.data.tokens.statistics import statistics_table
@@ -46,6 +46,7 @@ from titan_hd.distributed.parallelize import parallelize
 from titan_hd.distributed.shards import init_weights, load_weights, materialize
 from titan_hd.distributed.tp.tensor_parallel import apply_tensor_parallel
 from titan_hd.distributed.watch import enter_phase
+from titan_hd.distributed.weight_gathers import WeightGathers, gathered_bytes
 from titan_hd.errors import UserError
 from titan_hd.export.hf import export_hf
 from titan_hd.export.peft import export_peft
@@ -63,10 +64,11 @@ logger = logging.getLogger("titan_hd")
 
 
 class TokenCounts(NamedTuple):
-    """Of one step over all workers: trained tokens of each logical adapter, all tokens but padding, records; squares:
-    the sum of the records' squared lengths."""
+    """Of one step over all workers: trained tokens of each logical adapter, positions of all rows, all tokens but
+    padding, records; squares: the sum of the records' squared lengths."""
 
     trained: list[int]
+    positions: int
     tokens: int
     sequences: int
     squares: int
@@ -74,12 +76,14 @@ class TokenCounts(NamedTuple):
 
 class StepResult(NamedTuple):
     """What one step came to: the loss of a trained token before the step, the gradients' norm before clipping, the
-    learning rate, and how many tokens (without padding) and records all workers read; squares: the sum of the records'
-    squared lengths."""
+    learning rate, and how many positions, tokens (positions without padding) and records all workers read; squares: the
+    sum of the records' squared lengths.
+    """
 
     loss: float
     grad_norm: float
     lr: float
+    positions: int
     tokens: int
     sequences: int
     squares: int
@@ -146,15 +150,25 @@ class Trainer:
             p, mesh = c.parallelism, self.dims.world["tp"]
             apply_tensor_parallel(self.model, mesh, p.sequence_parallel, p.loss_parallel)
         self.update = build_update(self.model, method, self.dims, c)
+        ignored, param_dtype = self.update.ignored_parameters(), getattr(torch, c.training.mixed_precision_param)
         parallelize(
             self.model,
             self.dims,
-            ignored_params=self.update.ignored_parameters(),
-            param_dtype=getattr(torch, c.training.mixed_precision_param),
+            ignored_params=ignored,
+            param_dtype=param_dtype,
             checkpoint_mode=c.activation_checkpoint.mode,
             compile_blocks=c.compile.enable,
+            checkpoint_keep=c.activation_checkpoint.keep,
+            dropout=c.adapter.dropout > 0,
         )
         materialize(self.model, self.device)
+        self.gathers = WeightGathers(
+            self.model,
+            c.parallelism.fsdp_reshard_after_forward,
+            self.placement.micro_batches,
+            gathered_bytes(self.model, self.dims, ignored, param_dtype),
+            c.training.seq_len,
+        )
         self.update.build_optimizer()
         total = sum(p.numel() for p in self.model.parameters())
         count = sum(p.numel() for p in self.update.trainable)
@@ -178,18 +192,23 @@ class Trainer:
         rows = dataset.rows + (validation.rows if validation is not None else [])
         if rows:
             logger.info("%s", statistics_table(rows))
-        # Compiled blocks want one shape, and so does attention to packs on a GPU, which is always compiled; otherwise
+        # Compiled blocks want few shapes, and attention to packs on a GPU, which is always compiled, wants one; else
         # padding to the longest row of a micro-batch is enough.
-        pad_to = seq_len if c.compile.enable else None
-        pad_training_to = seq_len if c.data.pack and self.device.type == "cuda" else pad_to
+        one_length = c.data.pack and (c.compile.enable or self.device.type == "cuda")
+        pad_to = (seq_len,) if one_length else length_buckets(seq_len) if c.compile.enable else ()
         self.validator = None
         if validation is not None:
-            self.validator = Validator(c, self.dims, self.device, validation, pad_to, tokenizer)
+            self.validator = Validator(c, self.dims, self.device, validation, tokenizer)
         batch, order = self.plan.global_batch_size, dataset.order(order_settings)
         micro_batches = [self.placement.samples(m) for m in range(self.placement.micro_batches)]
-        batches = GlobalBatches(dataset, order, batch, pad_training_to, c.data.pack)
-        self.loader = TrainLoader(batches, micro_batches, c.data.num_workers)
-        self.total_steps = c.training.steps or max(1, order.positions(c.training.epochs) // batch)
+        batches = GlobalBatches(dataset, order, batch, pad_to, c.data.pack)
+        loader = TrainLoader(batches, micro_batches, c.data.num_workers)
+        steps, epochs = c.training.steps, c.training.epochs
+        if steps is None:
+            assert epochs is not None  # one of the two is given
+            steps = max(1, order.positions(epochs) // batch)
+        self.total_steps = steps
+        self.loader = ReadAhead(loader, self.total_steps, pin=self.device.type == "cuda")
         logger.info(
             "%s training records; %d steps of %d", order.records_per_epoch or "streamed", self.total_steps, batch
         )
@@ -264,7 +283,8 @@ class Trainer:
             if rank == 0:
                 self.metrics = MetricsLogger(c, self.total_steps, self.step, self.wandb_id)
         self.profiler = build_profiler(c, rank)
-        self.traffic = traffic_gb(self.plan, self.placement.micro_batches)
+        # By whether W stays gathered for a whole step, which may be decided after the first one.
+        self.traffic = {kept: traffic_gb(self.plan, self.placement.micro_batches, kept) for kept in (False, True)}
         self.peak_flops = peak_flops(device_name(self.device))
         if self.peak_flops:
             self.recomputed_flops = recomputed_flops(
@@ -302,13 +322,15 @@ class Trainer:
         lr = self.config.optimizer.lr * lr_factor(self.config.lr_scheduler, self.step, self.total_steps)
         self.update.begin_step(lr)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for m, batch in enumerate(batches):
+        for m, batch in enumerate([batch.on(self.device) for batch in batches]):
+            self.gathers.before_micro_batch(m)
             loss_sum += self._forward_backward(m, batch, counts.trained[self.placement.adapter(m)])
         grad_norm = self.update.finish_gradients(self.step)
         self.update.apply(lr, self.step)
+        self.gathers.after_step(max(batch.input_ids.shape[1] for batch in batches))
         self.step += 1
         loss = self._sum_losses(loss_sum) / max(1, sum(counts.trained))
-        return StepResult(loss, grad_norm, lr, counts.tokens, counts.sequences, counts.squares)
+        return StepResult(loss, grad_norm.item(), lr, *counts[1:])
 
     def _read_batches(self) -> list[Batch]:
         if not self.config.data.streaming:
@@ -317,17 +339,17 @@ class Trainer:
             return self.loader.step(self.step)
 
     def _count_tokens(self, batches: list[Batch]) -> TokenCounts:
-        """Of all workers' batches."""
-        counts = torch.zeros(self.plan.num_adapters + 3, dtype=torch.long)
+        """Of all workers' batches. Counted on the host: a device would have to be waited for."""
+        counts = torch.zeros(self.plan.num_adapters + 4, dtype=torch.long)
         for m, batch in enumerate(batches):
             counts[self.placement.adapter(m)] += batch.trained_tokens
-            counts[-3] += batch.tokens
-            counts[-2] += batch.sequences
-            counts[-1] += batch.squares
-        counts = counts.to(self.device)
-        dist.all_reduce(counts, group=self.dims.dp_mesh.get_group())
-        *trained, tokens, sequences, squares = counts.tolist()
-        return TokenCounts(trained, tokens, sequences, squares)
+            of_batch = (batch.input_ids.numel(), batch.tokens, batch.sequences, batch.squares)
+            counts[-4:] += torch.tensor(of_batch)
+        if self.dims.tp_rank:  # the ranks of a tensor-parallel group read the same
+            counts.zero_()
+        dist.all_reduce(counts)
+        *trained, positions, tokens, sequences, squares = counts.tolist()
+        return TokenCounts(trained, positions, tokens, sequences, squares)
 
     def _sum_losses(self, loss_sum: torch.Tensor) -> float:
         """The sum of all workers' losses. What signals ask for travels with it: all ranks must agree where to stop."""
@@ -347,9 +369,7 @@ class Trainer:
             # Masks are a function of the samples, not of the worker that happens to compute them.
             first = self.step * self.plan.global_batch_size + self.placement.samples(micro_batch).start
             torch.manual_seed(stable_seed("dropout", self.config.training.seed, first))
-        documents = None if batch.documents is None else batch.documents.to(self.device)
-        input_ids, targets = batch.input_ids.to(self.device), batch.labelled.to(self.device)
-        loss = self.model(input_ids, documents=documents, targets=targets)
+        loss = self.model(batch.input_ids, documents=batch.documents, targets=batch.labelled)
         (loss / max(1, trained_tokens)).backward()
         return loss.detach()
 
@@ -410,6 +430,7 @@ class Trainer:
         steps = len(self._window)
         tokens = sum(result.tokens for result, _ in self._window)
         squares = sum(result.squares for result, _ in self._window)
+        positions = sum(result.positions for result, _ in self._window)
         seconds = sum(seconds for _, seconds in self._window)
         self._window.clear()
         tokens_of_pass = tokens / (steps * self.placement.micro_batches * self.dims.dp_size)
@@ -429,7 +450,8 @@ class Trainer:
                 "tokens_per_second": rate,
                 "tflops_per_worker": per_worker * flops / 1e12,
                 **utilisation,
-                **self.traffic,
+                **self.traffic[self.gathers.kept],
+                "padding_share": 1 - tokens / positions,
                 "step_seconds": seconds / steps,
                 "peak_memory_gib": peak_memory_gib(self.device),
             },
@@ -438,6 +460,7 @@ class Trainer:
     def validate(self) -> None:
         """Validation loss and, if asked for, exact match of generated answers; logged under this step."""
         enter_phase(f"validation after step {self.step}")
+        assert self.validator is not None
         self.metrics.log(self.step, self.validator.run(self.model))
 
     def save(self) -> None:

@@ -12,6 +12,7 @@ standard output as it is made, the rate to the standard error. With --file the o
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import time
@@ -39,6 +40,7 @@ _PROMPT_FIELDS = ("instruction", "query", "question", "prompt")
 def main() -> None:
     args = parse_arguments()
     for pipe in (sys.stdin, sys.stdout):  # what is no text is refused by the tokenizer, or shown as well as can be
+        assert isinstance(pipe, io.TextIOWrapper)
         pipe.reconfigure(errors="surrogateescape" if pipe is sys.stdin else "replace")
     try:
         run(args)
@@ -143,11 +145,12 @@ class Session:
         """Continue one prompt on the standard output; returns the text."""
         started = time.perf_counter()
         text, pieces, times = TextStream(self.tokenizer, prompt), [], []
-        for tokens in stream(
+        for (token,) in stream(
             self.model, [prompt], stop_ids, self.max_new_tokens, self.device, self.sampling, first_index=index
         ):
             times.append(time.perf_counter())
-            pieces.append(text.add(tokens[0]))
+            assert token is not None  # a stream ends with its last row
+            pieces.append(text.add(token))
             print(pieces[-1], end="", flush=True)
         pieces.append(text.end())
         print(pieces[-1], flush=True)

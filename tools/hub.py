@@ -48,7 +48,9 @@ def download(
     ignored = list(_NOT_OF_A_MODEL if repo_type == "model" else _NOT_DATA)
     patterns = [pattern for asset in assets for pattern in PATTERNS[asset]]
     try:
-        info = HfApi(token=token).repo_info(repo, repo_type=repo_type, revision=revision, files_metadata=True)
+        api = HfApi(token=token)
+        look_up = api.model_info if repo_type == "model" else api.dataset_info
+        info = look_up(repo, revision=revision, files_metadata=True)
         sizes = {file.rfilename: file.size for file in info.siblings or []}
         wanted = [name for name in sizes if _matches(name, patterns) and not _matches(name, ignored)]
         if "weights" in assets and not any(name.endswith(".safetensors") for name in wanted):

@@ -221,6 +221,7 @@ def save_tokenizer(path: Path, file: GGUFFile, folder: Path) -> None:
 
     with _reading(file):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        assert tokenizer is not None  # as it is for transformers without tokenizers
         corrected = correct_tokenizer(tokenizer, file)
     with _writing(folder):
         tokenizer.save_pretrained(folder)

@@ -127,13 +127,14 @@ class Estimate:
 # Bytes
 
 
-def fsdp_gathers(config: DecoderConfig, shards: int, element: int, trained: bool = False) -> list[int]:
+def fsdp_gathers(config: DecoderConfig, shards: int, element: int, trained: bool = False, passes: int = 2) -> list[int]:
     """Bytes that a GPU receives in each all-gather of the weights of one micro-batch (a forward and a backward pass).
 
     element: bytes of an element as gathered. trained: method full, whose backward pass wants the embedding again.
+    passes: 1 where the weights stay gathered, and these are the gathers of a whole step.
     """
-    groups = _groups(config, shards)
-    return [(shards - 1) * group.shard * element for group in groups for _ in range(group.gathers(trained))]
+    sizes = [(group.shard, min(passes, group.gathers(trained))) for group in _groups(config, shards)]
+    return [(shards - 1) * shard * element for shard, times in sizes for _ in range(times)]
 
 
 def _groups(config: DecoderConfig, shards: int) -> list[Group]:

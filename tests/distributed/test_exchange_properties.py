@@ -183,6 +183,65 @@ def test_a_non_finite_update_on_one_rank_stops_all_before_w_is_touched(value, wo
         assert untouched
 
 
+# -- what a step touches ----------------------------------------------------------------------------------------------
+
+
+class Constants(TorchDispatchMode):
+    """Counts tensors that are made of Python values: on a GPU each is a copy that the host waits for."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+        self.made += function is torch.ops.aten.lift_fresh.default
+        return function(*arguments, **(kwargs or {}))
+
+
+def constants_of_a_fold():
+    """Of HSDP with K < W: the holders of the adapters are not the shards in their order."""
+    with Constants() as control:
+        torch.tensor([1])
+    assert control.made == 1
+    registry, fold = prepared(2, 2, 2, "factors")
+    fill(registry)
+    with Constants() as constants:
+        fold(lr=0.1, step=0)
+    return constants.made
+
+
+def test_a_fold_makes_no_constants(workers):
+    assert workers.run(4, constants_of_a_fold) == [0] * 4
+
+
+def shared_memory():
+    """After writing through the flat tensors and through a bound leaf: what the layers' own tensors see."""
+    registry, _ = prepared(4, 1, 2, "factors")
+    registry.start(torch.bfloat16)
+    entry = registry.entries["layers.0.b"]
+    registry.activate(1)
+    a, b, da, db = entry.layer.bound
+    (da.sum() + 2 * db.sum()).backward()
+    with torch.no_grad():
+        registry.deltas.fill_(3.0)
+    seen = [entry.layer.delta_A, entry.layer.delta_B, entry.layer.delta_A.grad, entry.layer.delta_B.grad]
+    seen = [t.detach().to_local().flatten(1).unique(dim=1).flatten().tolist() for t in seen]
+    fixed = [torch.equal(t, whole.to_local()[1].bfloat16()) for t, whole in ((a, entry.a), (b, entry.b))]
+    moments = dict(registry.named_views(registry.gradients))
+    views = torch.equal(moments["layers.0.b.delta_B"].full_tensor(), entry.layer.delta_B.grad.full_tensor())
+    return seen, [da.unique().tolist(), db.unique().tolist()], fixed, views, registry.gradients.sum().item()
+
+
+def test_layers_are_views_of_the_flat_tensors(workers):
+    """Two adapters on each worker, of which the second was bound. b is [8, 30], r = 1."""
+    for seen, leaves, fixed, views, total in workers.run(2, shared_memory):
+        assert seen == [[3.0, 3.0], [3.0, 3.0], [0.0, 1.0], [0.0, 2.0]]
+        assert leaves == [[3.0], [3.0]]
+        assert all(fixed)
+        assert views
+        assert total == 30 + 2 * 8
+
+
 # -- bf16 masters -----------------------------------------------------------------------------------------------------
 
 

@@ -20,16 +20,14 @@ def resident() -> int:
 def soak(steps: int) -> int:
     """Growth of the resident set over the second half of `steps` steps."""
     registry, fold = prepared(4, 1, 1)
-    parameters = list(registry.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, foreach=True)
+    optimizer = torch.optim.AdamW([registry.deltas], lr=1e-3, foreach=True)
     before = 0
     for step in range(steps):
         if step == steps // 2:
             gc.collect()
             before = resident()
         registry.zero_grad()
-        for parameter in parameters:
-            parameter.grad.to_local().add_(1e-3)
+        registry.gradients.add_(1e-3)
         optimizer.step()
         fold(lr=1e-3, step=step)
     gc.collect()

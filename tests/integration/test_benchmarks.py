@@ -20,6 +20,9 @@ TINY = {
     "loader": "--records 60 --mean-length 20 --seq-len 64 --seconds 0.05 --num-workers 0 1 --pack 50",
     "checkpoint": "--megabytes 5 --workers 2 --saves 1",
     "tensor_parallel": "--hidden 128 --intermediate 32 --layers 1 --vocabulary 32 --tokens 9 --repetitions 1",
+    "loss": "--tokens 32 --hidden 16 --vocabulary 50 --repetitions 1",
+    "checkpointing": "--layers 2 --repetitions 1",
+    "host": "--repetitions 1",
     "svd": "--sizes 48x32 --count 8 --threads 1 --repetitions 1",
 }
 

@@ -46,13 +46,10 @@ def build(num_adapters: int, replicate: int, shard: int, rank: int = 1, dtype: t
     method.apply(model, [name[9:] for name in SHAPES])
     registry = AdapterRegistry(model, method, dims.adapter_mesh(num_adapters))
     fully_shard(model, mesh=dims.fsdp_mesh, ignored_params=registry.parameters())
-    for entry in registry.entries.values():  # off the meta device; the weights are there already
-        for key in ("delta_A", "delta_B"):
-            meta = getattr(entry.layer, key)
-            setattr(entry.layer, key, nn.Parameter(torch.empty_like(meta, device="cpu")))
+    registry.materialize()
     for _ in compute_factors(registry, dims, SliceSettings()):
         pass
-    registry.materialize()
+    registry.start()
     return registry, dims
 
 

@@ -47,6 +47,8 @@ bat_linear = recomputed_linear("bat_linear", _effective, _gradients)
 class BatLinear(AdapterLinear):
     """miss_block, PEFT's name of D: [out/b, b, b] (column form) or [in/b, b, b] (row form); zero at the start."""
 
+    miss_block: nn.Parameter
+
     def __init__(self, linear: nn.Linear, block: int, form: str = "column", dropout: float = 0.0):
         cut = linear.out_features if form == "column" else linear.in_features
         super().__init__(linear, {"miss_block": (cut // block, block, block)}, dropout)

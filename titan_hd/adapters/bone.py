@@ -19,6 +19,8 @@ from titan_hd.config.job_config import Adapter, JobConfig
 class BoneLinear(AdapterLinear):
     """miss_block [b, out], PEFT's name of D; zero at the start."""
 
+    miss_block: nn.Parameter
+
     def __init__(self, linear: nn.Linear, block: int, dropout: float = 0.0):
         super().__init__(linear, {"miss_block": (block, linear.out_features)}, dropout)
 

@@ -2,8 +2,8 @@
 
 y = x (W + dW)^T, dx = gy (W + dW), and the gradient of dW, gy^T x, is turned into those of the small tensors that dW is
 made of. Autograd would keep the dense dW of every layer from forward to backward; so does `torch.compile` with a plain
-autograd.Function (it sees that both passes form the same matrix), and selective activation checkpointing (it sees a
-matrix product). An operator of its own is opaque to all of them: it keeps x, W and the small tensors.
+autograd.Function (it sees that both passes form the same matrix). An operator of its own is opaque to both: it keeps x,
+W and the small tensors.
 """
 
 from __future__ import annotations

@@ -47,6 +47,9 @@ class FoldingLinear(FrozenLinear):
     them, and binds the slice of the adapter whose micro-batch comes next.
     """
 
+    delta_A: nn.Parameter
+    delta_B: nn.Parameter
+
     def __init__(self, linear: nn.Linear, dropout: float = 0.0):
         super().__init__(linear, dropout)
         self.register_parameter("delta_A", None)

@@ -29,7 +29,8 @@ from titan_hd.errors import UserError
 
 class Operands(NamedTuple):
     """What one adapted layer computes with: weight [out, in], bias [out] or None, and the bound adapter's
-    a, da [r, in] and b, db [out, r]; a, b, da, db in fp32. The values of da and db are not read."""
+    a, da [r, in] and b, db [out, r]; da and db in fp32, a and b in fp32 or in the dtype of the computation. The values
+    of da and db are not read."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -62,12 +63,21 @@ class _ExactMute(torch.autograd.Function):
                 dx.addmm_(gy, weight)
             dx = dx.view(shape)
         gb = [gy @ factor.to(gy.dtype) for gy, factor in zip(gys, b)]  # [tokens, r] each
-        grad_da = (_cat(gb, 1).T @ x).float() * ctx.scale
+        grad_da = _gradient(_cat(gb, 1).T, x, ctx.scale)
         xa = (x @ _cat(a, 0).to(x.dtype).T).split([factor.shape[0] for factor in a], 1)
         grads = []
         for gy, part, da in zip(gys, xa, grad_da.split([factor.shape[0] for factor in a])):
-            grads += [None, None, None, None, da, (part.T @ gy).T.float() * ctx.scale]
+            grads += [None, None, None, None, da, _gradient(part.T, gy, ctx.scale).T]
         return dx, None, None, *grads
+
+
+def _gradient(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * left @ right in fp32; on a GPU no 16-bit value is rounded on the way."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        product = torch.mm(left, right, out_dtype=torch.float32)
+    else:
+        product = (left @ right).float()
+    return product if scale == 1.0 else product * scale
 
 
 def _layers(flat: tuple) -> list[Operands]:
@@ -139,6 +149,7 @@ def share_products(model: nn.Module) -> None:
     """Give `project_together` to the modules that let a method say how layers of one input are applied."""
     for module in model.modules():
         if hasattr(module, "project"):  # models.decoder.Attention and MLP
+            # pyrefly: ignore[bad-argument-type]: a module takes any attribute; torch's __setattr__ says tensor or module
             module.project = project_together
 
 

@@ -35,9 +35,11 @@ hira_linear = recomputed_linear("hira_linear", _effective, _gradients)
 class HiraLinear(AdapterLinear):
     """hira_A [r, in], kaiming-uniform; hira_B [out, r], zero."""
 
+    hira_A: nn.Parameter
+    hira_B: nn.Parameter
+
     def __init__(self, linear: nn.Linear, rank: int, dropout: float = 0.0):
-        shapes = {"hira_A": (rank, linear.in_features), "hira_B": (linear.out_features, rank)}
-        super().__init__(linear, shapes, dropout)
+        super().__init__(linear, {"hira_A": (rank, linear.in_features), "hira_B": (linear.out_features, rank)}, dropout)
         self.rank = rank
 
     @classmethod

@@ -73,6 +73,7 @@ class OLoRALinear(LoRALinear):
         self.dtype = dtype
 
     def initial(self, weight: torch.Tensor | None, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        assert weight is not None  # reads_weight
         # The leading columns of Q depend on those of W alone, and R = Q^T W: no whole decomposition is needed.
         q = torch.linalg.qr(weight[:, : self.rank].double())[0].float()
         return over_remainder(weight, q.T @ weight, q, self.scale, self.dtype)

@@ -50,6 +50,8 @@ def _rotate(blocks: Tensor) -> Tensor:
 class MoraLinear(AdapterLinear):
     """mora_M [q, q], zero at the start."""
 
+    mora_M: nn.Parameter
+
     def __init__(self, linear: nn.Linear, rank: int, mora_type: int = 6, dropout: float = 0.0):
         q = square_size(linear.in_features, linear.out_features, rank, mora_type)
         super().__init__(linear, {"mora_M": (q, q)}, dropout)

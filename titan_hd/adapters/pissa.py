@@ -37,6 +37,7 @@ class PiSSALinear(LoRALinear):
         self.dtype, self.svd, self.svd_cache = dtype, svd or SvdSettings(), svd_cache
 
     def initial(self, weight: torch.Tensor | None, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        assert weight is not None  # reads_weight
         a, b, self.report = cached_factors(weight, self.rank, self.svd, self.name, self.svd_cache)
         root = self.scale**0.5
         return over_remainder(weight, a / root, b / root, self.scale, self.dtype)

@@ -6,6 +6,7 @@ Pure functions of one whole weight on one device; who computes them and who rece
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ class SvdSettings:
     algorithm: str = "exact"
     niter: int = 16
 
-    def resolve(self, shape: tuple[int, int], count: int) -> str:
+    def resolve(self, shape: Sequence[int], count: int) -> str:
         """The algorithm for the first `count` directions of a weight [out, in]: a function of the sizes alone."""
         if self.algorithm != "auto":
             return self.algorithm
@@ -35,13 +36,13 @@ class SvdSettings:
         return "randomized" if gain > _RANDOMIZED_GAIN else "exact"
 
 
-def exact_cost(shape: tuple[int, int]) -> float:
-    """Operations of the exact algorithm: a Gram matrix and all eigenvectors of it."""
+def exact_cost(shape: Sequence[int]) -> float:
+    """Operations of the exact algorithm on a weight [out, in]: a Gram matrix and all eigenvectors of it."""
     large, small = max(shape), min(shape)
     return 2.0 * large * small**2 + 22.0 * small**3
 
 
-def randomized_cost(shape: tuple[int, int], count: int, niter: int) -> float:
+def randomized_cost(shape: Sequence[int], count: int, niter: int) -> float:
     """Operations of the randomized algorithm: two products with W per iteration."""
     return 4.0 * (niter + 1) * shape[0] * shape[1] * _sketch_width(shape, count)
 
@@ -55,7 +56,7 @@ def principal_factors(
     rank `count` (nearly so for the randomized algorithm). The sign of each pair, which a decomposition leaves open, is
     fixed: the largest element of each row of A is positive.
     """
-    if settings.resolve(tuple(weight.shape), count) == "randomized":
+    if settings.resolve(weight.shape, count) == "randomized":
         u, s, vh = _randomized_svd(weight.float(), count, settings.niter, seed)
     else:
         u, s, vh = _gram_svd(weight.double(), count)
@@ -82,7 +83,7 @@ def _gram_svd(w: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, 
     return (far, s, near.T) if tall else (near, s, far.T)
 
 
-def _sketch_width(shape: tuple[int, int], count: int) -> int:
+def _sketch_width(shape: Sequence[int], count: int) -> int:
     """Oversampling by as many directions again, at least 16: flat spectra need it."""
     return min(count + max(count, 16), *shape)
 
@@ -95,7 +96,7 @@ def _randomized_svd(
     The start is drawn on the host from `seed`, so every device and every run takes the same.
     """
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(w.shape[1], _sketch_width(tuple(w.shape), count), generator=generator)
+    start = torch.randn(w.shape[1], _sketch_width(w.shape, count), generator=generator)
     q = torch.linalg.qr(w @ start.to(w.device))[0]
     for _ in range(niter):
         q = torch.linalg.qr(w.T @ q)[0]

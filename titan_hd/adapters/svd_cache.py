@@ -30,11 +30,11 @@ _VERSION = 1  # raised when the same settings would give other factors
 
 def cache_key(weight: torch.Tensor, count: int, settings: SvdSettings) -> str:
     """Hash of W's fp32 content and everything else that decides its factors."""
-    algorithm = settings.resolve(tuple(weight.shape), count)
+    algorithm = settings.resolve(weight.shape, count)
     niter = settings.niter if algorithm == "randomized" else 0
     header = f"{_VERSION}/{list(weight.shape)}/{count}/{algorithm}/{niter}/"
     digest = hashlib.sha256(header.encode())
-    digest.update(memoryview(weight.detach().float().cpu().contiguous().numpy()).cast("B"))
+    digest.update(weight.detach().float().cpu().contiguous().numpy().data.cast("B"))
     return digest.hexdigest()
 
 
@@ -58,10 +58,10 @@ def cached_factors(
     if weight.is_cuda:
         torch.cuda.synchronize(weight.device)
     a, b = factors
-    report = {
+    report: dict[str, object] = {
         "layer": name,
         "shape": list(weight.shape),
-        "algorithm": settings.resolve(tuple(weight.shape), count),
+        "algorithm": settings.resolve(weight.shape, count),
         "cached": cached,
         "seconds": time.perf_counter() - start,
         "captured_energy": captured_energy(weight, a),

@@ -32,7 +32,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from titan_hd.checkpoint.folder import CheckpointFolder, damage, read_manifest, read_train_state
+from titan_hd.checkpoint.folder import CheckpointFolder, Files, damage, read_manifest, read_train_state
 from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.checkpoint.writer import CheckpointWriter
 from titan_hd.distributed.collectives import on_rank_zero
@@ -82,7 +82,9 @@ class Checkpointer:
     def __init__(self, folder: Path, keep_latest_k: int, asynchronous: bool, timeout_seconds: float):
         self.files = CheckpointFolder(folder, keep_latest_k)
         # Its own time-out: the slowest disk may take longer than any collective of the training.
-        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
+        assert isinstance(group, dist.ProcessGroup)  # of all ranks
+        self.group = group
         self.last_step: int | None = None  # of the last save, whatever became of it
         self._failure: str | None = None
         self._pending: Future[str | None] | None = None
@@ -125,6 +127,7 @@ class Checkpointer:
     def _write(self, step: int, tensors: dict[str, Any], train_state: dict[str, Any], start: float) -> str | None:
         """Everything after the copy. Returns the line that says what the disk refused, the same on every rank."""
         final, partial = self.files.path(step), self.files.partial(step)
+        written: Files = {}
         fault = self._on_rank_zero(lambda: self.files.start(step))
         if not fault:
             writer = CheckpointWriter(partial)
@@ -132,10 +135,10 @@ class Checkpointer:
                 dcp.save(tensors, storage_writer=writer, process_group=self.group)
             except CheckpointException as error:
                 fault = _disk_fault(error)
-        if not fault:
-            parts = self._gather(writer.checksums)
-            written = {name: entry for part in parts for name, entry in part.items()}
-            fault = self._on_rank_zero(lambda: self.files.publish(step, train_state, written))
+            else:
+                for part in self._gather(writer.checksums):
+                    written |= part
+                fault = self._on_rank_zero(lambda: self.files.publish(step, train_state, written))
         if fault:
             self._on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))
             return f"{final}: the checkpoint cannot be saved: {fault}; earlier ones are untouched"
@@ -182,6 +185,7 @@ class Checkpointer:
         steps, fault = self._from_rank_zero((steps, fault))
         if fault:
             raise UserError(fault)
+        faults: list[str] = []
         for step in steps:
             faults = self._verify(step)
             if not faults:
@@ -236,7 +240,8 @@ class Checkpointer:
 
 def _disk_fault(error: CheckpointException) -> str:
     """The line for the first rank's error, if all failed ranks had an OSError; any other error is raised again."""
-    rank, (cause, _) = next(iter(error.failures.items()))
-    if not all(isinstance(cause, OSError) for cause, _ in error.failures.values()):
+    causes = {rank: cause for rank, (cause, _) in error.failures.items() if isinstance(cause, OSError)}
+    if len(causes) < len(error.failures):
         raise error
+    rank, cause = next(iter(causes.items()))
     return f"{cause.strerror or cause} (on rank {rank})"

@@ -53,10 +53,12 @@ class CheckpointReader(dcp.FileSystemReader):
         super().__init__(str(folder))
         self.folder = folder
         if table is not None:
-            table.storage_meta.load_id = self.load_id
             self._table = table
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
+        if self._table.storage_meta is None:
+            self._table.storage_meta = StorageMeta()
+        self._table.storage_meta.load_id = self.load_id
         return self._table
 
     @functools.cached_property
@@ -76,9 +78,6 @@ class CheckpointReader(dcp.FileSystemReader):
         outside = [name for name in files if not isinstance(name, str) or Path(name).name != name]
         if outside:
             raise UserError(f"{path}: names {outside[0]!r}, which is not a file of the folder")
-        if table.storage_meta is None:
-            table.storage_meta = StorageMeta()
-        table.storage_meta.load_id = self.load_id
         return table
 
     def holds(self, key: str) -> bool:
@@ -95,6 +94,7 @@ class CheckpointReader(dcp.FileSystemReader):
         entries = self._table.state_dict_metadata
         stored = {key: entry for key, entry in entries.items() if key.startswith(prefix)}
         expected = {f"{prefix}{name}": shape for name, shape in shapes.items()}
+        dtypes: set[torch.dtype] = set()
         errors = [f"{self.folder}: {key}: is not part of the model" for key in sorted(stored.keys() - expected.keys())]
         for key, shape in expected.items():
             entry = stored.get(key)
@@ -102,6 +102,8 @@ class CheckpointReader(dcp.FileSystemReader):
                 errors.append(f"{self.folder}: {key}: is missing")
             elif entry.size != shape:
                 errors.append(f"{self.folder}: {key}: has shape {list(entry.size)}, must be {list(shape)}")
+            else:
+                dtypes.add(entry.properties.dtype)
         if errors:
             raise UserError("\n".join(errors))
-        return {entry.properties.dtype for entry in stored.values()}
+        return dtypes

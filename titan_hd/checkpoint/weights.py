@@ -78,7 +78,7 @@ class CheckpointWeights:
         weight.copy_(layer.merged(whole, **tensors))
 
     def _read(self, name: str, weight: torch.Tensor) -> None:
-        if name in self._base:
+        if self._files is not None and name in self._base:
             self._files.read_into(name, weight)
         else:
             self._load(f"model.{name}", weight)

@@ -13,14 +13,15 @@ tests/distributed/test_checkpoint.py.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import queue
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -39,7 +40,8 @@ class CheckpointWriter(dcp.FileSystemWriter):
     def __init__(self, folder: Path):
         # No copying ahead: DCP copies on the current CUDA stream, and in a new thread that is GPU 0's on every rank.
         super().__init__(str(folder), per_thread_copy_ahead=0)
-        self.fs = self._files = _ChecksumFiles()
+        self._files = _ChecksumFiles()
+        self.fs: FileSystem = self._files
 
     @property
     def checksums(self) -> Files:
@@ -95,13 +97,13 @@ class _ChecksumFiles(FileSystem):
         self.error: OSError | None = None
 
     @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[IO[bytes]]:
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[io.IOBase, None, None]:
         with super().create_stream(path, mode) as stream:
             if mode != "wb":
                 yield stream
                 return
             checked = _Checked(stream, self)
-            yield checked
+            yield cast(io.IOBase, checked)  # it has what DCP and torch.save use of one
         # The table of contents is written to `.metadata.tmp` and renamed.
         self.entries[Path(path).name.removesuffix(".tmp")] = {"size": checked.size, "crc32": checked.crc32}
 
@@ -109,7 +111,7 @@ class _ChecksumFiles(FileSystem):
 class _Checked:
     """A stream, written from its start to its end, as DCP and torch.save need it; it keeps the first OSError."""
 
-    def __init__(self, stream: IO[bytes], files: _ChecksumFiles):
+    def __init__(self, stream: io.IOBase, files: _ChecksumFiles):
         self._stream, self._files = stream, files
         self.size = self.crc32 = 0
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from titan_hd.adapters.frozen_linear import FrozenLinear
+from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import DecoderConfig
 
 # Dense TFLOP/s of tensor cores in bf16, from the vendors' data sheets, by a part of torch.cuda.get_device_name(). The
@@ -58,12 +57,12 @@ def flops_per_token(config: DecoderConfig, length: float, trained_weights: int, 
     return 4 * weights + 2 * trained_weights + attention + adapters
 
 
-def trained_work(model: nn.Module, tokens: float) -> tuple[int, float]:
+def trained_work(model: Decoder, tokens: float) -> tuple[int, float]:
     """`trained_weights` and `adapters` of `flops_per_token` for a model that a method was applied to.
 
     tokens: of one worker's micro-batch.
     """
-    looked_up = None if getattr(model, "lm_head", None) is None else model.model.embed_tokens.weight
+    looked_up = None if model.lm_head is None else model.model.embed_tokens.weight
     layers = [layer for layer in model.modules() if isinstance(layer, FrozenLinear)]
     beside = {looked_up, *(p for layer in layers for p in layer.parameters())}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dim() == 2 and p not in beside)

@@ -265,15 +265,16 @@ def _optimizer_temporaries(sizes: Sizes, groups: list[Group]) -> int:
     return 4 * sum(g.trained for g in groups)
 
 
-def received_bytes(sizes: Sizes, micro_batches: int) -> tuple[int, int]:
+def received_bytes(sizes: Sizes, micro_batches: int, kept: bool = False) -> tuple[int, int]:
     """What a worker receives in a step: all-gathers of the weights, and the exchange of the updates of a method that
-    folds. Gradients that are summed over workers are not in it."""
+    folds. Gradients that are summed over workers are not in it. kept: the weights are gathered once for the step."""
     shards = sizes.mesh[1]
     model, _ = _meta_model(sizes)
     embeds = model.model.embed_tokens.weight.requires_grad
-    elements = sum(group.gathers(embeds) * group.shard for group in fsdp_group_sizes(model, shards))
+    groups = fsdp_group_sizes(model, shards)
+    elements = sum((1 if kept else micro_batches * group.gathers(embeds)) * group.shard for group in groups)
     exchanged = sum(weight.received for weight in sizes.updates.weights) if sizes.updates is not None else 0
-    return micro_batches * (shards - 1) * elements * sizes.compute.itemsize, exchanged
+    return (shards - 1) * elements * sizes.compute.itemsize, exchanged
 
 
 def fold_bytes(updates: UpdatePlan, in_flight: int) -> int:

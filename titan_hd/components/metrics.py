@@ -9,7 +9,7 @@ import os
 import resource
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -61,7 +61,7 @@ class _Wandb:
                 outcome = "logging offline, `wandb sync` uploads later" if mode is None else "going on without it"
                 logger.warning("wandb cannot start (%s); %s", reason, outcome)
 
-    def _start(self, config: JobConfig, run_id: str | None, mode: str | None):
+    def _start(self, config: JobConfig, run_id: str | None, mode: Literal["offline"] | None):
         import wandb
 
         m = config.metrics
@@ -114,7 +114,9 @@ def finish_failed_run() -> None:
 class NoMetrics:
     """What the ranks other than 0 have in the place of a `MetricsLogger`."""
 
-    wandb_id: str | None = None
+    @property
+    def wandb_id(self) -> str | None:
+        return None
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record values of one step (1-based) everywhere."""

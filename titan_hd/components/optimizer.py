@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,9 +13,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from titan_hd.config.job_config import Optimizer
+from titan_hd.distributed.flat import square_sum
 from titan_hd.errors import UserError
 
-# Optimizers of torch.optim that cannot train an adapter's [K, r, in] parameter with the settings of [optimizer].
+# Optimizers of torch.optim that cannot train an adapter's [K, r, in] parameter with the settings of [optimizer]. All
+# others compute element by element, so that they may train many tensors as one flat one.
 _UNFIT = {
     "Adafactor": "wants a pair of eps",
     "Muon": "trains matrices only",
@@ -43,17 +46,20 @@ def build_optimizer(
     lr_ratios: last part of a name -> factor on the learning rate, 1 unless given. Every group has its own as
     "lr_ratio", for whoever sets the rates later.
 
-    Always the foreach implementation: fused AdamW on DTensors leaks host memory at every step.
+    The fused implementation where there is one, on GPUs, for plain tensors: one kernel, and no temporary tensors. Else
+    the foreach one: fused AdamW on DTensors leaks host memory at every step, and on a CPU it computes the elements at
+    the end of a tensor, which are others on other meshes, with another rounding.
     """
     cls = optimizer_class(config.name)
-    offered = {
+    fused = not any(isinstance(p, DTensor) or p.device.type != "cuda" for p in parameters)
+    offered: dict[str, Any] = {
         "lr": config.lr,
         "betas": (config.beta1, config.beta2),
         "eps": config.eps,
         "weight_decay": weight_decay,
-        "foreach": True,
     }
     accepted = inspect.signature(cls).parameters
+    offered["fused" if fused and "fused" in accepted else "foreach"] = True
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter, name in parameters.items():
         groups.setdefault((lr_ratios or {}).get(name.rpartition(".")[2], 1.0), []).append(parameter)
@@ -62,22 +68,37 @@ def build_optimizer(
 
 
 @torch.no_grad()
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
     """Global L2 norm over all parameters, shards and logical adapters; clips to max_norm if that is above 0.
 
     Every rank adds the squares of what it holds, divided by how many ranks hold the same: one all-reduce of a number.
+
+    Returns:
+        the norm before clipping, 0-dim on the device: the host does not wait for it.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     squares = torch.stack(torch._foreach_norm(local)).square()
     copies = torch.tensor([_copies(g) for g in gradients], device=squares.device)
-    total = (squares / copies).sum()
+    return _clip(local, (squares / copies).sum(), max_norm)
+
+
+@torch.no_grad()
+def clip_flat(parts: list[tuple[torch.Tensor, int]], max_norm: float) -> torch.Tensor:
+    """`clip_gradients` in float64, of flat parts of a gradient, each with the number of ranks that hold the same."""
+    total = sum(square_sum(part) / copies for part, copies in parts)
+    assert isinstance(total, torch.Tensor)
+    return _clip([part for part, _ in parts], total, max_norm)
+
+
+def _clip(local: list[torch.Tensor], total: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """total: the sum of this rank's squares."""
     if dist.is_initialized():
         dist.all_reduce(total)
     norm = total.sqrt()
     if max_norm > 0:
-        torch._foreach_mul_(local, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm.item()
+        torch._foreach_mul_(local, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(local[0].dtype))
+    return norm
 
 
 def _copies(gradient: torch.Tensor) -> int:

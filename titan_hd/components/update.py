@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -22,16 +21,16 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from titan_hd.adapters.adapter_linear import adapter_layers
-from titan_hd.adapters.method import Method
+from titan_hd.adapters.method import FoldingMethod, Method
 from titan_hd.adapters.svd import SvdSettings
-from titan_hd.components.optimizer import build_optimizer, clip_gradients
+from titan_hd.components.optimizer import build_optimizer, clip_flat, clip_gradients
 from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.adapter_init import initialize_adapters
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.factor_init import SliceSettings, compute_factors
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.shards import adapter_parameters, base_parameters
-from titan_hd.distributed.update.fold import Fold, FoldSettings, check_finite
+from titan_hd.distributed.update.fold import Fold, FoldSettings
 from titan_hd.distributed.update.plan import UpdatePlan, plan_update
 from titan_hd.distributed.update.topology import Topology
 from titan_hd.models.decoder import Decoder
@@ -56,8 +55,8 @@ class Update:
     def build_optimizer(self) -> None:
         """Of the trained parameters, when they have memory."""
         self.trainable = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
-        decay = self._optimizer_weight_decay()
-        self.optimizer = build_optimizer(self.config.optimizer, self.trainable, decay, self.method.lr_ratios)
+        parameters, decay = self._optimized(), self._optimizer_weight_decay()
+        self.optimizer = build_optimizer(self.config.optimizer, parameters, decay, self.method.lr_ratios)
 
     def layers_to_start(self) -> int:
         """Number of layers that `first_values` sets."""
@@ -76,14 +75,8 @@ class Update:
         parameters = {name: parameter for parameter, name in self.trainable.items()}
         for key, stored in metadata.state_dict_metadata.items():
             match = re.fullmatch(r"optimizer\.(.+)\.([^.]+)", key)
-            if not match or match[1] not in parameters or not isinstance(stored, TensorStorageMetadata):
-                continue
-            parameter = parameters[match[1]]
-            if stored.size == parameter.shape:
-                value = torch.zeros_like(parameter, dtype=stored.properties.dtype)
-            else:
-                value = torch.zeros(stored.size, dtype=stored.properties.dtype)
-            self.optimizer.state[parameter][match[2]] = value
+            if match and match[1] in parameters and isinstance(stored, TensorStorageMetadata):
+                self._allocate_moment(parameters[match[1]], match[2], stored)
 
     def state(self, changed_only: bool) -> dict[str, Any]:
         """What a checkpoint holds, as DTensors by name: weights, adapters, fixed factors, the optimizer's moments.
@@ -97,8 +90,7 @@ class Update:
             if not changed_only or p.requires_grad or name in changed
         }
         state |= {f"adapters.{name}": p.detach() for name, p in adapter_parameters(self.model)}
-        for parameter, values in self.optimizer.state.items():
-            state |= {f"optimizer.{self.trainable[parameter]}.{key}": value for key, value in values.items()}
+        state |= {f"optimizer.{name}.{key}": value for name, key, value in self._moments()}
         return state
 
     def start(self) -> None:
@@ -113,28 +105,36 @@ class Update:
     def bind(self, slot: int) -> None:
         """The next forward and backward pass trains hosted adapter `slot`."""
 
-    def finish_gradients(self, step: int) -> float:
+    def finish_gradients(self, step: int) -> torch.Tensor:
         """After the last backward pass of a step: sum what workers have in parts, and clip. Collective.
 
         Returns:
-            the gradients' norm over all parameters, before clipping.
+            the gradients' norm over all parameters, before clipping; 0-dim, on the device.
 
         Raises:
-            FloatingPointError: it is not finite; on every rank, before W has changed. step: 0-based, for the message.
+            FloatingPointError: it is not finite; on every rank. step: 0-based, for the message. An update that can wait
+                with this until W is about to change raises in `apply`.
         """
-        self._sum_gradients()
-        norm = clip_gradients(list(self.trainable), self.config.training.max_norm)
-        if not math.isfinite(norm):
-            self._blame(step)
-            raise FloatingPointError(f"step {step + 1}: the gradient norm is {norm}; W is as before the step")
-        return norm
+        raise NotImplementedError
 
     def apply(self, lr: float, step: int) -> None:
         """Take the optimizer's step, and make W what it says. Collective.
 
         Raises:
-            FloatingPointError: on every rank and before W is touched, if an update is not finite.
+            FloatingPointError: on every rank and before W is touched, if a gradient or an update is not finite.
         """
+        raise NotImplementedError
+
+    def _optimized(self) -> dict[nn.Parameter, str]:
+        """What the optimizer gets, with names."""
+        return self.trainable
+
+    def _allocate_moment(self, parameter: nn.Parameter, key: str, stored: TensorStorageMetadata) -> None:
+        """Make the tensor `key` of the optimizer's state of a trainable parameter, as a checkpoint has it."""
+        raise NotImplementedError
+
+    def _moments(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """The optimizer's state: name of the trainable parameter, key, tensor."""
         raise NotImplementedError
 
     def _optimizer_weight_decay(self) -> float:
@@ -147,12 +147,6 @@ class Update:
     def _zero_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _sum_gradients(self) -> None:
-        """FSDP2 has summed those of the parameters that it shards."""
-
-    def _blame(self, step: int) -> None:
-        """Raise a FloatingPointError that names where the gradient is not finite, if that is known."""
-
 
 class OptimizerUpdate(Update):
     """The trained tensors are parameters of the model, and the optimizer's step is all."""
@@ -163,8 +157,26 @@ class OptimizerUpdate(Update):
     def first_values(self) -> Iterator[Reports]:
         return initialize_adapters(self.model, self.dims, self.config.training.seed)
 
+    def finish_gradients(self, step: int) -> torch.Tensor:
+        norm = clip_gradients(self.trainable, self.config.training.max_norm)
+        if not norm.isfinite():
+            raise FloatingPointError(f"step {step + 1}: the gradient norm is {norm.item()}; W is as before the step")
+        return norm
+
     def apply(self, lr: float, step: int) -> None:
         self.optimizer.step()
+
+    def _allocate_moment(self, parameter: nn.Parameter, key: str, stored: TensorStorageMetadata) -> None:
+        if stored.size == parameter.shape:
+            value = torch.zeros_like(parameter, dtype=stored.properties.dtype)
+        else:
+            value = torch.zeros(stored.size, dtype=stored.properties.dtype)
+        self.optimizer.state[parameter][key] = value
+
+    def _moments(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        for parameter, name in self.trainable.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                yield name, key, value
 
     def _changed_layers(self) -> set[str]:
         return {name for name, layer in adapter_layers(self.model).items() if layer.changes_weight}
@@ -172,15 +184,23 @@ class OptimizerUpdate(Update):
 
 class FoldUpdate(Update):
     """The trained tensors are zero when a step begins; what the optimizer adds to them is folded into W, and they are
-    zero again. The adapter registry holds them, outside of FSDP2."""
+    zero again. The adapter registry holds them, outside of FSDP2.
 
-    def __init__(self, model: Decoder, method: Method, dims: ParallelDims, config: JobConfig):
+    The optimizer gets the registry's flat tensor alone, and its moments are flat too; a checkpoint has them by layer.
+    """
+
+    def __init__(self, model: Decoder, method: FoldingMethod, dims: ParallelDims, config: JobConfig):
         super().__init__(model, method, dims, config)
         self.registry = AdapterRegistry(model, method, dims.adapter_mesh(method.num_adapters))
         self.fold: Fold
+        self._norm: torch.Tensor  # of the gradients, not looked at yet
 
     def ignored_parameters(self) -> set[nn.Parameter]:
         return self.registry.parameters()
+
+    def build_optimizer(self) -> None:
+        self.registry.materialize()
+        super().build_optimizer()
 
     def layers_to_start(self) -> int:
         return len(self.registry.entries)
@@ -190,10 +210,6 @@ class FoldUpdate(Update):
         settings = SliceSettings(self.config.hdpissa.slices, seed, SvdSettings(a.svd, a.svd_niter), a.svd_cache)
         return compute_factors(self.registry, self.dims, settings)
 
-    def allocate(self, metadata: Metadata) -> None:
-        self.registry.empty_factors()
-        super().allocate(metadata)
-
     def state(self, changed_only: bool) -> dict[str, Any]:
         factors = {}
         for name, entry in self.registry.entries.items():
@@ -201,7 +217,7 @@ class FoldUpdate(Update):
         return {**super().state(changed_only), **factors}
 
     def start(self) -> None:
-        self.registry.materialize()
+        self.registry.start(getattr(torch, self.config.training.mixed_precision_param))
         c, h = self.config, self.config.hdpissa
         shapes = {name: entry.local_shape for name, entry in self.registry.entries.items()}
         plan = fold_plan(c, self.method.num_adapters, (self.dims.dp_replicate, self.dims.dp_shard), shapes)
@@ -214,9 +230,36 @@ class FoldUpdate(Update):
     def bind(self, slot: int) -> None:
         self.registry.activate(slot)
 
+    def finish_gradients(self, step: int) -> torch.Tensor:
+        self.registry.finish_gradients()
+        self._norm = clip_flat(self.registry.gradient_parts(), self.config.training.max_norm)
+        return self._norm
+
     def apply(self, lr: float, step: int) -> None:
         self.optimizer.step()
-        self.fold(lr, step)
+        self.fold(lr, step, self._norm)
+
+    def _optimized(self) -> dict[nn.Parameter, str]:
+        return {self.registry.deltas: "deltas"}
+
+    def _allocate_moment(self, parameter: nn.Parameter, key: str, stored: TensorStorageMetadata) -> None:
+        deltas = self.registry.deltas
+        state, dtype = self.optimizer.state[deltas], stored.properties.dtype
+        if key in state:  # another layer came first
+            return
+        if stored.size == parameter.shape:
+            state[key] = torch.zeros_like(deltas, dtype=dtype)
+        else:  # a number; the fused implementations want it on the device
+            fused = self.optimizer.param_groups[0].get("fused")
+            state[key] = torch.zeros(stored.size, dtype=dtype, device=deltas.device if fused else None)
+
+    def _moments(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        deltas = self.registry.deltas
+        for key, value in self.optimizer.state.get(deltas, {}).items():
+            if value.shape == deltas.shape:
+                yield from ((name, key, view) for name, view in self.registry.named_views(value))
+            else:  # a number, the same for all
+                yield from ((name, key, value) for name in self.trainable.values())
 
     def _optimizer_weight_decay(self) -> float:
         return 0.0  # what the optimizer trains is zero when a step begins: decay belongs to the fold, on W
@@ -227,16 +270,12 @@ class FoldUpdate(Update):
     def _zero_gradients(self) -> None:
         self.registry.zero_grad()
 
-    def _sum_gradients(self) -> None:
-        self.registry.finish_gradients()
-
-    def _blame(self, step: int) -> None:
-        check_finite(self.registry, "gradient", step)
-
 
 def build_update(model: Decoder, method: Method, dims: ParallelDims, config: JobConfig) -> Update:
     """The update of a method that was applied to a meta model."""
-    return (FoldUpdate if method.folds else OptimizerUpdate)(model, method, dims, config)
+    if isinstance(method, FoldingMethod):
+        return FoldUpdate(model, method, dims, config)
+    return OptimizerUpdate(model, method, dims, config)
 
 
 def fold_plan(

@@ -36,8 +36,9 @@ def validation_loss(model: nn.Module, batches: Iterable[Batch], sharers: Sharers
     device = sharers.device
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        loss = model(batch.input_ids.to(device), targets=batch.labelled.to(device))
-        totals += torch.stack((loss.double(), totals.new_tensor(batch.trained_tokens)))
+        here = batch.on(device)
+        totals[0] += model(here.input_ids, targets=here.labelled)
+        totals[1] += batch.trained_tokens
     dist.all_reduce(totals, group=sharers.group)
     return (totals[0] / totals[1].clamp(min=1)).item()
 
@@ -80,7 +81,6 @@ def exact_match(
 class Validator:
     """What a run validates on, and how.
 
-    pad_to: the length of rows, see `collate`.
     tokenizer: called only to generate answers.
     """
 
@@ -90,18 +90,17 @@ class Validator:
         dims: ParallelDims,
         device: torch.device,
         dataset: FiniteDataset,
-        pad_to: int | None,
         tokenizer: Callable[[], Tokenizer],
     ):
         self.settings, self.dims, self.device, self.dataset = config.validation, dims, device, dataset
         self.batch_size = config.validation.batch_size or config.training.local_batch_size
-        self.pad_to, self.tokenizer = pad_to, tokenizer
+        self.tokenizer = tokenizer
 
     def run(self, model: Decoder) -> dict[str, float]:
         """validation_loss and, if asked for, validation_exact_match. Collective; leaves the model as for training."""
         s, rank, size = self.settings, self.dims.dp_rank, self.dims.dp_size
         sharers = Sharers(rank, size, self.dims.dp_mesh.get_group(), self.device)
-        batches = validation_batches(self.dataset, rank, size, self.batch_size, self.pad_to, s.steps)
+        batches = validation_batches(self.dataset, rank, size, self.batch_size, s.steps)
         model.eval()
         values = {"validation_loss": validation_loss(model, batches, sharers)}
         if s.exact_match_samples:

@@ -115,7 +115,7 @@ def check_combinations(config: JobConfig) -> list[str]:
             f"{key}: must name a folder of its own, not {folder!r}",
         )
     require(
-        c.checkpoint.base != "delta" or (c.model.hf_assets_path and not c.model.flavor),
+        c.checkpoint.base != "delta" or (c.model.hf_assets_path != "" and not c.model.flavor),
         "checkpoint.base: delta needs a base model in model.hf_assets_path (and no model.flavor), and a method that "
         "leaves some of its weights alone",
     )

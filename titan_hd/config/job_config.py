@@ -137,6 +137,10 @@ class Training:
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
     """dtype in which the weights are all-gathered and computed with. auto: bfloat16 on GPUs and on CPUs that have
     instructions for it, else float32."""
+    float32_matmul_precision: Literal["high", "highest"] = "highest"
+    """How GPUs multiply fp32 matrices (torch.set_float32_matmul_precision). high: TF32, several times faster, with 10
+    bits of mantissa in the factors; where mixed_precision_param is bfloat16 it matters to the fold's products alone.
+    highest: fp32."""
     master_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of the sharded master weights. bfloat16 halves their memory. For hdpissa the fold then rounds
     stochastically, because an update of relative size 1e-5 would vanish; methods with adapters beside a frozen W keep
@@ -248,6 +252,11 @@ class Parallelism:
     """Replicas of the sharded model (HSDP)."""
     data_parallel_shard_degree: int = -1
     """Shards of the model (FSDP). -1: all workers that are left."""
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """When the gathered weights are freed. always: after each block's forward pass, and gathered again for its backward
+    pass. never: after the last backward pass of an optimizer step, so that each is gathered once a step; takes the
+    memory of all weights in mixed_precision_param. default: never where a step has several micro-batches and the memory
+    left by the first step suffices (the log says what was decided), else always."""
     tensor_parallel_degree: int = 1
     """Ranks that split each linear layer of the blocks (tensor parallelism), within a node."""
     sequence_parallel: bool = True
@@ -263,14 +272,18 @@ class Parallelism:
 @dataclass
 class ActivationCheckpoint:
     mode: Literal["none", "selective", "full"] = "none"
-    """none: keep all activations. full: recompute each block. selective: keep attention and every second matrix
-    product of a block, recompute the rest."""
+    """none: keep all activations. full: recompute each block. selective: keep the residual stream, attention's result
+    and what activation_checkpoint.keep names, recompute the rest."""
+    keep: list[Literal["qkv", "gate_up"]] = field(default_factory=lambda: ["qkv", "gate_up"])
+    """What selective keeps besides. qkv: queries, keys and values. gate_up: the outputs of gate_proj and up_proj. The
+    default computes no matrix product twice; [] keeps the least. docs/performance.md has the memory of each choice."""
 
 
 @dataclass
 class Compile:
     enable: bool = False
-    """torch.compile each block (fullgraph); records are then padded to seq_len, so that shapes stay the same."""
+    """torch.compile each block (fullgraph, static shapes); records are then padded to one of at most eight lengths,
+    packs to seq_len. Validation and generation are not compiled."""
 
 
 @dataclass

@@ -328,8 +328,9 @@ def _field_docs() -> dict[str, dict[str, str]]:
             continue
         fields = docs.setdefault(node.name, {})
         for statement, following in zip(node.body, node.body[1:]):
-            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-                fields[statement.target.id] = " ".join(following.value.value.split())
+            match statement, following:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    fields[name] = " ".join(text.split())
     return docs
 
 

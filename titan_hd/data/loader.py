@@ -12,7 +12,8 @@ import itertools
 import multiprocessing
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,6 +46,21 @@ class Batch:
     squares: int = 0
     documents: torch.Tensor | None = None
 
+    def on(self, device: torch.device) -> Batch:
+        """The same on a device. From pinned memory (`pinned`) a GPU copies it while the host goes on."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same in page-locked memory."""
+        return self._mapped(torch.Tensor.pin_memory)
+
+    def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        documents = None if self.documents is None else function(self.documents)
+        batch = replace(self, input_ids=function(self.input_ids), documents=documents)
+        # The targets themselves are needed by nobody there, and their positions are found on the host.
+        batch.__dict__["labelled"] = Targets(*map(function, self.labelled))
+        return batch
+
     @functools.cached_property
     def labelled(self) -> Targets:
         """The positions that have a label, for the head and the loss."""
@@ -55,15 +71,23 @@ class Batch:
         return len(self.labelled.labels)
 
 
-def collate(examples: Sequence[Example], pad_to: int | None) -> Batch:
-    """A row for every example, padded at the right to `pad_to`, or to the longest one and a multiple of eight.
+def length_buckets(seq_len: int) -> tuple[int, ...]:
+    """The lengths to which rows are padded where each length has a price (a compiled graph, a plan of a kernel):
+    multiples of 64, at most eight, the last one seq_len."""
+    step = -(-seq_len // (8 * 64)) * 64
+    return (*range(step, seq_len, step), seq_len)
+
+
+def collate(examples: Sequence[Example], pad_to: Sequence[int] = ()) -> Batch:
+    """A row for every example, padded at the right to the smallest length of `pad_to` (ascending) that holds the
+    longest one; without lengths, to a multiple of eight.
 
     Padding is never attended to by real tokens (attention is causal) and has no labels.
     """
     return _collate([[example] for example in examples], pad_to)
 
 
-def collate_packs(packs: Sequence[Sequence[Example]], pad_to: int | None) -> Batch:
+def collate_packs(packs: Sequence[Sequence[Example]], pad_to: Sequence[int] = ()) -> Batch:
     """A row for every pack of examples, with the documents' numbers; padded as in `collate`.
 
     The last token of a document has no target: the first token of the next is none of its business.
@@ -77,9 +101,10 @@ def collate_packs(packs: Sequence[Sequence[Example]], pad_to: int | None) -> Bat
     return replace(batch, documents=documents)
 
 
-def _collate(rows: Sequence[Sequence[Example]], pad_to: int | None) -> Batch:
+def _collate(rows: Sequence[Sequence[Example]], pad_to: Sequence[int]) -> Batch:
     sizes = [sum(len(example.input_ids) for example in row) for row in rows]
-    length = pad_to or -(-max(sizes) // 8) * 8
+    longest = max(sizes)
+    length = next(n for n in pad_to if n >= longest) if pad_to else -(-longest // 8) * 8
     input_ids = torch.zeros(len(rows), length, dtype=torch.long)
     targets = torch.full((len(rows), length), IGNORE, dtype=torch.long)
     for row, examples in enumerate(rows):
@@ -95,7 +120,7 @@ def _collate(rows: Sequence[Sequence[Example]], pad_to: int | None) -> Batch:
 class GlobalBatches(Dataset):
     """Any part of any optimizer step's global batch. packed: samples are packs."""
 
-    def __init__(self, examples: Examples, order: Order, global_batch_size: int, pad_to: int | None, packed: bool):
+    def __init__(self, examples: Examples, order: Order, global_batch_size: int, pad_to: Sequence[int], packed: bool):
         self.examples, self.order, self.global_batch_size = examples, order, global_batch_size
         self.pad_to, self.packed = pad_to, packed
 
@@ -194,6 +219,42 @@ class TrainLoader:
         self._iterator, self._next_step = None, -1
 
 
+class ReadAhead:
+    """Reads the next step's micro-batches in a thread while this step's are computed.
+
+    end: the number of steps of the run; nothing is read beyond it. pin: put them into page-locked memory.
+    """
+
+    def __init__(self, loader: TrainLoader, end: int, pin: bool):
+        self._loader, self._end, self._pin = loader, end, pin
+        self._thread = ThreadPoolExecutor(1, "read-ahead")
+        self._next: tuple[int, Future[list[Batch]]] | None = None
+
+    def step(self, step: int) -> list[Batch]:
+        """The micro-batches of optimizer step `step` (0-based).
+
+        Raises:
+            UserError: a record of this step cannot be used.
+        """
+        ahead, self._next = self._next, None
+        if ahead is not None and ahead[0] != step:
+            ahead[1].exception()  # it reads for a step that nobody wants; the loader is free when it is done
+            ahead = None
+        batches = ahead[1].result() if ahead is not None else self._read(step)
+        if step + 1 < self._end:
+            self._next = step + 1, self._thread.submit(self._read, step + 1)
+        return batches
+
+    def _read(self, step: int) -> list[Batch]:
+        batches = self._loader.step(step)
+        return [batch.pinned() for batch in batches] if self._pin else batches
+
+    def close(self) -> None:
+        """End the thread, and the loader's processes."""
+        self._thread.shutdown(cancel_futures=True)
+        self._loader.close()
+
+
 def _sent(batch: Any) -> dict[str, Any] | str:
     """A Batch as arrays, which come through a pipe; a UserError as its line. Tensors would take shared memory and open
     files: that costs more than the batch itself."""
@@ -211,7 +272,7 @@ def _received(fields: dict[str, Any] | str) -> Batch:
 
 
 def validation_batches(
-    examples: SizedExamples, worker: int, workers: int, batch_size: int, pad_to: int | None, limit: int
+    examples: SizedExamples, worker: int, workers: int, batch_size: int, limit: int
 ) -> Iterator[Batch]:
     """Every record exactly once over all workers, and the same number of batches on each, the last ones perhaps empty
     of labels: a worker that stopped early would leave the others in a collective. limit: batches at most, -1 for all.
@@ -221,4 +282,4 @@ def validation_batches(
     for i in range(rounds if limit < 0 else min(limit, rounds)):
         start = i * per_round + worker * batch_size
         indices = range(start, start + batch_size)
-        yield collate([examples[j] if j < size else NOTHING for j in indices], pad_to)
+        yield collate([examples[j] if j < size else NOTHING for j in indices])

@@ -64,6 +64,14 @@ def generator_of(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(stable_seed("adapter", seed, name))
 
 
+def collect_tensors(wave: list[AdapterLinear], dims: ParallelDims) -> dict[str, torch.Tensor]:
+    """The adapter's tensors of layer number `rank` of the wave, whole, by name; none on ranks beyond the wave's length.
+    Collective."""
+    keys = wave[0].adapter_names
+    tensors = {key: collect([sharded(getattr(layer, key)) for layer in wave], dims) for key in keys}
+    return {key: tensor for key, tensor in tensors.items() if tensor is not None}
+
+
 @torch.no_grad()
 def merged_weights(model: Decoder, dims: ParallelDims) -> Iterator[list[tuple[str, torch.Tensor]]]:
     """Waves of (name of a weight, this rank's part of it in fp32 with its adapter merged in). Collective.
@@ -75,8 +83,7 @@ def merged_weights(model: Decoder, dims: ParallelDims) -> Iterator[list[tuple[st
         wave = [layers[name] for name in names]
         weights = [sharded(layer.weight) for layer in wave]
         whole = collect(weights, dims)
-        keys = wave[0].adapter_names
-        tensors = {key: collect([sharded(getattr(layer, key)) for layer in wave], dims) for key in keys}
+        tensors = collect_tensors(wave, dims)
         if whole is not None:
             whole = wave[dims.rank].merged(whole.float(), **tensors)
         yield [(f"{name}.weight", part) for name, part in zip(names, hand_back(weights, whole, dims))]

@@ -3,22 +3,31 @@
 Every adapted layer has delta_A [K, r, in] and delta_B [K, out, r] (trainable) and the fixed factors A, B of the same
 shapes, all Shard(0) over the mesh dimension "adapter" and replicated over "adapter_group" (the workers that share an
 adapter where K < W). Under tensor parallelism the factor on the split side of W is split with it, the other one is
-replicated over "tp". So checkpoints, resharding and optimizers need no code of their own.
+replicated over "tp". So checkpoints and resharding need no code of their own.
+
+What this worker has of them lies in flat tensors, one each for the deltas, their gradients and the factors: the
+DTensors are views. What every step does to all of them (zero, sum, norm, clip, the optimizer) is a few kernels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from titan_hd.adapters.frozen_linear import FoldingLinear
 from titan_hd.adapters.method import FoldingMethod
 from titan_hd.distributed.collectives import all_reduce
+from titan_hd.distributed.flat import Piece, lay_out
+from titan_hd.distributed.parallel_dims import local_part
+
+_DELTAS = ("delta_A", "delta_B")
 
 
 @dataclass
@@ -26,28 +35,36 @@ class AdapterEntry:
     """One adapted layer. a [K, r, in] and b [K, out, r] are the fixed factors, fp32.
 
     shape: (out, in) of the whole W; split: its dimension that is split over tp, or None; local_shape: the (out, in) of
-    the tp-local matrix.
+    the tp-local matrix. pieces: where this worker's part of delta_A, its gradient and A lie in the flat tensors, and
+    of delta_B.
     """
 
     layer: FoldingLinear
     shape: tuple[int, int]
     split: int | None
     local_shape: tuple[int, int]
-    a: DTensor | None = None
-    b: DTensor | None = None
-    leaves: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # per hosted adapter: da [r, in], db [out, r]
+    pieces: dict[str, Piece] = field(default_factory=dict)
+    a: DTensor = field(init=False)  # with b, by `materialize`
+    b: DTensor = field(init=False)
 
     def weight_rows(self) -> torch.Tensor:
         """This worker's rows of W, [rows, in]; writing to them changes W."""
-        return self.layer.weight.to_local()
+        return local_part(self.layer.weight)
 
 
 class AdapterRegistry:
     """Owns the adapters of a model whose layers were replaced by a method that folds.
 
-    Life: construct (the parameters exist on the meta device and can be given to FSDP2 as ignored), materialise the
-    model, `set_factors` for every layer, `materialize`; then per micro-batch `activate`, per step `finish_gradients`.
+    Life: construct (the parameters exist on the meta device and can be given to FSDP2 as ignored), give the model
+    memory, `materialize`, `set_factors` for every layer (or let a checkpoint fill them), `start`; then per micro-batch
+    `activate`, per step `zero_grad` and `finish_gradients`.
+
+    deltas: all of this worker's trainable elements, the one parameter that the optimizer gets; its gradient is there
+    after `start`. factors: the fixed ones, in the same places.
     """
+
+    deltas: nn.Parameter
+    factors: torch.Tensor
 
     def __init__(self, model: nn.Module, method: FoldingMethod, mesh: DeviceMesh):
         self.mesh, self.method = mesh, method
@@ -60,55 +77,79 @@ class AdapterRegistry:
                 for key, local in self._local_shapes(entry).items():
                     tensor = self._dtensor(torch.empty(local, device="meta"), key, entry)
                     layer.register_parameter(key, nn.Parameter(tensor))
+        self._lay_out()
 
     def parameters(self) -> set[nn.Parameter]:
-        """The trainable tensors: FSDP2 must not touch them."""
-        return {p for e in self.entries.values() for p in (e.layer.delta_A, e.layer.delta_B)}
-
-    def set_factors(self, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Take the fixed factors of the hosted adapters: a [k, r, in], b [k, out, r], fp32 on the device."""
-        entry = self.entries[name]
-        expected = self._local_shapes(entry)
-        assert (a.shape, b.shape) == (expected["delta_A"], expected["delta_B"])
-        entry.a = self._dtensor(a.contiguous(), "delta_A", entry)
-        entry.b = self._dtensor(b.contiguous(), "delta_B", entry)
-
-    def empty_factors(self) -> None:
-        """Allocate the fixed factors without values, for a checkpoint to fill."""
-        for name, entry in self.entries.items():
-            shapes, device = self._local_shapes(entry), entry.layer.delta_A.device
-            a, b = (torch.empty(shapes[key], device=device) for key in ("delta_A", "delta_B"))
-            self.set_factors(name, a, b)
+        """The trainable tensors: FSDP2 must not touch them. `materialize` replaces them by views of `deltas`."""
+        return {getattr(entry.layer, key) for entry in self.entries.values() for key in _DELTAS}
 
     @torch.no_grad()
     def materialize(self) -> None:
-        """Zero the trainable tensors and make, per hosted adapter, leaves that share their memory.
-
-        A leaf's gradient is a slice of the parameter's gradient: backward accumulates where the optimizer reads.
-        """
+        """Allocate deltas, which are zero, and factors, which have no values yet, on the device of the weights."""
+        device = next(iter(self.entries.values())).layer.weight.device
         for entry in self.entries.values():
-            columns = []
-            for key in ("delta_A", "delta_B"):
-                parameter = getattr(entry.layer, key)
-                local = parameter.to_local()
-                local.zero_()
-                parameter.grad = self._dtensor(torch.zeros_like(local), key, entry)
-                grads = parameter.grad.to_local()
-                leaves = [local[i].detach().requires_grad_(True) for i in range(self.hosted)]
-                for i, leaf in enumerate(leaves):
-                    leaf.grad = grads[i]
-                columns.append(leaves)
-            entry.leaves = list(zip(*columns))
+            for key in _DELTAS:
+                setattr(entry.layer, key, None)  # frees what the model's `to_empty` gave it
+        self.deltas = nn.Parameter(torch.zeros(self._size, device=device))
+        self.factors = torch.empty(self._size, device=device)
+        for entry in self.entries.values():
+            entry.a, entry.b = self._views(self.factors, entry)
+            for key, view in zip(_DELTAS, self._views(self.deltas.detach(), entry)):
+                setattr(entry.layer, key, nn.Parameter(view))
+
+    @torch.no_grad()
+    def set_factors(self, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Copy the fixed factors of the hosted adapters: a [k, r, in], b [k, out, r], fp32."""
+        entry = self.entries[name]
+        for view, values in ((entry.a, a), (entry.b, b)):
+            assert local_part(view).shape == values.shape
+            local_part(view).copy_(values)
+
+    @torch.no_grad()
+    def start(self, compute_dtype: torch.dtype = torch.float32) -> None:
+        """All factors are there: allocate the gradients, and what `activate` binds.
+
+        compute_dtype: of the forward pass. Where it is less than fp32 and the products need the fixed factors alone
+        (the exact mute), they are copied to it once.
+
+        A hosted adapter's da and db are leaves that share the memory of `deltas`, and their gradients that of its
+        gradient: backward accumulates where the optimizer reads.
+        """
+        self.deltas.grad = torch.zeros_like(self.deltas)
+        factors = self.factors if self.method.mute_scalar else self.factors.to(compute_dtype)
+        self._bound: list[list[tuple[FoldingLinear, tuple[torch.Tensor, ...]]]] = [[] for _ in range(self.hosted)]
+        for entry in self.entries.values():
+            for key, gradient in zip(_DELTAS, self._views(self.deltas.grad, entry)):
+                getattr(entry.layer, key).grad = gradient
+            for slot, bound in enumerate(self._bound):
+                fixed = [entry.pieces[key].of(factors)[slot] for key in _DELTAS]
+                leaves = [entry.pieces[key].of(self.deltas.detach())[slot].requires_grad_(True) for key in _DELTAS]
+                for key, leaf in zip(_DELTAS, leaves):
+                    leaf.grad = entry.pieces[key].of(self.deltas.grad)[slot]
+                bound.append((entry.layer, (*fixed, *leaves)))
 
     def activate(self, slot: int) -> None:
         """Bind hosted adapter `slot` to every layer: the next forward and backward pass trains it."""
-        for entry in self.entries.values():
-            da, db = entry.leaves[slot]
-            entry.layer.bind(entry.a.to_local()[slot], entry.b.to_local()[slot], da, db)
+        for layer, tensors in self._bound[slot]:
+            layer.bind(*tensors)
+
+    def zero_grad(self) -> None:
+        self.gradients.zero_()
 
     @torch.no_grad()
-    def zero_grad(self) -> None:
-        torch._foreach_zero_(self._local_grads())
+    def zero_deltas(self) -> None:
+        self.deltas.zero_()
+
+    @property
+    def gradients(self) -> torch.Tensor:
+        """The flat gradient."""
+        assert self.deltas.grad is not None, "`start` comes first"
+        return self.deltas.grad
+
+    def gradient_parts(self) -> list[tuple[torch.Tensor, int]]:
+        """Flat parts of the gradient, each with the number of ranks that hold the same."""
+        sharing, tp = self.mesh.size(1), self.mesh.size(2)
+        return [(self.gradients[: self._split], sharing), (self.gradients[self._split :], sharing * tp)]
 
     @torch.no_grad()
     def finish_gradients(self) -> None:
@@ -117,28 +158,44 @@ class AdapterRegistry:
         Workers that share an adapter have its gradient of their samples; tp ranks have parts of the gradient of the
         factor that is not split.
         """
-        grads = self._local_grads()
         if self.mesh.size(1) > 1:
-            _sum_in_place(grads, self.mesh.get_group("adapter_group"))
+            _sum_in_place(self.gradients, self.mesh.get_group("adapter_group"))
         if self.mesh.size(2) > 1:
-            whole = {0: "delta_A", 1: "delta_B"}
-            parts = [
-                getattr(e.layer, whole[e.split]).grad.to_local() for e in self.entries.values() if e.split is not None
-            ]
-            _sum_in_place(parts, self.mesh.get_group("tp"))
+            _sum_in_place(self.gradients[self._split : self._whole], self.mesh.get_group("tp"))
         if self.method.mute_scalar:
-            torch._foreach_div_(grads, self.method.mute_scalar)
+            self.gradients.div_(self.method.mute_scalar)
 
-    def _local_grads(self) -> list[torch.Tensor]:
-        return [p.grad.to_local() for e in self.entries.values() for p in (e.layer.delta_A, e.layer.delta_B)]
+    def named_views(self, flat: torch.Tensor) -> Iterator[tuple[str, DTensor]]:
+        """A flat tensor that is laid out as `deltas` (an optimizer's moment): its part for every trainable tensor, by
+        the tensor's name in the model."""
+        for name, entry in self.entries.items():
+            for key, view in zip(_DELTAS, self._views(flat, entry)):
+                yield f"{name}.{key}", view
+
+    def _lay_out(self) -> None:
+        """What is split over tp lies first, up to `_split`; then, up to `_whole`, what every tp rank has a part of the
+        gradient of; then what is the same on all tp ranks."""
+        places = [(entry, key) for entry in self.entries.values() for key in _DELTAS]
+        order: list[list[tuple[AdapterEntry, str]]] = [[], [], []]
+        for entry, key in places:
+            # Where rows of W are split over tp, delta_A is whole on every rank; where columns are, delta_B.
+            order[2 if entry.split is None else 1 if key == _DELTAS[entry.split] else 0].append((entry, key))
+        ends = [0]
+        for part in order:
+            shapes = [self._local_shapes(entry)[key] for entry, key in part]
+            for (entry, key), piece in zip(part, lay_out(shapes, ends[-1])):
+                entry.pieces[key] = piece
+            ends.append(ends[-1] + sum(map(math.prod, shapes)))
+        _, self._split, self._whole, self._size = ends
 
     def _entry(self, layer: FoldingLinear) -> AdapterEntry:
-        weight = layer.weight
-        split, local = None, weight.shape
-        if isinstance(weight, DTensor):
-            (placement,) = weight.placements
-            split, local = placement.dim, weight.to_local().shape
-        return AdapterEntry(layer, tuple(weight.shape), split, tuple(local))
+        split, local = None, layer.weight
+        if isinstance(layer.weight, DTensor):
+            (placement,) = layer.weight.placements
+            assert isinstance(placement, Shard)
+            split, local = placement.dim, layer.weight.to_local()
+        out_features, in_features = local.shape
+        return AdapterEntry(layer, (layer.out_features, layer.in_features), split, (out_features, in_features))
 
     def _local_shapes(self, entry: AdapterEntry) -> dict[str, tuple[int, int, int]]:
         out_features, in_features = entry.local_shape
@@ -147,13 +204,16 @@ class AdapterRegistry:
             "delta_B": (self.hosted, out_features, self.rank),
         }
 
+    def _views(self, flat: torch.Tensor, entry: AdapterEntry) -> list[DTensor]:
+        """Of delta_A and delta_B, or what lies in the same places."""
+        return [self._dtensor(entry.pieces[key].of(flat), key, entry) for key in _DELTAS]
+
     def _dtensor(self, local: torch.Tensor, key: str, entry: AdapterEntry) -> DTensor:
         """A DTensor over the adapter mesh from this worker's part of delta_A (or A) or delta_B (or B)."""
-        split = {("delta_A", 1): Shard(2), ("delta_B", 0): Shard(1)}.get((key, entry.split), Replicate())
+        splits: dict[tuple[str, int | None], Placement] = {("delta_A", 1): Shard(2), ("delta_B", 0): Shard(1)}
+        split = splits.get((key, entry.split), Replicate())
         return DTensor.from_local(local, self.mesh, (Shard(0), Replicate(), split), run_check=False)
 
 
-def _sum_in_place(tensors: list[torch.Tensor], group: dist.ProcessGroup) -> None:
-    flat = torch._utils._flatten_dense_tensors(tensors)
+def _sum_in_place(flat: torch.Tensor, group: dist.ProcessGroup) -> None:
     all_reduce(flat, dist.get_world_size(group), group).wait()
-    torch._foreach_copy_(tensors, torch._utils._unflatten_dense_tensors(flat, tensors))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -58,7 +58,7 @@ def on_rank_zero(what: str, function: Callable[[], T]) -> T:
     what: the phase of the run, for messages.
     """
     enter_phase(what)
-    box: list[object] = [None, None]
+    box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = function()
@@ -117,6 +117,7 @@ def all_to_all(lines: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Ten
     """Start sending line m of [size, n] to member m; returns [size, n], line m from member m, and what to wait for."""
     out = torch.empty_like(lines)
     work = dist.all_to_all_single(out, lines, group=group, async_op=True)
+    assert work is not None  # it is asynchronous
     TRAFFIC.received += lines.nbytes // len(lines) * (len(lines) - 1)
     return out, work
 
@@ -130,7 +131,7 @@ class _SumOfLines:
     def wait(self) -> None:
         self._work.wait()
         torch.sum(self._lines, 0, out=self._out)
-        self._lines = None
+        del self._lines
 
 
 def reduce_scatter(
@@ -157,17 +158,15 @@ def all_reduce(tensor: torch.Tensor, size: int, group: dist.ProcessGroup) -> dis
     return work
 
 
-def exchange_lists(
-    send: list[torch.Tensor], shapes: list[tuple[int, ...]], group: dist.ProcessGroup
-) -> list[torch.Tensor]:
-    """All-to-all of tensors of any, also unequal and empty, shapes: send[i] goes to member i of the group.
+def exchange_lists(send: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    """All-to-all of tensors of any, also unequal and empty, shapes: send[i] goes to rank i.
 
-    `shapes[i]` is the shape of what member i sends here. All tensors have one dtype and device. They travel in one flat
+    `shapes[i]` is the shape of what rank i sends here. All tensors have one dtype and device. They travel in one flat
     buffer: gloo's all-to-all of lists refuses tensors of different shapes.
     """
     flat = torch.cat([t.reshape(-1) for t in send])
     sizes = [math.prod(shape) for shape in shapes]
     received = flat.new_empty(sum(sizes))
-    dist.all_to_all_single(received, flat, sizes, [t.numel() for t in send], group=group)
-    TRAFFIC.received += sum(size for i, size in enumerate(sizes) if i != dist.get_rank(group)) * flat.element_size()
+    dist.all_to_all_single(received, flat, sizes, [t.numel() for t in send])
+    TRAFFIC.received += sum(size for i, size in enumerate(sizes) if i != dist.get_rank()) * flat.element_size()
     return [part.view(shape) for part, shape in zip(received.split(sizes), shapes)]

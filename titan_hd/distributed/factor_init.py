@@ -92,8 +92,8 @@ def _deal(
     absent: list[tuple[int, ...]] = [(0,)] * (size - len(wave))
     a_shapes = [(k, registry.rank, entry.local_shape[1]) for entry in entries] + absent
     b_shapes = [(k, entry.local_shape[0], registry.rank) for entry in entries] + absent
-    a_all = exchange_lists(send_a, a_shapes, dist.group.WORLD)
-    b_all = exchange_lists(send_b, b_shapes, dist.group.WORLD)
+    a_all = exchange_lists(send_a, a_shapes)
+    b_all = exchange_lists(send_b, b_shapes)
     for owner, name in enumerate(wave):
         registry.set_factors(name, a_all[owner], b_all[owner])
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from titan_hd.distributed.row_shards import shard_rows
 from titan_hd.errors import UserError
@@ -165,6 +166,12 @@ class Block:
     rows: int
     column: int
     columns: int
+
+
+def local_part(tensor: torch.Tensor | None) -> torch.Tensor:
+    """What this rank holds of a parameter that is sharded, or of its gradient; shares its memory."""
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()
 
 
 def owned_block(shape: tuple[int, ...], split: int | None, place: Place, dims: ParallelDims) -> Block:

@@ -6,14 +6,21 @@ Wrapping replaces `block.forward`, never a module, so parameter names stay those
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.models.decoder import Decoder
+from titan_hd.models.recompute import recompute_first
+
+KEEPABLE = ("qkv", "gate_up")  # values of activation_checkpoint.keep
+_GRAPHS = 64  # of one block's code at most: lengths, times kinds of masks, times the first block and the others
 
 
 def parallelize(
@@ -23,11 +30,13 @@ def parallelize(
     param_dtype: torch.dtype,
     checkpoint_mode: str,
     compile_blocks: bool,
+    checkpoint_keep: Sequence[str] = KEEPABLE,
+    dropout: bool = False,
 ) -> None:
     """Wrap a model on the meta device. Tensor parallelism comes before (`apply_tensor_parallel`): the adapters' tensors
-    follow how it splits the weights."""
+    follow how it splits the weights. checkpoint_keep, dropout: see `apply_activation_checkpointing`."""
     if checkpoint_mode != "none":
-        apply_activation_checkpointing(model, checkpoint_mode)
+        apply_activation_checkpointing(model, checkpoint_mode, checkpoint_keep, dropout)
     if compile_blocks:
         apply_compile(model)
     apply_fsdp(model, dims, ignored_params, param_dtype)
@@ -36,44 +45,45 @@ def parallelize(
 # ---------------------------------------------------------------------------------------------------------------------
 # Activation checkpointing
 
-_ATTENTION_OPS = {
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.higher_order.flex_attention,
-}
-_MATMUL_OPS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 
+def apply_activation_checkpointing(
+    model: Decoder, mode: str, keep: Sequence[str] = KEEPABLE, draws: bool = False
+) -> None:
+    """Recompute each block in the backward pass, wholly ("full"), or but for its costly results ("selective").
 
-def _selective_contexts():
-    """Keep attention's outputs and every second matrix product; recompute the rest."""
-    products = {"forward": 0, "recompute": 0}
+    selective keeps the residual stream, attention's result and, if `keep` names them, q, k, v ("qkv") and the outputs
+    of gate_proj and up_proj ("gate_up"). It recomputes the norms, the MLP's product, and what `keep` does not name. No
+    matrix product runs twice but those; nobody needs the outputs of o_proj and down_proj again.
 
-    def policy(ctx, op, *args, **kwargs):
-        if op in _ATTENTION_OPS:
-            return CheckpointPolicy.MUST_SAVE
-        if op in _MATMUL_OPS:
-            phase = "recompute" if ctx.is_recompute else "forward"
-            products[phase] += 1
-            if products[phase] % 2:
-                return CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
-
-
-def apply_activation_checkpointing(model: Decoder, mode: str) -> None:
-    """Recompute each block in the backward pass, wholly ("full") or but for its costly results ("selective")."""
-    extra = {"context_fn": _selective_contexts} if mode == "selective" else {}
-    for block in model.model.layers:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **extra)
+    draws: adapters have dropout, whose masks must be drawn again.
+    """
+    for block in model.blocks():
+        if mode == "full":
+            flags = {"use_reentrant": False, "preserve_rng_state": draws, "determinism_check": "none"}
+            block.forward = functools.partial(checkpoint, block.forward, **flags)
+            continue
+        block.norm_then = block.mlp.activate_then = recompute_first
+        project_then = functools.partial(recompute_first, draws=draws)
+        if "qkv" not in keep:
+            block.self_attn.project_then = project_then
+        if "gate_up" not in keep:
+            block.mlp.project_then = project_then
 
 
 def apply_compile(model: Decoder) -> None:
-    """Compile each block as one graph; FSDP2's hooks stay outside of it. Equal blocks share one compilation."""
+    """Compile each block as one graph per shape; FSDP2's hooks stay outside of it. Equal blocks share one compilation.
+
+    Shapes are static: rows come in a handful of lengths (`data.loader.length_buckets`). Passes without gradients are
+    not compiled: validation and generation have shapes of their own, too many and too rare to compile for.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
     for block in model.model.layers:
-        block.forward = torch.compile(block.forward, fullgraph=True)
+        compiled = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        block.forward = functools.partial(_compiled_in_training, compiled, block.forward)
+
+
+def _compiled_in_training(compiled: Callable, eager: Callable, *args: Any) -> torch.Tensor:
+    return compiled(*args) if torch.is_grad_enabled() else eager(*args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,9 +96,9 @@ def fsdp_groups(model: Decoder) -> list[tuple[list[nn.Module], bool]]:
     The head is needed again at once in the backward pass, so it stays gathered. A tied embedding is the head too, and
     belongs to the root group, which stays gathered for the whole step.
     """
-    groups = [([block], True) for block in model.model.layers]
+    groups: list[tuple[list[nn.Module], bool]] = [([block], True) for block in model.model.layers]
     if model.lm_head is not None:
-        groups += [([model.model.embed_tokens], True), ([model.model.norm, model.lm_head], False)]
+        groups.extend([([model.model.embed_tokens], True), ([model.model.norm, model.lm_head], False)])
     return [*groups, ([model], False)]
 
 
@@ -104,12 +114,29 @@ def apply_fsdp(model: Decoder, dims: ParallelDims, ignored_params: set[nn.Parame
             reshard_after_forward=reshard,
             ignored_params=ignored_params,
         )
-        modules[0].set_gradient_divide_factor(1.0)
-        modules[0].set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+        first = modules[0]
+        assert isinstance(first, FSDPModule)
+        first.set_gradient_divide_factor(1.0)
+        first.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+    if dims.dp_shard > 1:
+        prefetch_forward(model)
     if not model.model.embed_tokens.weight.requires_grad and model.lm_head is not None:
         # A frozen embedding has no backward pass, but FSDP2 would prefetch it during that of the first block.
         first = model.model.layers[0]
+        assert isinstance(first, FSDPModule)
         first.set_modules_to_backward_prefetch([first])
+
+
+def prefetch_forward(model: Decoder) -> None:
+    """Ask for the next block's weights before a block computes. FSDP2 by itself asks when the host comes to the next
+    block, which is in time only while the host runs ahead of the device."""
+    chain: list[nn.Module] = [*model.model.layers]
+    if model.lm_head is not None:
+        chain = [model.model.embed_tokens, *chain, model.model.norm]  # norm stands for its group, that of the head
+    for module, following in itertools.pairwise(chain):
+        assert isinstance(module, FSDPModule)
+        assert isinstance(following, FSDPModule)
+        module.set_modules_to_forward_prefetch([following])
 
 
 def reshard(model: Decoder) -> None:
@@ -119,4 +146,5 @@ def reshard(model: Decoder) -> None:
     whoever looks at the model next: a checkpoint, the export.
     """
     for modules, _ in fsdp_groups(model):
+        assert isinstance(modules[0], FSDPModule)
         modules[0].reshard()

@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from titan_hd.distributed.collectives import exchange_lists
-from titan_hd.distributed.parallel_dims import Block, ParallelDims, owned_block
+from titan_hd.distributed.parallel_dims import Block, ParallelDims, local_part, owned_block
 
 
 class Sharded(NamedTuple):
@@ -26,16 +25,17 @@ class Sharded(NamedTuple):
     local: torch.Tensor
 
 
-def sharded(parameter: DTensor) -> Sharded:
+def sharded(parameter: torch.Tensor) -> Sharded:
     """A parameter that FSDP2 shards."""
-    return Sharded(tuple(parameter.shape), tp_split(parameter), parameter.detach().to_local())
+    return Sharded(tuple(parameter.shape), tp_split(parameter), local_part(parameter.detach()))
 
 
-def tp_split(parameter: DTensor) -> int | None:
+def tp_split(parameter: torch.Tensor) -> int | None:
     """The dimension in which tensor parallelism splits a parameter, or None. FSDP2 puts the data-parallel placements
     first, so it is the last one's."""
-    names = parameter.device_mesh.mesh_dim_names
-    return parameter.placements[-1].dim if "tp" in names and parameter.placements[-1].is_shard() else None
+    assert isinstance(parameter, DTensor)
+    last = parameter.placements[-1]
+    return last.dim if "tp" in (parameter.device_mesh.mesh_dim_names or ()) and isinstance(last, Shard) else None
 
 
 def waves(names: Sequence[str], dims: ParallelDims) -> Iterator[list[str]]:
@@ -50,7 +50,7 @@ def collect(wave: list[Sharded], dims: ParallelDims) -> torch.Tensor | None:
     send = [tensor.local if dims.first_copy(dims.rank, tensor.split) else nothing for tensor in wave]
     send += [nothing] * (dims.world_size - len(wave))
     if dims.rank >= len(wave):
-        exchange_lists(send, [(0,)] * dims.world_size, dist.group.WORLD)
+        exchange_lists(send, [(0,)] * dims.world_size)
         return None
     own = wave[dims.rank]
     blocks = {
@@ -60,7 +60,7 @@ def collect(wave: list[Sharded], dims: ParallelDims) -> torch.Tensor | None:
     }
     whole = own.local.new_empty(own.shape)
     shapes = [cut(whole, blocks[r]).shape if r in blocks else (0,) for r in range(dims.world_size)]
-    received = exchange_lists(send, shapes, dist.group.WORLD)
+    received = exchange_lists(send, shapes)
     for rank, block in blocks.items():
         cut(whole, block).copy_(received[rank])
     return whole
@@ -78,7 +78,7 @@ def hand_back(wave: list[Sharded], whole: torch.Tensor | None, dims: ParallelDim
         send = [cut(whole, owned_block(own.shape, own.split, dims.place(rank), dims)) for rank in range(size)]
     shapes: list[tuple[int, ...]] = [tuple(tensor.local.shape) for tensor in wave]
     shapes += [(0,)] * (size - len(wave))
-    return exchange_lists(send, shapes, dist.group.WORLD)[: len(wave)]
+    return exchange_lists(send, shapes)[: len(wave)]
 
 
 def cut(whole: torch.Tensor, block: Block) -> torch.Tensor:

@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from titan_hd.adapters.adapter_linear import adapter_layers
 from titan_hd.distributed.adapter_init import merged_weights
 from titan_hd.distributed.collectives import on_rank_zero, raise_on_all
-from titan_hd.distributed.parallel_dims import Block, ParallelDims, owned_block
+from titan_hd.distributed.parallel_dims import Block, ParallelDims, local_part, owned_block
 from titan_hd.distributed.regroup import tp_split
 from titan_hd.files import disk_faults
 from titan_hd.models.decoder import Decoder, RMSNorm
@@ -37,7 +36,7 @@ def materialize(model: Decoder, device: torch.device) -> None:
     model.reset_buffers(device)
 
 
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, DTensor]]:
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The model's own parameters under their HF names, without those of adapters."""
     beside = {name for name, _ in adapter_parameters(model)}
     for name, parameter in model.named_parameters():
@@ -45,14 +44,14 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, DTensor]]:
             yield name, parameter
 
 
-def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, DTensor]]:
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The tensors of `AdapterLinear` layers, named <layer>.<tensor>."""
     for name, layer in adapter_layers(model).items():
         for key in layer.adapter_names:
             yield f"{name}.{key}", getattr(layer, key)
 
 
-def _block(parameter: DTensor, dims: ParallelDims) -> Block:
+def _block(parameter: nn.Parameter, dims: ParallelDims) -> Block:
     """The rectangle of a parameter that this rank holds."""
     return owned_block(tuple(parameter.shape), tp_split(parameter), dims.place(dims.rank), dims)
 
@@ -75,7 +74,7 @@ def load_weights(model: Decoder, dims: ParallelDims, directory: str, progress: b
     expected = {name: p.shape for name, p in parameters.items()}
     tied = model.lm_head is None
     files = on_rank_zero("checking the weights", lambda: WeightFiles(directory, expected, tied_head=tied))
-    parts = {name: p.to_local().numel() / p.numel() for name, p in parameters.items()}
+    parts = {name: local_part(p).numel() / p.numel() for name, p in parameters.items()}
     total = round(sum(files.nbytes(name) * part for name, part in parts.items()))
     hidden = not (progress and dims.rank == 0 and sys.stderr.isatty())
     with (
@@ -85,7 +84,7 @@ def load_weights(model: Decoder, dims: ParallelDims, directory: str, progress: b
         for name, parameter in parameters.items():
             block = _block(parameter, dims)
             if block.rows:
-                files.read_into(name, parameter.to_local(), block.row, block.column)
+                files.read_into(name, local_part(parameter), block.row, block.column)
                 bar.update(files.bytes_read - bar.n)
     files.close()
     read = torch.tensor(files.bytes_read)
@@ -107,7 +106,7 @@ def init_weights(model: Decoder, dims: ParallelDims, seed: int, std: float = 0.0
     keyed by (seed, name, block), so that the model is the same on any number of workers and any device."""
     norms = {f"{n}.weight" for n, module in model.named_modules() if isinstance(module, RMSNorm)}
     for name, parameter in base_parameters(model):
-        local = parameter.to_local()
+        local = local_part(parameter)
         if parameter.dim() == 1:
             local.fill_(1.0 if name in norms else 0.0)
             continue
@@ -143,7 +142,7 @@ def write_weights(
             check_space(directory, slots, shapes)
             write_headers(slots, headers)
     adapted = {f"{name}.weight" for name in adapter_layers(model)}
-    own = [(name, p.to_local()) for name, p in parameters.items() if name not in adapted]
+    own = [(name, local_part(p)) for name, p in parameters.items() if name not in adapted]
     written = set()
     for wave in itertools.chain([own], merged_weights(model, dims)):
         with raise_on_all("writing the weights"), disk_faults(directory):

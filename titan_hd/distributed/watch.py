@@ -51,7 +51,9 @@ class Watch:
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float, leave: Callable[[], None]):
         self.timeout = timeout
         self._store, self._rank, self._world_size, self._leave = store, rank, world_size, leave
-        self._main = threading.main_thread().ident
+        main = threading.main_thread().ident
+        assert main is not None  # it runs
+        self._main = main
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def _run(self) -> None:

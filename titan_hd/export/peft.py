@@ -22,10 +22,12 @@ from safetensors.torch import save_file
 
 from titan_hd import __version__
 from titan_hd.adapters.adapter_linear import AdapterLinear, adapter_layers
+from titan_hd.adapters.dora import DoRALinear
 from titan_hd.adapters.lora import LoRALinear
 from titan_hd.adapters.methods import method_of
 from titan_hd.adapters.svd import SvdSettings, principal_factors
 from titan_hd.config.job_config import JobConfig
+from titan_hd.distributed.adapter_init import collect_tensors
 from titan_hd.distributed.collectives import raise_on_all
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.regroup import collect, sharded, waves
@@ -82,14 +84,17 @@ def _adapter_waves(model: Decoder, dims: ParallelDims, base: WeightFiles | None)
     for names in waves(list(layers), dims):
         wave = [layers[name] for name in names]
         weight = collect([sharded(layer.weight) for layer in wave], dims) if needs_weight else None
-        parts = {key: [sharded(getattr(layer, key)) for layer in wave] for key in wave[0].adapter_names}
-        tensors = {key: collect(part, dims) for key, part in parts.items()}
+        tensors = collect_tensors(wave, dims)
         mine: dict[str, torch.Tensor] = {}
         with raise_on_all("reading the base model"):
             if dims.rank < len(wave):
                 layer, name = wave[dims.rank], names[dims.rank]
                 frozen = None if weight is None else weight.float()
-                taken_out = _base_weight(base, name, frozen) - frozen if layer.changes_weight else None
+                taken_out = None
+                if layer.changes_weight:
+                    assert base is not None
+                    assert frozen is not None
+                    taken_out = _base_weight(base, name, frozen) - frozen
                 for key, value in peft_tensors(layer, tensors, frozen, taken_out).items():
                     mine[f"base_model.model.{name}.{key}"] = value.cpu().contiguous()
         everyones: list[dict[str, torch.Tensor] | None] = [None] * dims.world_size
@@ -119,6 +124,8 @@ def peft_tensors(
         a, b = tensors["lora_A"], tensors["lora_B"]
         tensors = {"lora_A": torch.cat([a, a0]), "lora_B": torch.cat([layer.scale * b, -b0], 1)}
     elif _MAGNITUDE in tensors:
+        assert isinstance(layer, DoRALinear)
+        assert weight is not None
         magnitude = layer.magnitude(weight, tensors[_MAGNITUDE])
         tensors = {key: t for key, t in tensors.items() if key != _MAGNITUDE} | {"lora_magnitude_vector": magnitude}
     return {_PEFT_NAMES.get(key, key): value for key, value in tensors.items()}

@@ -7,7 +7,7 @@ H query heads, G key/value heads, C channels per head; S slots of a key/value ca
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from titan_hd.models import flex
 from titan_hd.models.head import Head, Targets, logits_or_loss
+from titan_hd.models.recompute import in_turn
 from titan_hd.models.registry import DecoderConfig
 
 
@@ -80,6 +81,16 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def repeat_heads(k: torch.Tensor, v: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [B, G, S, C] as [B, H, S, C], each as often as there are query heads for it.
+
+    On GPUs fp32 and masks leave the memory-efficient kernel alone, which has no grouped-query attention: asked for it,
+    torch takes the plain formula, with scores [B, H, T, S] in memory.
+    """
+    times = heads // k.shape[1]
+    return k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
+
+
 def project_each(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
     """Several linear layers of one input."""
     return tuple(layer(x) for layer in layers)
@@ -95,7 +106,7 @@ class LayerCache:
 
     def update(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write k, v [B, G, T, C] into the slots of positions [B, T]; returns all slots."""
-        if self.keys is None:
+        if self.keys is None or self.values is None:
             shape = (*k.shape[:2], self.slots, k.shape[3])
             self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
         index = positions[:, None, :, None].expand_as(k)
@@ -118,23 +129,22 @@ class KVCache:
 
 class Attention(nn.Module):
     """Grouped-query attention with RoPE. `project` applies q_proj, k_proj and v_proj to their common input; an adapter
-    method whose layers can share work there replaces it by a function of its own."""
+    method whose layers can share work there replaces it by a function of its own. `project_then` calls `heads` and
+    `attend`; activation checkpointing replaces it, and others named so, by `recompute_first`."""
 
     project: Callable[..., tuple[torch.Tensor, ...]]
+    project_then: Callable[..., torch.Tensor]
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.project = project_each
-        self.head_dim, self.heads, self.kv_heads = (
-            config.head_dim,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-        )
+        self.project, self.project_then = project_each, in_turn
+        self.head_dim, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.grouped = kv_heads != heads
         d, bias = config.hidden_size, config.qkv_bias
-        self.q_proj = nn.Linear(d, self.heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, d, bias=config.o_bias)
+        self.q_proj = nn.Linear(d, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(d, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(d, kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, d, bias=config.o_bias)
         if config.qk_norm:  # of each head by itself
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -150,43 +160,79 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        out = self.project_then(self.heads, self.attend, (x, cos, sin), mask, cache, positions)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def heads(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [B, H, T, C], keys and values [B, G, T, C] of x [B, T, D], rotated."""
         batch, length, _ = x.shape
         q, k, v = (
-            y.view(batch, length, -1, self.head_dim).transpose(1, 2)  # [B, H or G, T, C]
+            y.view(batch, length, -1, self.head_dim).transpose(1, 2)
             for y in self.project(x, self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | BlockMask | None,
+        cache: LayerCache | None,
+        positions: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention [B, H, T, C] of what `heads` returns, and of what the cache has."""
         if cache is not None:
+            assert positions is not None
             k, v = cache.update(k, v, positions)
-        grouped = self.kv_heads != self.heads
         if isinstance(mask, BlockMask):
-            out = flex.attend(q, k, v, mask, grouped)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+            return flex.attend(q, k, v, mask, self.grouped)
+        grouped = self.grouped
+        if grouped and q.is_cuda and (q.dtype == torch.float32 or mask is not None):
+            k, v, grouped = *repeat_heads(k, v, q.shape[1]), False
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 class MLP(nn.Module):
     """The gated MLP. `project` applies gate_proj and up_proj to their common input, as in Attention."""
 
     project: Callable[..., tuple[torch.Tensor, ...]]
+    project_then: Callable[..., torch.Tensor]
+    activate_then: Callable[..., torch.Tensor]
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.project = project_each
+        self.project, self.project_then, self.activate_then = project_each, in_turn, in_turn
         d, ffn, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = nn.Linear(d, ffn, bias=bias)
         self.up_proj = nn.Linear(d, ffn, bias=bias)
         self.down_proj = nn.Linear(ffn, d, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        return self.project_then(self.gate_and_up, self.down, (x,))
+
+    def gate_and_up(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[B, T, intermediate] each."""
+        return self.project(x, self.gate_proj, self.up_proj)
+
+    def down(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return self.activate_then(silu_times, self.down_proj, (gate, up))
+
+
+def silu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up
 
 
 class Block(nn.Module):
+    """Attention and MLP, each behind a norm and beside the residual stream."""
+
+    norm_then: Callable[..., torch.Tensor]
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
+        self.norm_then = in_turn
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -201,8 +247,8 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, positions)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.norm_then(self.input_layernorm, self.self_attn, (x,), cos, sin, mask, cache, positions)
+        return x + self.norm_then(self.post_attention_layernorm, self.mlp, (x,))
 
 
 class DecoderStack(nn.Module):
@@ -224,6 +270,12 @@ class Decoder(nn.Module):
         self.config = config
         self.model = DecoderStack(config)
         self.lm_head = None if config.tie_word_embeddings else Head(config.hidden_size, config.vocab_size)
+
+    def blocks(self) -> Iterator[Block]:
+        """The layers, as what they are."""
+        for layer in self.model.layers:
+            assert isinstance(layer, Block)
+            yield layer
 
     def reset_buffers(self, device: torch.device) -> None:
         """Recompute what is not loaded from a checkpoint; call it after the parameters are materialised."""

@@ -39,9 +39,6 @@ class Targets(NamedTuple):
         positions = (flat != IGNORE_INDEX).nonzero()[:, 0]
         return cls(positions, flat[positions])
 
-    def to(self, device: torch.device) -> Targets:
-        return Targets(self.positions.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
-
 
 # (logits [n, V] in fp32, labels [n]) -> the sum of their cross entropies [], in fp32; the logits become its gradient
 CrossEntropySum = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -80,8 +77,8 @@ class _LossOfHead(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, gy):
-        dh, dw = ctx.saved_tensors
+    def backward(ctx, *gys):
+        (gy,), (dh, dw) = gys, ctx.saved_tensors
         return dh * gy.to(dh.dtype), None if dw is None else (dw * gy).to(ctx.dtype), None, None, None
 
 
@@ -93,8 +90,8 @@ class Head(nn.Linear):
     def __init__(self, hidden_size: int, vocab_size: int):
         super().__init__(hidden_size, vocab_size, bias=False)
 
-    def forward(self, h: torch.Tensor, targets: Targets | None = None) -> torch.Tensor:
-        return logits_or_loss(h, self.weight, targets)
+    def forward(self, input: torch.Tensor, targets: Targets | None = None) -> torch.Tensor:
+        return logits_or_loss(input, self.weight, targets)
 
 
 def logits_or_loss(

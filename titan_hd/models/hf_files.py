@@ -90,7 +90,7 @@ class WeightFiles:
                 target = out[start : start + step]
                 piece = self._scratch[: len(target) * wanted]
                 offset = entry.offset + (row + start) * width + column * item
-                _read_strided(self._open[path].fileno(), memoryview(piece.numpy()), offset, wanted, width)
+                _read_strided(self._open[path].fileno(), piece.numpy().data, offset, wanted, width)
                 target.copy_(piece.view(DTYPES[entry.dtype]).view(target.shape))
                 self.bytes_read += len(piece)
         except (OSError, EOFError) as error:
@@ -317,7 +317,7 @@ def write_rows(slot: TensorSlot, start: int, rows: torch.Tensor, column: int = 0
     with open(slot.file, "r+b", buffering=0) as file:
         for first in range(0, len(rows), step):
             piece = rows[first : first + step].to("cpu", slot.dtype).contiguous()
-            data = memoryview(piece.view(torch.uint8).numpy()).cast("B")
+            data = piece.view(torch.uint8).numpy().data.cast("B")
             offset = slot.offset + (start + first) * slot.row_bytes + column * item
             _write_strided(file.fileno(), data, offset, wanted, slot.row_bytes)
 

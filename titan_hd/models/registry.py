@@ -194,10 +194,8 @@ def parse_hf_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     if max(sizes["vocab_size"], sizes["intermediate_size"], heads * head_dim) * hidden > _LARGEST_WEIGHT:
         raise UserError(f"{where}: hidden_size: a weight of more than {_LARGEST_WEIGHT} elements is no model's")
     rope = _rope_parameters(raw, where)
-    bias = {
-        key: _flag(raw, said, where) if isinstance(said := getattr(architecture, key), str) else said
-        for key in ("qkv_bias", "o_bias", "mlp_bias")
-    }
+    biases = (architecture.qkv_bias, architecture.o_bias, architecture.mlp_bias)
+    qkv_bias, o_bias, mlp_bias = (_flag(raw, said, where) if isinstance(said, str) else said for said in biases)
     return DecoderConfig(
         **sizes,
         num_key_value_heads=kv_heads,
@@ -207,7 +205,9 @@ def parse_hf_config(raw: dict[str, Any], where: str) -> DecoderConfig:
         rope_scaling=rope if rope["rope_type"] != "default" else None,
         max_position_embeddings=_size(raw, "max_position_embeddings", where, 2048),
         tie_word_embeddings=_flag(raw, "tie_word_embeddings", where),
-        **bias,
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        mlp_bias=mlp_bias,
         qk_norm=architecture.qk_norm,
         layer_windows=_layer_windows(raw, architecture.windows, layers, where),
         ignored=_ignored(raw, architecture),

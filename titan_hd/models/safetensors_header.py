@@ -10,6 +10,7 @@ import json
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,7 +34,8 @@ class Entry:
 
 def build_header(shapes: dict[str, torch.Size], dtype: torch.dtype) -> tuple[bytes, dict[str, int]]:
     """Header of a file that holds these tensors one after another, and each one's first byte in the file."""
-    end, entries = 0, {"__metadata__": {"format": "pt"}}
+    entries: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, shape in shapes.items():
         begin, end = end, end + shape.numel() * dtype.itemsize
         entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}

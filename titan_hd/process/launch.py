@@ -44,7 +44,9 @@ def main() -> None:
     args = _arguments([*launcher_args, "-m", "titan_hd.train", *train_args])
     config = manager.load_or_exit(train_args)
     logging.getLogger("titan_hd").setLevel(logging.ERROR)  # the first worker gives the warnings
-    workers = run.determine_local_world_size(args.nproc_per_node) * run.parse_min_max_nnodes(args.nnodes)[1]
+    local_workers = run.determine_local_world_size(args.nproc_per_node)
+    assert local_workers is not None  # torch does not say so
+    workers = local_workers * run.parse_min_max_nnodes(args.nnodes)[1]
     try:
         plan = plan_run(config, workers, needs_files=not config.job.print_plan)
     except manager.ConfigError as error:

@@ -19,7 +19,7 @@ logger = logging.getLogger("titan_hd")
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"; the same command goes on
 INTERRUPTED = 128 + signal.SIGINT
-STATUS = {signal.SIGTERM: REQUEUE, signal.SIGUSR1: REQUEUE, signal.SIGINT: INTERRUPTED}
+STATUS: dict[int, int] = {signal.SIGTERM: REQUEUE, signal.SIGUSR1: REQUEUE, signal.SIGINT: INTERRUPTED}
 
 # A scheduler may signal the workers and their launcher, which passes it on: one request, not two.
 _SAME_SECONDS = 1.0

@@ -56,7 +56,10 @@ def init_process(config: JobConfig, signals: StopSignals) -> torch.device:
         if signals.status:
             os._exit(signals.status)
 
-    _watch = Watch(dist.PrefixStore("watch", store.clone()), rank, world_size, config.comm.init_timeout_seconds, leave)
+    # pyrefly: ignore[missing-attribute]: torch's stubs leave `clone` of stores out
+    own_store = dist.PrefixStore("watch", store.clone())
+    _watch = Watch(own_store, rank, world_size, config.comm.init_timeout_seconds, leave)
+    torch.set_float32_matmul_precision(config.training.float32_matmul_precision)
     if config.debug.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -9,6 +9,7 @@ import logging
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -92,7 +93,7 @@ def match_rank(config: JobConfig, decoder: DecoderConfig) -> int:
     shapes = decoder.linear_shapes()
     shapes = {name: shapes[name] for name in config.adapter.target_modules or shapes}
 
-    def at(rank: int, **changes: object) -> JobConfig:
+    def at(rank: int, **changes: Any) -> JobConfig:
         return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, rank=rank, **changes))
 
     plain = {"init": "default", "rslora": False}

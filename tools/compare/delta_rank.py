@@ -56,4 +56,5 @@ def _pairs(base: Path, trained: Path, config: DecoderConfig) -> Iterator[tuple[s
     files = [open_model_weights(folder, config) for folder in (base, trained)]
     for name, shape in parameter_shapes(config).items():
         if name.endswith(tuple(f"{layer}.weight" for layer in config.linear_shapes())):
-            yield name, *(file.read_rows(name, 0, shape[0]) for file in files)
+            before, after = (file.read_rows(name, 0, shape[0]) for file in files)
+            yield name, before, after

@@ -6,13 +6,11 @@ import functools
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from tests.kit.layers import adapter_tensors, make
 from titan_hd.adapters.adapter_linear import AdapterLinear
 from titan_hd.adapters.bat import BatLinear
 from titan_hd.adapters.hira import HiraLinear
-from titan_hd.distributed.parallelize import _selective_contexts
 
 OUT, IN = 24, 16
 LAYERS = {
@@ -39,20 +37,3 @@ def test_no_dense_change_is_kept(method: str, dropout: float):
     assert kept(layer, layer) == []
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition")
     assert kept(layer, compiled) == []
-
-
-@pytest.mark.parametrize("method", LAYERS)
-def test_nor_by_selective_checkpointing(method: str):
-    """Which keeps every second matrix product, and sees none of those that make the dense change."""
-    layer, seen = LAYERS[method](), []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    run = functools.partial(checkpoint, layer, use_reentrant=False, context_fn=_selective_contexts)
-    with Watch():
-        assert kept(layer, run) == []
-    assert any(f"titan_hd.{method}_linear" in name for name in seen)
-    assert not any(name.startswith(("aten.mm", "aten.addmm", "aten.bmm")) for name in seen)

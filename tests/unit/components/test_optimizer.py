@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from titan_hd.components.optimizer import build_optimizer, clip_gradients, optimizer_class
+from titan_hd.components.optimizer import build_optimizer, clip_flat, clip_gradients, optimizer_class
 from titan_hd.config.job_config import Optimizer
 
 EVERY = sorted(
@@ -71,6 +71,28 @@ def test_every_accepted_name_can_train(name: str):
     assert all((p < old).all() for p, old in zip(params, before, strict=True))
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_many_tensors_may_train_as_a_flat_one(name: str):
+    """What the fold's update builds on: an accepted optimizer computes element by element."""
+    try:
+        optimizer_class(name)
+    except ValueError:
+        return
+    config, params = Optimizer(name=name, lr=0.1), list(parameters())
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in params]))
+    by_tensor = build_optimizer(config, dict.fromkeys(params, "deltas"), 0.0)
+    as_one = build_optimizer(config, {flat: "deltas"}, 0.0)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        flat.grad = torch.randn(flat.shape, generator=generator)
+        for p, grad in zip(params, flat.grad.split([p.numel() for p in params])):
+            p.grad = grad.view_as(p).clone()
+        by_tensor.step()
+        as_one.step()
+        # A loop's last elements may be computed by other instructions.
+        torch.testing.assert_close(flat, torch.cat([p.flatten() for p in params]), rtol=1e-6, atol=1e-7)
+
+
 class TestClipping:
     def with_gradients(self) -> list[nn.Parameter]:
         """A global norm of 5: one gradient of norm 3, one of norm 4, one parameter without."""
@@ -91,3 +113,16 @@ class TestClipping:
         assert params[0].grad[0, 0, 0].item() == pytest.approx(0.6, rel=1e-5)
         assert params[1].grad[1, 1, 1].item() == pytest.approx(-0.8, rel=1e-5)
         assert params[2].grad is None
+
+    def test_flat_parts(self):
+        """The second part is held by two ranks alike, and counts half."""
+        parts = [(torch.tensor([3.0, 0.0]), 1), (torch.tensor([4.0, 4.0]), 2)]
+        assert clip_flat(parts, 1.0).item() == 5.0
+        assert parts[0][0].tolist() == pytest.approx([0.6, 0.0], rel=1e-6)
+        assert parts[1][0].tolist() == pytest.approx([0.8, 0.8], rel=1e-6)
+
+    @pytest.mark.parametrize(("value", "finite"), [(1e38, True), (float("inf"), False), (float("nan"), False)])
+    def test_a_flat_norm_is_finite_where_all_elements_are(self, value: float, finite: bool):
+        part = torch.zeros(3 * 2**20)
+        part[2**20 + 1 :: 2**20] = value
+        assert clip_flat([(part, 1), (part[:0], 2)], 0.0).isfinite() == finite

@@ -129,7 +129,7 @@ class TestInstructionRecords:
 
     def test_what_the_model_is_asked_to_predict(self, jsonl):
         """Through collate: the last token of the prompt predicts the first of the response, the last of it the end."""
-        batch = collate(list(instruction(jsonl({"prompt": "ab", "response": "cd"}))), pad_to=8)
+        batch = collate(list(instruction(jsonl({"prompt": "ab", "response": "cd"}))), pad_to=(8,))
         assert batch.input_ids.tolist() == [[1, 3, 4, 5, 6, 2, 0, 0]]
         assert batch.targets.tolist() == [[IGNORE, IGNORE, 5, 6, 2, IGNORE, IGNORE, IGNORE]]
         assert batch.trained_tokens == 3

@@ -107,7 +107,7 @@ def fed(case: Case) -> list[dict[int, tuple[int, Row]]]:
                 case.num_adapters, workers, rank, case.global_batch_size, case.local_batch_size
             )
             micro_batches = [placement.samples(m) for m in range(placement.micro_batches)]
-            source = GlobalBatches(records(case), case.order(), case.global_batch_size, None, case.pack)
+            source = GlobalBatches(records(case), case.order(), case.global_batch_size, (), case.pack)
             loader = TrainLoader(source, micro_batches, case.num_workers)
             for step in range(first, first + count):
                 for m, batch in enumerate(loader.step(step)):

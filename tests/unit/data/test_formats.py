@@ -98,7 +98,7 @@ class TestChat:
 
     def test_what_the_model_is_asked_to_predict(self, chatml: Tokenizer):
         example = encode(chatml, turns(USER, ANSWER, USER, ANSWER))
-        batch = collate([example], None)
+        batch = collate([example])
         for t, target in enumerate(batch.targets[0].tolist()[: len(example.labels) - 1]):
             assert target == example.labels[t + 1]
         assert batch.trained_tokens == 2 * len(chatml.encode("1 + 2<|im_end|>", special=True))

@@ -8,7 +8,7 @@ import torch
 
 from tests.conftest import REPOSITORY
 from titan_hd.distributed.update.plan import plan_update
-from titan_hd.distributed.update.rounding import random_bits, rounding_key, stochastic_round
+from titan_hd.distributed.update.rounding import _add_rounded, random_bits, rounding_key, row_hashes, stochastic_round
 from titan_hd.distributed.update.runtime import run_tasks
 from titan_hd.distributed.update.topology import Topology
 from titan_hd.models.registry import flavor_config
@@ -138,6 +138,29 @@ class TestStochasticRounding:
             rounded = stochastic_round(value, bits).float().abs()
             assert set(rounded.unique().tolist()) == {low, low + unit}
             assert (rounded > low).float().mean().item() == pytest.approx(0.3, abs=5 * (0.21 / 1e5) ** 0.5)
+
+    def test_bits_are_those_of_the_hash(self):
+        """Written down with Python's integers: resumed runs round as they would have."""
+
+        def mix(x: int) -> int:
+            x = (x + 0x9E3779B9) % 2**32
+            x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+            x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+            return x ^ x >> 16
+
+        key, rows, columns = rounding_key(42, 7, "w"), [0, 1, 128255, 2**31 - 1], [0, 5, 14335]
+        expected = [[mix(mix(row ^ key) ^ column) >> 8 & 0xFFFF for column in columns] for row in rows]
+        assert random_bits(key, torch.tensor(rows), torch.tensor(columns)).tolist() == expected
+
+    @pytest.mark.slow  # the compiler takes half a minute
+    @pytest.mark.parametrize("keep", [1.0, 0.9])
+    def test_compiled_it_is_the_same(self, keep: float):
+        w, update = torch.randn(5, 70).bfloat16(), 1e-3 * torch.randn(5, 70)
+        operands = (update, torch.tensor(keep), row_hashes(3, torch.arange(5)), torch.arange(70, dtype=torch.int32))
+        eager, compiled = w.clone(), w.clone()
+        _add_rounded(eager, *operands)
+        torch.compile(_add_rounded, dynamic=True)(compiled, *operands)
+        assert torch.equal(eager, compiled)
 
     def test_bits_are_uniform_and_belong_to_the_element(self):
         key = rounding_key(42, 7, "model.layers.0.mlp.up_proj")

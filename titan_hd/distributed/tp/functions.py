@@ -37,8 +37,8 @@ class _CopyToTP(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, gy):
-        return _all_reduce(gy, ctx.group), None
+    def backward(ctx, *gys):
+        return _all_reduce(gys[0], ctx.group), None
 
 
 class _ReduceFromTP(torch.autograd.Function):
@@ -47,8 +47,8 @@ class _ReduceFromTP(torch.autograd.Function):
         return _all_reduce(x, group)
 
     @staticmethod
-    def backward(ctx, gy):
-        return gy, None
+    def backward(ctx, *gys):
+        return gys[0], None
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -58,8 +58,8 @@ class _GatherSequence(torch.autograd.Function):
         return _gather(x, length, group)
 
     @staticmethod
-    def backward(ctx, gy):
-        return _reduce_scatter(gy, ctx.group), None, None
+    def backward(ctx, *gys):
+        return _reduce_scatter(gys[0], ctx.group), None, None
 
 
 class _ScatterSequence(torch.autograd.Function):
@@ -69,8 +69,8 @@ class _ScatterSequence(torch.autograd.Function):
         return _reduce_scatter(x, group)
 
     @staticmethod
-    def backward(ctx, gy):
-        return _gather(gy, ctx.length, ctx.group), None
+    def backward(ctx, *gys):
+        return _gather(gys[0], ctx.length, ctx.group), None
 
 
 class _GatherAlike(torch.autograd.Function):
@@ -80,8 +80,8 @@ class _GatherAlike(torch.autograd.Function):
         return _gather(x, length, group)
 
     @staticmethod
-    def backward(ctx, gy):
-        return own_piece(gy, ctx.group), None, None
+    def backward(ctx, *gys):
+        return own_piece(gys[0], ctx.group), None, None
 
 
 def copy_to_tp(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

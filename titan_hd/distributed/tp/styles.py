@@ -21,6 +21,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from titan_hd.adapters.adapter_linear import AdapterLinear
 from titan_hd.adapters.frozen_linear import FrozenLinear
+from titan_hd.distributed.parallel_dims import local_part
 from titan_hd.distributed.tp.functions import (
     copy_to_tp,
     gather_alike,
@@ -120,7 +121,7 @@ def _split_linear(layer: nn.Linear, stream: Stream, dim: int) -> Callable[[torch
     _distribute(layer, "weight", stream, dim)
 
     def local_parameters() -> tuple[torch.Tensor, torch.Tensor | None]:
-        return layer.weight.to_local(), layer.bias.to_local() if dim == 0 and layer.bias is not None else None
+        return local_part(layer.weight), local_part(layer.bias) if dim == 0 and layer.bias is not None else None
 
     if not isinstance(layer, FrozenLinear):
         return lambda x: F.linear(x, *local_parameters())
@@ -135,6 +136,7 @@ def _split_linear(layer: nn.Linear, stream: Stream, dim: int) -> Callable[[torch
 def _split_adapter(layer: AdapterLinear, stream: Stream, dim: int) -> None:
     """Split the adapter's tensors that go with dimension `dim` of W; of the others every rank has a term of the
     gradient."""
+    assert layer.tp_splits is not None  # Method.tensor_parallel
     split = layer.tp_splits[dim]
     for name, tensor_dim in split.items():
         _distribute(layer, name, stream, tensor_dim)
@@ -169,7 +171,7 @@ def split_embedding(embedding: nn.Embedding, stream: Stream) -> None:
     _distribute(embedding, "weight", stream, 0)
 
     def forward(input_ids):
-        weight = embedding.weight.to_local()
+        weight = local_part(embedding.weight)
         local = input_ids - dist.get_rank(stream.group) * len(weight)
         others = (local < 0) | (local >= len(weight))
         return stream.leave(F.embedding(local.masked_fill(others, 0), weight).masked_fill(others[..., None], 0.0))
@@ -197,7 +199,7 @@ def split_head(model: Decoder, stream: Stream) -> None:
     cross_entropy_sum = functools.partial(split_cross_entropy_sum_, group=stream.group)
 
     def forward(x, targets=None):
-        out = logits_or_loss(stream.enter(x), head.weight.to_local(), targets, cross_entropy_sum)
+        out = logits_or_loss(stream.enter(x), local_part(head.weight), targets, cross_entropy_sum)
         return gather_dim(out, 2, stream.group) if stream.whole_logits and targets is None else out
 
     _set_head(model, forward)

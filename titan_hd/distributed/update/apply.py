@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from titan_hd.distributed.update.rounding import random_bits, stochastic_round
+from titan_hd.distributed.update.rounding import add_rounded, row_hashes
 
-# Elements of W that are held in fp32 at a time where the master is bf16: 16 MiB, plus twice that for random bits.
+# Elements of the update that are held in fp32 at a time where the master is bf16: 16 MiB, and a few times that on CPUs.
 _CHUNK_ELEMENTS = 2**22
 
 
@@ -44,16 +45,14 @@ class FactoredUpdate:
     db: torch.Tensor
     coefficient: float
 
-    def add_to(self, w: torch.Tensor, decay: float, rounding: Rounding) -> None:
+    def add_to(self, w: torch.Tensor, decay: float, rounding: Rounding | None) -> None:
         """w <- (1 - decay) w + the update, in place, by one product; w [rows, in] is fp32, or bf16 and rounded."""
         left, right = factored_update(self.a, self.b, self.da, self.db)
-        scales = {"beta": 1.0 - decay, "alpha": self.coefficient}
-        if w.dtype == torch.float32:
-            w.addmm_(left, right, **scales)
-            return
-        for start, part in _row_chunks(w):
-            new = torch.addmm(part.float(), left[start : start + len(part)], right, **scales)
-            _round_into(part, new, start, rounding)
+        if rounding is None:
+            w.addmm_(left, right, beta=1.0 - decay, alpha=self.coefficient)
+        else:
+            left.mul_(self.coefficient)
+            _add_in_chunks(w, decay, rounding, lambda chunk: left[chunk] @ right)
 
 
 @dataclass(frozen=True)
@@ -62,24 +61,23 @@ class RowsUpdate:
 
     chunk: torch.Tensor
 
-    def add_to(self, w: torch.Tensor, decay: float, rounding: Rounding) -> None:
+    def add_to(self, w: torch.Tensor, decay: float, rounding: Rounding | None) -> None:
         """w <- (1 - decay) w + the update, in place; w [rows, in] is fp32, or bf16 and rounded."""
         update = self.chunk[: len(w)]
-        if w.dtype == torch.float32:
+        if rounding is None:
             torch.add(update, w, alpha=1.0 - decay, out=w)
-            return
-        for start, part in _row_chunks(w):
-            _round_into(part, part.float() * (1.0 - decay) + update[start : start + len(part)], start, rounding)
+        else:
+            _add_in_chunks(w, decay, rounding, lambda chunk: update[chunk].float())
 
 
-def _row_chunks(w: torch.Tensor):
-    step = max(1, _CHUNK_ELEMENTS // max(1, w.shape[1]))
-    for start in range(0, w.shape[0], step):
-        yield start, w[start : start + step]
-
-
-def _round_into(part: torch.Tensor, value: torch.Tensor, start: int, rounding: Rounding) -> None:
-    first = rounding.first_row + start
-    rows = torch.arange(first, first + part.shape[0], device=part.device)
-    columns = torch.arange(rounding.first_column, rounding.first_column + part.shape[1], device=part.device)
-    part.copy_(stochastic_round(value, random_bits(rounding.key, rows, columns)))
+def _add_in_chunks(w: torch.Tensor, decay: float, rounding: Rounding, update: Callable[[slice], torch.Tensor]) -> None:
+    """w <- (1 - decay) w + the update in place, rounded; w [rows, in] is bf16. update: its rows, fp32."""
+    count, width = w.shape
+    row, column = rounding.first_row, rounding.first_column
+    hashes = row_hashes(rounding.key, torch.arange(row, row + count, device=w.device))
+    columns = torch.arange(column, column + width, device=w.device, dtype=torch.int32)
+    keep = torch.full((), 1.0 - decay, device=w.device)
+    step = max(1, _CHUNK_ELEMENTS // max(1, width))
+    for start in range(0, count, step):
+        chunk = slice(start, start + step)
+        add_rounded(w[chunk], update(chunk), keep, hashes[chunk], columns)

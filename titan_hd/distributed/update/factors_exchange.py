@@ -39,7 +39,10 @@ class FactorsExchange(Exchange):
         self._coefficient, self._wire = coefficient, wire
         self._group, self._size = mesh.get_group("adapter"), mesh.size(0)
         self._shards, self._own_shard = dims.dp_shard, dims.place(dims.rank).shard
-        self._shard_of_holder = [dims.place(rank).shard for rank in mesh["adapter"].mesh.tolist()]
+        shards = [dims.place(rank).shard for rank in mesh["adapter"].mesh.tolist()]
+        # An index on the device, made once; None where line m is holder m's already.
+        in_order = shards == list(range(self._shards))
+        self._shard_of_holder = None if in_order else torch.tensor(shards, device=mesh.device_type)
         self.cached: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def prepare(self, names: Sequence[str], local: Sequence[HostedFactors]) -> Task:
@@ -98,9 +101,7 @@ class FactorsExchange(Exchange):
         chunk = chunk_rows(out_features, self._shards)
         padded = F.pad(b, (0, 0, 0, chunk * self._shards - out_features))
         per_shard = padded.view(k, self._shards, chunk, r).transpose(0, 1).flatten(1)
-        if self._shard_of_holder == list(range(self._shards)):
-            return per_shard
-        return per_shard[torch.tensor(self._shard_of_holder, device=b.device)]
+        return per_shard if self._shard_of_holder is None else per_shard.index_select(0, self._shard_of_holder)
 
     def _unpack_rows(self, received: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """[n, k * chunk * r] from all holders -> this worker's rows [rows, K*r]."""

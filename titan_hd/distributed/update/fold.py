@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
-from titan_hd.distributed.parallel_dims import ParallelDims, owned_block
+from titan_hd.distributed.flat import square_sum
+from titan_hd.distributed.parallel_dims import ParallelDims, local_part, owned_block
 from titan_hd.distributed.update.apply import Rounding
 from titan_hd.distributed.update.plan import Bucket, UpdatePlan
 from titan_hd.distributed.update.rounding import rounding_key
@@ -42,6 +44,8 @@ class Fold:
         self.exchanges = {
             name: route.exchange(registry.mesh, dims, coefficient, settings.wire) for name, route in ROUTES.items()
         }
+        with torch.no_grad():
+            self._factors = {name: _hosted_factors(entry) for name, entry in registry.entries.items()}
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -56,11 +60,14 @@ class Fold:
         run_tasks(tasks, self.settings.in_flight)
 
     @torch.no_grad()
-    def __call__(self, lr: float, step: int) -> None:
+    def __call__(self, lr: float, step: int, gradient_norm: torch.Tensor | None = None) -> None:
         """Update every adapted weight in place. lr scales the weight decay; step keys the stochastic rounding.
 
+        gradient_norm: of this step, 0-dim, if its finiteness has not been looked at.
+
         Phase 1, all ranks together: one number is all-reduced to find out whether every dA and dB is finite. If one is
-        not, every rank raises, and W is as it was.
+        not, or the gradient was not, every rank raises, and W is as it was. The host waits for the device here, and
+        nowhere else in a fold.
 
         Phase 2, bucket by bucket, in the plan's order on all ranks: the bucket's updates start to travel. On the
         factors route, dA and rows of dB pass between the workers that hold adapters; on the dense route, the workers'
@@ -68,35 +75,34 @@ class Fold:
         asynchronous: the task yields, and waits for them when its turn comes.
 
         Phase 3, no collectives: the bucket has arrived. This worker multiplies it out, adds it to the rows of W that it
-        owns, and sets its own dA and dB of the bucket to zero; what other workers receive of them is a copy.
+        owns.
 
-        Phase 3 of a bucket runs while the next ones are in phase 2; at most `in_flight` buckets are in either. No
-        barrier ends the step: who needs the others' rows is the all-gather of the next forward pass.
+        Phase 3 of a bucket runs while the next ones are in phase 2; at most `in_flight` buckets are in either. At the
+        end every worker sets its own dA and dB to zero; what others received of them was a copy. No barrier ends the
+        step: who needs the others' rows is the all-gather of the next forward pass.
 
         Raises:
-            FloatingPointError: on every rank and before W is touched, if an adapter's update is not finite.
+            FloatingPointError: on every rank and before W is touched, if an adapter's gradient or update is not finite.
         """
-        check_finite(self.registry, "update", step)
+        check_finite(self.registry, gradient_norm, step)
         decay = lr * self.settings.weight_decay
         run_tasks((self._fold_bucket(bucket, decay, step) for bucket in self.plan.buckets), self.settings.in_flight)
+        self.registry.zero_deltas()
 
     def _fold_bucket(self, bucket: Bucket, decay: float, step: int) -> Task:
-        hosted = self._hosted(bucket)
-        updates = yield from self.exchanges[bucket.route].travel(list(bucket.shapes), hosted)  # phase 2
-        for name, update, factors in zip(bucket.shapes, updates, hosted):  # phase 3
-            entry = self.registry.entries[name]
-            rows = entry.weight_rows()
+        names = list(bucket.shapes)
+        updates = yield from self.exchanges[bucket.route].travel(names, self._hosted(bucket))  # phase 2
+        for name, update in zip(names, updates):  # phase 3
+            rows = self.registry.entries[name].weight_rows()
             if rows.numel():  # the last shards may be empty
-                update.add_to(rows, decay, self._rounding(name, entry, step))
-            factors.da.zero_()
-            factors.db.zero_()
+                rounding = None if rows.dtype == torch.float32 else self._rounding(name, step)
+                update.add_to(rows, decay, rounding)
 
     def _hosted(self, bucket: Bucket) -> list[HostedFactors]:
-        entries = [self.registry.entries[name] for name in bucket.shapes]
-        tensors = [(e.a, e.b, e.layer.delta_A, e.layer.delta_B) for e in entries]
-        return [HostedFactors(*(t.to_local() for t in four)) for four in tensors]
+        return [self._factors[name] for name in bucket.shapes]
 
-    def _rounding(self, name: str, entry: AdapterEntry, step: int) -> Rounding:
+    def _rounding(self, name: str, step: int) -> Rounding:
+        entry = self.registry.entries[name]
         block = owned_block(entry.shape, entry.split, self.dims.place(self.dims.rank), self.dims)
         return Rounding(rounding_key(self.settings.seed, step, name), block.row, block.column)
 
@@ -118,23 +124,36 @@ def check_same_plan(plan: UpdatePlan) -> None:
         )
 
 
-@torch.no_grad()
-def check_finite(registry: AdapterRegistry, what: str, step: int) -> None:
-    """FloatingPointError on every rank, naming the first weight whose adapters' `what` is not finite on any rank.
+def _hosted_factors(entry: AdapterEntry) -> HostedFactors:
+    tensors = (entry.a, entry.b, entry.layer.delta_A, entry.layer.delta_B)
+    return HostedFactors(*(local_part(tensor).detach() for tensor in tensors))
 
-    what: "gradient" or "update" (the value after the optimizer's step); step: 0-based. One small all-reduce.
+
+@torch.no_grad()
+def check_finite(registry: AdapterRegistry, gradient_norm: torch.Tensor | None, step: int) -> None:
+    """FloatingPointError on every rank if the gradient, whose norm over all ranks is given, or an update (the value of
+    dA, dB after the optimizer's step) is not finite on any rank. step: 0-based. One small all-reduce; the host waits.
     """
-    tensors, owners = [], []
-    for index, entry in enumerate(registry.entries.values()):
-        for parameter in (entry.layer.delta_A, entry.layer.delta_B):
-            tensors.append((parameter.grad if what == "gradient" else parameter).to_local())
-            owners.append(index)
-    # Squares of fp32 do not overflow in float64, so that a norm is infinite or NaN exactly where an element is. (So
-    # would the maximum norm be, but that is slow on a CPU.)
-    norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64))
-    bad = torch.where(norms.isfinite(), len(registry.entries), torch.tensor(owners, device=norms.device))
-    first = bad.min()
+    squares = square_sum(registry.deltas)
+    dist.all_reduce(squares)
+    checked = {"update": squares}
+    if gradient_norm is not None:
+        checked = {"gradient": gradient_norm, **checked}
+    for what, value in zip(checked, torch.stack(list(checked.values())).tolist()):
+        if not math.isfinite(value):
+            name = first_not_finite(registry, what)
+            raise FloatingPointError(
+                f"step {step + 1}: the {what} of {name} is not finite; W is as it was before the step"
+            )
+
+
+def first_not_finite(registry: AdapterRegistry, what: str) -> str:
+    """The first weight whose adapters' "gradient" or "update" is not finite on any rank. Collective."""
+    flat = registry.gradients if what == "gradient" else registry.deltas
+    bad = [
+        not all(bool(piece.of(flat).isfinite().all()) for piece in entry.pieces.values())
+        for entry in registry.entries.values()
+    ]
+    first = torch.tensor(bad.index(True) if True in bad else len(bad), device=flat.device)
     dist.all_reduce(first, op=dist.ReduceOp.MIN)
-    if first.item() < len(registry.entries):
-        name = list(registry.entries)[first.item()]
-        raise FloatingPointError(f"step {step + 1}: the {what} of {name} is not finite; W is as it was before the step")
+    return list(registry.entries)[int(first)]

@@ -6,11 +6,10 @@ with a probability equal to the dropped fraction, the expected value is the fp32
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import torch
-
-_MASK32 = 0xFFFFFFFF
 
 
 def rounding_key(seed: int, step: int, name: str) -> int:
@@ -24,16 +23,25 @@ def random_bits(key: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Te
     A 32-bit integer hash (the finalizer of MurmurHash3, twice) of the key, the row and the column: the same on any
     device, any number of workers and any order.
     """
-    per_row = _mix(rows.long() ^ key)
-    return (_mix(per_row[:, None] ^ columns.long()[None, :]) >> 8 & 0xFFFF).int()
+    return _bits(row_hashes(key, rows), columns.int())
+
+
+def row_hashes(key: int, rows: torch.Tensor) -> torch.Tensor:
+    """The first half of `random_bits`: int32 of the rows' shape, from int64."""
+    return _mix((rows ^ key).int())
+
+
+def _bits(hashes: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    return (_mix(hashes[:, None] ^ columns[None, :]) >> 8).bitwise_and_(0xFFFF)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """Scramble 32-bit values kept in int64, so that no sign bit gets in the way."""
-    x = (x + 0x9E3779B9) & _MASK32
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK32
-    return x ^ (x >> 16)
+    """Scramble 32-bit values, in place. int32 wraps round as unsigned values do; its shift to the right brings in
+    copies of the sign, hence the masks."""
+    x = x.add_(0x9E3779B9 - 2**32)
+    x = x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(0x85EBCA6B - 2**32)
+    x = x.bitwise_xor_((x >> 13).bitwise_and_(0x7FFFF)).mul_(0xC2B2AE35 - 2**32)
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 
 
 def stochastic_round(value: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
@@ -43,3 +51,25 @@ def stochastic_round(value: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
     """
     raw = value.contiguous().view(torch.int32)
     return ((raw + bits) & -65536).view(torch.float32).bfloat16()
+
+
+def add_rounded(
+    w: torch.Tensor, update: torch.Tensor, keep: torch.Tensor, hashes: torch.Tensor, columns: torch.Tensor
+) -> None:
+    """w <- keep * w + update in place, computed in fp32 and rounded stochastically.
+
+    w: bf16 [n, m]; update: fp32; keep: 0-dim fp32; hashes: `row_hashes` of the n rows; columns: int32, the logical
+    numbers of the m columns. On a GPU it is one compiled kernel.
+    """
+    (_compiled() if w.is_cuda else _add_rounded)(w, update, keep, hashes, columns)
+
+
+def _add_rounded(
+    w: torch.Tensor, update: torch.Tensor, keep: torch.Tensor, hashes: torch.Tensor, columns: torch.Tensor
+) -> None:
+    w.copy_(stochastic_round(w.float().mul_(keep).add_(update), _bits(hashes, columns)))
+
+
+@functools.cache
+def _compiled():
+    return torch.compile(_add_rounded, dynamic=True)  # one graph for all shapes

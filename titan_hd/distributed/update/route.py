@@ -91,8 +91,11 @@ class HostedFactors(NamedTuple):
 class Update(Protocol):
     """What arrived for one weight."""
 
-    def add_to(self, rows: torch.Tensor, decay: float, rounding: Rounding) -> None:
-        """rows <- (1 - decay) rows + this worker's rows of the update, in place; no collectives."""
+    def add_to(self, w: torch.Tensor, decay: float, rounding: Rounding | None) -> None:
+        """w <- (1 - decay) w + the update, in place, for this worker's rows w [rows, in]; no collectives.
+
+        rounding: given where w is bf16.
+        """
 
 
 class Exchange:
