@@ -235,8 +235,6 @@ def _phases(sizes: Sizes, model: Decoder, local: DecoderConfig, groups: list[Gro
     method = build_method(c)
     targets, dropout = c.adapter.target_modules, c.adapter.dropout > 0
     block = block_memory(local, method, targets, tokens, sizes.compute, c.activation_checkpoint, dropout)
-        local, method, c.adapter.target_modules, tokens, sizes.compute, c.activation_checkpoint, c.adapter.dropout > 0
-    )
     head_trained = c.adapter.method == "full" and c.adapter.target_modules is None
     head = head_memory(local, tokens, sizes.compute, head_trained)
     layers = local.num_hidden_layers
