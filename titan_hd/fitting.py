@@ -95,6 +95,8 @@ def _together(plan: RunPlan, fits: Callable[[RunPlan], bool]) -> list[str]:
 def _changes(plan: RunPlan) -> Iterator[tuple[str, RunPlan]]:
     """Changes that save memory on the same workers, cheap ones first: words for each, and the plan with it alone."""
     c = plan.config
+    if c.parallelism.fsdp_reshard_after_forward == "never":
+        yield _set(plan, "parallelism.fsdp_reshard_after_forward", "default")
     batch = c.training.local_batch_size
     for size in (batch // 2**i for i in range(1, batch.bit_length())):
         yield _set(plan, "training.local_batch_size", size)

@@ -292,7 +292,7 @@ class Trainer:
                 build_method(c),
                 c.adapter.target_modules,
                 (c.training.local_batch_size, c.training.seq_len),
-                c.activation_checkpoint.mode,
+                c.activation_checkpoint,
             )
         self._window: list[tuple[StepResult, float]] = []  # of the steps since the last log, with their seconds
         self.hooks: list[tuple[int, Callable[[StepResult], object]]] = []

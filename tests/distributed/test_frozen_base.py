@@ -53,3 +53,15 @@ def test_checkpoints_hold_the_adapters_alone_and_older_ones_go_on(argv, workers,
         kept = {"new": ("delta", "bfloat16"), "old": ("full", "float32")}
         assert (state["base"], state["identity"]["training.master_dtype"]) == kept[name]
     assert sizes["new"] < sizes["old"]
+
+
+@pytest.mark.parametrize("changes", [{"adapter__method": "pissa"}, {"adapter__init": "olora"}])
+def test_rounding_a_base_of_its_own_costs_no_training_but_the_exported_weights(changes, argv, workers, tmp_path: Path):
+    """pissa and OLoRA: the compute rounds what it gathers, whatever the masters are; the merged weights are of
+    W - s B A as it is held, so that they differ by bf16's rounding."""
+    exact = workers.run(1, runs.train, argv("exact", **changes))[0]
+    rounded = workers.run(1, runs.train, argv("rounded", training__master_dtype="bfloat16", **changes))[0]
+    assert rounded == exact
+    want, got = runs.exported(tmp_path / "exact"), runs.exported(tmp_path / "rounded")
+    errors = [((got[name] - want[name]).norm() / want[name].norm()).item() for name in want]
+    assert 1e-4 < max(errors) < 2**-8

@@ -47,6 +47,7 @@ def argv(tmp_path: Path):
             "adapter__rank": 4,
             "hdpissa__num_adapters": 2,
             "hdpissa__slices": "random",  # the profiler does not see all of what LAPACK frees
+            "parallelism__fsdp_reshard_after_forward": "always",
             "export__enable": "false",
         } | overrides
         return runs.options(tmp_path / "model", tmp_path / "records.jsonl", tmp_path / "out", **values)
@@ -98,6 +99,11 @@ def test_compute_in_bfloat16(method: str, argv, workers):
 @pytest.mark.parametrize("method", ["hdpissa", "lora", "full"])
 def test_two_shards(method: str, argv, workers):
     compare(argv(adapter__method=method), workers, size=2)
+
+
+@pytest.mark.parametrize("method", ["hdpissa", "lora"])
+def test_weights_that_stay_gathered(method: str, argv, workers):
+    compare(argv(adapter__method=method, parallelism__fsdp_reshard_after_forward="never"), workers)
 
 
 def test_bfloat16_masters_and_another_optimizer(argv, workers):

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from titan_hd.adapters.frozen_linear import FoldingLinear
-from titan_hd.adapters.method import Method
+from titan_hd.adapters.method import FoldingMethod, Method
+from titan_hd.config.job_config import ActivationCheckpoint
 from titan_hd.distributed.parallelize import apply_activation_checkpointing
 from titan_hd.models.decoder import Decoder, RMSNorm
 from titan_hd.models.head import Targets, logits_or_loss
@@ -101,9 +102,11 @@ def block_memory(
     targets: list[str] | None,
     tokens: tuple[int, int],
     dtype: torch.dtype,
-    checkpoint_mode: str,
+    checkpointing: ActivationCheckpoint,
+    dropout: bool = False,
 ) -> BlockMemory:
-    """Of an inner block of a model that a method was applied to. tokens: (B, T) of a micro-batch; dtype: of compute.
+    """Of an inner block of a model that a method was applied to. tokens: (B, T) of a micro-batch; dtype: of compute;
+    dropout: whether the adapters have it.
 
     Two blocks are run: what the second adds is what every further one adds. The method must have one adapter.
     """
@@ -112,9 +115,9 @@ def block_memory(
         model = Decoder(two)
         method.apply(model, targets)
         _as_gathered(model, dtype)
-        _bind(model, getattr(method, "rank", 0))
-        if checkpoint_mode != "none":
-            apply_activation_checkpointing(model, checkpoint_mode)
+        _bind(model, method, dtype)
+        if checkpointing.mode != "none":
+            apply_activation_checkpointing(model, checkpointing.mode, checkpointing.keep, dropout)
         positions = torch.zeros(tokens, dtype=torch.long)
         cos, sin = model.model.rotary_emb(positions, dtype)
         with LiveBytes() as bytes_:
@@ -131,16 +134,21 @@ def block_memory(
 
 
 def recomputed_flops(
-    config: DecoderConfig, method: Method, targets: list[str] | None, tokens: tuple[int, int], checkpoint_mode: str
+    config: DecoderConfig,
+    method: Method,
+    targets: list[str] | None,
+    tokens: tuple[int, int],
+    checkpointing: ActivationCheckpoint,
 ) -> float:
     """Operations per token that all blocks together do a second time. Arguments as of `block_memory`."""
 
-    def counted(mode: str) -> int:
+    def counted(checkpointing: ActivationCheckpoint) -> int:
         with FlopCounterMode(display=False) as counter:
-            block_memory(config, method, targets, tokens, torch.bfloat16, mode)
+            block_memory(config, method, targets, tokens, torch.bfloat16, checkpointing)
         return counter.get_total_flops()
 
-    again = 0 if checkpoint_mode == "none" else counted(checkpoint_mode) - counted("none")
+    nothing = ActivationCheckpoint(mode="none")
+    again = 0 if checkpointing.mode == "none" else counted(checkpointing) - counted(nothing)
     return again / 2 * config.num_hidden_layers / (tokens[0] * tokens[1])
 
 
@@ -151,12 +159,14 @@ def _as_gathered(model: Decoder, dtype: torch.dtype) -> None:
             module.register_parameter(name, nn.Parameter(torch.empty(p.shape, dtype=dtype), p.requires_grad))
 
 
-def _bind(model: Decoder, rank: int) -> None:
+def _bind(model: Decoder, method: Method, dtype: torch.dtype) -> None:
     """Adapters for the layers whose registry is not there, with the gradients that it keeps."""
     for layer in model.modules():
         if isinstance(layer, FoldingLinear):
-            a, da = (torch.empty(rank, layer.in_features) for _ in range(2))
-            b, db = (torch.empty(layer.out_features, rank) for _ in range(2))
+            assert isinstance(method, FoldingMethod)
+            fixed, rank = torch.float32 if method.mute_scalar else dtype, method.rank
+            a, b = torch.empty(rank, layer.in_features, dtype=fixed), torch.empty(layer.out_features, rank, dtype=fixed)
+            da, db = torch.empty(rank, layer.in_features), torch.empty(layer.out_features, rank)
             for leaf in (da, db):
                 leaf.requires_grad_().grad = torch.empty_like(leaf)
             layer.bind(a, b, da, db)

@@ -187,6 +187,7 @@ def _held(sizes: Sizes, model: Decoder, groups: list[Group]) -> dict[str, int]:
     held = {"weights": sizes.master.itemsize * base}
     held["adapters beside W" if beside else "trained weights (fp32)"] = 4 * trained
     cache, factors = 0, 0
+    copied = sizes.compute != torch.float32 and sizes.config.hdpissa.mute_scalar == 0.0
     if sizes.updates is not None:
         topology = sizes.updates.topology
         factors = 4 * topology.hosted * topology.rank * sum(sum(w.shape) for w in sizes.updates.weights)
@@ -194,6 +195,7 @@ def _held(sizes: Sizes, model: Decoder, groups: list[Group]) -> dict[str, int]:
     learned = factors or 4 * trained
     return held | {
         "fixed factors A, B": factors,
+        "their copies in the compute dtype": factors * sizes.compute.itemsize // 4 if copied else 0,
         "deltas dA, dB": factors,
         "gradients": learned,
         "optimizer's moments": state_tensors(sizes.config.optimizer.name) * learned,
@@ -231,7 +233,8 @@ def _phases(sizes: Sizes, model: Decoder, local: DecoderConfig, groups: list[Gro
     c, element = sizes.config, sizes.compute.itemsize
     tokens = (c.training.local_batch_size, c.training.seq_len)
     method = build_method(c)
-    block = block_memory(local, method, c.adapter.target_modules, tokens, sizes.compute, c.activation_checkpoint.mode)
+    targets, dropout = c.adapter.target_modules, c.adapter.dropout > 0
+    block = block_memory(local, method, targets, tokens, sizes.compute, c.activation_checkpoint, dropout)
     head_trained = c.adapter.method == "full" and c.adapter.target_modules is None
     head = head_memory(local, tokens, sizes.compute, head_trained)
     layers = local.num_hidden_layers
@@ -242,6 +245,9 @@ def _phases(sizes: Sizes, model: Decoder, local: DecoderConfig, groups: list[Gro
     gathered_head, root = head_and_root
     kept = {"activations": layers * block.kept, "gathered root": root}  # the root's group stays for the whole step
     weights = {"gathered block": gathered, "next block on its way": incoming}
+    if c.parallelism.fsdp_reshard_after_forward == "never":
+        kept = {"activations": layers * block.kept, "gathered weights": element * sum(g.whole for g in groups)}
+        weights, gathered_head = {}, 0
     phases = {
         "forward": {**kept, **weights, "block at work": block.forward},
         "loss": {**kept, "gathered head": gathered_head, "loss and its gradient": head.peak},
@@ -258,8 +264,12 @@ def _phases(sizes: Sizes, model: Decoder, local: DecoderConfig, groups: list[Gro
 
 
 def _optimizer_temporaries(sizes: Sizes, groups: list[Group]) -> int:
-    """The foreach implementation of Adam makes one list as large as all parameters."""
+    """The foreach implementation of Adam makes one list as large as all parameters; the fused one, of flat tensors on
+    GPUs, makes nothing."""
+    name = sizes.config.optimizer.name
     if sizes.updates is not None:
+        if sizes.device_type == "cuda" and "fused" in inspect.signature(optimizer_class(name)).parameters:
+            return 0
         topology = sizes.updates.topology
         return 4 * topology.hosted * topology.rank * sum(sum(w.shape) for w in sizes.updates.weights)
     return 4 * sum(g.trained for g in groups)
