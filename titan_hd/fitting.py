@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from titan_hd.adapters.full import FullFineTuning
 from titan_hd.adapters.methods import method_of
 from titan_hd.components.memory import GB, Estimate, Sizes, estimate_memory, received_bytes
 from titan_hd.preflight import RunPlan, update_plan
@@ -105,7 +104,7 @@ def _changes(plan: RunPlan) -> Iterator[tuple[str, RunPlan]]:
         yield _set(plan, "activation_checkpoint.mode", mode)
     if c.training.mixed_precision_param != "bfloat16":
         yield _set(plan, "training.mixed_precision_param", "bfloat16")
-    if c.training.master_dtype != "bfloat16" and not issubclass(method_of(c), FullFineTuning):
+    if c.training.master_dtype != "bfloat16" and method_of(c).bf16_master:
         yield _set(plan, "training.master_dtype", "bfloat16")
     if plan.method.folds and c.hdpissa.factor_cache_gb != 0.0:
         yield _set(plan, "hdpissa.factor_cache_gb", 0.0)

@@ -15,6 +15,7 @@ class FullFineTuning(Method):
     name, title = "full", "full fine-tuning"
     trains, size, base = "W (everything, or the targets' weights)", "in out", "trained"
     keys = resume_keys = ()
+    bf16_master = False  # small updates would vanish
     no_peft = "it has no adapters"
 
     @classmethod

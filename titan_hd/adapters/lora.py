@@ -93,7 +93,9 @@ class LoRA(AdapterMethod):
         layer = OLoRALinear if config.adapter.init == "olora" else cls.layer
         settings = cls.layer_settings(config)
         if layer.changes_weight:
-            settings["dtype"] = getattr(torch, config.training.mixed_precision_param)
+            # "auto" until a run's device is known (`components.dtypes`); then only the layer's shapes are asked for.
+            param = config.training.mixed_precision_param
+            settings["dtype"] = torch.float32 if param == "auto" else getattr(torch, param)
         method = cls(layer, **settings)
         ratio = config.adapter.loraplus_lr_ratio
         method.lr_ratios = {} if ratio == 1.0 else {"lora_B": ratio}

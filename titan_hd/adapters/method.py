@@ -27,6 +27,7 @@ class Method(abc.ABC):
         resume_keys: those of them in which a checkpoint and the run that resumes from it must agree.
         folds: the trained tensors are zero when a step begins, and what the optimizer added to them is folded into W
             after the step (`components.update.FoldUpdate`). Otherwise the optimizer's step is all.
+        bf16_master: W may be held in bf16 (training.master_dtype): it is frozen, or its fold rounds stochastically.
         no_peft: why the peft library cannot hold it, for a method without `peft_config`.
 
     Facts of a run:
@@ -48,6 +49,7 @@ class Method(abc.ABC):
     keys: ClassVar[tuple[str, ...]]
     resume_keys: ClassVar[tuple[str, ...]]
     folds: ClassVar[bool] = False
+    bf16_master: ClassVar[bool] = True
     no_peft: ClassVar[str] = ""
 
     num_adapters: int = 1
