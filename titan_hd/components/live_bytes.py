@@ -7,8 +7,9 @@ costs a fraction of a second and knows. Shapes, dtypes and the moment at which e
 from __future__ import annotations
 
 import dataclasses
+import math
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +28,15 @@ from titan_hd.models.registry import DecoderConfig
 
 # Operators that make a tensor as large as their input for themselves.
 _WORKSPACE = {torch.ops.aten.logsumexp.default}
+
+
+def _attention_flops(q: torch.Size, k: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Scores and values, of shapes [B, H, T, C] and [B, G, S, C]."""
+    return 4 * math.prod(q) * k[2]
+
+
+# Attention's operator on a CPU, which torch's counter does not know.
+_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -143,7 +153,7 @@ def recomputed_flops(
     """Operations per token that all blocks together do a second time. Arguments as of `block_memory`."""
 
     def counted(checkpointing: ActivationCheckpoint) -> int:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
             block_memory(config, method, targets, tokens, torch.bfloat16, checkpointing)
         return counter.get_total_flops()
 
