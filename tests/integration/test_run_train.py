@@ -188,7 +188,7 @@ def test_a_bug_on_one_rank_ends_the_run_at_once_with_its_traceback(setup, tmp_pa
         "    import titan_hd.models.head as head\n"
         "    def broken(*_):\n"
         "        raise RuntimeError('a bug of rank 1')\n"
-        "    head.cross_entropy_sum_ = broken\n"
+        "    head.logits_or_loss = broken\n"
     )
     start = time.monotonic()
     result = run_train(*setup(), PYTHONPATH=str(tmp_path / "hook"))

@@ -54,7 +54,7 @@ class LiveBytes(TorchDispatchMode):
         storages = (ref() for ref in self._storages.values())
         return sum(storage.nbytes() for storage in storages if storage is not None)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args: tuple[Any, ...] = (), kwargs=None):
         before = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_iter(out):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -214,7 +214,7 @@ def _cached(planned: int, shape: tuple[int, int], updates: UpdatePlan) -> int:
 
 def state_tensors(optimizer: str) -> int:
     """Tensors as large as a parameter that an optimizer keeps of it: 2 for Adam."""
-    cls = optimizer_class(optimizer)
+    cls: Callable[..., torch.optim.Optimizer] = optimizer_class(optimizer)
     parameter = nn.Parameter(torch.zeros(2, 3))
     parameter.grad = torch.ones(2, 3)
     extra = {"foreach": True} if "foreach" in inspect.signature(cls).parameters else {}

@@ -85,8 +85,6 @@ class _LossOfHead(torch.autograd.Function):
 class Head(nn.Linear):
     """Logits of hidden states, or, where targets are given, the sum of their cross entropies."""
 
-    cross_entropy_sum: CrossEntropySum = staticmethod(cross_entropy_sum_)
-
     def __init__(self, hidden_size: int, vocab_size: int):
         super().__init__(hidden_size, vocab_size, bias=False)
 
