@@ -17,11 +17,9 @@ import torch
 import torch.distributed as dist
 
 from titan_hd import __version__
-from titan_hd.adapters.methods import build_method, ignored_keys
+from titan_hd.adapters.methods import ignored_keys
 from titan_hd.checkpoint.checkpointer import Checkpointer
 from titan_hd.checkpoint.resume_check import check_resumable, run_identity, weights_fingerprint
-from titan_hd.components.flops import flops_per_token, peak_flops, trained_work
-from titan_hd.components.live_bytes import recomputed_flops
 from titan_hd.components.lr_scheduler import lr_factor
 from titan_hd.components.metrics import (
     MetricsLogger,
@@ -30,6 +28,7 @@ from titan_hd.components.metrics import (
     write_svd_report,
 )
 from titan_hd.components.profiling import build_profiler
+from titan_hd.components.rates import Rates, StepResult
 from titan_hd.components.update import build_update
 from titan_hd.components.validation import Validator
 from titan_hd.config import manager
@@ -65,27 +64,11 @@ logger = logging.getLogger("titan_hd")
 
 class TokenCounts(NamedTuple):
     """Of one step over all workers: trained tokens of each logical adapter, positions of all rows, all tokens but
-    padding, records; squares: the sum of the records' squared lengths."""
+    padding; squares: the sum of the records' squared lengths."""
 
     trained: list[int]
     positions: int
     tokens: int
-    sequences: int
-    squares: int
-
-
-class StepResult(NamedTuple):
-    """What one step came to: the loss of a trained token before the step, the gradients' norm before clipping, the
-    learning rate, and how many positions, tokens (positions without padding) and records all workers read; squares: the
-    sum of the records' squared lengths.
-    """
-
-    loss: float
-    grad_norm: float
-    lr: float
-    positions: int
-    tokens: int
-    sequences: int
     squares: int
 
 
@@ -285,16 +268,8 @@ class Trainer:
         self.profiler = build_profiler(c, rank)
         # By whether W stays gathered for a whole step, which may be decided after the first one.
         self.traffic = {kept: traffic_gb(self.plan, self.placement.micro_batches, kept) for kept in (False, True)}
-        self.peak_flops = peak_flops(device_name(self.device))
-        if self.peak_flops:
-            self.recomputed_flops = recomputed_flops(
-                self.plan.decoder,
-                build_method(c),
-                c.adapter.target_modules,
-                (c.training.local_batch_size, c.training.seq_len),
-                c.activation_checkpoint,
-            )
-        self._window: list[tuple[StepResult, float]] = []  # of the steps since the last log, with their seconds
+        passes = self.placement.micro_batches * self.dims.dp_size
+        self.rates = Rates(self.model, c, self.device, self.dims.world_size, passes)
         self.hooks: list[tuple[int, Callable[[StepResult], object]]] = []
         self.add_hook(1, lambda result: self.metrics.advance(result.loss))
         if self.profiler:
@@ -340,16 +315,15 @@ class Trainer:
 
     def _count_tokens(self, batches: list[Batch]) -> TokenCounts:
         """Of all workers' batches. Counted on the host: a device would have to be waited for."""
-        counts = torch.zeros(self.plan.num_adapters + 4, dtype=torch.long)
+        counts = torch.zeros(self.plan.num_adapters + 3, dtype=torch.long)
         for m, batch in enumerate(batches):
             counts[self.placement.adapter(m)] += batch.trained_tokens
-            of_batch = (batch.input_ids.numel(), batch.tokens, batch.sequences, batch.squares)
-            counts[-4:] += torch.tensor(of_batch)
+            counts[-3:] += torch.tensor((batch.input_ids.numel(), batch.tokens, batch.squares))
         if self.dims.tp_rank:  # the ranks of a tensor-parallel group read the same
             counts.zero_()
         dist.all_reduce(counts)
-        *trained, positions, tokens, sequences, squares = counts.tolist()
-        return TokenCounts(trained, positions, tokens, sequences, squares)
+        *trained, positions, tokens, squares = counts.tolist()
+        return TokenCounts(trained, positions, tokens, squares)
 
     def _sum_losses(self, loss_sum: torch.Tensor) -> float:
         """The sum of all workers' losses. What signals ask for travels with it: all ranks must agree where to stop."""
@@ -415,47 +389,21 @@ class Trainer:
         while self.step < self.total_steps and not self.stop_status:
             start = time.perf_counter()
             result = self.train_step()
-            self._window.append((result, time.perf_counter() - start))
+            self.rates.add(result, time.perf_counter() - start)
             for every, hook in self.hooks:
                 if self.step % every == 0 or self.step == self.total_steps:
                     hook(result)
             if self.step == first_step + 1:
-                self._window.clear()  # warm-up and compilation stay out of the rates
+                self.rates.forget()  # warm-up and compilation
                 set_timeout(self.config.comm.train_timeout_seconds, but_not=self.checkpointer.group)
 
     # --------------------------------------------------------------------------------------------------- periodic
 
     def _log(self, last: StepResult) -> None:
         """The last step's loss, norm and rate, and the speed of all steps since the last call."""
-        steps = len(self._window)
-        tokens = sum(result.tokens for result, _ in self._window)
-        squares = sum(result.squares for result, _ in self._window)
-        positions = sum(result.positions for result, _ in self._window)
-        seconds = sum(seconds for _, seconds in self._window)
-        self._window.clear()
-        tokens_of_pass = tokens / (steps * self.placement.micro_batches * self.dims.dp_size)
-        flops = flops_per_token(self.plan.decoder, squares / tokens, *trained_work(self.model, tokens_of_pass))
-        rate = tokens / seconds
-        per_worker = rate / self.dims.world_size
-        utilisation = {}
-        if self.peak_flops:
-            utilisation["mfu"] = per_worker * flops / self.peak_flops
-            utilisation["hfu"] = per_worker * (flops + self.recomputed_flops) / self.peak_flops
-        self.metrics.log(
-            self.step,
-            {
-                "loss": last.loss,
-                "grad_norm": last.grad_norm,
-                "lr": last.lr,
-                "tokens_per_second": rate,
-                "tflops_per_worker": per_worker * flops / 1e12,
-                **utilisation,
-                **self.traffic[self.gathers.kept],
-                "padding_share": 1 - tokens / positions,
-                "step_seconds": seconds / steps,
-                "peak_memory_gib": peak_memory_gib(self.device),
-            },
-        )
+        values = {"loss": last.loss, "grad_norm": last.grad_norm, "lr": last.lr, **self.rates.take()}
+        values |= {**self.traffic[self.gathers.kept], "peak_memory_gib": peak_memory_gib(self.device)}
+        self.metrics.log(self.step, values)
 
     def validate(self) -> None:
         """Validation loss and, if asked for, exact match of generated answers; logged under this step."""
