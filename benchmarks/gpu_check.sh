@@ -7,15 +7,16 @@
 # NOT YET RUN ON A GPU. Only its parts have been dry-run on a CPU, on the debug model:
 #     FLAVOR=debugmodel SEQ_LEN=64 LOCAL_BATCH=1 ADAPTER_RANK=4 ONLY=train ./benchmarks/gpu_check.sh
 #
-# Parts: tests (pytest -m gpu), linear, update, svd, loader, train (20 steps of a random Llama-3.1-8B with K = 8 virtual
-# adapters, with and without torch.compile, and packed). Each part has a time limit and the next runs even if it fails; the summary
-# at the end lists every part's exit status. Needs about 80 GB of GPU memory for the training as it stands (fp32
-# masters 32 GB, factors, deltas, gradients and moments of all adapters 8 GB, logits and activations by LOCAL_BATCH).
+# Parts: tests (pytest -m gpu; those for two GPUs skip where there is one), linear, update, svd, loader, loss, host,
+# checkpointing, train (20 steps of a random Llama-3.1-8B with K = 8 virtual adapters: with and without torch.compile,
+# packed, with W gathered for every micro-batch and once, with bf16 masters, in fp32). Each part has a time limit and the
+# next runs even if it fails; the summary at the end lists every part's exit status. What the training needs of memory is
+# in the first lines of its output; compare it with peak_memory_gib.
 set -uo pipefail
 
 OUT=${OUT:-outputs/gpu_check}
 PYTHON=${PYTHON:-python3}
-ONLY=${ONLY:-tests linear update svd loader train}
+ONLY=${ONLY:-tests linear update svd loader loss host checkpointing train}
 FLAVOR=${FLAVOR:-8B}
 SEQ_LEN=${SEQ_LEN:-2048}
 LOCAL_BATCH=${LOCAL_BATCH:-2}
@@ -133,6 +134,18 @@ if wanted loader; then
   part loader "$PYTHON" -m benchmarks.bench_loader
 fi
 
+if wanted loss; then
+  part loss "$PYTHON" -m benchmarks.bench_loss --tokens 16384 --hidden 4096 --vocabulary 128256 --dtype bfloat16
+fi
+
+if wanted host; then
+  part host "$PYTHON" -m benchmarks.bench_host --compile
+fi
+
+if wanted checkpointing; then
+  part checkpointing "$PYTHON" -m benchmarks.bench_checkpointing
+fi
+
 if wanted train; then
   temporary=$(mktemp -d)
   trap 'rm -rf "$temporary"' EXIT
@@ -141,6 +154,12 @@ if wanted train; then
   write_config "$temporary/config.toml" "$temporary/records.jsonl"
   cp "$temporary/config.toml" "$OUT/train.toml"
   train train-eager
+  # Four micro-batches a step for each adapter: what gathering once saves.
+  several=(--training.local_batch_size 1 --training.global_batch_size 32)
+  train train-gather-always "${several[@]}" --parallelism.fsdp_reshard_after_forward always
+  train train-gather-once "${several[@]}" --parallelism.fsdp_reshard_after_forward never
+  train train-bf16-masters --training.master_dtype bfloat16
+  train train-fp32 --training.mixed_precision_param float32 --training.float32_matmul_precision high
   train train-compile --compile.enable true
   train train-packed --data.train "$temporary/short.jsonl" --data.pack true
   train train-packed-compile --data.train "$temporary/short.jsonl" --data.pack true --compile.enable true
