@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -36,12 +37,13 @@ class Launch:
         launcher += ["--rdzv_endpoint", "localhost:0", "--max_restarts", str(max_restarts), "--monitor_interval", "0.1"]
         self._config = self.dump.parent / "empty.toml"
         self._config.touch()
+        # A file: nobody reads while the run goes on, and a full pipe would stop it after some hundred steps.
+        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
             [*launcher, "--", "--config", str(self._config), *argv],
             env={**CPU_ONLY, **(environment or {})},
             cwd=REPOSITORY,
-            stderr=subprocess.PIPE,
-            text=True,
+            stderr=self._stderr,
         )
 
     def worker_pids(self) -> list[int]:
@@ -76,8 +78,9 @@ class Launch:
 
     def end(self, timeout: float = START_SECONDS) -> tuple[int, str]:
         """Exit status and what was said on the standard error."""
-        _, said = self.process.communicate(timeout=timeout)
-        return self.process.returncode, said
+        status = self.process.wait(timeout=timeout)
+        self._stderr.seek(0)
+        return status, self._stderr.read()
 
 
 def records(dump: Path) -> list[dict]:
