@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import common
 from titan_hd.adapters.hdpissa import HDPissa
+from titan_hd.components.dtypes import resolve_dtypes
 from titan_hd.components.update import build_update
 from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.parallel_dims import ParallelDims
@@ -77,6 +78,7 @@ def build(args: argparse.Namespace):
     config = JobConfig()
     config.adapter.rank, config.hdpissa.num_adapters = RANK, args.adapters
     config.optimizer.name, config.training.max_norm = args.optimizer, 1.0
+    config = resolve_dtypes(config, "cpu", files=None, saved=None)
     dims = ParallelDims(1, 1, "cpu")
     method = HDPissa(args.adapters, RANK)
     with torch.device("meta"):
