@@ -6,8 +6,8 @@ it may stay from the first forward pass of a step to the last backward pass: 1 x
 and on one worker one cast of the masters instead of 2 M. The last backward pass frees it block by block, so that fold,
 optimizer, checkpoints and export meet shards, and the next step gathers what they have made of W.
 
-Where W is not split into shards (one worker, or replicas alone), gradients are summed over the micro-batches before they
-are over the replicas: that takes no memory there, for a shard of the gradient is all of it.
+Where W is not split into shards (one worker, or replicas alone), gradients are summed over the micro-batches first and
+over the replicas then: that takes no memory there, for a shard of the gradient is all of it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class WeightGathers:
 
     setting: parallelism.fsdp_reshard_after_forward. "default" keeps the copy if there is more than one micro-batch to
         keep it for, and memory for it beside what the first step took, which still gathers for every micro-batch.
-    dp_shard: shards of W. copy_bytes: of the gathered W, see `gathered_bytes`. seq_len: the longest row that a later step may bring.
+    dp_shard: shards of W. copy_bytes: of the gathered W, see `gathered_bytes`. seq_len: the longest row that a later
+        step may bring.
     """
 
     def __init__(self, model: Decoder, setting: str, micro_batches: int, dp_shard: int, copy_bytes: int, seq_len: int):

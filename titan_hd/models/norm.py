@@ -31,7 +31,7 @@ class _Normalize(torch.autograd.Function):
             along = torch.linalg.vecdot(g, x.to(wide))[..., None] * (inverse.pow(3) / x.shape[-1])
             dx = g.mul_(inverse).addcmul_(x, along, value=-1).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            dweight = (gy * (x * inverse).to(x.dtype)).flatten(0, -2).sum(0)
+            dweight = (gy * (x * inverse).to(x.dtype)).reshape(-1, x.shape[-1]).sum(0)
         return dx, dweight, None
 
 

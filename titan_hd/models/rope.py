@@ -49,7 +49,7 @@ class RotaryEmbedding(nn.Module):
 
 
 class _Rotate(torch.autograd.Function):
-    """apply(x, cos, sin); the gradient turns back by the same angles."""
+    """apply(x, cos, sin); the gradient turns back by the same angles. cos and sin are alike in both halves."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
