@@ -163,7 +163,8 @@ def serve(args: argparse.Namespace) -> None:
         wall, cpu = time.perf_counter(), time.process_time()
         loss = step()
         common.synchronize(device)
-        result = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "loss": loss}
+        result: dict[str, float | None] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        result["loss"] = loss
         peak = common.peak_bytes(device)
         result["peak_mib"] = None if peak is None or before is None else (peak - before) / 2**20
         print("RESULT " + json.dumps(result), flush=True)

@@ -79,7 +79,7 @@ class Phases:
 
     def take(self) -> dict[str, float]:
         """Seconds of every phase since the first mark; the device has been waited for."""
-        seconds: dict[str, float] = collections.Counter()
+        seconds: dict[str, float] = collections.defaultdict(float)
         for (phase, start), (_, end) in zip(self.marks, self.marks[1:]):
             seconds[phase] += start.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - start
         self.marks.clear()
@@ -112,7 +112,8 @@ def idle_share(trainer: Trainer, seconds: float, cpu: float) -> float:
     with torch.profiler.profile(activities=activities) as profiler:
         trainer.train_step()
         common.synchronize(trainer.device)
-    spans = sorted((e.time_range.start, e.time_range.end) for e in profiler.events() if e.device_type.name == "CUDA")
+    events = [e for e in profiler.events() or [] if e.device_type.name == "CUDA"]
+    spans = sorted((e.time_range.start, e.time_range.end) for e in events)
     busy, end = 0.0, 0.0
     for first, last in spans:  # kernels of several streams overlap
         busy += max(0.0, last - max(first, end))

@@ -58,7 +58,8 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gys):
-        return _turned(gys[0], *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _turned(gys[0], cos, sin, -1), None, None
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sense: int) -> torch.Tensor:
