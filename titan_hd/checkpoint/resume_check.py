@@ -64,7 +64,7 @@ def check_resumable(state: dict[str, Any], current: dict[str, Any], allowed: lis
     if state["base"] == "delta":  # half of the model is the base model's
         allowed = [key for key in allowed if key != "weights"]
     for key, value in current.items():
-        if saved.get(key) == value or (key == "weights" and not value):
+        if _same(key, saved.get(key), value) or (key == "weights" and not value):
             continue
         line = f"{key}: the checkpoint has {saved.get(key)!r}, this run {value!r}"
         if key in allowed:
@@ -76,6 +76,13 @@ def check_resumable(state: dict[str, Any], current: dict[str, Any], allowed: lis
     if errors:
         raise UserError("\n".join(errors))
     return accepted
+
+
+def _same(key: str, saved: Any, current: Any) -> bool:
+    """Which layers are trained does not depend on the order in which they are named, or on how often."""
+    if key == "adapter.target_modules" and saved and current:
+        return set(saved) == set(current)
+    return saved == current
 
 
 def allow_mismatch_errors(keys: list[str]) -> list[str]:

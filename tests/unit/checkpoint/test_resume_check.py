@@ -22,6 +22,13 @@ class TestCheckResumable:
     def test_the_same_run(self):
         assert compare(json.loads(json.dumps(IDENTITY)), IDENTITY) == []
 
+    def test_targets_are_a_set(self):
+        saved = {**IDENTITY, "adapter.target_modules": ["q_proj", "v_proj"]}
+        assert compare(saved, {**IDENTITY, "adapter.target_modules": ["v_proj", "q_proj", "v_proj"]}) == []
+        for other in (["q_proj"], ["q_proj", "k_proj"], None):
+            with pytest.raises(UserError, match=r"adapter\.target_modules: the checkpoint has"):
+                compare(saved, {**IDENTITY, "adapter.target_modules": other})
+
     def test_every_difference_is_a_line_that_names_its_key(self):
         current = {**IDENTITY, "adapter.rank": 8, "adapter.target_modules": ["q_proj"]}
         with pytest.raises(UserError) as caught:
