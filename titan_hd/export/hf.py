@@ -152,16 +152,16 @@ def write_answering(folder: Path, base: Path, hf_config: dict[str, Any], answeri
     Returns:
         whether there was anything.
     """
-    path = base / "generation_config.json"
-    said = read_json_object(path) if path.is_file() else {key: hf_config.get(key) for key in _GENERATION_KEYS}
+    said: dict[str, Any] = {key: hf_config[key] for key in _GENERATION_KEYS if hf_config.get(key) is not None}
+    if answering.stop_ids and (base / "generation_config.json").is_file():
+        said = read_json_object(base / "generation_config.json")
     ends = said.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     added = [token for token in answering.stop_ids if token not in ends]
     if added:
-        all_ends = [*ends, *added]
-        generation = {key: value for key, value in said.items() if value is not None and key != "_from_model_config"}
-        generation["eos_token_id"] = all_ends if len(all_ends) > 1 else all_ends[0]
-        _write_json(folder / "generation_config.json", generation)
+        said.pop("_from_model_config", None)
+        said["eos_token_id"] = ends + added if ends or added[1:] else added[0]
+        _write_json(folder / "generation_config.json", said)
         logger.info("generation_config.json: eos_token_id also names %s, which ended the answers in training", added)
     if answering.chat_template is not None:
         (folder / "chat_template.jinja").write_text(answering.chat_template, encoding="utf-8")

@@ -373,7 +373,9 @@ class TestAnswering:
     """What whoever generates must know: the ends of all sources' answers, and a template that is in no file."""
 
     def answering(self, folder: Path, **settings):
-        builder = DatasetBuilder(Data(**settings), 400, 64, functools.partial(load_tokenizer, folder))
+        builder = DatasetBuilder(
+            Data(**{"template": "none", **settings}), 400, 64, functools.partial(load_tokenizer, folder)
+        )
         builder.training()
         return builder.answering()
 
