@@ -6,6 +6,7 @@ something else, on another node with other files.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,6 +30,7 @@ from titan_hd.distributed.tp.tensor_parallel import LINEAR_PATHS, local_shape, t
 from titan_hd.distributed.update.plan import UpdatePlan
 from titan_hd.errors import UserError
 from titan_hd.export.hf import check_assets, check_folder, check_place, export_folder
+from titan_hd.files import shown_size
 from titan_hd.models.decoder import parameter_shapes
 from titan_hd.models.hf_files import open_model_weights, read_model_config
 from titan_hd.models.registry import DecoderConfig, flavor_config
@@ -108,6 +110,8 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True, devic
         errors.append(error)
     if decoder is not None:
         warnings += _length_warnings(config, decoder)
+        if config.export.enable and needs_files:
+            warnings += _space_warnings(config, decoder)
         sizes = {name: getattr(decoder, name) for name in ("num_key_value_heads", "intermediate_size")}
         if parallelism.loss_parallel:
             sizes["vocab_size"] = decoder.vocab_size
@@ -196,6 +200,20 @@ def _length_warnings(config: JobConfig, decoder: DecoderConfig) -> list[str]:
         return []
     line = f"training.seq_len: {length} is beyond the model's max_position_embeddings, {most}"
     return [f"{line}: longer records train at positions that it may not know; {most} cuts them there"]
+
+
+def _space_warnings(config: JobConfig, decoder: DecoderConfig) -> list[str]:
+    """A disk that has no room for the export now; it may have when the training is done."""
+    if config.export.format != "hf":
+        return []
+    folder = export_folder(config).absolute()
+    disk = next((path for path in folder.parents if path.is_dir()), Path("/"))
+    needed = sum(shape.numel() for shape in parameter_shapes(decoder).values())
+    needed *= getattr(torch, config.export.dtype).itemsize
+    free = shutil.disk_usage(disk).free
+    if needed <= free:
+        return []
+    return [f"export.folder: {folder}: the weights will need {shown_size(needed)}, {shown_size(free)} are free"]
 
 
 def files_dtype(config: JobConfig, decoder: DecoderConfig | None) -> torch.dtype | None:

@@ -257,6 +257,15 @@ class TestWhatWouldBeLostAtTheEnd:
         plan_run(config(*argv, f"--adapter.svd_cache={tmp_path}/run/svd", model=model), 1)
         plan_run(config("--checkpoint.folder=hf", model=model), 1)  # checkpoint.enable is not set
 
+    def test_a_disk_without_room_for_the_export(self, config, tmp_path: Path):
+        model = self.model(tmp_path / "model")
+        needed = 2 * sum(weight.numel() for weight in write_model(tmp_path / "model")[1].values())
+        for free, warnings in ((needed, 0), (needed - 1, 1)):
+            with mock.patch("shutil.disk_usage", return_value=mock.Mock(free=free)):
+                found = plan_run(config(model=model), 1).warnings
+                assert len(found) == warnings
+                assert all(f"run/hf: the weights will need {needed / 1e3:.2f} kB, " in line for line in found)
+
     @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
     def test_trackers_without_their_package(self, config, package: str):
         absent = mock.patch("titan_hd.preflight.find_spec", lambda name: None if name == package else object())

@@ -9,6 +9,7 @@ import torch
 
 from titan_hd.checkpoint.folder import STATE_FILE, read_train_state
 from titan_hd.checkpoint.reader import CheckpointReader
+from titan_hd.checkpoint.resume_check import same_model
 from titan_hd.checkpoint.weights import CheckpointWeights
 from titan_hd.distributed.shards import materialize
 from titan_hd.errors import UserError
@@ -70,7 +71,7 @@ def _load_checkpoint(folder: Path, assets: str, dtype: torch.dtype, device: torc
         config = flavor_config(settings["name"], settings["flavor"])
     else:
         config = read_model_config(directory)
-    if identity.get("model") != repr(config):
+    if not same_model(identity.get("model"), repr(config)):
         raise UserError(f"--assets: {directory}: its config.json is not that of the checkpoint's model")
     weights = CheckpointWeights(CheckpointReader(folder), state, config, directory)
     model = _empty_model(config, dtype, device)

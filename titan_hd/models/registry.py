@@ -108,7 +108,8 @@ class DecoderConfig:
 
     layer_windows: for each layer how many positions a token sees, itself included; None: all.
     ignored: keys of the config.json that have an unknown meaning, or one for training alone; the decoder ignores them.
-    hf: the whole config.json, for the export; with the architecture, which vLLM needs, if it was not named.
+    hf: the whole config.json, for the export; with the architecture, which vLLM needs, and the model type, which
+        transformers needs, if they are not there.
     """
 
     vocab_size: int
@@ -217,7 +218,11 @@ def parse_hf_config(raw: dict[str, Any], where: str) -> DecoderConfig:
         qk_norm=architecture.qk_norm,
         layer_windows=_layer_windows(raw, architecture.windows, layers, where),
         ignored=_ignored(raw, architecture),
-        hf={**raw, "architectures": [architecture_name]},
+        hf={
+            **raw,
+            "architectures": [architecture_name],
+            "model_type": raw.get("model_type") or architecture.model_type,
+        },
     )
 
 
