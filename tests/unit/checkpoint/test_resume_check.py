@@ -45,7 +45,7 @@ class TestCheckResumable:
         assert texts[0] != texts[1]
         assert compare({"model": texts[0]}, {"model": texts[1]}) == []
         other = repr(parse_hf_config({**SMALL, "rope_scaling": {**ROPE, "factor": 4.0}}, "x"))
-        with pytest.raises(UserError, match="^model: the checkpoint has"):
+        with pytest.raises(UserError, match=r"^model: the checkpoint has"):
             compare({"model": texts[0]}, {"model": other})
 
     def test_every_difference_is_a_line_that_names_its_key(self):
