@@ -262,7 +262,7 @@ class TestWhatWouldBeLostAtTheEnd:
         needed = 2 * sum(weight.numel() for weight in write_model(tmp_path / "model")[1].values())
         for free, warnings in ((needed, 0), (needed - 1, 1)):
             with mock.patch("shutil.disk_usage", return_value=mock.Mock(free=free)):
-                found = plan_run(config(model=model), 1).warnings
+                found = plan_run(config("--training.seq_len", "8", model=model), 1).warnings
                 assert len(found) == warnings
                 assert all(f"run/hf: the weights will need {needed / 1e3:.2f} kB, " in line for line in found)
 

@@ -11,7 +11,7 @@ from titan_hd.adapters.adapter_linear import AdapterMethod
 from titan_hd.adapters.methods import build_method
 from titan_hd.config.job_config import JobConfig
 
-_HALVES: dict[torch.dtype | None, str] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_HALVES: dict[Any, Any] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Names of the instructions in torch.cpu.get_capabilities() and /proc/cpuinfo (the last one is Arm's).
 _BFLOAT16_INSTRUCTIONS = {"amx_bf16", "avx512_bf16", "bf16"}
 
