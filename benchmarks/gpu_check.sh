@@ -8,10 +8,10 @@
 #     FLAVOR=debugmodel SEQ_LEN=64 LOCAL_BATCH=1 ADAPTER_RANK=4 ONLY=train ./benchmarks/gpu_check.sh
 #
 # Parts: tests (pytest -m gpu; those for two GPUs skip where there is one), linear, update, svd, loader, loss, host,
-# checkpointing, step, peers, train (20 steps of a random Llama-3.1-8B with K = 8 virtual adapters: with and without torch.compile,
-# packed, with W gathered for every micro-batch and once, with bf16 masters, in fp32). Each part has a time limit and the
-# next runs even if it fails; the summary at the end lists every part's exit status. What the training needs of memory is
-# in the first lines of its output; compare it with peak_memory_gib.
+# checkpointing, step, peers, train (20 steps of a random Llama-3.1-8B with K = 8 virtual adapters: with and without
+# torch.compile, packed, with W gathered for every micro-batch and once, with bf16 masters, in fp32). Each part has a time
+# limit and the next runs even if it fails; the summary at the end lists every part's exit status. What the training needs
+# of memory is in the first lines of its output; compare it with peak_memory_gib.
 set -uo pipefail
 
 OUT=${OUT:-outputs/gpu_check}
