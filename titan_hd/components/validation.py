@@ -14,6 +14,7 @@ from titan_hd.components.generation import generate
 from titan_hd.config.job_config import JobConfig
 from titan_hd.data.dataset import FiniteDataset
 from titan_hd.data.loader import Batch, validation_batches
+from titan_hd.data.text.answers import final_answer
 from titan_hd.data.text.tokenizer import Tokenizer
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import reshard
@@ -41,12 +42,6 @@ def validation_loss(model: nn.Module, batches: Iterable[Batch], sharers: Sharers
         totals[1] += batch.trained_tokens
     dist.all_reduce(totals, group=sharers.group)
     return (totals[0] / totals[1].clamp(min=1)).item()
-
-
-def final_answer(text: str, marker: str) -> str | None:
-    """What follows the last marker, up to the end of the line; None where the marker is missing."""
-    _, found, answer = text.rpartition(marker)
-    return answer.split("\n")[0].strip() if found else None
 
 
 @torch.no_grad()
