@@ -1,7 +1,7 @@
 r"""When two answers of the MATH benchmark are the same: by Hendrycks' normalisation, and by math-verify beside it.
 
-The normalisation is that of the benchmark's paper, with its peculiarities, since published figures were made with it: it
-compares spellings, not values (0.5 is \frac{1}{2}, but 0.25 is not \frac{1}{4}).
+The normalisation is that of the benchmark's paper, with its peculiarities, since published figures were made with it:
+it compares spellings, not values (0.5 is \frac{1}{2}, but 0.25 is not \frac{1}{4}).
 """
 
 from __future__ import annotations

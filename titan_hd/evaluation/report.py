@@ -52,7 +52,7 @@ def compare_samples(
 
 def table(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The lines of a table: a row for each task, and the mean of their shares where there are several."""
-    rows = [("task", "n", "right", "%", "95% interval", "no answer")]
+    rows: list[tuple[str, ...]] = [("task", "n", "right", "%", "95% interval", "no answer")]
     for name, summary in tasks.items():
         interval = f"{100 * summary['low']:.2f} - {100 * summary['high']:.2f}"
         numbers = (summary["n"], summary["right"], f"{100 * summary['accuracy']:.2f}", interval, summary["no_answer"])
