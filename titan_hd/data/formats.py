@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 from titan_hd.config.job_config import Data
 from titan_hd.data.example import IGNORE, Example
 from titan_hd.data.sources import Record
-from titan_hd.data.text.chat import ChatTurns, load_chat_template
-from titan_hd.data.text.chat_spans import TurnFinder
+from titan_hd.data.text.chat import load_chat_template
+from titan_hd.data.text.chat_encoding import ConversationEncoder, Trained
 from titan_hd.data.text.templates import load_template
 from titan_hd.data.text.tokenizer_base import Tokenizer
 from titan_hd.errors import UserError
@@ -23,6 +23,10 @@ from titan_hd.errors import UserError
 PROMPT_FIELDS = ("instruction", "query", "question", "prompt")
 RESPONSE_FIELDS = ("output", "response", "answer", "completion")
 CHAT_FIELDS = ("messages", "conversations")
+SPELLED = (
+    "spell control tokens, as a rendered chat does; they are encoded as letters (data.parse_control_tokens makes them "
+    "tokens)"
+)
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # ShareGPT's names of who speaks -> roles of chat templates.
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -58,7 +62,7 @@ class Format(ABC):
         Raises:
             UserError: the tokenizer has more ids than the model, a field or a template is missing.
         """
-        return cls(config, _fitting(tokenizer(), vocab_size))
+        return cls(config, tokenizer().fitting(vocab_size))
 
     @classmethod
     @abstractmethod
@@ -79,6 +83,13 @@ class QuestionFormat(Format):
 
     A question is what is kept of a record for that: a list of what JSON can hold, with the reference answer at the end.
     """
+
+    def _labelled(self, trained: Trained) -> Example:
+        """The example that has labels where it is trained on, or everywhere with data.train_on_prompt."""
+        ids, labels = trained.ids, [IGNORE] * len(trained.ids)
+        for start, stop in [(0, len(ids))] if self.config.train_on_prompt else trained.spans:
+            labels[start:stop] = ids[start:stop]
+        return Example(ids, labels, trained.notes)
 
     @abstractmethod
     def question(self, record: Record) -> list: ...
@@ -151,11 +162,11 @@ class InstructionFormat(QuestionFormat):
 
     @classmethod
     def create(cls, config: Data, vocab_size: int, tokenizer: Callable[[], Tokenizer], first: Record) -> Format:
-        return cls(config, _fitting(tokenizer(), vocab_size), first)
+        return cls(config, tokenizer().fitting(vocab_size), first)
 
     def __init__(self, config: Data, tokenizer: Tokenizer, first: Record):
         super().__init__(config, tokenizer)
-        self._template = load_template(config.template, tokenizer)
+        self._template = load_template(config.template, tokenizer, config.encoding == "joint")
         self._prompt_field = config.prompt_field or _detect(first, PROMPT_FIELDS, "data.prompt_field")
         self._response_field = config.response_field or _detect(first, RESPONSE_FIELDS, "data.response_field")
 
@@ -182,11 +193,9 @@ class InstructionFormat(QuestionFormat):
         return self._template.stop_ids(self.tokenizer)
 
     def encode(self, record: Record) -> Example:
-        """Prompt and response are encoded as one text; only what the template calls the response carries labels."""
-        ids, start, stop = self._template.encode(self.tokenizer, *self.parts(record))
-        if self.config.train_on_prompt:
-            return Example(ids, ids)
-        return Example(ids, [IGNORE] * start + ids[start:stop] + [IGNORE] * (len(ids) - stop))
+        """Only what the template calls the response carries labels, or all."""
+        encode = self._template.encode_all if self.config.train_on_prompt else self._template.encode
+        return self._labelled(encode(self.tokenizer, *self.parts(record)))
 
 
 class ChatFormat(QuestionFormat):
@@ -202,7 +211,7 @@ class ChatFormat(QuestionFormat):
     def __init__(self, config: Data, tokenizer: Tokenizer):
         super().__init__(config, tokenizer)
         self._chat = load_chat_template(tokenizer)
-        self._turns = TurnFinder(self._chat, tokenizer)
+        self._conversations = ConversationEncoder(self._chat, tokenizer, config.encoding == "joint")
 
     def question(self, record: Record) -> list:
         """The conversation up to its last assistant turn, the tools, and what the assistant says there."""
@@ -219,27 +228,29 @@ class ChatFormat(QuestionFormat):
         return self.tokenizer.encode(self.write(question), special=True)
 
     def stop_ids(self) -> frozenset[int]:
-        return ChatTurns(self.tokenizer).stop_ids(self.tokenizer)
+        return self._conversations.stop_ids()
 
     def encode(self, record: Record) -> Example:
-        """The conversation is encoded as one text, as transformers' apply_chat_template does it. Every assistant turn
-        and its end-of-turn token carry labels, wherever in the conversation; a user's turn at the end does not.
+        """Every assistant turn and its end-of-turn token carry labels, wherever in the conversation; a user's turn at the
+        end does not. Or what the template marks by {% generation %}, or all.
         """
-        messages, tools = read_messages(record), read_tools(record)
-        whole = self._chat.render(messages, tools=tools)
-        ids = self.tokenizer.encode(whole, special=True)
-        if self.config.train_on_prompt:
-            return Example(ids, ids)
-        labels = [IGNORE] * len(ids)
-        for start, stop in self._turns.spans(messages, tools, whole, ids):
-            labels[start:stop] = ids[start:stop]
-        return Example(ids, labels)
+        conversations = self._conversations
+        encode = conversations.encode_all if self.config.train_on_prompt else conversations.encode
+        return self._labelled(encode(read_messages(record), read_tools(record)))
 
 
 class TextFormat(Format):
-    """A document; loss on all tokens, with BOS (if the family has one) and the end-of-sequence token."""
+    """A document; loss on all tokens, with BOS (if the family has one) and the end-of-sequence token.
+
+    With data.parse_control_tokens neither is added where the text brings it: BOS at its beginning, any control token at
+    its end, perhaps with white space behind it.
+    """
 
     name = "text"
+
+    def __init__(self, config: Data, tokenizer: Tokenizer):
+        super().__init__(config, tokenizer)
+        self._control = re.compile("|".join(map(re.escape, tokenizer.control_tokens)) or "(?!)")
 
     @classmethod
     def recognize(cls, config: Data, record: Record) -> str | None:
@@ -251,7 +262,13 @@ class TextFormat(Format):
         if not text.strip():
             raise UserError(f"{field}: is empty")
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        ids = [*bos, *tokenizer.encode(text), tokenizer.eos_id]
+        ids = tokenizer.encode(text, special=self.config.parse_control_tokens)
+        if not self.config.parse_control_tokens:
+            notes = (SPELLED,) if self._control.search(text) else ()
+            ids = [*bos, *ids, tokenizer.eos_id]
+            return Example(ids, ids, notes)
+        ends = text.rstrip().endswith(tuple(tokenizer.control_tokens))
+        ids = [*([] if ids[:1] == bos else bos), *ids, *([] if ends else [tokenizer.eos_id])]
         return Example(ids, ids)
 
 
@@ -273,14 +290,6 @@ def detect_format(config: Data, record: Record) -> tuple[str, str]:
         f"{record.where}: data.format: auto knows none of its fields ({', '.join(record)}); set data.format, and "
         "data.prompt_field and data.response_field, or data.text_field"
     )
-
-
-def _fitting(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"model.hf_assets_path: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {vocab_size}"
-        )
-    return tokenizer
 
 
 def text_of(record: Record, name: str) -> str:

@@ -47,6 +47,7 @@ class StreamedDataset(Dataset):
     def __init__(self, sources: list[StreamSource], window: int, faults: Faults, description: str):
         self._sources, self._window_size, self._faults, self._description = sources, window, faults, description
         self._bad: set[str] = set()  # where the bad records are: each counts once, however often it comes by
+        self._noted: set[str] = set()
         self._statistics = Statistics("data.train", "streamed")  # of the records that were encoded here
         self._total = 0  # records of all files, once their end has been seen
         self._rewind()
@@ -89,7 +90,14 @@ class StreamedDataset(Dataset):
                 self._bad.add(raw.where)
                 logger.warning("%s; it is left out", error)
             return NOTHING
+        self._log_notes()
         return encoded[0] if encoded else NOTHING
+
+    def _log_notes(self) -> None:
+        """Say once what there is to say about some records; nobody knows how many they will be."""
+        for note in self._statistics.notes.keys() - self._noted:
+            self._noted.add(note)
+            logger.warning("data.train: records %s; the first: %s", note, self._statistics.notes[note][1])
 
     def _window(self, number: int) -> list[tuple[StreamSource, RawRecord]]:
         if self._process != os.getpid():  # a forked process shares its parent's place in an open file

@@ -19,7 +19,7 @@ from titan_hd.data.example import IGNORE, Example
 from titan_hd.data.formats import FORMATS, ChatFormat, detect_format, read_messages
 from titan_hd.data.loader import collate
 from titan_hd.data.sources import Record
-from titan_hd.data.text import chat_spans
+from titan_hd.data.text import chat_encoding
 from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
 
 # As CHATML, with the marks by which transformers tells what an assistant says.
@@ -187,7 +187,7 @@ class TestManyTurns:
         for quick in (True, False):
             with monkeypatch.context() as patch:
                 if not quick:
-                    patch.setattr(chat_spans.TurnFinder, "_controls", lambda *_: None)
+                    patch.setattr(chat_encoding.ConversationEncoder, "_controls", lambda *_: None)
                 try:
                     results.append(encode(tokenizer, messages))
                 except ValueError as error:
