@@ -184,18 +184,12 @@ class Session:
     def chat(self, message: str | None, system: str | None) -> None:
         """Answer one message; without one, go on asking the terminal for messages until it ends."""
         template = load_chat_template(self.tokenizer)
-        stop_ids = self._stop_ids()
+        stop_ids = load_template("chat", self.tokenizer).stop_ids(self.tokenizer)
         messages = [] if system is None else [{"role": "system", "content": system}]
         for index, text in enumerate([message] if message is not None else iter(ask, None)):
             messages.append({"role": "user", "content": text})
             prompt = chat_prompt(template, self.tokenizer, messages)
             messages.append({"role": "assistant", "content": self.answer(prompt, stop_ids, index)})
-
-    def _stop_ids(self) -> frozenset[int]:
-        try:
-            return load_template("chat", self.tokenizer).stop_ids(self.tokenizer)
-        except UserError:  # a template that ends its answers with no token of its own
-            return self.tokenizer.stop_ids
 
 
 def chat_prompt(template: ChatTemplate, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:

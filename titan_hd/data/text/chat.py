@@ -33,12 +33,14 @@ _LLAMA3 = (
 class ChatTemplate:
     """A chat template with the special tokens that it may name.
 
-    where: the file it is from, for messages. with_tools: source and file of another one, for conversations with tools.
+    source: the Jinja program. where: the file it is from, for messages. with_tools: both of another one, for
+        conversations with tools.
     """
 
     def __init__(
         self, source: str, where: str, special_tokens: dict[str, str], with_tools: tuple[str, str] | None = None
     ):
+        self.source = source
         self._template, self._where, self._special_tokens = SandboxedTemplate(source), where, special_tokens
         self._with_tools, self._has_marks = with_tools, _GENERATION.search(source) is not None
         if len(source) > MAX_SOURCE:
@@ -121,6 +123,11 @@ def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
             )
         found = {"default": (_LLAMA3, "the built-in template of Llama 3")}
     return ChatTemplate(*found["default"], tokenizer.special_tokens, found.get("tool_use"))
+
+
+def borrowed_template(tokenizer: Tokenizer) -> str | None:
+    """The source of a tokenizer's chat template, where that is not in its directory, which an export copies."""
+    return None if _find(tokenizer.directory) else load_chat_template(tokenizer).source
 
 
 def _find(directory: Path) -> dict[str, tuple[str, str]]:
