@@ -6,27 +6,32 @@ Adding a format is a class here, its entry in FORMATS and its name in the Litera
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 from titan_hd.config.job_config import Data
+from titan_hd.data.conversations import (
+    CHAT_FIELDS,
+    TOOL_FIELDS,
+    Conversation,
+    chat_field,
+    keys_of_templates,
+    read_conversation,
+    system_fields,
+)
 from titan_hd.data.example import IGNORE, Example
+from titan_hd.data.fields import INPUT_FIELDS, is_given, optional_text, text_of
 from titan_hd.data.sources import Record
 from titan_hd.data.text.chat import ChatTurns, load_chat_template
 from titan_hd.data.text.chat_spans import TurnFinder
 from titan_hd.data.text.templates import load_template
 from titan_hd.data.text.tokenizer_base import Tokenizer
+from titan_hd.data.token_fields import UNDERSTOOD, check_token_fields
 from titan_hd.errors import UserError
 
 PROMPT_FIELDS = ("instruction", "query", "question", "prompt")
 RESPONSE_FIELDS = ("output", "response", "answer", "completion")
-CHAT_FIELDS = ("messages", "conversations")
-_SURROGATES = re.compile("[\ud800-\udfff]")
-# ShareGPT's names of who speaks -> roles of chat templates.
-_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_SPEAKERS |= {"tool": "tool", "observation": "tool"}
 
 
 class Format(ABC):
@@ -72,6 +77,14 @@ class Format(ABC):
         Raises:
             UserError: it is a bad record.
         """
+
+    @abstractmethod
+    def used(self, record: Record) -> set[str]:
+        """The fields of a record that `encode` uses."""
+
+    def unused(self, record: Record) -> set[str]:
+        """The fields of a record that say something and are not used."""
+        return {name for name in record.keys() - self.used(record) if is_given(record[name])}
 
 
 class QuestionFormat(Format):
@@ -125,7 +138,11 @@ class TokensFormat(Format):
             raise UserError(f"input_ids: must be from 0 to {size - 1}, the model's vocabulary")
         if not all(v == IGNORE or 0 <= v < size for v in labels):
             raise UserError(f"labels: must be {IGNORE} or from 0 to {size - 1}")
+        check_token_fields(record, labels)
         return Example(ids, labels)
+
+    def used(self, record: Record) -> set[str]:
+        return {"input_ids", "labels", *UNDERSTOOD}
 
 
 def _whole_numbers(record: Record, name: str) -> list[int]:
@@ -156,34 +173,90 @@ class InstructionFormat(QuestionFormat):
     def __init__(self, config: Data, tokenizer: Tokenizer, first: Record):
         super().__init__(config, tokenizer)
         self._template = load_template(config.template, tokenizer)
+        self._chat = ChatFormat(config, tokenizer) if isinstance(self._template, ChatTurns) else None
         self._prompt_field = config.prompt_field or _detect(first, PROMPT_FIELDS, "data.prompt_field")
         self._response_field = config.response_field or _detect(first, RESPONSE_FIELDS, "data.response_field")
+        self._required = {"data.prompt_field": self._prompt_field, "data.response_field": self._response_field}
+        named = {"data.input_field": config.input_field, "data.system_field": config.system_field}
+        _check_different({**self._required, **named})
 
-    def parts(self, record: Record) -> tuple[str, str, str]:
-        """Prompt, input (or "") and response."""
+    def _optional(self, names: Sequence[str]) -> list[str]:
+        """Fields in which an optional text is looked for: not those that are something else."""
+        return [name for name in names if name not in self._required.values()]
+
+    def question(self, record: Record) -> list:
+        """[prompt, input, system text, earlier turns [question, answer], response]; "" and [] for what is not there."""
         prompt, response = (text_of(record, name) for name in (self._prompt_field, self._response_field))
         if not response.strip():
             raise UserError(f"{self._response_field}: is empty")
-        return prompt, text_of(record, "input") if isinstance(record.get("input"), str) else "", response
+        extra, system = (optional_text(record, names)[1] for names in (self._input_fields, self._system_fields))
+        return [prompt, extra, system, self._history(record), response]
 
-    def question(self, record: Record) -> list:
-        return list(self.parts(record))
+    @property
+    def _input_fields(self) -> list[str]:
+        return self._optional((self.config.input_field,) if self.config.input_field else INPUT_FIELDS)
+
+    @property
+    def _system_fields(self) -> list[str]:
+        return self._optional(system_fields(self.config.system_field))
+
+    def _history(self, record: Record) -> list[list[str]]:
+        turns = record.get("history")
+        if not is_given(turns) or "history" in self._required.values():
+            return []
+        if not isinstance(turns, list) or not all(
+            isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns
+        ):
+            raise UserError("history: must be a list of pairs [question, answer]")
+        if self._chat is None:
+            raise UserError(
+                f'history: data.template = {self.config.template!r} writes no earlier turns; use "chat", or '
+                "data.ignore_fields to leave the field out"
+            )
+        return turns
+
+    def used(self, record: Record) -> set[str]:
+        fields = {*self._required.values(), "history", optional_text(record, self._input_fields)[0]}
+        return fields | ({optional_text(record, self._system_fields)[0]} if self._template.writes_system else set())
+
+    def _conversation(self, question: list) -> Conversation | None:
+        """A question with earlier turns."""
+        prompt, extra, system, history, response = question
+        if not history:
+            return None
+        messages = [{"role": "system", "content": system}] if system else []
+        for asked, answered in (*history, (f"{prompt}\n{extra}" if extra else prompt, response)):
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        return Conversation(messages)
 
     def write(self, question: list) -> str:
         """The text in front of the response."""
-        prompt, extra, _ = question
-        return self._template.write(prompt, extra)
+        conversation = self._conversation(question)
+        if conversation and self._chat:
+            return self._chat.write(conversation.question())
+        prompt, extra, system = question[:3]
+        return self._template.under(system).write(prompt, extra)
 
     def prompt_ids(self, question: list) -> list[int]:
-        prompt, extra, _ = question
-        return self._template.prompt_ids(self.tokenizer, prompt, extra)
+        conversation = self._conversation(question)
+        if conversation and self._chat:
+            return self._chat.prompt_ids(conversation.question())
+        prompt, extra, system = question[:3]
+        return self._template.under(system).prompt_ids(self.tokenizer, prompt, extra)
 
     def stop_ids(self) -> frozenset[int]:
         return self._template.stop_ids(self.tokenizer)
 
     def encode(self, record: Record) -> Example:
-        """Prompt and response are encoded as one text; only what the template calls the response carries labels."""
-        ids, start, stop = self._template.encode(self.tokenizer, *self.parts(record))
+        """Prompt and response are encoded as one text; only what the template calls the response carries labels. Of
+        earlier turns the answers carry labels too, as in any chat.
+        """
+        question = self.question(record)
+        conversation = self._conversation(question)
+        if conversation and self._chat:
+            return self._chat.encode_conversation(conversation)
+        prompt, extra, system, _, response = question
+        ids, start, stop = self._template.under(system).encode(self.tokenizer, prompt, extra, response)
         if self.config.train_on_prompt:
             return Example(ids, ids)
         return Example(ids, [IGNORE] * start + ids[start:stop] + [IGNORE] * (len(ids) - stop))
@@ -204,11 +277,20 @@ class ChatFormat(QuestionFormat):
         self._chat = load_chat_template(tokenizer)
         self._turns = TurnFinder(self._chat, tokenizer)
 
+    def _read(self, record: Record) -> Conversation:
+        return read_conversation(record, self.config.system_field, self.config.train_on_prompt)
+
+    def used(self, record: Record) -> set[str]:
+        system, _ = optional_text(record, system_fields(self.config.system_field))
+        return {chat_field(record), system, *(TOOL_FIELDS if self._chat.reads("tools") else ())}
+
+    def unused(self, record: Record) -> set[str]:
+        keys = {key for key in keys_of_templates(record) if not self._chat.reads(key)}
+        return super().unused(record) | {f"{chat_field(record)}[].{key}" for key in keys}
+
     def question(self, record: Record) -> list:
-        """The conversation up to its last assistant turn, the tools, and what the assistant says there."""
-        messages = read_messages(record)
-        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
-        return [messages[:last], read_tools(record), "".join(m["content"] or "" for m in messages[last : last + 1])]
+        """The conversation up to its last trained answer, the tools, and what the assistant says there."""
+        return self._read(record).question()
 
     def write(self, question: list) -> str:
         """The text in front of the last assistant turn."""
@@ -222,17 +304,34 @@ class ChatFormat(QuestionFormat):
         return ChatTurns(self.tokenizer).stop_ids(self.tokenizer)
 
     def encode(self, record: Record) -> Example:
+        return self.encode_conversation(self._read(record))
+
+    def encode_conversation(self, conversation: Conversation) -> Example:
         """The conversation is encoded as one text, as transformers' apply_chat_template does it. Every assistant turn
-        and its end-of-turn token carry labels, wherever in the conversation; a user's turn at the end does not.
+        and its end-of-turn token carry labels, wherever in the conversation, but those that are excluded; a user's turn
+        at the end does not.
+
+        Raises:
+            UserError: the template does not write what the conversation says, or its turns cannot be told apart.
         """
-        messages, tools = read_messages(record), read_tools(record)
+        messages, tools, excluded = conversation.messages, conversation.tools, conversation.excluded
+        caller = next((place for place, message in enumerate(messages) if message.get("tool_calls")), None)
+        if caller is not None and not self._chat.reads("tool_calls"):
+            raise UserError(f"the chat template does not write tool_calls, which turn {caller + 1} has")
         whole = self._chat.render(messages, tools=tools)
         ids = self.tokenizer.encode(whole, special=True)
-        if self.config.train_on_prompt:
+        on_all = self.config.train_on_prompt
+        if on_all and not excluded:
             return Example(ids, ids)
-        labels = [IGNORE] * len(ids)
-        for start, stop in self._turns.spans(messages, tools, whole, ids):
-            labels[start:stop] = ids[start:stop]
+        for place in sorted(excluded) if on_all else ():
+            if messages[place]["role"] != "assistant":
+                raise UserError(f"turn {place + 1} is marked not to be trained on, but data.train_on_prompt is true")
+        labels = list(ids) if on_all else [IGNORE] * len(ids)
+        spans = self._turns.spans(messages, tools, whole, ids)
+        for place, (start, stop) in zip(conversation.answers, spans, strict=True):
+            is_excluded = place in excluded
+            if is_excluded == on_all:
+                labels[start:stop] = [IGNORE] * (stop - start) if is_excluded else ids[start:stop]
         return Example(ids, labels)
 
 
@@ -253,6 +352,9 @@ class TextFormat(Format):
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         ids = [*bos, *tokenizer.encode(text), tokenizer.eos_id]
         return Example(ids, ids)
+
+    def used(self, record: Record) -> set[str]:
+        return {self.config.text_field}
 
 
 FORMATS: dict[str, type[Format]] = {f.name: f for f in (TokensFormat, ChatFormat, InstructionFormat, TextFormat)}
@@ -283,15 +385,6 @@ def _fitting(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def text_of(record: Record, name: str) -> str:
-    """A field that must be a text."""
-    if not isinstance(record.get(name), str):
-        raise UserError(f"{name}: must be a string")
-    if _SURROGATES.search(record[name]):
-        raise UserError(f"{name}: holds half of a surrogate pair, which is no text")
-    return record[name]
-
-
 def _detect(record: Record, candidates: tuple[str, ...], key: str) -> str:
     for name in candidates:
         if name in record:
@@ -300,44 +393,10 @@ def _detect(record: Record, candidates: tuple[str, ...], key: str) -> str:
     raise UserError(f"{record.where}: none of {', '.join(candidates)} is there (found {fields}); set {key}")
 
 
-def read_messages(record: Record) -> list[dict[str, Any]]:
-    """The conversation in the field `messages` or `conversations`, with every key that a chat template may read.
-
-    Raises:
-        UserError: it is no list of messages, one has no text, or the assistant says nothing.
-    """
-    name = "conversations" if "messages" not in record and "conversations" in record else "messages"
-    messages = record.get(name)
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{name}: must be a list of messages, and not empty")
-    return [_message(message, f"{name}[{place}]") for place, message in enumerate(messages)]
-
-
-def _message(message: Any, where: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise UserError(f"{where}: must be an object with role and content, not {type(message).__name__}")
-    if "from" in message and "role" not in message:
-        message = {"role": _role(message["from"], where), "content": message.get("value")}
-    if not isinstance(message.get("role"), str):
-        raise UserError(f"{where}.role: must be a string")
-    content = message.get("content")
-    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-        raise UserError(f"{where}.content: must be a string")
-    if message["role"] == "assistant" and not (content or "").strip() and not message.get("tool_calls"):
-        raise UserError(f"{where}.content: is empty")
-    # In Parquet every message has all keys; templates ask whether tool_calls is there.
-    return {key: value for key, value in message.items() if value is not None or key == "content"}
-
-
-def _role(speaker: Any, where: str) -> str:
-    if not isinstance(speaker, str) or speaker not in _SPEAKERS:
-        raise UserError(f"{where}.from: must be one of {', '.join(_SPEAKERS)}, not {speaker!r}")
-    return _SPEAKERS[speaker]
-
-
-def read_tools(record: Record) -> list[Any] | None:
-    """The field `tools`, which some templates write in front of the conversation."""
-    tools = record.get("tools")
-    if not isinstance(tools, (list, type(None))):
-        raise UserError("tools: must be a list")
-    return tools or None
+def _check_different(fields: dict[str, str]) -> None:
+    """No field can be two things. fields: key of the configuration -> field, or ""."""
+    keys: dict[str, str] = {}
+    for key, name in fields.items():
+        if name and name in keys:
+            raise UserError(f"{key}: is {name!r}, as {keys[name]} is")
+        keys[name] = key

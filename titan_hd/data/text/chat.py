@@ -8,7 +8,9 @@ therefore becomes that token, as everywhere in this format: do not train on chat
 
 from __future__ import annotations
 
+import copy
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,17 @@ class ChatTemplate:
 
     def __init__(self, source: str, where: str, special_tokens: dict[str, str]):
         self._template, self._where, self._special_tokens = SandboxedTemplate(source), where, special_tokens
+        self._names = frozenset(re.findall(r"\w+", source))
         if len(source) > MAX_SOURCE:
             raise UserError(f"{where}: chat template: longer than {MAX_SOURCE} characters")
         try:
             self._template.compile()
         except TemplateFault as fault:
             raise UserError(f"{where}: chat template: {fault}") from None
+
+    def reads(self, name: str) -> bool:
+        """Whether the template holds the name of a variable or of a message's key. It leaves out all others."""
+        return name in self._names
 
     def render(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = False, tools: list[Any] | None = None
@@ -71,8 +78,24 @@ class ChatTurns:
     tokenizer: has the template beside it, which is looked for at the first use.
     """
 
+    writes_system = True
+
     def __init__(self, tokenizer: Tokenizer | None):
-        self._tokenizer = tokenizer
+        self._tokenizer, self._system = tokenizer, ""
+
+    def under(self, system: str) -> ChatTurns:
+        """The same with a system's turn in front; without a system text itself."""
+        if not system:
+            return self
+        assert self._chat, "it is looked for once, and then copied too"
+        turns = copy.copy(self)
+        turns._system = system
+        return turns
+
+    def _before(self, prompt: str, extra: str) -> list[dict[str, str]]:
+        """The turns in front of the assistant's."""
+        system = [{"role": "system", "content": self._system}] if self._system else []
+        return [*system, _user_turn(prompt, extra)]
 
     @functools.cached_property
     def _chat(self) -> ChatTemplate:
@@ -81,7 +104,7 @@ class ChatTurns:
 
     def write(self, prompt: str, extra: str) -> str:
         """The text in front of the response."""
-        return self._chat.render([_user_turn(prompt, extra)], add_generation_prompt=True)
+        return self._chat.render(self._before(prompt, extra), add_generation_prompt=True)
 
     def texts(self, prompt: str, extra: str, response: str) -> tuple[str, str]:
         """The text in front of the response, and the whole.
@@ -90,7 +113,7 @@ class ChatTurns:
             UserError: the template refuses the turns, or its answer does not begin with its generation prompt.
         """
         before = self.write(prompt, extra)
-        whole = self._chat.render([_user_turn(prompt, extra), {"role": "assistant", "content": response}])
+        whole = self._chat.render([*self._before(prompt, extra), {"role": "assistant", "content": response}])
         if not whole.startswith(before):
             raise UserError("data.template: chat: the template's answer does not begin with its generation prompt")
         return before, whole
