@@ -165,7 +165,8 @@ class TestChat:
         assert message(encode, chatml, messages).startswith(says)
 
     def test_tools_must_be_a_list(self, chatml: Tokenizer):
-        assert message(encode, chatml, turns(USER, ANSWER), tools="add") == "tools: must be a list"
+        text = message(encode, chatml, turns(USER, ANSWER), tools={"name": "add"})
+        assert text == "tools: must be a list, or the JSON text of one"
 
 
 class TestManyTurns:

@@ -152,6 +152,7 @@ def test_what_an_entry_depends_on(setup: Path):
         {"prompt_field": "response"},
     ]
     different += [{"on_error": "skip"}, {"format": "text", "text_field": "prompt"}]
+    different += [{"input_field": "x"}, {"system_field": "x"}, {"ignore_fields": ["input"]}]
     for count, settings in enumerate(different, 2):
         build(setup, **settings)
         assert len(entries(setup)) == count, settings
