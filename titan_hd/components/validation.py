@@ -99,9 +99,7 @@ def check_references(dataset: FiniteDataset, samples: int, marker: str) -> None:
             f"{dataset.response(0)[:80]!r}"
         )
     if missing:
-        line = (
-            "validation.answer_marker: %d of the %d responses to compare with do not hold %r and count as wrong answers"
-        )
+        line = "validation.answer_marker: %d of the %d responses to compare with lack %r; no answer to them is right"
         logger.warning(line, missing, count, marker)
 
 

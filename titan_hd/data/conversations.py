@@ -22,7 +22,7 @@ _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "
 _SPEAKERS |= {"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "function_call": "assistant"}
 _SPEAKERS |= dict.fromkeys(("tool", "observation", "function", "function_response"), "tool")
 # Flags of a message -> what their 1 (or true) says of training on it.
-_FLAGS = {"weight": True, "train": True, "training": True, "loss": True, "masked": False}
+_FLAGS = {"weight": True, "train": True, "training": True, "loss": True, "loss_scale": True, "masked": False}
 _UNDERSTOOD = {"role", "content", "from", "value", "function_call", "tool_calls", "train_detail", *_FLAGS}
 
 
@@ -110,18 +110,25 @@ def _message(entry: Any, where: str, from_table: bool) -> tuple[dict[str, Any], 
     is_trained = _is_trained(message, where)
     for flag in (*_FLAGS, "train_detail"):
         message.pop(flag, None)
+    speaker, value = message.pop("from", None), message.pop("value", None)
+    if message.get("role") is None and speaker is not None:
+        if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+            raise UserError(f"{where}.from: must be one of {', '.join(_SPEAKERS)}, not {speaker!r}")
+        message = {
+            **message,
+            "role": speaker,
+            "content": value if message.get("content") is None else message["content"],
+        }
     spoken = message.get("role")
-    if "from" in message and spoken is None:
-        spoken = message.pop("from")
-        if not isinstance(spoken, str) or spoken not in _SPEAKERS:
-            raise UserError(f"{where}.from: must be one of {', '.join(_SPEAKERS)}, not {spoken!r}")
-        message = {"role": spoken, "content": message.pop("value", None), **message}
     if not isinstance(spoken, str):
         raise UserError(f"{where}.role: must be a string")
     known = spoken.strip().lower()
     if known in _SPEAKERS and known != spoken:
         raise UserError(f"{where}.role: must be {known}, not {spoken!r}")
     message["role"] = _SPEAKERS.get(spoken, spoken)
+    said = speaker in (None, spoken) or _SPEAKERS.get(speaker) == message["role"]
+    if not said or value not in (None, message.get("content")):
+        raise UserError(f"{where}: from and value say something else than role and content")
     _read_calls(message, spoken, where)
     content = _content(message, where)
     if content is not None:

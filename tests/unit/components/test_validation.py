@@ -70,7 +70,7 @@ def test_references_without_the_marker(caplog):
     check_references(Numbers(), 6, "the answer: ")
     assert not caplog.text
     check_references(Numbers(), 100, "the answer: ")
-    assert "1 of the 7 responses to compare with do not hold 'the answer: '; no answer to them is right" in caplog.text
+    assert "1 of the 7 responses to compare with lack 'the answer: '; no answer to them is right" in caplog.text
     with pytest.raises(UserError) as caught:
         check_references(Numbers(), 3, "The answer is: ")
     assert str(caught.value) == (

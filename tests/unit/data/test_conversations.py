@@ -76,6 +76,7 @@ class TestFlags:
             ({"train": False}, {"train": True}),
             ({"training": False}, {}),
             ({"loss": False}, {"loss": True}),
+            ({"loss_scale": 0.0}, {"loss_scale": 1.0}),
             ({"masked": True}, {"masked": False}),
             ({"weight": 0, "train": False, "masked": True}, {"weight": None, "train_detail": None}),
         ],
@@ -289,6 +290,13 @@ class TestSpeakers:
         """Also under `role`, where a template would write a turn of "human" or "gpt", which no model knows."""
         turns = [dict(zip(keys, (asks, "the fox"))), dict(zip(keys, (answers, "1 + 2")))]
         assert read_conversation(Record({"conversations": turns}, "f:1")).messages == [USER, ANSWER]
+
+    def test_both_forms_in_one_message(self, chatml: Tokenizer):
+        both = [{**USER, "from": "human", "value": "the fox"}, {**ANSWER, "from": "gpt", "value": None}]
+        assert encode(chatml, messages=both) == encode(chatml, messages=[USER, ANSWER])
+        for wrong in ({"from": "gpt"}, {"value": "dog"}, {"from": 3}):
+            text = message(encode, chatml, messages=[{**USER, **wrong}, ANSWER])
+            assert text == "messages[0]: from and value say something else than role and content"
 
     @pytest.mark.parametrize(("role", "known"), [("Assistant", "assistant"), ("user ", "user"), ("SYSTEM", "system")])
     def test_nearly_a_role(self, chatml: Tokenizer, role: str, known: str):

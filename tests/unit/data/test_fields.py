@@ -19,7 +19,6 @@ from titan_hd.data.example import IGNORE
 from titan_hd.data.formats import ChatFormat
 from titan_hd.data.sources import Record
 from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
-from titan_hd.data.tokens import processes as token_processes
 
 HEAD = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 HEAD_INPUT = HEAD.replace("task.", "task, paired with an input that provides further context.")
@@ -120,15 +119,15 @@ class TestSystemTexts:
             f"{HEAD_INPUT}\n\n### Instruction:\nq\n\n### Input:\ni\n\n### Response:",
         ]
 
-    def test_a_file_writes_it_or_it_is_named(self, jsonl, tmp_path: Path, caplog):
+    def test_a_file_writes_it_or_it_is_named(self, jsonl, tmp_path: Path, chatml: Tokenizer, caplog):
         template = tmp_path / "t.txt"
         template.write_text("S:{system} Q:{prompt}")
         path = jsonl(self.ROW, {"prompt": "q", "response": "r"})
-        records = instruction(path, template=str(template))
+        records = instruction(path, chatml, template=str(template))
         assert [records.prompt(i) for i in range(2)] == ["S:the {prompt} Q:fox {system}", "S: Q:q"]
         assert "not used" not in caplog.text
         template.write_text("Q:{prompt}")
-        assert instruction(path, template=str(template)).prompt(0) == "Q:fox {system}"
+        assert instruction(path, chatml, template=str(template)).prompt(0) == "Q:fox {system}"
         assert "data.validation: fields that are not used: system" in caplog.text
 
     def test_a_turn_of_a_chat(self, jsonl, chatml: Tokenizer):
@@ -262,14 +261,16 @@ class TestWhatIsNotUsed:
         ]
 
     @pytest.mark.parametrize("processes", [1, 2])
-    def test_from_the_cache_and_other_processes(self, jsonl, tmp_path: Path, caplog, monkeypatch, processes: int):
+    def test_from_the_cache_and_other_processes(
+        self, jsonl, tmp_path: Path, chatml: Tokenizer, caplog, monkeypatch, processes: int
+    ):
         monkeypatch.setattr("titan_hd.data.build.SMALL", 0)
         path = jsonl(*self.ROWS)
         if processes == 2:
             monkeypatch.setattr("titan_hd.data.tokens.tokenizing.CHUNK_RECORDS", 1)
         for _ in range(2):
-            instruction(path, cache_dir=str(tmp_path / "cache"), num_proc=processes)
-            monkeypatch.setattr(token_processes.Encoder, "chunk", None)
+            instruction(path, chatml, cache_dir=str(tmp_path / "cache"), num_proc=processes)
+            monkeypatch.setattr("titan_hd.data.tokens.encoding.Encoder.chunk", None)  # none is encoded again
         assert self.lines(caplog) == ["data.validation: fields that are not used: label, question"] * 2
 
     def test_streamed(self, jsonl, caplog):
@@ -284,7 +285,7 @@ class TestWhatIsNotUsed:
         assert self.lines(caplog)[1:] == ["data.train: fields that are not used: rare"]
 
     def test_ignored_fields_do_not_choose_the_format(self, jsonl):
-        path = jsonl({"messages": "x", "text": "abc"})
-        data = Data(train=path, ignore_fields=["messages"])
+        path = jsonl({"input_ids": "x", "text": "abc"})
+        data = Data(train=path, ignore_fields=["input_ids"])
         assert build_dataset(data, "train", 30, 16).statistics.format == "text"
-        assert "messages" in message(build_dataset, Data(train=path), "train", 30, 16)
+        assert "input_ids: must be" in message(build_dataset, Data(train=path), "train", 30, 16)
