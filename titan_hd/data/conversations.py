@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from titan_hd.data.fields import SYSTEM_FIELDS, is_given, optional_text, without_nulls
+from titan_hd.data.fields import SYSTEM_FIELDS, given_field, is_given, optional_text, without_nulls
 from titan_hd.data.sources import Record
 from titan_hd.errors import UserError
 
@@ -46,7 +46,7 @@ class Conversation:
     def question(self) -> list:
         """The messages up to the last answer that is trained on, the tools, and the text of that answer."""
         last = max((place for place in self.answers if place not in self.excluded), default=len(self.messages))
-        answer = "".join(message["content"] or "" for message in self.messages[last : last + 1])
+        answer = "".join(message.get("content") or "" for message in self.messages[last : last + 1])
         return [self.messages[:last], self.tools, answer]
 
 
@@ -89,7 +89,8 @@ def system_fields(name: str) -> tuple[str, ...]:
 
 def chat_field(record: Record) -> str:
     """The field with the messages."""
-    return next((name for name in CHAT_FIELDS if name in record), CHAT_FIELDS[0])
+    there = [name for name in CHAT_FIELDS if name in record] or [CHAT_FIELDS[0]]
+    return given_field(record, there) or there[0]
 
 
 def keys_of_templates(record: Record) -> set[str]:
@@ -126,8 +127,8 @@ def _message(entry: Any, where: str, from_table: bool) -> tuple[dict[str, Any], 
     if known in _SPEAKERS and known != spoken:
         raise UserError(f"{where}.role: must be {known}, not {spoken!r}")
     message["role"] = _SPEAKERS.get(spoken, spoken)
-    said = speaker in (None, spoken) or _SPEAKERS.get(speaker) == message["role"]
-    if not said or value not in (None, message.get("content")):
+    same = speaker in (None, spoken) or (isinstance(speaker, str) and _SPEAKERS.get(speaker) == message["role"])
+    if not same or value not in (None, message.get("content")):
         raise UserError(f"{where}: from and value say something else than role and content")
     _read_calls(message, spoken, where)
     content = _content(message, where)

@@ -34,16 +34,19 @@ def text_of(record: Record, name: str) -> str:
     return record[name]
 
 
+def given_field(record: Record, names: Iterable[str]) -> str:
+    """The first field of `names` that says something; "" if there is none."""
+    return next((name for name in names if is_given(record.get(name))), "")
+
+
 def optional_text(record: Record, names: Iterable[str]) -> tuple[str, str]:
     """The first field of `names` that says something, and its text; two empty strings if there is none.
 
     Raises:
         UserError: it is no text.
     """
-    for name in names:
-        if record.get(name) is not None and (text := text_of(record, name)):
-            return name, text
-    return "", ""
+    name = given_field(record, names)
+    return (name, text_of(record, name)) if name else ("", "")
 
 
 def without_ignored(record: Record, ignored: Collection[str]) -> Record:

@@ -21,7 +21,7 @@ from titan_hd.data.conversations import (
     system_fields,
 )
 from titan_hd.data.example import IGNORE, Example
-from titan_hd.data.fields import INPUT_FIELDS, is_given, optional_text, text_of
+from titan_hd.data.fields import INPUT_FIELDS, SYSTEM_FIELDS, given_field, is_given, optional_text, text_of
 from titan_hd.data.sources import Record
 from titan_hd.data.text.chat import ChatTurns, load_chat_template
 from titan_hd.data.text.chat_spans import TurnFinder
@@ -176,13 +176,20 @@ class InstructionFormat(QuestionFormat):
         self._chat = ChatFormat(config, tokenizer) if isinstance(self._template, ChatTurns) else None
         self._prompt_field = config.prompt_field or _detect(first, PROMPT_FIELDS, "data.prompt_field")
         self._response_field = config.response_field or _detect(first, RESPONSE_FIELDS, "data.response_field")
-        self._required = {"data.prompt_field": self._prompt_field, "data.response_field": self._response_field}
-        named = {"data.input_field": config.input_field, "data.system_field": config.system_field}
-        _check_different({**self._required, **named})
+        named = {
+            "data.prompt_field": self._prompt_field,
+            "data.response_field": self._response_field,
+            "data.input_field": config.input_field,
+            "data.system_field": config.system_field,
+        }
+        _check_different(named)
+        # Optional fields are not looked for in what is something else already.
+        self._taken = {name for name in named.values() if name}
+        self._input_fields = [config.input_field] if config.input_field else self._free(INPUT_FIELDS)
+        self._system_fields = [config.system_field] if config.system_field else self._free(SYSTEM_FIELDS)
 
-    def _optional(self, names: Sequence[str]) -> list[str]:
-        """Fields in which an optional text is looked for: not those that are something else."""
-        return [name for name in names if name not in self._required.values()]
+    def _free(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name not in self._taken]
 
     def question(self, record: Record) -> list:
         """[prompt, input, system text, earlier turns [question, answer], response]; "" and [] for what is not there."""
@@ -192,17 +199,9 @@ class InstructionFormat(QuestionFormat):
         extra, system = (optional_text(record, names)[1] for names in (self._input_fields, self._system_fields))
         return [prompt, extra, system, self._history(record), response]
 
-    @property
-    def _input_fields(self) -> list[str]:
-        return self._optional((self.config.input_field,) if self.config.input_field else INPUT_FIELDS)
-
-    @property
-    def _system_fields(self) -> list[str]:
-        return self._optional(system_fields(self.config.system_field))
-
     def _history(self, record: Record) -> list[list[str]]:
         turns = record.get("history")
-        if not is_given(turns) or "history" in self._required.values():
+        if not is_given(turns) or "history" in self._taken:
             return []
         if not isinstance(turns, list) or not all(
             isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns
@@ -216,8 +215,9 @@ class InstructionFormat(QuestionFormat):
         return turns
 
     def used(self, record: Record) -> set[str]:
-        fields = {*self._required.values(), "history", optional_text(record, self._input_fields)[0]}
-        return fields | ({optional_text(record, self._system_fields)[0]} if self._template.writes_system else set())
+        system = given_field(record, self._system_fields) if self._template.writes_system else ""
+        input_field = given_field(record, self._input_fields)
+        return {self._prompt_field, self._response_field, input_field, system, "history"}
 
     def _conversation(self, question: list) -> Conversation | None:
         """A question with earlier turns."""
@@ -281,7 +281,7 @@ class ChatFormat(QuestionFormat):
         return read_conversation(record, self.config.system_field, self.config.train_on_prompt)
 
     def used(self, record: Record) -> set[str]:
-        system, _ = optional_text(record, system_fields(self.config.system_field))
+        system = given_field(record, system_fields(self.config.system_field))
         return {chat_field(record), system, *(TOOL_FIELDS if self._chat.reads("tools") else ())}
 
     def unused(self, record: Record) -> set[str]:

@@ -101,6 +101,10 @@ class TestFlags:
         question = chat_format(chatml).question(record)
         assert question == [[USER], None, "1 + 2"]
 
+    def test_an_answer_that_is_a_call_alone(self, hermes: Tokenizer):
+        record = Record({"messages": [USER, {"role": "assistant", "tool_calls": CALLS}]}, "f:1")
+        assert chat_format(hermes).question(record) == [[USER], None, ""]
+
     def test_all_left_out(self, tmp_path: Path, chatml: Tokenizer):
         path = tmp_path / "r.jsonl"
         rows = [{"messages": [USER, {**ANSWER, "weight": 0}]}, {"messages": [USER, ANSWER]}]
@@ -294,7 +298,7 @@ class TestSpeakers:
     def test_both_forms_in_one_message(self, chatml: Tokenizer):
         both = [{**USER, "from": "human", "value": "the fox"}, {**ANSWER, "from": "gpt", "value": None}]
         assert encode(chatml, messages=both) == encode(chatml, messages=[USER, ANSWER])
-        for wrong in ({"from": "gpt"}, {"value": "dog"}, {"from": 3}):
+        for wrong in ({"from": "gpt"}, {"value": "dog"}, {"from": ["user"]}):
             text = message(encode, chatml, messages=[{**USER, **wrong}, ANSWER])
             assert text == "messages[0]: from and value say something else than role and content"
 
@@ -306,6 +310,12 @@ class TestSpeakers:
     def test_other_roles_are_the_templates(self, chatml: Tokenizer):
         example = encode(chatml, messages=[{"role": "developer", "content": "x"}, USER, ANSWER])
         assert "developer" in chatml.decode(example.input_ids)
+
+
+def test_of_two_columns_the_one_with_a_value():
+    """As of a table in which conversations of two kinds were put together."""
+    record = Record({"messages": None, "conversations": [USER, ANSWER]}, "f:1", from_table=True)
+    assert read_conversation(record).messages == [USER, ANSWER]
 
 
 def test_keys_of_messages_that_a_template_does_not_read(tmp_path: Path):

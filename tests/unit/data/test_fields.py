@@ -58,6 +58,9 @@ class TestOptionalTexts:
             ({"role": "s", "system": "x", "prompt": "q", "response": "r"}, {"system_field": "role"}, "s\nq"),
             ({"system": None, "prompt": "q", "response": "r", "input": None, "history": None}, {}, "q"),
             ({"system": "", "prompt": "q", "response": "r", "input": "", "history": []}, {}, "q"),
+            ({"system": {}, "prompt": "q", "response": "r", "input": [], "context": "c"}, {}, "q\nc"),
+            ({"context": "s", "prompt": "q", "response": "r"}, {"system_field": "context"}, "s\nq"),
+            ({"system": "i", "prompt": "q", "response": "r"}, {"input_field": "system"}, "q\ni"),
         ],
     )
     def test_they_are_in_the_prompt(self, jsonl, fields: dict, settings: dict, prompt: str):
