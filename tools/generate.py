@@ -88,10 +88,7 @@ def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     model, assets = load_pretrained(args.model, args.assets, getattr(torch, dtype), device)
-    tokenizer = load_tokenizer(assets)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        size = model.config.vocab_size
-        raise UserError(f"{assets}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {size}")
+    tokenizer = load_tokenizer(assets).fitting(model.config.vocab_size)
     session = Session(model, tokenizer, sampling, args.max_new_tokens, device)
     if not asks_prompts:
         session.chat(args.chat, args.system)
@@ -119,7 +116,8 @@ def read_prompts(path: Path) -> list[tuple[str, str, str]]:
     """(Prompt, input, system text) of each record of a .jsonl file, or of each line that is not empty of any other."""
     if path.suffix != ".jsonl":
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # Text mode makes "\n" of every line end of a file, and of nothing else: U+2028 is part of a line.
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--file: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
         return [(line, "", "") for line in lines if line.strip()]

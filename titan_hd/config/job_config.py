@@ -102,6 +102,15 @@ class Data:
     {input}); the response follows it, and an end-of-sequence token. chat: the model's own chat template, with the
     prompt as the user's turn and the response as the assistant's; nothing is added to what it writes.
     Records of format chat are always written by the model's own."""
+    encoding: Literal["apart", "joint"] = "apart"
+    """How a prompt and its response become tokens. apart: so that the tokens that generation starts from, those of the
+    prompt alone, begin the record, and every letter of the response is trained. joint: as one text, as Alpaca's and
+    PiSSA's scripts do; with vocabularies of the Llama 3 and Qwen kind many responses then share their first token with
+    the prompt's last, and it is not trained. The log says for how many records that makes a difference; the others are
+    the same either way."""
+    parse_control_tokens: bool = False
+    """Format text: control tokens that a text spells (<|im_start|>, as in a chat that was rendered beforehand) become
+    these tokens; they are letters otherwise. BOS and EOS are added where the text does not bring them."""
     on_error: Literal["raise", "skip"] = "raise"
     """What a bad record does (invalid JSON, a wrong type, an empty response, ...). raise: end the run, naming file and
     line. skip: leave it out; the log says how many there were, and the first."""

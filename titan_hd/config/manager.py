@@ -135,7 +135,7 @@ def _read_toml(path: Path, errors: list[str], seen: tuple[Path, ...] = ()) -> di
         errors.append(f"{path}: base: inherits from itself")
         return {}
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         where = f"{seen[-1]}: base" if seen else "--config"
         errors.append(f"{where}: cannot read {path}: {error.strerror}")

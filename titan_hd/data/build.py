@@ -144,6 +144,7 @@ class DatasetBuilder:
             files = InputFiles(source.path, source.name)
             extents.append(f"{len(files.paths)} file(s) of {files.size} bytes" if files.paths else source.path)
         names = ("format", "template", "prompt_field", "response_field", "text_field", "train_on_prompt")
+        names += ("encoding", "parse_control_tokens")
         settings = ", ".join(f"{name} {getattr(config, name)}" for name in names)
         later = {name: getattr(config, name) for name in ("input_field", "system_field", "ignore_fields")}
         settings += "".join(f", {name} {value}" for name, value in later.items() if value)
@@ -174,7 +175,7 @@ class DatasetBuilder:
         """Stands for everything that the arrays depend on. folder: the cache."""
         config, format = source.config, encoder.format
         names = ("prompt_field", "response_field", "input_field", "system_field", "text_field", "ignore_fields")
-        names += ("train_on_prompt", "template", "on_error", "max_skipped")
+        names += ("train_on_prompt", "template", "encoding", "parse_control_tokens", "on_error", "max_skipped")
         settings = {name: getattr(config, name) for name in names}
         settings |= {"format": format.name, "vocab_size": self.vocab_size, "seq_len": self.seq_len}
         settings |= {"keep_questions": encoder.questions is not None}
@@ -233,6 +234,8 @@ def _check_what_is_left(statistics: Statistics, seq_len: int) -> None:
     """Say in the log what was left out."""
     s = statistics
     log_unused(s.name, s.unused)
+    for note, (count, where) in s.notes.items():
+        logger.warning("%s: %d of %d records %s; the first: %s", s.name, count, s.records, note, where)
     if s.bad:
         logger.info("%s: %d bad records are skipped; the first: %s", s.name, s.bad, s.first_bad)
     if s.unlabelled:

@@ -6,8 +6,9 @@ Adding a format is a class here, its entry in FORMATS and its name in the Litera
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import ClassVar
 
 from titan_hd.config.job_config import Data
@@ -23,8 +24,8 @@ from titan_hd.data.conversations import (
 from titan_hd.data.example import IGNORE, Example
 from titan_hd.data.fields import INPUT_FIELDS, SYSTEM_FIELDS, given_field, is_given, optional_text, text_of
 from titan_hd.data.sources import Record
-from titan_hd.data.text.chat import ChatTurns, load_chat_template
-from titan_hd.data.text.chat_spans import TurnFinder
+from titan_hd.data.text.chat import load_chat_template
+from titan_hd.data.text.chat_encoding import ChatTurns, ConversationEncoder, Trained
 from titan_hd.data.text.templates import load_template
 from titan_hd.data.text.tokenizer_base import Tokenizer
 from titan_hd.data.token_fields import UNDERSTOOD, check_token_fields
@@ -32,6 +33,10 @@ from titan_hd.errors import UserError
 
 PROMPT_FIELDS = ("instruction", "query", "question", "prompt")
 RESPONSE_FIELDS = ("output", "response", "answer", "completion")
+SPELLED = (
+    "spell control tokens, as a rendered chat does; they are encoded as letters (data.parse_control_tokens makes them "
+    "tokens)"
+)
 
 
 class Format(ABC):
@@ -63,7 +68,7 @@ class Format(ABC):
         Raises:
             UserError: the tokenizer has more ids than the model, a field or a template is missing.
         """
-        return cls(config, _fitting(tokenizer(), vocab_size))
+        return cls(config, tokenizer().fitting(vocab_size))
 
     @classmethod
     @abstractmethod
@@ -92,6 +97,25 @@ class QuestionFormat(Format):
 
     A question is what is kept of a record for that: a list of what JSON can hold, with the reference answer at the end.
     """
+
+    def _labelled(self, trained: Trained, excluded: Collection[int] = ()) -> Example:
+        """The example that has labels where it is trained on, or everywhere with data.train_on_prompt.
+
+        excluded: the places of messages that have none.
+        """
+        ids, spans = trained.ids, trained.spans
+        if excluded and None in trained.places:
+            raise UserError(
+                "turns are marked not to be trained on, but the marks of the chat template are not of turns"
+            )
+        without = [span for span, place in zip(spans, trained.places) if place in excluded]
+        on_all = self.config.train_on_prompt
+        labels = list(ids) if on_all else [IGNORE] * len(ids)
+        for start, stop in () if on_all else spans:
+            labels[start:stop] = ids[start:stop]
+        for start, stop in without:
+            labels[start:stop] = [IGNORE] * (stop - start)
+        return Example(ids, labels, trained.notes)
 
     @abstractmethod
     def question(self, record: Record) -> list: ...
@@ -168,11 +192,11 @@ class InstructionFormat(QuestionFormat):
 
     @classmethod
     def create(cls, config: Data, vocab_size: int, tokenizer: Callable[[], Tokenizer], first: Record) -> Format:
-        return cls(config, _fitting(tokenizer(), vocab_size), first)
+        return cls(config, tokenizer().fitting(vocab_size), first)
 
     def __init__(self, config: Data, tokenizer: Tokenizer, first: Record):
         super().__init__(config, tokenizer)
-        self._template = load_template(config.template, tokenizer)
+        self._template = load_template(config.template, tokenizer, config.encoding == "joint")
         self._chat = ChatFormat(config, tokenizer) if isinstance(self._template, ChatTurns) else None
         self._prompt_field = config.prompt_field or _detect(first, PROMPT_FIELDS, "data.prompt_field")
         self._response_field = config.response_field or _detect(first, RESPONSE_FIELDS, "data.response_field")
@@ -248,18 +272,17 @@ class InstructionFormat(QuestionFormat):
         return self._template.stop_ids(self.tokenizer)
 
     def encode(self, record: Record) -> Example:
-        """Prompt and response are encoded as one text; only what the template calls the response carries labels. Of
-        earlier turns the answers carry labels too, as in any chat.
+        """Only what the template calls the response carries labels, or all. Of earlier turns the answers carry labels
+        too, as in any chat.
         """
         question = self.question(record)
         conversation = self._conversation(question)
         if conversation and self._chat:
             return self._chat.encode_conversation(conversation)
         prompt, extra, system, _, response = question
-        ids, start, stop = self._template.under(system).encode(self.tokenizer, prompt, extra, response)
-        if self.config.train_on_prompt:
-            return Example(ids, ids)
-        return Example(ids, [IGNORE] * start + ids[start:stop] + [IGNORE] * (len(ids) - stop))
+        template = self._template.under(system)
+        encode = template.encode_all if self.config.train_on_prompt else template.encode
+        return self._labelled(encode(self.tokenizer, prompt, extra, response))
 
 
 class ChatFormat(QuestionFormat):
@@ -275,17 +298,19 @@ class ChatFormat(QuestionFormat):
     def __init__(self, config: Data, tokenizer: Tokenizer):
         super().__init__(config, tokenizer)
         self._chat = load_chat_template(tokenizer)
-        self._turns = TurnFinder(self._chat, tokenizer)
+        self._conversations = ConversationEncoder(self._chat, tokenizer, config.encoding == "joint")
 
     def _read(self, record: Record) -> Conversation:
         return read_conversation(record, self.config.system_field, self.config.train_on_prompt)
 
     def used(self, record: Record) -> set[str]:
         system = given_field(record, system_fields(self.config.system_field))
-        return {chat_field(record), system, *(TOOL_FIELDS if self._chat.reads("tools") else ())}
+        tools = given_field(record, TOOL_FIELDS)
+        return {chat_field(record), system, *([tools] if self._chat.reads("tools", [tools] if tools else None) else [])}
 
     def unused(self, record: Record) -> set[str]:
-        keys = {key for key in keys_of_templates(record) if not self._chat.reads(key)}
+        tools = [given_field(record, TOOL_FIELDS)] if given_field(record, TOOL_FIELDS) else None
+        keys = {key for key in keys_of_templates(record) if not self._chat.reads(key, tools)}
         return super().unused(record) | {f"{chat_field(record)}[].{key}" for key in keys}
 
     def question(self, record: Record) -> list:
@@ -301,44 +326,42 @@ class ChatFormat(QuestionFormat):
         return self.tokenizer.encode(self.write(question), special=True)
 
     def stop_ids(self) -> frozenset[int]:
-        return ChatTurns(self.tokenizer).stop_ids(self.tokenizer)
+        return self._conversations.stop_ids()
 
     def encode(self, record: Record) -> Example:
         return self.encode_conversation(self._read(record))
 
     def encode_conversation(self, conversation: Conversation) -> Example:
-        """The conversation is encoded as one text, as transformers' apply_chat_template does it. Every assistant turn
-        and its end-of-turn token carry labels, wherever in the conversation, but those that are excluded; a user's turn
-        at the end does not.
+        """Every assistant turn and its end-of-turn token carry labels, wherever in the conversation, but those that are
+        excluded; a user's turn at the end does not. Or what the template marks by {% generation %}, or all.
 
         Raises:
             UserError: the template does not write what the conversation says, or its turns cannot be told apart.
         """
         messages, tools, excluded = conversation.messages, conversation.tools, conversation.excluded
         caller = next((place for place, message in enumerate(messages) if message.get("tool_calls")), None)
-        if caller is not None and not self._chat.reads("tool_calls"):
+        if caller is not None and not self._chat.reads("tool_calls", tools):
             raise UserError(f"the chat template does not write tool_calls, which turn {caller + 1} has")
-        whole = self._chat.render(messages, tools=tools)
-        ids = self.tokenizer.encode(whole, special=True)
         on_all = self.config.train_on_prompt
-        if on_all and not excluded:
-            return Example(ids, ids)
         for place in sorted(excluded) if on_all else ():
             if messages[place]["role"] != "assistant":
                 raise UserError(f"turn {place + 1} is marked not to be trained on, but data.train_on_prompt is true")
-        labels = list(ids) if on_all else [IGNORE] * len(ids)
-        spans = self._turns.spans(messages, tools, whole, ids)
-        for place, (start, stop) in zip(conversation.answers, spans, strict=True):
-            is_excluded = place in excluded
-            if is_excluded == on_all:
-                labels[start:stop] = [IGNORE] * (stop - start) if is_excluded else ids[start:stop]
-        return Example(ids, labels)
+        encode = self._conversations.encode_all if on_all and not excluded else self._conversations.encode
+        return self._labelled(encode(messages, tools), excluded)
 
 
 class TextFormat(Format):
-    """A document; loss on all tokens, with BOS (if the family has one) and the end-of-sequence token."""
+    """A document; loss on all tokens, with BOS (if the family has one) and the end-of-sequence token.
+
+    With data.parse_control_tokens neither is added where the text brings it: BOS at its beginning, any control token at
+    its end, perhaps with white space behind it.
+    """
 
     name = "text"
+
+    def __init__(self, config: Data, tokenizer: Tokenizer):
+        super().__init__(config, tokenizer)
+        self._control = re.compile("|".join(map(re.escape, tokenizer.control_tokens)) or "(?!)")
 
     @classmethod
     def recognize(cls, config: Data, record: Record) -> str | None:
@@ -350,7 +373,13 @@ class TextFormat(Format):
         if not text.strip():
             raise UserError(f"{field}: is empty")
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        ids = [*bos, *tokenizer.encode(text), tokenizer.eos_id]
+        ids = tokenizer.encode(text, special=self.config.parse_control_tokens)
+        if not self.config.parse_control_tokens:
+            notes = (SPELLED,) if self._control.search(text) else ()
+            ids = [*bos, *ids, tokenizer.eos_id]
+            return Example(ids, ids, notes)
+        ends = text.rstrip().endswith(tuple(tokenizer.control_tokens))
+        ids = [*([] if ids[:1] == bos else bos), *ids, *([] if ends else [tokenizer.eos_id])]
         return Example(ids, ids)
 
     def used(self, record: Record) -> set[str]:
@@ -375,14 +404,6 @@ def detect_format(config: Data, record: Record) -> tuple[str, str]:
         f"{record.where}: data.format: auto knows none of its fields ({', '.join(record)}); set data.format, and "
         "data.prompt_field and data.response_field, or data.text_field"
     )
-
-
-def _fitting(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"model.hf_assets_path: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {vocab_size}"
-        )
-    return tokenizer
 
 
 def _detect(record: Record, candidates: tuple[str, ...], key: str) -> str:

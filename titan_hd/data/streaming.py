@@ -53,6 +53,7 @@ class StreamedDataset(Dataset):
         self._statistics = {source.encoder.name: Statistics(source.encoder.name, "streamed") for source in sources}
         for source in sources:
             self._statistics[source.encoder.name].unused += source.named
+        self._noted: set[tuple[str, str]] = set()  # sources, and what was said about some of their records
         self._total = 0  # records of all files, once their end has been seen
         self._rewind()
 
@@ -96,8 +97,16 @@ class StreamedDataset(Dataset):
                 self._bad.add(raw.where)
                 logger.warning("%s; it is left out", error)
             return NOTHING
-        log_unused(source.encoder.name, statistics.unused[named:])
+        log_unused(statistics.name, statistics.unused[named:])
+        self._log_notes(statistics)
         return encoded[0] if encoded else NOTHING
+
+    def _log_notes(self, statistics: Statistics) -> None:
+        """Say once what there is to say about some records; nobody knows how many they will be."""
+        for note, (_, first) in statistics.notes.items():
+            if (statistics.name, note) not in self._noted:
+                self._noted.add((statistics.name, note))
+                logger.warning("%s: records %s; the first: %s", statistics.name, note, first)
 
     def _window(self, number: int) -> list[tuple[StreamSource, RawRecord]]:
         if self._process != os.getpid():  # a forked process shares its parent's place in an open file

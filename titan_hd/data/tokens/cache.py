@@ -181,6 +181,9 @@ class TokenCache:
                     text = getattr(statistics, field)
                     if text.startswith(f"{old}:"):
                         setattr(statistics, field, new + text.removeprefix(old))
+                for note, (count, where) in statistics.notes.items():
+                    if where.startswith(f"{old}:"):
+                        statistics.notes[note] = (count, new + where.removeprefix(old))
             wrong = [name for name, size in sizes.items() if (folder / name).stat().st_size != size]
             if not wrong:
                 return Entry(statistics, MappedArrays(folder, sizes))

@@ -97,6 +97,8 @@ class Encoder:
         s.longest, is_cut = max(s.longest, length), length > self.seq_len
         if is_cut:
             example = Example(example.input_ids[: self.seq_len], example.labels[: self.seq_len])
+        for note in example.notes:
+            s.note(note, record.where)
         trained = example.trained_tokens
         if not trained and (is_cut or not self.format.own_labels):
             s.unlabelled += 1

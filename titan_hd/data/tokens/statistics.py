@@ -20,6 +20,7 @@ class Statistics:
         first_unlabelled: file and line of the first record without a label.
         first_bad: file and line of the first bad record, and what is wrong with it.
         unused: fields of records that say something and are not used, each once.
+        notes: what there is to say about some of the records -> how many these are, file and line of the first.
         content: a hash of the ids and labels of all records; of several sources, one hash for each.
     """
 
@@ -35,7 +36,12 @@ class Statistics:
     first_unlabelled: str = ""
     first_bad: str = ""
     unused: list[str] = field(default_factory=list)
+    notes: dict[str, tuple[int, str]] = field(default_factory=dict)
     content: str = ""
+
+    def note(self, text: str, where: str, count: int = 1) -> None:
+        before, first = self.notes.get(text, (0, where))
+        self.notes[text] = (before + count, first)
 
     def add(self, other: Statistics) -> None:
         """Count other records, which come behind these, as well."""
@@ -45,6 +51,8 @@ class Statistics:
         self.first_unlabelled = self.first_unlabelled or other.first_unlabelled
         self.first_bad = self.first_bad or other.first_bad
         self.unused += [name for name in other.unused if name not in self.unused]
+        for text, (count, where) in other.notes.items():
+            self.note(text, where, count)
         self.content = " ".join(filter(None, (self.content, other.content)))
 
 
