@@ -27,14 +27,14 @@ import torch
 from titan_hd.checkpoint.pretrained import load_pretrained
 from titan_hd.components.generation import Sampling, TextStream, generate, stream
 from titan_hd.config import manager
+from titan_hd.data.fields import INPUT_FIELDS, SYSTEM_FIELDS, is_given, optional_text, text_of
+from titan_hd.data.formats import PROMPT_FIELDS, RESPONSE_FIELDS
 from titan_hd.data.sources import read_records
 from titan_hd.data.text.chat import ChatTemplate, load_chat_template
 from titan_hd.data.text.templates import load_template
 from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
 from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
-
-_PROMPT_FIELDS = ("instruction", "query", "question", "prompt")
 
 
 def main() -> None:
@@ -112,22 +112,33 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def read_prompts(path: Path) -> list[tuple[str, str]]:
-    """(prompt, input) of each record of a .jsonl file, or of each line that is not empty of any other."""
+def read_prompts(path: Path) -> list[tuple[str, str, str]]:
+    """(Prompt, input, system text) of each record of a .jsonl file, or of each line that is not empty of any other."""
     if path.suffix != ".jsonl":
         try:
             # Text mode makes "\n" of every line end of a file, and of nothing else: U+2028 is part of a line.
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--file: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-        return [(line, "") for line in lines if line.strip()]
+        return [(line, "", "") for line in lines if line.strip()]
     prompts = []
+    unused: dict[str, None] = {}
     for record in read_records(str(path), "--file"):
-        field = next((name for name in _PROMPT_FIELDS if name in record), None)
-        if field is None or not isinstance(record[field], str):
-            raise UserError(f"{record.where}: needs one of {', '.join(_PROMPT_FIELDS)}, a string")
-        extra = record.get("input")
-        prompts.append((record[field], extra if isinstance(extra, str) else ""))
+        field = next((name for name in PROMPT_FIELDS if name in record), None)
+        if field is None:
+            raise UserError(f"{record.where}: needs one of {', '.join(PROMPT_FIELDS)}")
+        try:
+            prompt = text_of(record, field)
+            (extra_field, extra), (system_field, system) = (
+                optional_text(record, names) for names in (INPUT_FIELDS, SYSTEM_FIELDS)
+            )
+        except UserError as error:
+            raise UserError(f"{record.where}: {error}") from None
+        prompts.append((prompt, extra, system))
+        others = record.keys() - {field, extra_field, system_field, *RESPONSE_FIELDS}
+        unused |= dict.fromkeys(name for name in sorted(others) if is_given(record[name]))
+    if unused:
+        print(f"{path}: fields that are not used: {', '.join(unused)}", file=sys.stderr)
     return prompts
 
 
@@ -159,12 +170,14 @@ class Session:
             print(report, file=sys.stderr)
         return "".join(pieces)
 
-    def answer_file(self, records: list[tuple[str, str]], template_name: str, batch_size: int) -> None:
+    def answer_file(self, records: list[tuple[str, str, str]], template_name: str, batch_size: int) -> None:
         """Continue all prompts, a batch at a time, in their order."""
         template, started, count = load_template(template_name, self.tokenizer), time.perf_counter(), 0
         for start in range(0, len(records), batch_size):
             batch = records[start : start + batch_size]
-            prompts = [template.prompt_ids(self.tokenizer, *record) for record in batch]
+            prompts = [
+                template.under(system).prompt_ids(self.tokenizer, prompt, extra) for prompt, extra, system in batch
+            ]
             rows = generate(
                 self.model,
                 prompts,
@@ -174,7 +187,7 @@ class Session:
                 self.sampling,
                 first_index=start,
             )
-            for (prompt, _), row in zip(batch, rows):
+            for (prompt, *_), row in zip(batch, rows):
                 response = self.tokenizer.decode(row)
                 print(json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False), flush=True)
             count += sum(map(len, rows))

@@ -54,8 +54,14 @@ class DataSource:
     """As data.prompt_field."""
     response_field: str | None = None
     """As data.response_field."""
+    input_field: str | None = None
+    """As data.input_field."""
+    system_field: str | None = None
+    """As data.system_field."""
     text_field: str | None = None
     """As data.text_field."""
+    ignore_fields: list[str] | None = None
+    """As data.ignore_fields."""
 
 
 @dataclass
@@ -64,10 +70,9 @@ class Data:
     """Training records: a file, a directory or a glob, read in the order of names (JSONL, a JSON array, both perhaps
     .gz or .zst, or Parquet), or org/name[:config][:split] of the Hub (needs the package datasets). Or a mixture: a list
     of paths or tables, [[data.train]] (on the command line as JSON), each with path, perhaps weight or samples, and
-    perhaps format, template, prompt_field, response_field, text_field instead of those of [data]. An epoch takes
+    perhaps format, template, ignore_fields and the names of fields instead of those of [data]. An epoch takes
     round(weight * records) of a source, each record equally often, or exactly `samples`; a partial pass goes on where
-    the last epoch's ended, so the counts of two
-    records never differ by more than one."""
+    the last epoch's ended, so the counts of two records never differ by more than one."""
     validation: str | list[DataSource] = ""
     """Validation records, as data.train; of a list all records are read, in its order."""
     format: Literal["auto", "instruction", "chat", "text", "tokens"] = "auto"
@@ -79,8 +84,17 @@ class Data:
     """Field with the prompt. Empty: the first of instruction, query, question, prompt that the first record has."""
     response_field: str = ""
     """Field with the response. Empty: the first of output, response, answer, completion that the first record has."""
+    input_field: str = ""
+    """Field with what a prompt is about, which a record may have. Empty: input, or context."""
+    system_field: str = ""
+    """Field with a system text, which a record of format instruction or chat may have. Empty: system, or system_prompt.
+    Templates alpaca and pissa write it in place of their heading, none in front of the prompt, a file where it has
+    {system}; chats begin with it."""
     text_field: str = "text"
     """Field with the text of format text."""
+    ignore_fields: list[str] = field(default_factory=list)
+    """Fields of records that are passed over as if they were not there. What else a data set has and a run does not use
+    is named once in the log."""
     train_on_prompt: bool = False
     """Loss on all tokens of a record, not on responses and assistant turns alone (formats instruction and chat)."""
     template: str = "pissa"

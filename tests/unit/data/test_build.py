@@ -336,7 +336,9 @@ class TestChatRecords:
     def test_a_template_without_an_end_is_refused_at_the_start(self, jsonl, tmp_path: Path):
         path = jsonl({"prompt": "a", "response": "b"})
         text = message(self.build, path, tmp_path, "{% for m in messages %}{{ m.content }}\n{% endfor %}")
-        assert text.startswith(f"{path}:1: the chat template ends turn 2 with no special token; put {{% generation %}} ")
+        assert text.startswith(
+            f"{path}:1: the chat template ends turn 2 with no special token; put {{% generation %}} "
+        )
 
     def test_no_template(self, jsonl, tmp_path: Path):
         text = message(self.build, jsonl({"prompt": "a", "response": "b"}), tmp_path, None)

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tests.kit.datasets import build_dataset
 from tests.kit.tokenizers import CHATML, Letters, chat_directory
 from titan_hd.config.job_config import Data, DataSource
+from titan_hd.data.conversations import read_conversation
 from titan_hd.data.example import IGNORE, Example
-from titan_hd.data.formats import FORMATS, ChatFormat, detect_format, read_messages
+from titan_hd.data.formats import FORMATS, ChatFormat, detect_format
 from titan_hd.data.loader import collate
 from titan_hd.data.sources import Record
 from titan_hd.data.text import chat_encoding
@@ -137,12 +138,12 @@ class TestChat:
     def test_sharegpt_is_the_same_conversation(self, chatml: Tokenizer):
         speakers = [("system", "Be kind."), ("human", "the fox"), ("gpt", "1 + 2")]
         record = Record({"conversations": [{"from": f, "value": v} for f, v in speakers]}, "f:1")
-        assert read_messages(record) == turns(SYSTEM, USER, ANSWER)
+        assert read_conversation(record).messages == turns(SYSTEM, USER, ANSWER)
         assert ChatFormat(Data(), chatml).encode(record) == encode(chatml, turns(SYSTEM, USER, ANSWER))
 
     def test_what_parquet_adds_is_not_there(self):
         record = Record({"messages": [{"role": "user", "content": "a", "tool_calls": None}]}, "f:1")
-        assert read_messages(record) == turns(("user", "a"))
+        assert read_conversation(record).messages == turns(("user", "a"))
 
     @pytest.mark.parametrize(
         ("messages", "says"),
@@ -165,7 +166,8 @@ class TestChat:
         assert message(encode, chatml, messages).startswith(says)
 
     def test_tools_must_be_a_list(self, chatml: Tokenizer):
-        assert message(encode, chatml, turns(USER, ANSWER), tools="add") == "tools: must be a list"
+        text = message(encode, chatml, turns(USER, ANSWER), tools={"name": "add"})
+        assert text == "tools: must be a list, or the JSON text of one"
 
 
 class TestManyTurns:

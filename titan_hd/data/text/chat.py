@@ -42,6 +42,7 @@ class ChatTemplate:
     ):
         self.source = source
         self._template, self._where, self._special_tokens = SandboxedTemplate(source), where, special_tokens
+        self._names = frozenset(re.findall(r"\w+", source))
         self._with_tools, self._has_marks = with_tools, _GENERATION.search(source) is not None
         if len(source) > MAX_SOURCE:
             raise UserError(f"{where}: chat template: longer than {MAX_SOURCE} characters")
@@ -49,6 +50,10 @@ class ChatTemplate:
             self._template.compile()
         except TemplateFault as fault:
             raise UserError(f"{where}: chat template: {fault}") from None
+
+    def reads(self, name: str, tools: list[Any] | None = None) -> bool:
+        """Whether the template holds the name of a variable or of a message's key. It leaves out all others."""
+        return name in self._for(tools)._names
 
     def render(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = False, tools: list[Any] | None = None

@@ -8,6 +8,7 @@ tokens are counted from the last control token in front: there the text falls ap
 from __future__ import annotations
 
 import bisect
+import copy
 import functools
 import itertools
 import re
@@ -161,8 +162,19 @@ class ChatTurns:
     tokenizer: has the template beside it, which is looked for at the first use. joint: as ConversationEncoder has it.
     """
 
+    writes_system = True
+
     def __init__(self, tokenizer: Tokenizer | None, joint: bool = False):
-        self._tokenizer, self._joint = tokenizer, joint
+        self._tokenizer, self._joint, self._system = tokenizer, joint, ""
+
+    def under(self, system: str) -> ChatTurns:
+        """The same with a system's turn in front; without a system text itself."""
+        if not system:
+            return self
+        assert self._encoder, "it is made once, and then copied too"
+        turns = copy.copy(self)
+        turns._system = system
+        return turns
 
     @functools.cached_property
     def _chat(self) -> ChatTemplate:
@@ -176,7 +188,7 @@ class ChatTurns:
 
     def write(self, prompt: str, extra: str) -> str:
         """The text in front of the response."""
-        return self._chat.render(_turns(prompt, extra, "")[:1], add_generation_prompt=True)
+        return self._chat.render(self._turns(prompt, extra, "")[:-1], add_generation_prompt=True)
 
     def prompt_ids(self, tokenizer: Tokenizer, prompt: str, extra: str) -> list[int]:
         return tokenizer.encode(self.write(prompt, extra), special=True)
@@ -188,17 +200,17 @@ class ChatTurns:
         Raises:
             UserError: as ConversationEncoder.encode.
         """
-        return self._encoder.encode(_turns(prompt, extra, response))
+        return self._encoder.encode(self._turns(prompt, extra, response))
 
     def encode_all(self, tokenizer: Tokenizer, prompt: str, extra: str, response: str) -> Trained:
         """Both turns, for a record that is trained on as a whole."""
-        return self._encoder.encode_all(_turns(prompt, extra, response))
+        return self._encoder.encode_all(self._turns(prompt, extra, response))
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """What ends a generated response."""
         return self._encoder.stop_ids()
 
-
-def _turns(prompt: str, extra: str, response: str) -> list[Message]:
-    asked = f"{prompt}\n{extra}" if extra else prompt
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": response}]
+    def _turns(self, prompt: str, extra: str, response: str) -> list[Message]:
+        asked = f"{prompt}\n{extra}" if extra else prompt
+        system = [{"role": "system", "content": self._system}] if self._system else []
+        return [*system, {"role": "user", "content": asked}, {"role": "assistant", "content": response}]
