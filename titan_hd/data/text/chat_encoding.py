@@ -90,8 +90,9 @@ class ConversationEncoder:
 
     def stop_ids(self) -> frozenset[int]:
         """What ends a generated response: the template's end-of-turn token, which a base model's stop_ids may lack."""
+        question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
         try:
-            trained = self.encode(_turns("question", "", "answer"))
+            trained = self.encode([question, answer])
         except UserError:  # a template that wants something else, or ends its answers with no token of its own
             return self._tokenizer.stop_ids
         start, stop = trained.spans[-1]

@@ -94,9 +94,9 @@ class TurnFinder:
             start, end = len(before), self._end(len(before), len(after), is_last, whole, controls)
         else:
             start, end = self._among_others(place, messages, tools, whole, before)
-            if not whole.startswith(before):
+            if not whole[:start].endswith(before.removeprefix(self._chat.render(messages[:place], tools=tools))):
                 notes[OTHER_PROMPT] = None
-            elif not after.startswith(whole[start:end], len(before)):
+            elif not (whole.startswith(before) and after.startswith(whole[start:end], start)):
                 notes[OTHERWISE] = None
         if end is None:
             raise UserError(f"the chat template ends turn {place + 1} with no special token" + _WHAT_TO_DO)
