@@ -15,19 +15,19 @@ from dataclasses import dataclass
 from titan_hd.data.text.tokenizer_base import Tokenizer
 
 CUT = (
-    "are cut between prompt and response, which would share a token as one text (data.encoding = \"joint\" leaves it, "
+    'are cut between prompt and response, which would share a token as one text (data.encoding = "joint" leaves it, '
     "untrained)"
 )
 SHARED = (
-    "have a token that prompt and response share; it is not trained, and generation starts from others (data.encoding = "
-    "\"apart\" cuts it)"
+    "have a token that prompt and response share; it is not trained, and generation starts from others "
+    '(data.encoding = "apart" cuts it)'
 )
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """ids: of the whole text. places: for each border, how many of them stand in front of it. shared: whether a token of
-    the text as a whole reaches across a border."""
+    """ids: of the whole text. places: for each border, how many of them stand in front of it. shared: whether a token
+    of the text as a whole reaches across a border."""
 
     ids: list[int]
     places: list[int]

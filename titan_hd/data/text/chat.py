@@ -146,7 +146,7 @@ def _find(directory: Path) -> dict[str, tuple[str, str]]:
         path = directory / name
         found = read_json(path).get("chat_template")
         if isinstance(found, list):
-            found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+            found = {str(entry.get("name")): entry.get("template") for entry in found if isinstance(entry, dict)}
             if not isinstance(found.get("default"), str):
                 raise UserError(f"{path}: chat_template: is a list without one named default")
         elif isinstance(found, str):

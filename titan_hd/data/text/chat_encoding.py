@@ -26,9 +26,9 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Trained:
-    """ids: of a record. spans: from where to where they are trained on. notes: what there is to say about it, each a line
-    that follows "so many records". places: for each span, which message of a conversation it is of; None where that
-    cannot be told."""
+    """ids: of a record. spans: from where to where they are trained on. notes: what there is to say about it, each a
+    line that follows "so many records". places: for each span, which message of a conversation it is of; None where
+    that cannot be told."""
 
     ids: list[int]
     spans: list[tuple[int, int]]
@@ -195,8 +195,8 @@ class ChatTurns:
         return tokenizer.encode(self.write(prompt, extra), special=True)
 
     def encode(self, tokenizer: Tokenizer, prompt: str, extra: str, response: str) -> Trained:
-        """Both turns; trained are the response and its end-of-turn token. What the template writes behind that ("\\n" in
-        ChatML) stays, untrained.
+        """Both turns; trained are the response and its end-of-turn token. What the template writes behind that ("\\n"
+        in ChatML) stays, untrained.
 
         Raises:
             UserError: as ConversationEncoder.encode.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -29,11 +28,12 @@ LEFT_OUT = (
     "front of </think>); what it leaves out is not trained"
 )
 OTHERWISE = (
-    "hold an answer in the middle that the chat template writes otherwise than as the last, which is how the model will "
-    "write it; it is trained as it stands in the conversation"
+    "hold an answer in the middle that the chat template writes otherwise than as the last, which is how the model "
+    "will write it; it is trained as it stands in the conversation"
 )
 OTHER_PROMPT = (
-    "hold an answer in front of which the chat template does not write its generation prompt, from which generation starts"
+    "hold an answer in front of which the chat template does not write its generation prompt, from which generation "
+    "starts"
 )
 _WHAT_TO_DO = (
     "; put {% generation %} and {% endgeneration %} around what the assistant says in the chat template "
@@ -43,8 +43,8 @@ _WHAT_TO_DO = (
 
 @dataclass(frozen=True)
 class Turn:
-    """What is trained of an assistant's turn: characters from `start` to `end`. place: of its message; None if a template's
-    marks cannot be matched with messages."""
+    """What is trained of an assistant's turn: characters from `start` to `end`. place: of its message; None if a
+    template's marks cannot be matched with messages."""
 
     place: int | None
     start: int
@@ -60,8 +60,8 @@ class TurnFinder:
     def turns(
         self, messages: list[Message], tools: list | None, whole: str, controls: list[tuple[int, int]]
     ) -> tuple[list[Turn], list[str]]:
-        """What is trained: what the assistant says in each turn and its end-of-turn token, the last control token of what
-        the template writes up to the turn's end; or what the template marks. And what there is to say about it.
+        """What is trained: what the assistant says in each turn and its end-of-turn token, the last control token of
+        what the template writes up to the turn's end; or what the template marks. And what there is to say about it.
 
         whole: the conversation as the template writes it. controls: from where to where its control tokens stand.
 
@@ -117,7 +117,7 @@ class TurnFinder:
     def _among_others(
         self, place: int, messages: list[Message], tools, whole: str, before: str
     ) -> tuple[int, int | None]:
-        """Where a turn stands that is written otherwise when the conversation goes on, or without the generation prompt.
+        """Where a turn stands that is written otherwise when the conversation goes on, or without generation prompt.
 
         before: the conversation in front of it, with the generation prompt.
         """
@@ -158,7 +158,8 @@ class TurnFinder:
     @functools.cached_property
     def _endings(self) -> tuple[str, str]:
         question, answer, other = (
-            {"role": role, "content": letter} for role, letter in (("user", "\ue000"), ("assistant", "\ue001"), ("user", "\ue002"))
+            {"role": role, "content": letter}
+            for role, letter in (("user", "\ue000"), ("assistant", "\ue001"), ("user", "\ue002"))
         )
         try:
             alone = self._chat.render([question, answer]).split("\ue001")
@@ -168,12 +169,17 @@ class TurnFinder:
         within = re.search("\ue001(.*)\ue002", goes_on, re.DOTALL)
         if len(alone) != 2 or not within:
             return "", ""
-        common = os.path.commonprefix([alone[1], within[1]])
+        common = _common_start(alone[1], within[1])
         for names in (self._tokenizer.control_tokens, self._tokenizer.added_tokens):
             found = [(common.rfind(name) + len(name), name) for name in names if name in common]
             if found:
                 return max(found)[1], alone[1][max(found)[0] :]
         return "", ""
+
+
+def _common_start(one: str, other: str) -> str:
+    count = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    return one[:count]
 
 
 def _unused_letter(text: str) -> str:

@@ -35,7 +35,7 @@ MAX_CHARACTERS = 20_000_000  # of what it writes
 TODAY = datetime.datetime(2024, 7, 26)
 
 
-# What stands around that which a template marks as the assistant's, if it is rendered with marks: no characters of Unicode.
+# What stands around that which a template marks as the assistant's, if it is rendered with marks: noncharacters.
 MARKS = ("\ufdd0", "\ufdd1")
 
 
@@ -138,7 +138,7 @@ def _environment(marked: bool) -> jinja2.Environment:
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %} ... {% endgeneration %} marks what an assistant says; without `marked` it changes nothing."""
+        """{% generation %} ... {% endgeneration %} marks what an assistant says; not `marked`, it changes nothing."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -146,9 +146,7 @@ def _environment(marked: bool) -> jinja2.Environment:
             lineno = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             if marked:
-                first, last = (
-                    jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)], lineno=lineno) for mark in MARKS
-                )
+                first, last = (jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)], lineno=lineno) for mark in MARKS)
                 body = [first, *body, last]
             return jinja2.nodes.Scope(body, lineno=lineno)
 

@@ -77,8 +77,8 @@ class Tokenizer:
             split_special_tokens = not special.
 
         Raises:
-            UserError: the text holds half of a surrogate pair, which no tokenizer takes, or spells a token for which the
-                model has no embedding (see `fitting`).
+            UserError: the text holds half of a surrogate pair, which no tokenizer takes, or spells a token for which
+                the model has no embedding (see `fitting`).
         """
         try:
             text.encode()

@@ -50,7 +50,9 @@ class SentencePieceTokenizer(Tokenizer):
         self._with_prefix = settings.values.get("add_prefix_space") is not False
         self._every_stretch = self._with_prefix and settings.values.get("legacy") is not False
         # What stands behind the model's own pieces, or has another name than these.
-        added = {i: t for i, t in settings.added_tokens.items() if i >= size or self._processor.id_to_piece(i) != t.content}
+        added = {
+            i: t for i, t in settings.added_tokens.items() if i >= size or self._processor.id_to_piece(i) != t.content
+        }
         control = {self._processor.id_to_piece(i): i for i in range(size) if self._processor.is_control(i)}
         control |= {token.content: i for i, token in added.items() if token.special}
         words = {token.content: i for i, token in added.items() if not token.special}
@@ -77,7 +79,9 @@ class SentencePieceTokenizer(Tokenizer):
             piece = self._processor.piece_to_id(text)
             if text in words:
                 found[text] = words.pop(text)
-            elif text not in control and (piece != self._processor.unk_id() or text == self._processor.id_to_piece(piece)):
+            elif text not in control and (
+                piece != self._processor.unk_id() or text == self._processor.id_to_piece(piece)
+            ):
                 found[text] = piece
             elif text not in control and text not in ends:
                 found[text] = max((self.vocab_size - 1, *found.values())) + 1
@@ -89,7 +93,9 @@ class SentencePieceTokenizer(Tokenizer):
         if token in self.control_tokens:
             return self.control_tokens[token]
         if token:
-            raise UserError(f"{path}: {name}: {token!r} is none of its tokens; name it with its id in added_tokens.json")
+            raise UserError(
+                f"{path}: {name}: {token!r} is none of its tokens; name it with its id in added_tokens.json"
+            )
         if default < 0:
             return None
         settings.special_tokens[name] = self._processor.id_to_piece(default)
@@ -114,8 +120,9 @@ class SentencePieceTokenizer(Tokenizer):
         words, size = self._words, self._processor.vocab_size()
         kept = [i for i in ids if i in words or (0 <= i < size and i not in self.control_ids)]
         parts = []
-        for is_word, run in itertools.groupby(kept, words.__contains__):
-            parts.append("".join(map(words.__getitem__, run)) if is_word else self._text(list(run)))
+        for is_word, group in itertools.groupby(kept, words.__contains__):
+            run = list(group)
+            parts.append("".join(words[i] for i in run) if is_word else self._text(run))
         return "".join(parts)
 
     def _text(self, ids: list[int]) -> str:
@@ -144,8 +151,8 @@ class TiktokenTokenizer(Tokenizer):
         for i, token in renamed.items():
             if not token.special and i >= len(ranks) + len(names):
                 raise UserError(
-                    f"{path}: the files beside it add {token.content!r}, which is not marked special; save the tokenizer "
-                    "as tokenizer.json"
+                    f"{path}: the files beside it add {token.content!r}, which is not marked special; save the "
+                    "tokenizer as tokenizer.json"
                 )
         text_of = {i: name for name, i in control.items()} | {i: token.content for i, token in renamed.items()}
         control = {text: i for i, text in text_of.items()}

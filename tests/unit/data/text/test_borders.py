@@ -27,7 +27,7 @@ PAIRS = [
     ("hi ", "ho"),
     ("a\n", "\n\nb"),
     ("1", "2345"),
-    ("the fo", "x jumps"),
+    ("the bro", "wn fox"),
     ("e", "\u0301t\u00e9"),  # an accent for the prompt's last letter
     ("日", "本 🚀"),
     ("\ud83d\ude80".encode("utf-16", "surrogatepass").decode("utf-16"), "\u200d🚀"),
@@ -36,6 +36,7 @@ PAIRS = [
     ("only", " "),
     ("don", "'t </s> stop"),
 ]
+PIECES = ["the", "th", "e", " ", "  ", "\n", "fox", "12", "3", "é", "日", "</s>"]
 
 
 def real(shared_data: Path, name: str, folder: Path) -> Tokenizer:
@@ -105,8 +106,7 @@ class TestEveryKind:
         return load_tokenizer((pieces_directory if request.param == "json" else tiktoken_directory)(folder))
 
     @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    @given(st.lists(st.sampled_from(["the", "th", "e", " ", "  ", "\n", "fox", "12", "3", "é", "日", "</s>"]), max_size=8),
-           st.integers(0, 8))  # fmt: skip
+    @given(st.lists(st.sampled_from(PIECES), max_size=8), st.integers(0, 8))
     def test_any_place(self, tokenizer: Tokenizer, parts: list[str], place: int):
         check(tokenizer, "".join(parts[:place]), "".join(parts[place:]))
 
@@ -148,7 +148,9 @@ class TestParsedText:
         tokenizer, ids, notes = self.encode(tmp_path, "a<|im_end|>b", False)
         assert ids == [*tokenizer.encode("a<|im_end|>b"), tokenizer.eos_id]
         ((note, (count, where)),) = notes.items()
-        assert note.startswith("spell control tokens") and "data.parse_control_tokens" in note
+        assert note.startswith(
+            "spell control tokens, as a rendered chat does; they are encoded as letters (data.parse_"
+        )
         assert (count, where) == (1, f"{tmp_path / 'r.jsonl'}:1")
 
     def test_bos_once(self, tmp_path: Path):

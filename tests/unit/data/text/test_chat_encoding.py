@@ -22,7 +22,8 @@ REASONING = """{%- set ns = namespace(last=0) -%}
     {{- '<|im_start|>' + m.role + '\\n' -}}
     {%- set parts = (m.content or '').split('</think>') -%}
     {%- if m.role == 'assistant' and loop.index0 > ns.last -%}
-        {{- '<think>\\n' + (parts[0].split('<think>')[-1].strip() if parts | length > 1 else '') + '\\n</think>\\n\\n' -}}
+        {%- set thought = parts[0].split('<think>')[-1].strip() if parts | length > 1 else '' -%}
+        {{- '<think>\\n' + thought + '\\n</think>\\n\\n' -}}
     {%- endif -%}
     {{- parts[-1].lstrip() -}}
     {%- for call in m.tool_calls or [] %}{{ '<tool_call>' + call.name + '</tool_call>' }}{% endfor -%}
@@ -40,6 +41,7 @@ ENDED = (
     "{% for m in messages %}{{ '<' + m.role + '>\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>\\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
+SHORTENED = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
 # As SmolLM3's: what is said is marked, and generation begins with more than the heading.
 MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}"
@@ -73,7 +75,9 @@ def trained(tokenizer: Tokenizer, encoder: ConversationEncoder, messages: list[d
     for start, stop in encoded.spans:
         ids = encoded.ids[start:stop]
         inner = next((i for i, token in enumerate(ids) if token in names), len(ids))
-        texts.append(tokenizer.decode(ids[:inner]) + "".join(names.get(i) or tokenizer.decode([i]) for i in ids[inner:]))
+        texts.append(
+            tokenizer.decode(ids[:inner]) + "".join(names.get(i) or tokenizer.decode([i]) for i in ids[inner:])
+        )
     return texts, encoded.notes
 
 
@@ -111,7 +115,7 @@ class TestTurnsThatChange:
             (ENDED, chat("a", "b", "c"), ["b<|im_end|>"], ()),
             (ENDED, chat("a", "\ue000 b", "c", "\ue000\ue001"), ["\ue000 b<|im_end|>", "\ue000\ue001<|im_end|>"], ()),
             (CHATML, chat("a", "b", "c", "d"), ["b<|im_end|>", "d<|im_end|>"], ()),
-            (CHATML.replace("m.content", "m.content.split('</think>')[-1]"), chat("a", "x</think>b"), ["b<|im_end|>"], (LEFT_OUT,)),
+            (SHORTENED, chat("a", "x</think>b"), ["b<|im_end|>"], (LEFT_OUT,)),
             (MARKED, chat("a", "b", "c", "d"), ["b<|im_end|>", "d<|im_end|>"], ()),
         ],
     )  # fmt: skip
@@ -148,6 +152,7 @@ class TestMarks:
 
     HEAD = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
     TAIL = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    SAID, END = "{% generation %}{{ m.content }}", "{% endgeneration %}"
     ONLY = HEAD + "{% if m.role == 'assistant' %}BODY{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\\n' }}" + TAIL
     SPACED = """{%- for m in messages %}
     {%- if m.role == 'assistant' %}
@@ -164,13 +169,13 @@ class TestMarks:
         MARKED,
         ONLY.replace("BODY", "{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>"),
         ONLY.replace("BODY", "{%- generation -%} {{ m.content }} {%- endgeneration -%} <|im_end|>"),
-        ONLY.replace("BODY", "{% generation %}{{ m.content }}{% endgeneration %}|{% generation %}<|im_end|>{% endgeneration %}"),
-        ONLY.replace("BODY", "{% if loop.last %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endif %}"),
+        ONLY.replace("BODY", SAID + END + "|{% generation %}<|im_end|>" + END),
+        ONLY.replace("BODY", "{% if loop.last %}" + SAID + "<|im_end|>" + END + "{% endif %}"),
         ONLY.replace("BODY", "{% generation %}{% set x = m.content %}{{ x | trim }}<|im_end|>{% endgeneration %}"),
         SPACED,
         SPACED.replace("generation %}", "generation +%}"),
         "{% generation %}all{% endgeneration %} of {{ messages | length }}",
-        "{{ bos_token }}{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endfor %}",
+        "{{ bos_token }}{% for m in messages %}" + SAID + "{{ eos_token }}" + END + "{% endfor %}",
     )  # fmt: skip
     CHATS = (
         chat("the fox", "jumps over"),
@@ -257,12 +262,12 @@ class TestToolTemplates:
 class TestBorders:
     """An answer whose first letters would be in one token with its heading."""
 
-    PAIRS = [("the", " fox"), ("a", "\n\nthe"), ("x", "1 + 2 = 3\n"), ("dog", "he quick"), ("", "o")]
-
     @pytest.fixture(scope="class")
     def merging(self, tmp_path_factory):
         """Headings end in "t", which merges with "he"."""
-        return load(tmp_path_factory.mktemp("merging"), CHATML.replace("assistant\n", "assistant").replace("\n{{", "{{"))
+        return load(
+            tmp_path_factory.mktemp("merging"), CHATML.replace("assistant\n", "assistant").replace("\n{{", "{{")
+        )
 
     @pytest.mark.parametrize("answer", ["he quick", "he", "o lazy", "hehe\n", " the", "+", "\nhe", "he<|im_end|>he"])
     def test_the_prompts_ids_begin_the_turn(self, merging, answer: str):
