@@ -70,3 +70,6 @@ class Letters(Tokenizer):
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         return [3 + ord(c) - ord("a") if "a" <= c <= "z" else 29 for c in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(ord("a") + i - 3) for i in ids if 3 <= i < 29)

@@ -28,13 +28,13 @@ CHAT = (
 
 
 class Pairs(Letters):
-    """As Letters, but any two equal letters in a row are one token, greedily from the left, as BPE would merge them."""
+    """As Letters, but any two equal letters in a row are one token, 28, greedily from the left, as BPE would merge."""
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         ids, i = [], 0
         while i < len(text):
             run = 2 if text[i : i + 1] == text[i + 1 : i + 2] else 1
-            ids += super().encode(text[i])
+            ids += [28] if run == 2 else super().encode(text[i])
             i += run
         return ids
 
@@ -159,7 +159,7 @@ class TestInstructionRecords:
         """data.encoding = "joint": the shared token counts as the prompt's."""
         path = jsonl({"prompt": "a", "response": "c"}, {"prompt": "ab", "response": "bc"})
         records = instruction(path, Pairs(), encoding="joint")
-        assert records[1].input_ids == [1, 3, 4, 5, 2]  # a, bb, c
+        assert records[1].input_ids == [1, 3, 28, 5, 2]  # a, bb, c
         assert records[1].labels == [IGNORE, IGNORE, IGNORE, 5, 2]
         assert records.statistics.notes == {SHARED: (1, f"{path}:2")}
 
