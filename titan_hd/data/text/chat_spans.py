@@ -94,9 +94,10 @@ class TurnFinder:
             start, end = len(before), self._end(len(before), len(after), is_last, whole, controls)
         else:
             start, end = self._among_others(place, messages, tools, whole, before)
-            if not whole[:start].endswith(before.removeprefix(self._chat.render(messages[:place], tools=tools))):
-                notes[OTHER_PROMPT] = None
-            elif not (whole.startswith(before) and after.startswith(whole[start:end], start)):
+            if not whole.startswith(before):
+                prompt = before.removeprefix(self._chat.render(messages[:place], tools=tools))
+                notes[OTHERWISE if whole[:start].endswith(prompt) else OTHER_PROMPT] = None
+            elif not after.startswith(whole[start:end], start):
                 notes[OTHERWISE] = None
         if end is None:
             raise UserError(f"the chat template ends turn {place + 1} with no special token" + _WHAT_TO_DO)
@@ -121,8 +122,10 @@ class TurnFinder:
 
         before: the conversation in front of it, with the generation prompt.
         """
-        front, behind = self._around(place, messages, tools, whole)
-        start = len(before) if whole.startswith(before) else front
+        start, behind = (len(before) if whole.startswith(before) else None), None
+        if start is None or self.end_of_turn in str(messages[place].get("content")):
+            front, behind = self._around(place, messages, tools, whole)
+            start = front if start is None else start
         if start is None:
             raise UserError(
                 f"the chat template writes turn {place + 1} differently when the conversation goes on, so that what is "
