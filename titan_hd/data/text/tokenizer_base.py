@@ -208,7 +208,7 @@ def _additional(values: dict[str, Any], directory: Path) -> list[str]:
         tokens = [_text(token) for token in tokens] if isinstance(tokens, list) else [tokens]
         if not all(isinstance(token, str) for token in tokens):
             raise UserError(f"{directory / 'tokenizer_config.json'}: {key}: must be a list of strings")
-        found += tokens
+        found += filter(None, tokens)
     return list(dict.fromkeys(found))
 
 
@@ -225,13 +225,16 @@ def _added_tokens(values: dict[str, Any], directory: Path, named: set[str]) -> d
             if not isinstance(token["content"], str):
                 raise TypeError
             kept = {key: token[key] for key in flags if key in token}
+            if not all(isinstance(value, bool) for key, value in kept.items() if key != "content"):
+                raise TypeError
             kept["special"] = bool(token.get("special")) or token["content"] in named
             kept.setdefault("normalized", not kept["special"])
             added[int(i)] = AddedToken(**kept)
         return added
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(
-            f'{directory / "tokenizer_config.json"}: added_tokens_decoder: must map ids to {{"content": text}}'
+            f"{directory / 'tokenizer_config.json'}: added_tokens_decoder: must map ids to "
+            '{"content": text} and flags'
         ) from None
 
 

@@ -90,6 +90,12 @@ class TestTokenizerJson:
         says = f"tokenizer.json: the id of '<|im_start|>' is {size}, in the files beside it {size + 7}"
         assert message(load_tokenizer, folder).endswith(says)
 
+    def test_a_flag_that_is_none(self, folder: Path):
+        set_json(folder / "tokenizer_config.json", added_tokens_decoder={"400": {"content": "<x>", "lstrip": "no"}})
+        assert message(load_tokenizer, folder).endswith(
+            'added_tokens_decoder: must map ids to {"content": text} and flags'
+        )
+
     def test_the_flags_of_tokenizer_config(self, folder: Path):
         """Special there, and taking the white space behind it."""
         self.mark(folder, "<|im_end|>", False)
