@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.kit import runs
-from tests.kit.commands import CPU_ONLY, REPOSITORY, error_lines, run_train
+from tests.kit.commands import CPU_ONLY, REPOSITORY, error_lines, run_train, start_train
 from titan_hd.errors import UserError
 
 # Logits of the same fp32 weights by two implementations.
@@ -143,22 +143,17 @@ def fails_on_rank_one() -> str:
 
 def test_a_killed_worker_ends_the_run_with_its_signal(setup, tmp_path):
     """The exit status tells the truth: 128 + 9, within seconds, and no worker is left."""
-    process = subprocess.Popen(
-        [str(REPOSITORY / "run_train.sh"), *setup(training__steps=100000)],
-        env={**CPU_ONLY, "NGPU": "2"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    run = start_train(*setup(training__steps=100000))
     metrics = tmp_path / "dump" / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 3):
         time.sleep(0.2)
     pattern = f"titan_hd.train .*{tmp_path}"
     pids = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False).stdout.split()
-    children = [int(pid) for pid in pids if int(pid) != process.pid]
+    children = [int(pid) for pid in pids if int(pid) != run.process.pid]
     os.kill(children[-1], 9)
-    _, stderr = process.communicate(timeout=90)
-    assert process.returncode == 137, stderr
+    status, stderr = run.end(timeout=90)
+    assert status == 137, stderr
     assert "ended with signal 9" in stderr
     assert not subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False).stdout
 

@@ -62,7 +62,9 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)
+        self.register_buffer("inv_freq", torch.empty(config.head_dim // 2), persistent=False)
+        if not self.inv_freq.is_meta:
+            self.reset_buffers(self.inv_freq.device)
 
     def reset_buffers(self, device: torch.device) -> None:
         """Compute the frequencies anew: on the meta device, and after `to_empty`, they hold nothing."""
@@ -251,12 +253,20 @@ class Block(nn.Module):
         return x + self.norm_then(self.post_attention_layernorm, self.mlp, (x,))
 
 
+class Embedding(nn.Embedding):
+    """Draws nothing on the meta device: torch would import its compiler for that, which takes a launcher a second."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class DecoderStack(nn.Module):
     """The part that HF checkpoints keep under `model.`"""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
