@@ -72,6 +72,7 @@ def test_faults_of_the_configuration_come_all_at_once_before_any_process(setup, 
 
 
 def test_faults_that_need_the_model_and_the_workers(setup, tmp_path):
+    """Found without torch's compiler, whose import would make every start a second longer."""
     result = run_train(
         *setup(
             adapter__rank=4,
@@ -79,10 +80,14 @@ def test_faults_that_need_the_model_and_the_workers(setup, tmp_path):
             training__global_batch_size=6,
             data__validation="/nowhere/validation.jsonl",
             optimizer__name="Adamant",
-        )
+        ),
+        PYTHONPROFILEIMPORTTIME="1",
     )
     keys = [line.split(": ")[2] for line in error_lines(result)]
     assert sorted(keys) == ["adapter.rank", "data.validation", "optimizer.name", "training.global_batch_size"]
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "torch.distributed" in imported
+    assert "torch._dynamo" not in imported
     assert not (tmp_path / "dump").exists()
 
 
