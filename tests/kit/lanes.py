@@ -1,9 +1,10 @@
-"""The default tests in two pytest processes side by side: one process of tests leaves half of two cores idle.
+"""The default tests in two lanes side by side: one process of tests leaves half of two cores idle.
 
     python -m tests.kit.lanes
 
-The lane of `tests/integration` waits for launchers and servers; the other one computes. Its output comes at the end.
-The exit status is 0 if both lanes passed, else that of the first that did not.
+One lane is tests/integration, which waits for launchers and servers; its output comes at the end. The other one is all
+the rest: first what needs no workers and leaves a core free, then tests/distributed, in a process of its own. The exit
+status is 0 if all passed, else that of the first that did not.
 """
 
 from __future__ import annotations
@@ -16,40 +17,37 @@ import tempfile
 
 from tests.kit.commands import REPOSITORY
 
-WAITING = ["tests/integration"]
+LONG = ("integration", "distributed")
 
 
-def computing() -> list[str]:
-    """Everything else: tests/unit first, which leaves a core to the other lane; tests/distributed last, which has use
-    for both when the other lane has ended."""
-    others = (path for path in (REPOSITORY / "tests").iterdir() if path.name not in ("integration", "kit"))
-    return sorted(
-        (f"tests/{p.name}" for p in others if p.match("test_*.py") or (p / "__init__.py").exists()), reverse=True
-    )
+def others() -> list[str]:
+    """Tests that are neither in tests/integration nor in tests/distributed."""
+    paths = (path for path in (REPOSITORY / "tests").iterdir() if path.name not in (*LONG, "kit"))
+    return sorted(f"tests/{p.name}" for p in paths if p.match("test_*.py") or (p / "__init__.py").exists())
 
 
 def main() -> int:
-    # Of two processes that compute, each has a core.
+    started: list[subprocess.Popen] = []
+    signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in started])
+    # Two processes that compute have a core each.
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    pytest = [sys.executable, "-m", "pytest"]
 
-    def start(arguments: list[str], output=None) -> subprocess.Popen:
-        return subprocess.Popen(
-            [*pytest, *arguments], cwd=REPOSITORY, env=environment, stdout=output, stderr=output and subprocess.STDOUT
-        )
+    def start(paths: list[str], output=None) -> subprocess.Popen:
+        command, errors = [sys.executable, "-m", "pytest", *paths], output and subprocess.STDOUT
+        started.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=errors))
+        return started[-1]
 
     with tempfile.TemporaryFile() as said:
-        lanes = [start(computing()), start(WAITING, said)]
-        signal.signal(signal.SIGTERM, lambda *_: [lane.terminate() for lane in lanes])
+        beside = start(["tests/integration"], said)
         try:
-            statuses = [lane.wait() for lane in lanes]
-        finally:  # an interrupt comes to both of them by the terminal; wait for their clean-up
-            for lane in lanes:
-                lane.wait()
+            statuses = [start(paths).wait() for paths in (others(), ["tests/distributed"])]
+        finally:  # an interrupt reaches all of them by the terminal, and they clean up
+            for process in started:
+                process.wait()
             said.seek(0)
             sys.stdout.buffer.write(said.read())
             sys.stdout.flush()
-    return next((status for status in statuses if status), 0)
+    return next((status for status in (*statuses, beside.returncode) if status), 0)
 
 
 if __name__ == "__main__":
