@@ -28,7 +28,13 @@ def others() -> list[str]:
 
 def main() -> int:
     started: list[subprocess.Popen] = []
-    signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in started])
+
+    def stop(*_) -> None:
+        for process in started:
+            process.terminate()
+        sys.exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
     # Two processes that compute have a core each.
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
