@@ -131,8 +131,9 @@ def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def borrowed_template(tokenizer: Tokenizer) -> str | None:
-    """The source of a tokenizer's chat template, where that is not in its directory, which an export copies."""
-    return None if _find(tokenizer.directory) else load_chat_template(tokenizer).source
+    """The source of a tokenizer's chat template, where no file holds it that an export would copy."""
+    chat = load_chat_template(tokenizer)
+    return None if Path(chat._where).exists() else chat.source
 
 
 def _find(directory: Path) -> dict[str, tuple[str, str]]:
