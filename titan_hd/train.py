@@ -265,7 +265,7 @@ class Trainer:
             self.metrics: NoMetrics = NoMetrics()
             if rank == 0:
                 self.metrics = MetricsLogger(c, self.total_steps, self.step, self.wandb_id)
-        self.profiler = build_profiler(c, rank)
+            self.profiler = build_profiler(c, rank)
         # By whether W stays gathered for a whole step, which may be decided after the first one.
         self.traffic = {kept: traffic_gb(self.plan, self.placement.micro_batches, kept) for kept in (False, True)}
         passes = self.placement.micro_batches * self.dims.dp_size

@@ -32,7 +32,7 @@ from titan_hd.config import manager
 from titan_hd.errors import UserError
 from titan_hd.export.hf import beside, check_folder, publish, start_folder, write_assets
 from titan_hd.export.model_card import model_card
-from titan_hd.files import disk_faults
+from titan_hd.files import disk_faults, expand_home, user_path
 from titan_hd.models.decoder import parameter_shapes
 from titan_hd.models.hf_files import (
     WeightFiles,
@@ -119,13 +119,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     to_hf = commands.add_parser("dcp-to-hf", help="a run's checkpoint to a Hugging Face directory")
-    to_hf.add_argument("checkpoint", type=Path, help="the folder step-N")
-    to_hf.add_argument("out", type=Path)
-    to_hf.add_argument("--assets", required=True, help="Hugging Face directory of the base model")
+    to_hf.add_argument("checkpoint", type=user_path, help="the folder step-N")
+    to_hf.add_argument("out", type=user_path)
+    to_hf.add_argument("--assets", type=expand_home, required=True, help="Hugging Face directory of the base model")
     to_hf.add_argument("--max-shard-size-gb", type=float, default=5.0, help="largest size of a file in GB")
     to_dcp = commands.add_parser("hf-to-dcp", help="a Hugging Face directory to a checkpoint of weights")
-    to_dcp.add_argument("assets", help="Hugging Face directory")
-    to_dcp.add_argument("out", type=Path)
+    to_dcp.add_argument("assets", type=expand_home, help="Hugging Face directory")
+    to_dcp.add_argument("out", type=user_path)
     for command in (to_hf, to_dcp):
         command.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
     args = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
+from titan_hd.components.source_code import repository
 from titan_hd.config.job_config import JobConfig
 from titan_hd.files import replace_file
 
@@ -23,10 +25,13 @@ _WANDB_START_SECONDS = 30
 
 
 class TqdmHandler(logging.StreamHandler):
-    """Writes log lines above a progress bar instead of through it."""
+    """Writes log lines above a progress bar instead of through it. What cannot be written stops nothing."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
 
 
 def init_logging(rank: int) -> None:
@@ -64,7 +69,9 @@ class _Wandb:
     def _start(self, config: JobConfig, run_id: str | None, mode: Literal["offline"] | None):
         import wandb
 
-        m = config.metrics
+        m, source = config.metrics, repository()
+        # Not of the folder that the run was started in: its repository is somebody's project, and not what trains.
+        git: dict[str, Any] = {"disable_git": True} if source is None else {"git_root": str(source)}
         return wandb.init(
             project=m.wandb_project,
             entity=m.wandb_entity or None,
@@ -76,7 +83,7 @@ class _Wandb:
             dir=config.job.dump_folder,
             config=dataclasses.asdict(config),
             mode=mode,
-            settings=wandb.Settings(init_timeout=_WANDB_START_SECONDS),
+            settings=wandb.Settings(init_timeout=_WANDB_START_SECONDS, **git),
         )
 
     def log(self, values: dict[str, Any], step: int) -> None:
@@ -168,8 +175,12 @@ class MetricsLogger(NoMetrics):
         if self._wandb:
             self._wandb.log(values, step)
         if self._tensorboard:
-            for key, value in values.items():
-                self._tensorboard.add_scalar(key, value, step)
+            try:
+                for key, value in values.items():
+                    self._tensorboard.add_scalar(key, value, step)
+            except Exception as error:  # what a thread of its own met when it wrote earlier values
+                self._tensorboard = None
+                logger.warning("TensorBoard's events cannot be written (%s); going on without them", error)
         logger.info("step %d  %s", step, "  ".join(f"{k} {_short(v)}" for k, v in values.items()))
 
     def sync(self) -> None:
@@ -192,19 +203,29 @@ class MetricsLogger(NoMetrics):
 
     def close(self) -> None:
         self._write()
-        self._file.close()
+        if self._unwritten:
+            lost = self._unwritten.count(b"\n")
+            logger.warning("metrics.jsonl: its last %d record(s) are lost: the disk has not taken them", lost)
+        with contextlib.suppress(OSError):  # of a network disk, after everything that could be written was
+            self._file.close()
         if self._bar:
             self._bar.close()
         if self._tensorboard:
-            self._tensorboard.close()
+            try:
+                self._tensorboard.close()
+            except Exception as error:
+                logger.warning("TensorBoard's last events cannot be written (%s)", error)
         if self._wandb:
             self._wandb.finish()
 
 
 def write_svd_report(path: Path, reports: list[dict[str, Any]]) -> None:
-    """One JSON line per decomposed weight, and a summary in the log."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(report) + "\n" for report in reports), encoding="utf-8")
+    """One JSON line per decomposed weight, and a summary in the log. A disk that does not take them gives a warning."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(report) + "\n" for report in reports), encoding="utf-8")
+    except OSError as error:
+        logger.warning("%s: cannot be written (%s); the run goes on without it", path.name, error.strerror)
     energy = [r["captured_energy"] for r in reports]
     logger.info(
         "SVD of %d weights (%d from the cache), %.1f s of work; captured energy %.3f to %.3f, orthogonal to %.1e",

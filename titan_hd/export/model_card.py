@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -82,11 +83,12 @@ def base_name(hf_config: dict[str, Any], assets: str) -> str:
 
 
 def final_metrics(path: Path) -> dict[str, Any]:
-    """The last value of every key of a metrics.jsonl."""
+    """The last value of every key of a metrics.jsonl. A full disk may have cut its last line."""
     values: dict[str, Any] = {}
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            values.update(json.loads(line))
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError):
+                values.update(json.loads(line))
     return values
 
 
