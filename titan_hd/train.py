@@ -300,12 +300,12 @@ class Trainer:
         for m, batch in enumerate([batch.on(self.device) for batch in batches]):
             self.gathers.before_micro_batch(m)
             loss_sum += self._forward_backward(m, batch, counts.trained[self.placement.adapter(m)])
-        grad_norm = self.update.finish_gradients(self.step)
+        grad_norm = self.update.finish_gradients()
+        loss, norm = self._read_results(loss_sum, grad_norm, self.update.propose())
         self.update.apply(lr, self.step)
         self.gathers.after_step(max(batch.input_ids.shape[1] for batch in batches))
         self.step += 1
-        loss = self._sum_losses(loss_sum) / max(1, sum(counts.trained))
-        return StepResult(loss, grad_norm.item(), lr, *counts[1:])
+        return StepResult(loss / max(1, sum(counts.trained)), norm, lr, *counts[1:])
 
     def _read_batches(self) -> list[Batch]:
         if not self.config.data.streaming:
@@ -325,16 +325,29 @@ class Trainer:
         *trained, positions, tokens, squares = counts.tolist()
         return TokenCounts(trained, positions, tokens, squares)
 
-    def _sum_losses(self, loss_sum: torch.Tensor) -> float:
-        """The sum of all workers' losses. What signals ask for travels with it: all ranks must agree where to stop."""
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+    def _read_results(
+        self, loss_sum: torch.Tensor, grad_norm: torch.Tensor, proposal: torch.Tensor
+    ) -> tuple[float, float]:
+        """The sum of all workers' losses, and the gradients' norm. The one time in a step that the host waits for its
+        device; what changes the weights is launched after it, and runs while the host logs and reads the next batches.
+
+        What signals ask for travels along: all ranks must agree where to stop.
+
+        Raises:
+            FloatingPointError: the gradients or the update's proposal are not finite; on every rank, and before a
+                weight is touched.
+        """
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         if self.dims.tp_rank == 0:  # the ranks of a tensor-parallel group have the same loss
             sums[0] = loss_sum
-        sums[1], sums[2] = self.signals.status == REQUEUE, self.signals.status == INTERRUPTED
+        sums[1].fill_(self.signals.status == REQUEUE)
+        sums[2].fill_(self.signals.status == INTERRUPTED)
+        sums[3] = proposal
         dist.all_reduce(sums)
-        loss, requeue, interrupted = sums.tolist()
+        loss, requeue, interrupted, proposed, norm = torch.cat((sums, grad_norm.double().view(1))).tolist()
+        self.update.refuse_non_finite(self.step, norm, proposed)
         self.stop_status = INTERRUPTED if interrupted else REQUEUE if requeue else 0
-        return loss
+        return loss, norm
 
     def _forward_backward(self, micro_batch: int, batch: Batch, trained_tokens: int) -> torch.Tensor:
         """Accumulate gradients of (sum of token losses / trained_tokens); returns the sum, detached."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Iterable, Mapping
@@ -79,7 +80,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
     gradients = [p.grad for p in parameters if p.grad is not None]
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     squares = torch.stack(torch._foreach_norm(local)).square()
-    copies = torch.tensor([_copies(g) for g in gradients], device=squares.device)
+    copies = _constant(tuple(map(_copies, gradients)), squares.device)
     return _clip(local, (squares / copies).sum(), max_norm)
 
 
@@ -99,6 +100,12 @@ def _clip(local: list[torch.Tensor], total: torch.Tensor, max_norm: float) -> to
     if max_norm > 0:
         torch._foreach_mul_(local, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(local[0].dtype))
     return norm
+
+
+@functools.lru_cache(maxsize=8)
+def _constant(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Made once: the host would wait for the device in every step to copy them there."""
+    return torch.tensor(values, device=device)
 
 
 def _copies(gradient: torch.Tensor) -> int:

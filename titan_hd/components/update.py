@@ -6,12 +6,14 @@
    alone. When the model has memory, `build_optimizer`.
 2. Values come from `first_values`, or from a checkpoint into what `allocate` made room for and `state` names. Then
    `start`.
-3. In every step: `begin_step`; `bind` before each micro-batch; `finish_gradients`; `apply`.
+3. In every step: `begin_step`; `bind` before each micro-batch; `finish_gradients`; `propose`. When the host knows that
+   all is finite (`refuse_non_finite`), `apply`. The others make no host wait for its device.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -28,9 +30,10 @@ from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.adapter_init import initialize_adapters
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.factor_init import SliceSettings, compute_factors
+from titan_hd.distributed.flat import square_sum
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.shards import adapter_parameters, base_parameters
-from titan_hd.distributed.update.fold import Fold, FoldSettings
+from titan_hd.distributed.update.fold import Fold, FoldSettings, refuse_non_finite
 from titan_hd.distributed.update.plan import UpdatePlan, plan_update
 from titan_hd.distributed.update.topology import Topology
 from titan_hd.models.decoder import Decoder
@@ -105,24 +108,34 @@ class Update:
     def bind(self, slot: int) -> None:
         """The next forward and backward pass trains hosted adapter `slot`."""
 
-    def finish_gradients(self, step: int) -> torch.Tensor:
+    def finish_gradients(self) -> torch.Tensor:
         """After the last backward pass of a step: sum what workers have in parts, and clip. Collective.
 
         Returns:
             the gradients' norm over all parameters, before clipping; 0-dim, on the device.
+        """
+        raise NotImplementedError
+
+    def propose(self) -> torch.Tensor:
+        """All of the step that can be done before a weight changes.
+
+        Returns:
+            0-dim, on the device: this rank's part of a sum that is finite exactly where the proposal is.
+        """
+        raise NotImplementedError
+
+    def refuse_non_finite(self, step: int, norm: float, proposal: float) -> None:
+        """Stop a step that would spoil the weights: they are as they were before it. Collective if it raises.
+
+        step: 0-based, for the message. norm: of `finish_gradients`. proposal: of `propose`, summed over all ranks.
 
         Raises:
-            FloatingPointError: it is not finite; on every rank. step: 0-based, for the message. An update that can wait
-                with this until W is about to change raises in `apply`.
+            FloatingPointError: one of them is not finite; on every rank.
         """
         raise NotImplementedError
 
     def apply(self, lr: float, step: int) -> None:
-        """Take the optimizer's step, and make W what it says. Collective.
-
-        Raises:
-            FloatingPointError: on every rank and before W is touched, if a gradient or an update is not finite.
-        """
+        """Change the weights. Collective."""
         raise NotImplementedError
 
     def _optimized(self) -> dict[nn.Parameter, str]:
@@ -157,11 +170,16 @@ class OptimizerUpdate(Update):
     def first_values(self) -> Iterator[Reports]:
         return initialize_adapters(self.model, self.dims, self.config.training.seed)
 
-    def finish_gradients(self, step: int) -> torch.Tensor:
-        norm = clip_gradients(self.trainable, self.config.training.max_norm)
-        if not norm.isfinite():
-            raise FloatingPointError(f"step {step + 1}: the gradient norm is {norm.item()}; W is as before the step")
-        return norm
+    def finish_gradients(self) -> torch.Tensor:
+        return clip_gradients(self.trainable, self.config.training.max_norm)
+
+    def propose(self) -> torch.Tensor:
+        """Nothing: the optimizer changes the weights themselves."""
+        return torch.zeros((), device=next(iter(self.trainable)).device)
+
+    def refuse_non_finite(self, step: int, norm: float, proposal: float) -> None:
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"step {step + 1}: the gradient norm is {norm}; W is as before the step")
 
     def apply(self, lr: float, step: int) -> None:
         self.optimizer.step()
@@ -191,9 +209,9 @@ class FoldUpdate(Update):
 
     def __init__(self, model: Decoder, method: FoldingMethod, dims: ParallelDims, config: JobConfig):
         super().__init__(model, method, dims, config)
+        assert not method.lr_ratios, "the optimizer has one flat tensor, and one learning rate for all of it"
         self.registry = AdapterRegistry(model, method, dims.adapter_mesh(method.num_adapters))
         self.fold: Fold
-        self._norm: torch.Tensor  # of the gradients, not looked at yet
 
     def ignored_parameters(self) -> set[nn.Parameter]:
         return self.registry.parameters()
@@ -230,14 +248,21 @@ class FoldUpdate(Update):
     def bind(self, slot: int) -> None:
         self.registry.activate(slot)
 
-    def finish_gradients(self, step: int) -> torch.Tensor:
+    def finish_gradients(self) -> torch.Tensor:
         self.registry.finish_gradients()
-        self._norm = clip_flat(self.registry.gradient_parts(), self.config.training.max_norm)
-        return self._norm
+        return clip_flat(self.registry.gradient_parts(), self.config.training.max_norm)
+
+    def propose(self) -> torch.Tensor:
+        """The optimizer's step, which changes dA, dB and the moments alone. (A gradient that is not finite spoils the
+        moments; that ends the run, and what has been saved is from before.)"""
+        self.optimizer.step()
+        return square_sum(self.registry.deltas)
+
+    def refuse_non_finite(self, step: int, norm: float, proposal: float) -> None:
+        refuse_non_finite(self.registry, step, norm, proposal)
 
     def apply(self, lr: float, step: int) -> None:
-        self.optimizer.step()
-        self.fold(lr, step, self._norm)
+        self.fold(lr, step)
 
     def _optimized(self) -> dict[nn.Parameter, str]:
         return {self.registry.deltas: "deltas"}

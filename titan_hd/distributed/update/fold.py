@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
-from titan_hd.distributed.flat import square_sum
 from titan_hd.distributed.parallel_dims import ParallelDims, local_part, owned_block
 from titan_hd.distributed.update.apply import Rounding
 from titan_hd.distributed.update.plan import Bucket, UpdatePlan
@@ -34,8 +33,9 @@ class FoldSettings:
 class Fold:
     """W <- (1 - lr * weight_decay) W + c * sum_i [dB_i A_i + (B_i + dB_i) dA_i], then dA_i = dB_i = 0.
 
-    `prepare` once, when the fixed factors A, B are there; then call it after every step of the optimizer. Extra memory:
-    the cached fixed factors, and what `Route.memory` says of `in_flight` buckets.
+    `prepare` once, when the fixed factors A, B are there; then call it after every step of the optimizer, when
+    `refuse_non_finite` has found nothing. Extra memory: the cached fixed factors, and what `Route.memory` says of
+    `in_flight` buckets.
     """
 
     def __init__(self, registry: AdapterRegistry, dims: ParallelDims, plan: UpdatePlan, settings: FoldSettings):
@@ -60,39 +60,30 @@ class Fold:
         run_tasks(tasks, self.settings.in_flight)
 
     @torch.no_grad()
-    def __call__(self, lr: float, step: int, gradient_norm: torch.Tensor | None = None) -> None:
-        """Update every adapted weight in place. lr scales the weight decay; step keys the stochastic rounding.
+    def __call__(self, lr: float, step: int) -> None:
+        """Update every adapted weight in place. lr scales the weight decay; step keys the stochastic rounding. The host
+        waits for the device nowhere.
 
-        gradient_norm: of this step, 0-dim, if its finiteness has not been looked at.
-
-        Phase 1, all ranks together: one number is all-reduced to find out whether every dA and dB is finite. If one is
-        not, or the gradient was not, every rank raises, and W is as it was. The host waits for the device here, and
-        nowhere else in a fold.
-
-        Phase 2, bucket by bucket, in the plan's order on all ranks: the bucket's updates start to travel. On the
+        Phase 1, bucket by bucket, in the plan's order on all ranks: the bucket's updates start to travel. On the
         factors route, dA and rows of dB pass between the workers that hold adapters; on the dense route, the workers'
         parts of the update are summed onto the shards, piece by piece, and over the replicas. The collectives are
         asynchronous: the task yields, and waits for them when its turn comes.
 
-        Phase 3, no collectives: the bucket has arrived. This worker multiplies it out, adds it to the rows of W that it
+        Phase 2, no collectives: the bucket has arrived. This worker multiplies it out, adds it to the rows of W that it
         owns.
 
-        Phase 3 of a bucket runs while the next ones are in phase 2; at most `in_flight` buckets are in either. At the
+        Phase 2 of a bucket runs while the next ones are in phase 1; at most `in_flight` buckets are in either. At the
         end every worker sets its own dA and dB to zero; what others received of them was a copy. No barrier ends the
         step: who needs the others' rows is the all-gather of the next forward pass.
-
-        Raises:
-            FloatingPointError: on every rank and before W is touched, if an adapter's gradient or update is not finite.
         """
-        check_finite(self.registry, gradient_norm, step)
         decay = lr * self.settings.weight_decay
         run_tasks((self._fold_bucket(bucket, decay, step) for bucket in self.plan.buckets), self.settings.in_flight)
         self.registry.zero_deltas()
 
     def _fold_bucket(self, bucket: Bucket, decay: float, step: int) -> Task:
         names = list(bucket.shapes)
-        updates = yield from self.exchanges[bucket.route].travel(names, self._hosted(bucket))  # phase 2
-        for name, update in zip(names, updates):  # phase 3
+        updates = yield from self.exchanges[bucket.route].travel(names, self._hosted(bucket))  # phase 1
+        for name, update in zip(names, updates):  # phase 2
             rows = self.registry.entries[name].weight_rows()
             if rows.numel():  # the last shards may be empty
                 rounding = None if rows.dtype == torch.float32 else self._rounding(name, step)
@@ -129,17 +120,16 @@ def _hosted_factors(entry: AdapterEntry) -> HostedFactors:
     return HostedFactors(*(local_part(tensor).detach() for tensor in tensors))
 
 
-@torch.no_grad()
-def check_finite(registry: AdapterRegistry, gradient_norm: torch.Tensor | None, step: int) -> None:
-    """FloatingPointError on every rank if the gradient, whose norm over all ranks is given, or an update (the value of
-    dA, dB after the optimizer's step) is not finite on any rank. step: 0-based. One small all-reduce; the host waits.
+def refuse_non_finite(registry: AdapterRegistry, step: int, gradient: float, update: float) -> None:
+    """Stop a step whose update must not be folded.
+
+    gradient, update: two numbers that are finite exactly where all gradients, and all dA and dB after the optimizer's
+    step, are: a norm over all ranks, or a sum of squares. step: 0-based.
+
+    Raises:
+        FloatingPointError: one is not finite; on every rank, for the numbers are the same.
     """
-    squares = square_sum(registry.deltas)
-    dist.all_reduce(squares)
-    checked = {"update": squares}
-    if gradient_norm is not None:
-        checked = {"gradient": gradient_norm, **checked}
-    for what, value in zip(checked, torch.stack(list(checked.values())).tolist()):
+    for what, value in (("gradient", gradient), ("update", update)):
         if not math.isfinite(value):
             name = first_not_finite(registry, what)
             raise FloatingPointError(
@@ -147,6 +137,7 @@ def check_finite(registry: AdapterRegistry, gradient_norm: torch.Tensor | None, 
             )
 
 
+@torch.no_grad()
 def first_not_finite(registry: AdapterRegistry, what: str) -> str:
     """The first weight whose adapters' "gradient" or "update" is not finite on any rank. Collective."""
     flat = registry.gradients if what == "gradient" else registry.deltas
