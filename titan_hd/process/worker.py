@@ -76,10 +76,13 @@ def _join(backend: str, timeout: datetime.timedelta) -> dist.Store:
     Raises:
         UserError: another process has MASTER_PORT.
     """
-    rank, place = int(os.environ["RANK"]), f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    first_here = int(os.environ["LOCAL_RANK"]) == 0  # one of a node is enough to say that rank 0 is missing
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    # The store is there when all ranks have connected to it; those that a launcher starts have one already.
+    others = f"the other {world_size - 1} ranks" if rank == 0 else f"rank 0 and the others of {world_size} ranks"
+    waits = telling(lambda: f"rank {rank} waits at {place} for {others}")
     try:
-        with telling(lambda: f"rank {rank} waits for rank 0 at {place}") if first_here else contextlib.nullcontext():
+        with waits if local_rank == 0 else contextlib.nullcontext():  # one of a node is enough to say it
             store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error):
