@@ -65,8 +65,8 @@ def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals, status
 
 
 def test_a_run_whose_terminal_goes_saves_and_stops(tmp_path: Path):
-    """A lost ssh connection: SIGHUP, and whatever is then written on the terminal fails. As root, the machine has a name
-    that nobody knows besides."""
+    """A lost ssh connection: SIGHUP, and whatever is then written on the terminal fails. As root, the machine has a
+    name that nobody knows besides."""
     argv = tiny_run(tmp_path, "dump", training__steps=10**6, checkpoint__interval=10**6)
     nameless = (
         ["unshare", "--uts", "sh", "-c", 'hostname nobody-knows-me; exec "$@"', "sh"] if os.geteuid() == 0 else []
