@@ -34,6 +34,7 @@ from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
 from titan_hd.files import user_path
 from titan_hd.preflight import RunPlan, decoder_config, plan_run
+from titan_hd.process.streams import keep_streams
 
 _RUN_TRAIN = Path(__file__).resolve().parent.parent / "run_train.sh"
 _OPTIONS = {
@@ -114,6 +115,7 @@ def default_workers() -> int:
 
 
 def main() -> None:
+    keep_streams()  # the tables are in files, too, and a comparison takes hours
     options, argv = dict(_OPTIONS), sys.argv[1:]
     while argv and argv[0].partition("=")[0] in options:
         key, equals, value = argv[0].partition("=")

@@ -253,5 +253,14 @@ def keep_records_until(path: Path, step: int) -> None:
     replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))  # a run killed here loses nothing
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, none without one. A full disk may have cut its last line, which is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
+
+
 def _short(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.4g}"
