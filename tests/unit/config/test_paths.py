@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import typing
 from pathlib import Path
 
 import pytest
 
-from tests.unit.config.test_manager import KEYS, NEEDED, SECTIONS, errors_of
 from titan_hd.config.job_config import DataSource, JobConfig
-from titan_hd.config.manager import PATHS, load
+from titan_hd.config.manager import PATHS, ConfigError, load
+
+NEEDED = ["--data.train=train.jsonl", "--training.steps=3", "--model.name=llama3", "--model.flavor=debugmodel"]
+SECTIONS = typing.get_type_hints(JobConfig)
+KEYS = [f"{section}.{field.name}" for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)]
 
 # Every other key whose value is a text of any kind.
 NO_PATHS = {
@@ -44,6 +48,12 @@ def homeless(monkeypatch):
     monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
 
 
+def errors_of(argv: list[str]) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(argv)
+    return caught.value.errors
+
+
 def value(config: JobConfig, key: str):
     section, _, name = key.partition(".")
     return getattr(getattr(config, section), name)
@@ -71,13 +81,13 @@ def test_a_path_may_begin_with_the_home_directory(key: str, home: str, tmp_path:
     section, _, name = key.partition(".")
     toml = tmp_path / "run.toml"
     toml.write_text(f"[{section}]\n{name} = '~/a/b'\n")
-    needed = [*NEEDED[2:]] if key == "data.train" else NEEDED
+    needed = NEEDED[1:] if key == "data.train" else NEEDED
     assert value(load(["--config", str(toml), *needed]), key) == f"{home}/a/b"
 
 
 def test_those_of_a_list_too(home: str, tmp_path: Path):
     entries = ["~/a", {"path": "~/b", "template": "~/c"}]
-    train = load(["--data.train", json.dumps(entries), *NEEDED[2:]]).data.train
+    train = load(["--data.train", json.dumps(entries), *NEEDED[1:]]).data.train
     assert [(s.path, s.template) for s in train] == [(f"{home}/a", None), (f"{home}/b", f"{home}/c")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 
 import pytest
@@ -94,6 +95,8 @@ def test_a_rendezvous_that_fails_is_one_line(text: str, status: int, line: str, 
     def fail(args):
         raise launch.DistNetworkError(text)
 
+    for name in ("titan_hd", "torch.distributed.elastic"):  # whose levels are restored
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.getLogger(name).level)
     monkeypatch.setattr(run, "run", fail)
     monkeypatch.setattr(launch, "plan_run", lambda *args, **settings: None)
     config = tmp_path / "run.toml"
