@@ -84,6 +84,17 @@ class TestSignals:
         assert set(arguments().signals_to_handle.split(",")) == {"SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1"}
 
 
+@pytest.fixture
+def levels():
+    """The launcher silences loggers, for the rest of its life."""
+    loggers = [logging.getLogger(name) for name in ("titan_hd", "torch.distributed.elastic")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before):
+        logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("levels")
 @pytest.mark.parametrize(
     ("text", "status", "line"),
     [
@@ -95,8 +106,6 @@ def test_a_rendezvous_that_fails_is_one_line(text: str, status: int, line: str, 
     def fail(args):
         raise launch.DistNetworkError(text)
 
-    for name in ("titan_hd", "torch.distributed.elastic"):  # whose levels are restored
-        monkeypatch.setattr(logging.getLogger(name), "level", logging.getLogger(name).level)
     monkeypatch.setattr(run, "run", fail)
     monkeypatch.setattr(launch, "plan_run", lambda *args, **settings: None)
     config = tmp_path / "run.toml"
