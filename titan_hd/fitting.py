@@ -104,7 +104,7 @@ def _changes(plan: RunPlan) -> Iterator[tuple[str, RunPlan]]:
         yield _set(plan, "activation_checkpoint.mode", mode)
     if c.training.mixed_precision_param != "bfloat16":
         yield _set(plan, "training.mixed_precision_param", "bfloat16")
-    if c.training.master_dtype != "bfloat16" and method_of(c).bf16_master:
+    if c.training.master_dtype == "float32" and "bfloat16" in method_of(c).master_dtypes:
         yield _set(plan, "training.master_dtype", "bfloat16")
     if plan.method.folds and c.hdpissa.factor_cache_gb != 0.0:
         yield _set(plan, "hdpissa.factor_cache_gb", 0.0)

@@ -7,6 +7,7 @@ import logging
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -91,6 +92,26 @@ class TestMetricsLogger:
         self.log(config, 5, 9)  # the checkpoint was of step 5
         assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines(*range(1, 10))
 
+    def test_records_of_an_earlier_run_are_set_aside(self, tmp_path: Path, caplog):
+        """Of a run without checkpoints they are all that is left."""
+        config = self.config(tmp_path)
+        for last in (3, 2, 1):
+            self.log(config, 0, last)
+        for name, last in (("metrics.jsonl", 1), ("metrics.1.jsonl", 3), ("metrics.2.jsonl", 2)):
+            assert (tmp_path / "run" / name).read_text() == lines(*range(1, last + 1))
+        assert "metrics.jsonl is of an earlier run; kept as metrics.2.jsonl" in caplog.text
+        (tmp_path / "run" / "metrics.jsonl").write_text("")
+        self.log(config, 0, 1)
+        assert not (tmp_path / "run" / "metrics.3.jsonl").exists(), "there was nothing to keep"
+
+    def test_tensorboard_that_cannot_start_costs_no_training(self, tmp_path: Path, caplog):
+        config = self.config(tmp_path)
+        config.metrics.enable_tensorboard = True
+        with mock.patch.dict(sys.modules, {"torch.utils.tensorboard": None}):
+            self.log(config, 0, 2)
+        assert "TensorBoard cannot start" in caplog.text
+        assert steps_of(tmp_path / "run" / "metrics.jsonl") == [1, 2]
+
     def test_records_are_there_at_once(self, tmp_path: Path):
         metrics = MetricsLogger(self.config(tmp_path), 10, 0)
         metrics.log(1, {"loss": 0.1})
@@ -161,7 +182,8 @@ class TestLog:
 
     def test_the_reports_of_an_svd_are_none_of_the_runs_needs(self, tmp_path: Path, caplog):
         (tmp_path / "file").write_text("")
-        report = {"captured_energy": 0.5, "cached": False, "seconds": 1.0, "orthogonality_error": 0.0}
+        numbers = {"captured_energy": 0.5, "seconds": 1.0, "orthogonality_error": 0.0, "zero_directions": 0}
+        report = {"cached": False, **numbers}
         with caplog.at_level("INFO", "titan_hd"):
             write_svd_report(tmp_path / "file" / "svd.jsonl", [report])
         assert "svd.jsonl: cannot be written (Not a directory)" in caplog.text or "File exists" in caplog.text
@@ -183,3 +205,14 @@ class FullDisk:
 
     def close(self) -> None:
         raise OSError(5, "Input/output error")
+
+
+def test_weights_that_can_never_move_are_named(tmp_path: Path, caplog):
+    common = {"cached": False, "seconds": 1.0, "captured_energy": 1.0, "orthogonality_error": 0.0, "directions": 8}
+    reports = [{"layer": f"layers.{n}.o_proj", "zero_directions": n % 3, **common} for n in range(3)]
+    write_svd_report(tmp_path / "svd.jsonl", reports)
+    assert [json.loads(line) for line in (tmp_path / "svd.jsonl").read_text().splitlines()] == reports
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert line.endswith("can never move: layers.1.o_proj (1 of 8), layers.2.o_proj (2 of 8)")
+    write_svd_report(tmp_path / "svd.jsonl", reports[:1])
+    assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 1
