@@ -111,6 +111,7 @@ def _choose_network(args: argparse.Namespace) -> None:
     tells it to the others, and gloo listens on its interface. One node talks to itself, and needs no name for that."""
     if run.parse_min_max_nnodes(args.nnodes)[1] == 1:
         args.local_addr = args.local_addr or LOOPBACK
+        _listen_at(args.local_addr)
         if args.rdzv_backend == "static" and not args.rdzv_endpoint and args.master_port in (None, _MASTER_PORT):
             args.standalone = True  # a free port; torch below 2.13 would take 29500, once a machine
         return
@@ -125,6 +126,11 @@ def _choose_network(args: argparse.Namespace) -> None:
     if "is_host" not in args.rdzv_conf and not addresses_of(socket.gethostname()):
         # torch tells the head by this node's own name, which nobody knows.
         args.rdzv_conf = ",".join(filter(None, (args.rdzv_conf, f"is_host={int(address in addresses_of(head))}")))
+    _listen_at(address)
+
+
+def _listen_at(address: str) -> None:
+    """Let the workers' gloo use the interface of an address; by itself it would look this node's own name up."""
     interface = interface_of(address)
     if interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)

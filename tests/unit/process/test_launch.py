@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 
 import pytest
@@ -36,11 +37,19 @@ def arguments(*words: str):
     return args
 
 
+@pytest.fixture(autouse=True)
+def interface(monkeypatch):
+    """That of the workers is a variable, which is restored."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+
+
 class TestOneNode:
     def test_it_needs_no_name_and_no_port_that_others_may_have(self):
         args = arguments("--nproc_per_node", "2")
         assert args.local_addr == "127.0.0.1"
         assert args.standalone
+        assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
 
     def test_what_is_said_holds(self):
         args = arguments("--local_addr", "10.0.0.1", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0")
