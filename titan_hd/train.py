@@ -143,16 +143,18 @@ class Trainer:
             compile_blocks=c.compile.enable,
             checkpoint_keep=c.activation_checkpoint.keep,
             dropout=c.adapter.dropout > 0,
+            offload=c.training.enable_cpu_offload,
         )
-        materialize(self.model, self.device)
+        materialize(self.model, self.device, torch.device("cpu") if c.training.enable_cpu_offload else None)
         self.gathers = WeightGathers(
             self.model,
             c.parallelism.fsdp_reshard_after_forward,
             self.placement.micro_batches,
             gathered_bytes(self.model, self.dims, ignored, param_dtype),
             c.training.seq_len,
+            self.device,
         )
-        self.update.build_optimizer()
+        self.update.build_optimizer(self.device)
         total = sum(p.numel() for p in self.model.parameters())
         count = sum(p.numel() for p in self.update.trainable)
         logger.info("%d parameters, %d trainable, in %d layers", total, count, len(trained))
@@ -344,7 +346,7 @@ class Trainer:
         sums[2].fill_(self.signals.status == INTERRUPTED)
         sums[3] = proposal
         dist.all_reduce(sums)
-        loss, requeue, interrupted, proposed, norm = torch.cat((sums, grad_norm.double().view(1))).tolist()
+        loss, requeue, interrupted, proposed, norm = torch.cat((sums, grad_norm.to(sums).view(1))).tolist()
         self.update.refuse_non_finite(self.step, norm, proposed)
         self.stop_status = INTERRUPTED if interrupted else REQUEUE if requeue else 0
         return loss, norm
@@ -391,6 +393,7 @@ class Trainer:
             resumes = "the same command goes on" if self.config.checkpoint.enable else "checkpoint.enable is not set"
             logger.warning("stopped after step %d of %d; %s", self.step, self.total_steps, resumes)
         elif self.config.export.enable:
+            self.update.settle()
             export = export_peft if self.config.export.format == "peft" else export_hf
             export(self.model, self.dims, self.config)
         if failure:

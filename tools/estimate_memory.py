@@ -20,7 +20,7 @@ from titan_hd.components.memory import GB
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
-from titan_hd.fitting import estimate_run, too_little
+from titan_hd.fitting import estimate_run, gathering, too_little
 from titan_hd.preflight import RunPlan, plan_run
 
 # Of the GiB that a card is sold with, what cudaMemGetInfo shows as free before a process takes some.
@@ -73,6 +73,9 @@ def main() -> None:
         plan = plan_of(argv, args.gpus)
         print(estimate_run(plan, "cuda").table())
         if available is not None:
+            gathers = gathering(plan, "cuda", available)
+            if gathers:
+                print(gathers)
             fits = f"fits on {args.gpus} x {args.card:g} GiB ({available / GB:.1f} GB usable)"
             print(too_little(plan, "cuda", available) or fits)
     except UserError as error:

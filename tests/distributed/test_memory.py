@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from tests.kit import runs
 from titan_hd import fitting
 from titan_hd.adapters.methods import METHODS
+from titan_hd.components.memory import CONTEXT_BYTES
 from titan_hd.config import manager
 from titan_hd.preflight import plan_run
 
@@ -110,6 +111,13 @@ def test_bfloat16_masters_and_another_optimizer(argv, workers):
     compare(argv(training__master_dtype="bfloat16", optimizer__name="SGD"), workers)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_passes_between_host_and_device(size: int, argv, workers):
+    """On a CPU both lie in the same memory: what is copied comes on top."""
+    offload = {"training__enable_cpu_offload": "true", "hdpissa__offload_moments": "true"}
+    compare(argv(adapter__rank=16, **offload), workers, size)
+
+
 class TestRemedy:
     """On the estimate alone."""
 
@@ -132,9 +140,47 @@ class TestRemedy:
         plan = self.plan(argv)
         smallest = plan
         while changes := list(fitting._changes(smallest)):
-            smallest = changes[0][1]
+            smallest = fitting._with(smallest, changes[:1])
         available = fitting.estimate_run(smallest, "cpu").total
         assert "training.local_batch_size = 1 and activation_checkpoint.mode = full" in fitting.remedy(
             plan, "cpu", available
         )
         assert fitting.remedy(plan, "cpu", available // 100).startswith("no smaller setting")
+
+    @pytest.mark.parametrize("part", [0.9, 0.8, 0.7, 0.5, 0.3])
+    def test_none_of_several_may_be_left_out(self, part: float, argv):
+        """However much is to be saved: all of the changes fit, and all but one do not."""
+        plan = self.plan(argv, adapter__rank=16)
+        available = int(part * fitting.estimate_run(plan, "cuda").allocated) + CONTEXT_BYTES
+
+        def fits(changes) -> bool:
+            return fitting.estimate_run(fitting._with(plan, changes), "cuda").total <= available
+
+        taken = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fitting, "_words", lambda change: taken.append(change) or change[0])
+            together = fitting._together(plan, fits)
+        assert together == [" and ".join(key for key, _ in taken)] if taken else not together
+        assert fits(taken) or not taken
+        assert not any(fits([other for other in taken if other != change]) for change in taken)
+
+    def test_what_is_offloaded_takes_nothing_of_a_gpu(self, argv):
+        plan = self.plan(argv)
+        before = fitting.estimate_run(plan, "cuda").held
+        moments = fitting._with(plan, [("hdpissa.offload_moments", True)])
+        held = fitting.estimate_run(moments, "cuda").held
+        assert {key for key in held if held[key] != before[key]} == {"optimizer's moments"}
+        assert held["optimizer's moments"] == 0
+        assert fitting.estimate_run(moments, "cpu").held == fitting.estimate_run(plan, "cpu").held
+        held = fitting.estimate_run(fitting._with(plan, [("training.enable_cpu_offload", True)]), "cuda").held
+        assert {key for key in held if held[key] != before[key]} == {"weights"}
+        assert held["weights"] == 0
+
+    def test_what_the_gathers_will_come_to(self, argv):
+        always = self.plan(argv)
+        assert fitting.gathering(always, "cuda", 10**12) is None
+        plan = fitting._with(always, [("parallelism.fsdp_reshard_after_forward", "default")])
+        assert fitting.gathering(plan, "cuda", 10**12).startswith("memory: W will stay gathered over the micro-batches")
+        assert fitting.gathering(plan, "cuda", 10**9).startswith("memory: W will be gathered for every micro-batch")
+        one = fitting._with(plan, [("training.local_batch_size", 4)])
+        assert fitting.gathering(one, "cuda", 10**12) is None

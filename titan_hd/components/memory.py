@@ -18,6 +18,7 @@ from torch import nn
 
 from titan_hd.adapters.adapter_linear import AdapterLinear
 from titan_hd.adapters.methods import build_method
+from titan_hd.components.host_moments import PART_ELEMENTS
 from titan_hd.components.live_bytes import block_memory, head_memory
 from titan_hd.components.optimizer import optimizer_class
 from titan_hd.config.job_config import JobConfig
@@ -52,6 +53,16 @@ class Sizes:
     def compute(self) -> torch.dtype:
         """dtype of the gathered weights and the activations."""
         return getattr(torch, self.config.training.mixed_precision_param)
+
+    @property
+    def shards_on_host(self) -> bool:
+        """The shards of the weights take none of the device's memory, nor do gradients and moments of trained ones."""
+        return self.config.training.enable_cpu_offload and self.device_type == "cuda"
+
+    @property
+    def moments_on_host(self) -> bool:
+        """So do the moments of a method that folds."""
+        return self.config.hdpissa.offload_moments and self.device_type == "cuda"
 
     @property
     def master(self) -> torch.dtype:
@@ -184,21 +195,23 @@ def fsdp_group_sizes(model: Decoder, shards: int) -> Iterator[Group]:
 def _held(sizes: Sizes, model: Decoder, groups: list[Group]) -> dict[str, int]:
     base, trained = sum(g.base for g in groups), sum(g.trained for g in groups)
     beside = any(isinstance(layer, AdapterLinear) for layer in model.modules())
-    held = {"weights": sizes.master.itemsize * base}
-    held["adapters beside W" if beside else "trained weights (fp32)"] = 4 * trained
+    here = not sizes.shards_on_host
+    held = {"weights": here * sizes.master.itemsize * base}
+    held["adapters beside W" if beside else "trained weights (fp32)"] = here * 4 * trained
     cache, factors = 0, 0
     copied = sizes.compute != torch.float32 and sizes.config.hdpissa.mute_scalar == 0.0
     if sizes.updates is not None:
         topology = sizes.updates.topology
         factors = 4 * topology.hosted * topology.rank * sum(sum(w.shape) for w in sizes.updates.weights)
         cache = sum(_cached(w.cache_bytes, w.shape, sizes.updates) for w in sizes.updates.weights if w.cached)
-    learned = factors or 4 * trained
+    learned = factors or here * 4 * trained
+    moments = 0 if factors and sizes.moments_on_host else learned
     return held | {
         "fixed factors A, B": factors,
         "their copies in the compute dtype": factors * sizes.compute.itemsize // 4 if copied else 0,
         "deltas dA, dB": factors,
         "gradients": learned,
-        "optimizer's moments": state_tensors(sizes.config.optimizer.name) * learned,
+        "optimizer's moments": state_tensors(sizes.config.optimizer.name) * moments,
         "cache of all workers' factors": cache,
     }
 
@@ -245,11 +258,17 @@ def _phases(sizes: Sizes, model: Decoder, local: DecoderConfig, groups: list[Gro
     gathered_head, root = head_and_root
     kept = {"activations": layers * block.kept, "gathered root": root}  # the root's group stays for the whole step
     weights = {"gathered block": gathered, "next block on its way": incoming}
+    arriving = {"shards from the host": 0}
+    if sizes.shards_on_host:  # before they are cast and gathered
+        weights["shards from the host"] = max(sizes.master.itemsize * g.base + 4 * g.trained for g in blocks)
+        of_head = (g for g in groups if g.kind in ("head", "root"))
+        arriving["shards from the host"] = max(sizes.master.itemsize * g.base + 4 * g.trained for g in of_head)
     if c.parallelism.fsdp_reshard_after_forward == "never":
         kept = {"activations": layers * block.kept, "gathered weights": element * sum(g.whole for g in groups)}
         weights, gathered_head = {}, 0
     phases = {
         "forward": {**kept, **weights, "block at work": block.forward},
+        "head": {**kept, "gathered head": gathered_head, **arriving},
         "loss": {**kept, "gathered head": gathered_head, "loss and its gradient": head.peak},
         "backward": {**kept, **weights, "block at work": block.backward},
         "optimizer": {"its temporaries": _optimizer_temporaries(sizes, groups)},
@@ -260,19 +279,24 @@ def _phases(sizes: Sizes, model: Decoder, local: DecoderConfig, groups: list[Gro
         phases["reduction"] = {**below, **weights, "gradients of a block": reduced}
     if sizes.updates is not None:
         phases["fold"] = {"buckets on their way": fold_bytes(sizes.updates, c.hdpissa.exchange_in_flight)}
+        if c.training.enable_cpu_offload:
+            rows = (shard_elements(torch.empty(w.shape, device="meta"), sizes.mesh[1]) for w in sizes.updates.weights)
+            phases["fold"]["a weight's rows from the host"] = sizes.master.itemsize * max(rows)
     return phases
 
 
 def _optimizer_temporaries(sizes: Sizes, groups: list[Group]) -> int:
     """The foreach implementation of Adam makes one list as large as all parameters; the fused one, of flat tensors on
-    GPUs, makes nothing."""
+    GPUs, makes nothing. Moments on the host: those of a part, and what the optimizer needs for it."""
     name = sizes.config.optimizer.name
-    if sizes.updates is not None:
-        if sizes.device_type == "cuda" and "fused" in inspect.signature(optimizer_class(name)).parameters:
-            return 0
-        topology = sizes.updates.topology
-        return 4 * topology.hosted * topology.rank * sum(sum(w.shape) for w in sizes.updates.weights)
-    return 4 * sum(g.trained for g in groups)
+    if sizes.updates is None:
+        return 0 if sizes.shards_on_host else 4 * sum(g.trained for g in groups)
+    fused = sizes.device_type == "cuda" and "fused" in inspect.signature(optimizer_class(name)).parameters
+    topology = sizes.updates.topology
+    elements = topology.hosted * topology.rank * sum(sum(w.shape) for w in sizes.updates.weights)
+    if not sizes.config.hdpissa.offload_moments:
+        return 0 if fused else 4 * elements
+    return 4 * min(elements, PART_ELEMENTS) * (state_tensors(name) + (not fused))
 
 
 def received_bytes(sizes: Sizes, micro_batches: int, kept: bool = False) -> tuple[int, int]:
