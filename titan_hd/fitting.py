@@ -33,7 +33,7 @@ def traffic_gb(plan: RunPlan, micro_batches: int, kept: bool) -> dict[str, float
 
 def _sizes(plan: RunPlan, device_type: str) -> Sizes:
     updates = update_plan(plan.config, plan) if plan.method.folds else None
-    return Sizes(plan.config, plan.decoder, plan.mesh, updates, device_type)
+    return Sizes(plan.config, plan.decoder, plan.mesh, updates, device_type, plan.untouched)
 
 
 def device_memory(device: torch.device) -> int:

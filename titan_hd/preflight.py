@@ -17,7 +17,7 @@ from titan_hd.adapters.method import Method
 from titan_hd.adapters.methods import build_method, method_errors, method_of
 from titan_hd.checkpoint.folder import CheckpointFolder, read_train_state
 from titan_hd.checkpoint.resume_check import allow_mismatch_errors
-from titan_hd.components.dtypes import dtype_warnings, resolve_dtypes
+from titan_hd.components.dtypes import dtype_warnings, resolve_dtypes, untouched_dtype
 from titan_hd.components.optimizer import optimizer_class
 from titan_hd.components.update import fold_plan
 from titan_hd.config.job_config import JobConfig
@@ -39,7 +39,8 @@ T = TypeVar("T")
 class RunPlan:
     """What the configuration comes to for a number of workers: every default resolved.
 
-    config: with the dtypes and checkpoint.base that "auto" stands for. warnings: lines for the log.
+    config: with the dtypes and checkpoint.base that "auto" stands for. warnings: lines for the log. untouched: dtype of
+    the shards of what the method leaves as the files have it.
     """
 
     config: JobConfig
@@ -50,6 +51,7 @@ class RunPlan:
     method: Method
     global_batch_size: int
     warnings: tuple[str, ...] = ()
+    untouched: torch.dtype = torch.float32
 
     @property
     def num_adapters(self) -> int:
@@ -85,7 +87,8 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True, devic
     shard = attempt(resolve_shard_degree, replicate, parallelism.data_parallel_shard_degree, tp, world_size)
     workers = max(1, world_size // tp)
     decoder = attempt(decoder_config, config)
-    config = resolve_dtypes(config, device_type, files_dtype(config, decoder), _saved_state(config))
+    given, files = config, files_dtype(config, decoder)
+    config = resolve_dtypes(config, device_type, files, _saved_state(config))
     attempt(optimizer_class, config.optimizer.name)
     if needs_files:
         attempt(check_data, config.data)
@@ -114,7 +117,17 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True, devic
         raise ConfigError(errors)
     assert decoder is not None
     assert shard is not None
-    return RunPlan(config, decoder, replicate, shard, tp, method, global_batch, tuple(warnings))
+    return RunPlan(
+        config,
+        decoder,
+        replicate,
+        shard,
+        tp,
+        method,
+        global_batch,
+        tuple(warnings),
+        untouched_dtype(given, config, files),
+    )
 
 
 def update_plan(config: JobConfig, plan: RunPlan) -> UpdatePlan:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from titan_hd import __version__
+from titan_hd.adapters.adapter_linear import untouched_parameters
 from titan_hd.adapters.methods import ignored_keys
 from titan_hd.checkpoint.checkpointer import Checkpointer
 from titan_hd.checkpoint.resume_check import check_resumable, run_identity, weights_fingerprint
@@ -129,6 +130,8 @@ class Trainer:
         with torch.device("meta"):
             self.model = Decoder(self.plan.decoder).to(getattr(torch, c.training.master_dtype))
         trained = method.apply(self.model, c.adapter.target_modules)
+        for parameter in untouched_parameters(self.model):
+            parameter.data = parameter.data.to(self.plan.untouched)
         if self.plan.tp > 1:
             p, mesh = c.parallelism, self.dims.world["tp"]
             apply_tensor_parallel(self.model, mesh, p.sequence_parallel, p.loss_parallel)

@@ -23,6 +23,7 @@ TINY = {
     "loss": "--tokens 32 --hidden 16 --vocabulary 50 --repetitions 1",
     "checkpointing": "--layers 2 --repetitions 1",
     "host": "--repetitions 1",
+    "adapter_shards": "--layers 2 --hidden 16 --rank 2 --micro-batches 2 --repetitions 1",
     "svd": "--sizes 48x32 --count 8 --threads 1 --repetitions 1",
 }
 

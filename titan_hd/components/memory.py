@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from titan_hd.adapters.adapter_linear import AdapterLinear
+from titan_hd.adapters.adapter_linear import AdapterLinear, untouched_parameters
 from titan_hd.adapters.methods import build_method
 from titan_hd.components.host_moments import PART_ELEMENTS
 from titan_hd.components.live_bytes import block_memory, head_memory
@@ -41,13 +41,15 @@ PROCESS_BYTES = 400_000_000  # of Python and torch on a CPU
 @dataclass(frozen=True)
 class Sizes:
     """What the estimate depends on. mesh: degrees of replicas, shards, tensor parallelism; updates: how the update of
-    every weight travels, for a method that folds. The configuration's dtypes are resolved."""
+    every weight travels, for a method that folds; untouched: dtype of the shards of what a method leaves alone. The
+    configuration's dtypes are resolved."""
 
     config: JobConfig
     decoder: DecoderConfig
     mesh: tuple[int, int, int]
     updates: UpdatePlan | None
     device_type: str = "cuda"
+    untouched: torch.dtype = torch.float32
 
     @property
     def compute(self) -> torch.dtype:
@@ -66,8 +68,13 @@ class Sizes:
 
     @property
     def master(self) -> torch.dtype:
-        """dtype of the shards of W that the optimizer does not work on."""
+        """dtype of the shards of W that the optimizer does not work on, and that are not left as they are."""
         return getattr(torch, self.config.training.master_dtype)
+
+    def shard_bytes(self, group: Group) -> int:
+        """Of the shards of a group on one worker."""
+        changed = group.base - group.untouched
+        return self.master.itemsize * changed + self.untouched.itemsize * group.untouched + 4 * group.trained
 
 
 @dataclass(frozen=True)
@@ -117,15 +124,19 @@ def estimate_memory(sizes: Sizes) -> Estimate:
 
 @dataclass(frozen=True)
 class Group:
-    """One FSDP2 group. base, trained: elements of a (padded) shard of what stays as it is, and of what the optimizer
-    trains; whole: elements as gathered; whole_trained: those of them that get a gradient; kind: block, embedding, head,
-    root."""
+    """One FSDP2 group.
+
+    kind: block, embedding, head, root. base, trained: elements of a (padded) shard of what the optimizer does not work
+    on, and of what it trains; untouched: those of base that nothing changes. whole: elements as gathered;
+    whole_trained: those of them that get a gradient.
+    """
 
     kind: str
     base: int
     trained: int
     whole: int
     whole_trained: int
+    untouched: int = 0
 
     @property
     def shard(self) -> int:
@@ -166,6 +177,7 @@ def _meta_model(sizes: Sizes) -> tuple[Decoder, DecoderConfig]:
 def fsdp_group_sizes(model: Decoder, shards: int) -> Iterator[Group]:
     """Of a model on the meta device that is not sharded yet."""
     seen: set[nn.Parameter] = set()
+    left_alone = set(untouched_parameters(model))
     for modules, _ in fsdp_groups(model):
         mine = {p for module in modules for p in module.parameters()} - seen
         seen |= mine
@@ -185,6 +197,7 @@ def fsdp_group_sizes(model: Decoder, shards: int) -> Iterator[Group]:
             sum(shard_elements(p, shards) for p in trained),
             sum(p.numel() for p in mine),
             sum(p.numel() for p in trained),
+            sum(shard_elements(p, shards) for p in mine & left_alone),
         )
 
 
@@ -193,10 +206,10 @@ def fsdp_group_sizes(model: Decoder, shards: int) -> Iterator[Group]:
 
 
 def _held(sizes: Sizes, model: Decoder, groups: list[Group]) -> dict[str, int]:
-    base, trained = sum(g.base for g in groups), sum(g.trained for g in groups)
+    trained = sum(g.trained for g in groups)
     beside = any(isinstance(layer, AdapterLinear) for layer in model.modules())
     here = not sizes.shards_on_host
-    held = {"weights": here * sizes.master.itemsize * base}
+    held = {"weights": here * (sum(map(sizes.shard_bytes, groups)) - 4 * trained)}
     held["adapters beside W" if beside else "trained weights (fp32)"] = here * 4 * trained
     cache, factors = 0, 0
     copied = sizes.compute != torch.float32 and sizes.config.hdpissa.mute_scalar == 0.0
@@ -260,9 +273,9 @@ def _phases(sizes: Sizes, model: Decoder, local: DecoderConfig, groups: list[Gro
     weights = {"gathered block": gathered, "next block on its way": incoming}
     arriving = {"shards from the host": 0}
     if sizes.shards_on_host:  # before they are cast and gathered
-        weights["shards from the host"] = max(sizes.master.itemsize * g.base + 4 * g.trained for g in blocks)
+        weights["shards from the host"] = max(map(sizes.shard_bytes, blocks))
         of_head = (g for g in groups if g.kind in ("head", "root"))
-        arriving["shards from the host"] = max(sizes.master.itemsize * g.base + 4 * g.trained for g in of_head)
+        arriving["shards from the host"] = max(map(sizes.shard_bytes, of_head))
     if c.parallelism.fsdp_reshard_after_forward == "never":
         kept = {"activations": layers * block.kept, "gathered weights": element * sum(g.whole for g in groups)}
         weights, gathered_head = {}, 0

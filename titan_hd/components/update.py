@@ -169,7 +169,8 @@ class Update:
         return set()
 
     def _zero_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.trainable:
+            parameter.grad = None
 
 
 class OptimizerUpdate(Update):
@@ -287,8 +288,9 @@ class FoldUpdate(Update):
         if key in state:  # another layer came first
             return
         if stored.size == parameter.shape:
-            offloaded = isinstance(self.optimizer, HostMoments)
-            state[key] = self.optimizer.allocate(dtype) if offloaded else torch.zeros_like(deltas, dtype=dtype)
+            optimizer = self.optimizer
+            on_host = isinstance(optimizer, HostMoments)
+            state[key] = optimizer.allocate(dtype) if on_host else torch.zeros_like(deltas, dtype=dtype)
         else:  # a number; the fused implementations want it on the device
             fused = self.optimizer.param_groups[0].get("fused")
             state[key] = torch.zeros(stored.size, dtype=dtype, device=deltas.device if fused else None)
