@@ -64,9 +64,15 @@ class RunPlan:
         return self.dp_replicate, self.dp_shard, self.tp
 
 
-def plan_run(config: JobConfig, world_size: int, needs_files: bool = True, device_type: str | None = None) -> RunPlan:
+def plan_run(
+    config: JobConfig,
+    world_size: int,
+    needs_files: bool = True,
+    device_type: str | None = None,
+    unseen_files: torch.dtype | None = None,
+) -> RunPlan:
     """Resolve a configuration for `world_size` workers; needs_files: the data must be there; device_type: "cuda" or
-    "cpu", by default what this machine has.
+    "cpu", by default what this machine has; unseen_files: the dtype to assume of a model's files that are not there.
 
     Raises:
         ConfigError: one line for every fault that needs the model's shapes, the files or the number of workers.
@@ -87,7 +93,7 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True, devic
     shard = attempt(resolve_shard_degree, replicate, parallelism.data_parallel_shard_degree, tp, world_size)
     workers = max(1, world_size // tp)
     decoder = attempt(decoder_config, config)
-    given, files = config, files_dtype(config, decoder)
+    given, files = config, files_dtype(config, decoder) or unseen_files
     config = resolve_dtypes(config, device_type, files, _saved_state(config))
     attempt(optimizer_class, config.optimizer.name)
     if needs_files:

@@ -146,7 +146,8 @@ class Training:
     stochastically, because an update of relative size 1e-5 would vanish; methods with adapters beside a frozen W keep
     those in float32; full needs float32. auto: bfloat16 where W is frozen as its files have it
     (not for pissa and OLoRA), the files are bfloat16 and so is training.mixed_precision_param: nothing is lost. Else
-    float32. A run that resumes keeps its checkpoint's."""
+    float32, but for those weights that the method leaves alone (embedding, head, norms). A run that resumes keeps its
+    checkpoint's."""
     enable_cpu_offload: bool = False
     """Hold the shards of the weights in the host's memory, with the gradients and the optimizer's state of those that
     are trained by themselves (all methods but hdpissa). They pass over the bus for every gather, and the fold takes one
