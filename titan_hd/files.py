@@ -86,3 +86,11 @@ def shown(name: str) -> str:
     """A name out of a file as part of one line of reasonable length."""
     text = name if name.isprintable() else repr(name)
     return text if len(text) <= 200 else text[:200] + "..."
+
+
+def shown_size(count: float) -> str:
+    """Bytes in a unit in which they are not 0.00: "1.23 GB", "45.60 kB", "7 bytes"."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} bytes"

@@ -129,7 +129,7 @@ def _changes(plan: RunPlan) -> Iterator[Change]:
         yield "hdpissa.offload_moments", True
     if c.training.mixed_precision_param != "bfloat16":
         yield "training.mixed_precision_param", "bfloat16"
-    if c.training.master_dtype != "bfloat16" and method_of(c).bf16_master:
+    if c.training.master_dtype == "float32" and "bfloat16" in method_of(c).master_dtypes:
         yield "training.master_dtype", "bfloat16"
     if not c.training.enable_cpu_offload:
         yield "training.enable_cpu_offload", True

@@ -6,8 +6,10 @@ something else, on another node with other files.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,10 +29,11 @@ from titan_hd.distributed.parallel_dims import placement_error, resolve_shard_de
 from titan_hd.distributed.tp.tensor_parallel import LINEAR_PATHS, local_shape, tensor_parallel_errors
 from titan_hd.distributed.update.plan import UpdatePlan
 from titan_hd.errors import UserError
-from titan_hd.export.hf import check_folder, export_folder
+from titan_hd.export.hf import check_assets, check_folder, check_place, export_folder
+from titan_hd.files import shown_size
 from titan_hd.models.decoder import parameter_shapes
-from titan_hd.models.hf_files import open_model_weights
-from titan_hd.models.registry import DecoderConfig, flavor_config, read_hf_config
+from titan_hd.models.hf_files import open_model_weights, read_model_config
+from titan_hd.models.registry import DecoderConfig, flavor_config
 
 T = TypeVar("T")
 
@@ -96,10 +99,11 @@ def plan_run(
     given, files = config, files_dtype(config, decoder) or unseen_files
     config = resolve_dtypes(config, device_type, files, _saved_state(config))
     attempt(optimizer_class, config.optimizer.name)
+    errors += _package_errors(config)
     if needs_files:
         attempt(check_data, config.data)
     if config.export.enable and needs_files:
-        attempt(check_folder, export_folder(config), config.model.hf_assets_path)
+        attempt(_check_export, config)
     errors += allow_mismatch_errors(config.checkpoint.allow_mismatch)
     method = build_method(config, method_of(config).adapters_for(config, workers))
     num_adapters = method.num_adapters
@@ -114,6 +118,9 @@ def plan_run(
     if error:
         errors.append(error)
     if decoder is not None:
+        warnings += _length_warnings(config, decoder)
+        if config.export.enable and needs_files:
+            warnings += _space_warnings(config, decoder)
         sizes = {name: getattr(decoder, name) for name in ("num_key_value_heads", "intermediate_size")}
         if parallelism.loss_parallel:
             sizes["vocab_size"] = decoder.vocab_size
@@ -164,6 +171,70 @@ def _check_start(config: JobConfig, decoder: DecoderConfig, method: Method) -> N
     open_model_weights(config.model.hf_assets_path, decoder)
 
 
+def _check_export(config: JobConfig) -> None:
+    """What would keep the export from being written, or would make it delete something, when the training is done."""
+    folder, assets = export_folder(config), config.model.hf_assets_path
+    check_folder(folder, assets)
+    check_place(folder, _other_paths(config))
+    if config.export.format == "hf":
+        check_assets(assets)
+
+
+def _other_paths(config: JobConfig) -> dict[str, Path]:
+    """What a run reads and writes beside its export, by the key or the file that stands for it."""
+    c, dump = config, Path(config.job.dump_folder)
+    paths = {name: dump / name for name in ("metrics.jsonl", "svd.jsonl", "environment.jsonl", "tb", "wandb")}
+    paths["job.dump_folder"] = dump
+    if c.checkpoint.enable:
+        paths["checkpoint.folder"] = dump / c.checkpoint.folder
+    if c.profiling.enable_profiling:
+        paths["profiling.save_traces_folder"] = dump / c.profiling.save_traces_folder
+    given = {"adapter.svd_cache": c.adapter.svd_cache, "data.cache_dir": c.data.cache_dir}
+    if not c.model.flavor:
+        given["model.hf_assets_path"] = c.model.hf_assets_path
+    for key, value in (("data.train", c.data.train), ("data.validation", c.data.validation)):
+        sources = value if isinstance(value, list) else [value]
+        for place, source in enumerate(sources):
+            given[f"{key}[{place}]" if value is sources else key] = source if isinstance(source, str) else source.path
+    return paths | {key: Path(path) for key, path in given.items() if path not in ("", "auto")}
+
+
+def _package_errors(config: JobConfig) -> list[str]:
+    """Trackers whose package is not installed."""
+    keys = {
+        "metrics.enable_tensorboard": ("tensorboard", config.metrics.enable_tensorboard),
+        "metrics.enable_wandb": ("wandb", config.metrics.enable_wandb),
+    }
+    return [
+        f"{key}: needs the package {package}: pip install {package}"
+        for key, (package, enabled) in keys.items()
+        if enabled and find_spec(package) is None
+    ]
+
+
+def _length_warnings(config: JobConfig, decoder: DecoderConfig) -> list[str]:
+    """Positions that the model has never seen; transformers warns too, and vLLM refuses them."""
+    length, most = config.training.seq_len, decoder.max_position_embeddings
+    if length <= most:
+        return []
+    line = f"training.seq_len: {length} is beyond the model's max_position_embeddings, {most}"
+    return [f"{line}: longer records train at positions that it may not know; {most} cuts them there"]
+
+
+def _space_warnings(config: JobConfig, decoder: DecoderConfig) -> list[str]:
+    """A disk that has no room for the export now; it may have when the training is done."""
+    if config.export.format != "hf":
+        return []
+    folder = export_folder(config).absolute()
+    disk = next((path for path in folder.parents if path.is_dir()), Path("/"))
+    needed = sum(shape.numel() for shape in parameter_shapes(decoder).values())
+    needed *= getattr(torch, config.export.dtype).itemsize
+    free = shutil.disk_usage(disk).free
+    if needed <= free:
+        return []
+    return [f"export.folder: {folder}: the weights will need {shown_size(needed)}, {shown_size(free)} are free"]
+
+
 def files_dtype(config: JobConfig, decoder: DecoderConfig | None) -> torch.dtype | None:
     """The one dtype of all weights of the base model; where its files are not there, what its config.json says. None:
     several, or not to be known."""
@@ -173,7 +244,7 @@ def files_dtype(config: JobConfig, decoder: DecoderConfig | None) -> torch.dtype
         files = open_model_weights(config.model.hf_assets_path, decoder)
     except UserError:  # `_check_start` reports it
         said = decoder.hf.get("dtype", decoder.hf.get("torch_dtype"))
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(str(said))
+        return {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32")}.get(str(said))
     dtypes = {files.dtype(name) for name in parameter_shapes(decoder)}
     return dtypes.pop() if len(dtypes) == 1 else None
 
@@ -191,10 +262,10 @@ def _saved_state(config: JobConfig) -> dict[str, Any] | None:
 
 
 def decoder_config(config: JobConfig) -> DecoderConfig:
-    """The model's sizes: of the flavor if one is named, else from config.json. UserError names the key or the file."""
+    """The model's sizes: of the flavor if one is named, else of the directory. UserError names the key or the file."""
     if config.model.flavor:
         return flavor_config(config.model.name, config.model.flavor)
-    return read_hf_config(config.model.hf_assets_path, config.model.name)
+    return read_model_config(config.model.hf_assets_path, config.model.name)
 
 
 def _target_errors(config: JobConfig, decoder: DecoderConfig, method: Method) -> list[str]:

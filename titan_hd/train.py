@@ -5,6 +5,7 @@ torchrun --nproc_per_node N -m titan_hd.train --config FILE [--section.key value
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import logging
@@ -129,7 +130,7 @@ class Trainer:
         c, method = self.config, self.plan.method
         with torch.device("meta"):
             self.model = Decoder(self.plan.decoder).to(getattr(torch, c.training.master_dtype))
-        trained = method.apply(self.model, c.adapter.target_modules)
+        self.trained_layers = method.apply(self.model, c.adapter.target_modules)
         for parameter in untouched_parameters(self.model):
             parameter.data = parameter.data.to(self.plan.untouched)
         if self.plan.tp > 1:
@@ -160,7 +161,7 @@ class Trainer:
         self.update.build_optimizer(self.device)
         total = sum(p.numel() for p in self.model.parameters())
         count = sum(p.numel() for p in self.update.trainable)
-        logger.info("%d parameters, %d trainable, in %d layers", total, count, len(trained))
+        logger.info("%d parameters, %d trainable, in %d layers", total, count, len(self.trained_layers))
 
     def _build_data(self) -> None:
         c, seq_len = self.config, self.config.training.seq_len
@@ -169,6 +170,7 @@ class Trainer:
         order_settings = OrderSettings(c.data.shuffle, c.training.seed, pack_to=seq_len if c.data.pack else None)
         with raise_on_all("reading the data"):
             dataset = builder.training()
+            self.answering = builder.answering()
             validation = builder.validation() if c.validation.enable else None
             if validation is not None and c.validation.exact_match_samples and not validation.answerable:
                 raise UserError("validation.exact_match_samples: needs records with a prompt and a response")
@@ -244,7 +246,15 @@ class Trainer:
             logger.info("random weights: model.flavor is set")
             init_weights(self.model, self.dims, c.training.seed)
         else:
-            load_weights(self.model, self.dims, c.model.hf_assets_path, c.metrics.progress_bar)
+            loaded = load_weights(self.model, self.dims, c.model.hf_assets_path, c.metrics.progress_bar)
+            self._warn_of_zeros(loaded.zeros)
+
+    def _warn_of_zeros(self, weights: list[str]) -> None:
+        """Of weights of zeros that the method can never move; what an SVD shows `write_svd_report` tells."""
+        still = [name for name in weights if name.removesuffix(".weight") in self.trained_layers]
+        if still and self.plan.method.scales_weight:
+            method = self.plan.method.name
+            logger.warning("adapter.method: %s can never move weights that are zero: %s", method, ", ".join(still))
 
     def _set_first_values(self) -> None:
         """First values of what is trained, with a report of every SVD in svd.jsonl."""
@@ -398,7 +408,7 @@ class Trainer:
         elif self.config.export.enable:
             self.update.settle()
             export = export_peft if self.config.export.format == "peft" else export_hf
-            export(self.model, self.dims, self.config)
+            export(self.model, self.dims, self.config, self.answering)
         if failure:
             raise UserError(failure)
         return self.stop_status if stopped else 0
@@ -441,6 +451,7 @@ class Trainer:
             "base": base,
             "wandb_id": self.metrics.wandb_id or self.wandb_id,
             "identity": self.identity,
+            "answering": dataclasses.asdict(self.answering),
             "config": manager.to_toml(self.config),
         }
         self.metrics.sync()

@@ -30,8 +30,9 @@ from titan_hd.checkpoint.folder import STATE_FILE, read_train_state
 from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.checkpoint.weights import CheckpointWeights
 from titan_hd.config import manager
+from titan_hd.data.build import Answering
 from titan_hd.errors import UserError
-from titan_hd.export.hf import beside, check_folder, publish, start_folder, write_assets
+from titan_hd.export.hf import beside, check_assets, check_folder, publish, start_folder, write_assets
 from titan_hd.export.model_card import model_card
 from titan_hd.files import disk_faults
 from titan_hd.models.decoder import parameter_shapes
@@ -40,11 +41,11 @@ from titan_hd.models.hf_files import (
     check_space,
     open_model_weights,
     plan_files,
+    read_model_config,
     sync_files,
     write_headers,
     write_rows,
 )
-from titan_hd.models.registry import read_hf_config
 
 
 def dcp_to_hf(checkpoint: Path, folder: Path, assets: str, dtype: torch.dtype | None, max_file_bytes: float) -> None:
@@ -55,7 +56,8 @@ def dcp_to_hf(checkpoint: Path, folder: Path, assets: str, dtype: torch.dtype | 
     """
     state = read_train_state(checkpoint) if (checkpoint / STATE_FILE).is_file() else {}  # {}: no run wrote it
     check_folder(folder, assets)
-    config = read_hf_config(assets)
+    check_assets(assets)
+    config = read_model_config(assets)
     weights = CheckpointWeights(CheckpointReader(checkpoint), state, config, assets)
     shapes, stored = weights.shapes, _one_dtype(checkpoint, weights.dtypes)
     dtype, settings = dtype or stored, state.get("settings", {})
@@ -64,7 +66,7 @@ def dcp_to_hf(checkpoint: Path, folder: Path, assets: str, dtype: torch.dtype | 
     partial = beside(folder)
     with disk_faults(partial):
         start_folder(partial)
-        write_assets(partial, config.hf, dtype, assets, card)
+        write_assets(partial, config.hf, dtype, assets, card, Answering(**state.get("answering", {})))
         slots, headers = plan_files(partial, shapes, dtype, max_file_bytes)
         check_space(partial, slots, shapes)
         write_headers(slots, headers)
@@ -89,7 +91,7 @@ def hf_to_dcp(assets: str, folder: Path, dtype: torch.dtype | None) -> None:
     """Write the weights as a checkpoint, beside and renamed. dtype None: that of each tensor's file."""
     if folder.exists():
         raise UserError(f"{folder}: is there already; remove it or name another folder")
-    config = read_hf_config(assets)
+    config = read_model_config(assets)
     files = open_model_weights(assets, config)
     tensors = {
         f"model.{name}": torch.empty(shape, dtype=dtype or files.dtype(name), device="meta")

@@ -42,7 +42,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 from titan_hd.config import manager
 from titan_hd.errors import UserError
-from titan_hd.files import disk_faults, shown
+from titan_hd.files import disk_faults, shown, shown_size
 from titan_hd.models.decoder import rope_frequencies
 from titan_hd.models.hf_files import sync_files
 from titan_hd.models.registry import parse_hf_config
@@ -276,7 +276,7 @@ def extract(archive: Path, member: str | None, path: Path) -> None:
             entry = files.getinfo(find_member(archive, files.namelist(), member))
             free = shutil.disk_usage(path.parent).free
             if entry.file_size > free:
-                sizes = f"{entry.file_size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+                sizes = f"{shown_size(entry.file_size)}, {shown_size(free)} are free"
                 raise UserError(f"{path.parent}: {shown(entry.filename)} of {archive} needs {sizes}")
             with files.open(entry) as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target, 2**20)

@@ -40,7 +40,8 @@ def precompute(config: JobConfig, share: int, shares: int) -> None:
     names = method.apply(model, a.target_modules)[share::shares]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # What the run decomposes is the master; one that is chosen automatically is exact.
-    master = torch.bfloat16 if config.training.master_dtype == "bfloat16" else torch.float32
+    said = config.training.master_dtype
+    master = torch.float32 if said == "auto" else getattr(torch, said)
     for name in tqdm(names, unit="weight"):
         rows = files.read_rows(f"{name}.weight", 0, shapes[f"{name}.weight"][0])
         weight = rows.to(device, master).float()

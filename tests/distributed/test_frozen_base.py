@@ -13,13 +13,16 @@ from tests.kit import runs
 from titan_hd.distributed.shards import base_parameters
 
 
+def rewrite(file: Path, dtype: torch.dtype) -> None:
+    save_file({name: weight.to(dtype) for name, weight in load_file(file).items()}, file)
+
+
 @pytest.fixture
 def argv(tmp_path: Path):
     """Options of a run of lora in bf16 on a model whose files are bf16."""
     runs.write_model(tmp_path / "model")
     runs.write_records(tmp_path / "records.jsonl")
-    file = tmp_path / "model" / "model.safetensors"
-    save_file({name: weight.bfloat16() for name, weight in load_file(file).items()}, file)
+    rewrite(tmp_path / "model" / "model.safetensors", torch.bfloat16)
 
     def options(dump: str, **overrides):
         values = {"adapter__method": "lora", "training__mixed_precision_param": "bfloat16"} | overrides
@@ -31,14 +34,18 @@ def argv(tmp_path: Path):
 OLD = {"training__master_dtype": "float32", "checkpoint__base": "full"}  # what the defaults were
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "hira"])
-def test_nothing_is_lost(method: str, argv, workers, tmp_path: Path):
+@pytest.mark.parametrize(("method", "dtype"), [("lora", "bfloat16"), ("dora", "bfloat16"), ("hira", "float16")])
+def test_nothing_is_lost(method: str, dtype: str, argv, workers, tmp_path: Path):
     """The weights are the files' either way: losses and merged weights are the same bit for bit."""
+    rewrite(tmp_path / "model" / "model.safetensors", getattr(torch, dtype))
     fp32 = workers.run(2, runs.train, argv("fp32", adapter__method=method, **OLD))[0]
-    bf16 = workers.run(2, runs.train, argv("bf16", adapter__method=method))[0]
-    assert bf16 == fp32
+    saved = {"checkpoint__enable": "true", "checkpoint__interval": 100}
+    half = workers.run(2, runs.train, argv("half", adapter__method=method, **saved))[0]
+    assert half == fp32
     want = runs.exported(tmp_path / "fp32")
-    assert all(torch.equal(weight, want[name]) for name, weight in runs.exported(tmp_path / "bf16").items())
+    assert all(torch.equal(weight, want[name]) for name, weight in runs.exported(tmp_path / "half").items())
+    state = json.loads((tmp_path / "half" / "checkpoint" / "step-4" / "train_state.json").read_text())
+    assert state["identity"]["training.master_dtype"] == dtype
 
 
 def test_checkpoints_hold_the_adapters_alone_and_older_ones_go_on(argv, workers, tmp_path: Path):

@@ -63,7 +63,7 @@ def load_and_write(
         model, dims = sharded_model(folder, mesh, master)
         for parameter in model.parameters():  # whatever is not read is seen
             parameter.detach().to_local().fill_(float("nan"))
-        read = load_weights(model, dims, str(folder))
+        read = load_weights(model, dims, str(folder)).bytes_read
         write_weights(model, dims, out, dtype, 10_000)
     finally:
         logger.removeHandler(handler)
@@ -186,6 +186,33 @@ def test_every_rank_says_all_faults_and_loads_nothing(workers, tmp_path):
             "model.safetensors: model.embed_tokens.weight: has dtype I32, must be one of F32, BF16, F16, F64",
             "model: model.norm.weight: is missing",
         ]
+
+
+def test_every_rank_names_the_weight_with_a_nan(workers, tmp_path):
+    """It lies in the rows of one rank alone."""
+    _, weights = runs.write_model(tmp_path / "model")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 3] = float("nan")
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    line = f"{tmp_path}/model/model.safetensors: {name}: holds a value that is NaN or infinite"
+    for lines, _ in workers.run(2, load_expecting_errors, tmp_path / "model"):
+        assert lines == [f"{line} (on rank 0, reading the weights)"]
+
+
+def zeros_of(folder: Path) -> list[str]:
+    from titan_hd.distributed.shards import load_weights
+
+    model, dims = sharded_model(folder, (1, 2, 1))
+    return load_weights(model, dims, str(folder)).zeros
+
+
+def test_a_weight_is_zero_if_it_is_on_every_rank(workers, tmp_path):
+    _, weights = runs.write_model(tmp_path / "model")
+    zero, half = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("down", "up"))
+    weights[zero].zero_()
+    weights[half][20:].zero_()
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    assert workers.run(2, zeros_of, tmp_path / "model") == [[zero], [zero]]
 
 
 def fail_on_rank(rank: int, folder: Path, out: Path) -> str:

@@ -132,7 +132,7 @@ class TestFaults:
         write_gguf(tmp_path / "model.gguf", "llama")
         path = self.pack(tmp_path, (tmp_path / "model.gguf").read_bytes())
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))
-        assert re.search(r"a.gguf of \S+ needs \S+ GB, 0.00 GB are free", refusal(path))
+        assert re.search(r"a.gguf of \S+ needs [\d.]+ kB, 1.00 kB are free", refusal(path))
 
     @pytest.mark.parametrize(("packed", "limit"), [(False, 1000), (False, 100_000), (True, 100_000)])
     def test_disk_that_fills_up(self, tmp_path: Path, refusal, packed: bool, limit: int):

@@ -13,14 +13,14 @@ from titan_hd.data.text.tokenizer import Tokenizer
 TEXT = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs", "1 + 2 = 3\n"] * 5
 
 
-def pieces_directory(folder: Path, **settings) -> Path:
-    """A byte-level BPE tokenizer.json, trained on TEXT, with GPT-2's pieces and two special tokens."""
+def pieces_directory(folder: Path, special: tuple[str, ...] = ("</s>", "<|im_end|>"), **settings) -> Path:
+    """A byte-level BPE tokenizer.json, trained on TEXT, with GPT-2's pieces and some special tokens."""
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["</s>", "<|im_end|>"], show_progress=False,
+        vocab_size=400, special_tokens=list(special), show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     tokenizer.train_from_iterator(TEXT, trainer)
@@ -29,6 +29,13 @@ def pieces_directory(folder: Path, **settings) -> Path:
     settings = {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast", **settings}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def llama3_directory(folder: Path) -> Path:
+    """As `pieces_directory`, with the tokens of a Llama 3 base model: no chat template, and an end of text alone."""
+    names = ("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id")
+    begin, end, *_ = special = tuple(f"<|{name}|>" for name in names)
+    return pieces_directory(folder, special, bos_token=begin, eos_token=end)
 
 
 def tiktoken_lines(tokens: list[bytes]) -> bytes:

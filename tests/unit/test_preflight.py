@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from safetensors.torch import save_file
 
 from tests.kit.runs import write_model
 from titan_hd.checkpoint.folder import STATE_FILE
@@ -185,3 +186,109 @@ def test_tensor_parallelism_splits_the_vocabulary_or_leaves_it_whole(config):
             "parallelism.loss_parallel = false keeps the vocabulary whole"
         )
         plan_run(config(*tp, "--parallelism.loss_parallel", "false"), 2)
+
+
+class TestWhatWouldBeLostAtTheEnd:
+    """Known before the first step, so said before it."""
+
+    def model(self, folder: Path) -> tuple[str, ...]:
+        write_model(folder)
+        (folder / "tokenizer.json").write_text("{}")
+        return (
+            "--model.hf_assets_path",
+            str(folder),
+            "--export.enable",
+            "--job.dump_folder",
+            str(folder.parent / "run"),
+        )
+
+    def test_files_that_an_export_does_not_copy(self, config, tmp_path: Path):
+        """A directory of links to a shared copy: weights may be links, what would be published may not."""
+        shared, mine = tmp_path / "shared", tmp_path / "mine"
+        model = self.model(shared)
+        (shared / "vocab.json").write_text("{}")
+        plan_run(config(model=model), 1)
+        mine.mkdir()
+        for path in shared.iterdir():
+            (mine / path.name).symlink_to(path)
+        (mine / "config.json").unlink()
+        (mine / "config.json").write_text((shared / "config.json").read_text())
+        linked = ("--model.hf_assets_path", str(mine), *model[2:])
+        lines = errors_of(config(model=linked), 1)
+        assert len(lines) == 2
+        for line, name in zip(sorted(lines), ("tokenizer.json", "vocab.json")):
+            assert line.startswith(f"{mine / name}: is a link out of the directory")
+        plan_run(config("--adapter.method", "lora", "--export.format", "peft", model=linked), 1)
+        plan_run(config(model=linked[:2]), 1)
+
+    @pytest.mark.parametrize(
+        ("argv", "says"),
+        [
+            (("--checkpoint.enable", "--checkpoint.folder=hf"), "is checkpoint.folder"),
+            (("--checkpoint.enable", "--checkpoint.folder=./x/../hf"), "is checkpoint.folder"),
+            (("--checkpoint.enable", "--checkpoint.folder=hf/checkpoint"), "checkpoint.folder lies in it"),
+            (("--checkpoint.enable", "--checkpoint.folder=hf.old"), "is checkpoint.folder with hf.old"),
+            (("--checkpoint.enable", "--checkpoint.folder=hf.partial"), "is checkpoint.folder with hf.partial"),
+            (("--profiling.enable_profiling", "--export.folder=profile_traces"), "is profiling.save_traces_folder"),
+            (("--export.folder=metrics.jsonl",), "is metrics.jsonl"),
+            (("--export.folder=tb",), "is tb"),
+            (("--adapter.svd_cache={run}/hf/svd",), "adapter.svd_cache lies in it"),
+            (("--data.cache_dir={run}/hf",), "is data.cache_dir"),
+        ],
+    )
+    def test_folders_that_the_export_would_replace(self, config, tmp_path: Path, argv: tuple[str, ...], says: str):
+        model = self.model(tmp_path / "model")
+        (line,) = errors_of(config(*(word.format(run=tmp_path / "run") for word in argv), model=model), 1)
+        assert line.startswith("export.folder: ")
+        assert says in line
+
+    def test_a_model_or_data_in_the_folder_of_an_earlier_export(self, config, tmp_path: Path):
+        """The folder is a model's, so an export may replace it, were it not for what lies in it."""
+        model = self.model(tmp_path / "run" / "hf" / "base")
+        (tmp_path / "run" / "hf" / "config.json").write_text("{}")
+        (tmp_path / "run" / "hf" / "data.jsonl").write_text((tmp_path / "train.jsonl").read_text())
+        argv = ("--data.train", str(tmp_path / "run" / "hf" / "data.jsonl"), "--job.dump_folder", str(tmp_path / "run"))
+        lines = errors_of(config(*argv, model=model[:3]), 1)
+        assert [line.split(", and ")[1].split()[0] for line in lines] == ["model.hf_assets_path", "data.train"]
+
+    def test_other_folders_are_fine(self, config, tmp_path: Path):
+        model = self.model(tmp_path / "model")
+        argv = ("--checkpoint.enable", "--profiling.enable_profiling", "--export.folder=checkpoint-model")
+        plan_run(config(*argv, f"--adapter.svd_cache={tmp_path}/run/svd", model=model), 1)
+        plan_run(config("--checkpoint.folder=hf", model=model), 1)  # checkpoint.enable is not set
+
+    def test_a_disk_without_room_for_the_export(self, config, tmp_path: Path):
+        model = self.model(tmp_path / "model")
+        needed = 2 * sum(weight.numel() for weight in write_model(tmp_path / "model")[1].values())
+        for free, warnings in ((needed, 0), (needed - 1, 1)):
+            with mock.patch("shutil.disk_usage", return_value=mock.Mock(free=free)):
+                found = plan_run(config("--training.seq_len", "8", model=model), 1).warnings
+                assert len(found) == warnings
+                assert all(f"run/hf: the weights will need {needed / 1e3:.2f} kB, " in line for line in found)
+
+    @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+    def test_trackers_without_their_package(self, config, package: str):
+        absent = mock.patch("titan_hd.preflight.find_spec", lambda name: None if name == package else object())
+        with absent:
+            (line,) = errors_of(config(f"--metrics.enable_{package}"), 1)
+            assert line == f"metrics.enable_{package}: needs the package {package}: pip install {package}"
+            plan_run(config(), 1)
+        with mock.patch("titan_hd.preflight.find_spec", return_value=object()):
+            plan_run(config(f"--metrics.enable_{package}"), 1)
+
+
+def test_positions_that_the_model_has_not_seen(config, tmp_path: Path):
+    write_model(tmp_path / "model", max_position_embeddings=64)
+    model = ("--model.hf_assets_path", str(tmp_path / "model"))
+    assert plan_run(config("--training.seq_len", "64", model=model), 1).warnings == ()
+    (line,) = plan_run(config("--training.seq_len", "65", model=model), 1).warnings
+    assert line.startswith("training.seq_len: 65 is beyond the model's max_position_embeddings, 64: ")
+
+
+def test_the_head_that_the_files_have(config, tmp_path: Path):
+    _, weights = write_model(tmp_path / "model", tie_word_embeddings=True)
+    weights["lm_head.weight"] = 2 * weights["model.embed_tokens.weight"]
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    decoder = plan_run(config(model=("--model.hf_assets_path", str(tmp_path / "model"))), 1).decoder
+    assert not decoder.tie_word_embeddings
+    assert decoder.hf["tie_word_embeddings"] is False

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from titan_hd.adapters.hira import Hira
+from titan_hd.adapters.lora import LoRA
 from titan_hd.data.loader import Batch
 from titan_hd.train import Trainer
 
@@ -32,3 +34,11 @@ def test_dropout_takes_every_seed(seed: int):
     )
     ids = torch.zeros(1, 3, dtype=torch.long)
     assert Trainer._forward_backward(trainer, 0, Batch(ids, ids, 3, 1), 3) > 0
+
+
+@pytest.mark.parametrize("method", [Hira, LoRA])
+def test_zeros_that_a_method_can_only_scale_are_named(method: type, caplog):
+    trainer = SimpleNamespace(trained_layers=["layers.0.o_proj"], plan=SimpleNamespace(method=method))
+    Trainer._warn_of_zeros(trainer, ["layers.0.o_proj.weight", "norm.weight"])
+    named = "adapter.method: hira can never move weights that are zero: layers.0.o_proj.weight"
+    assert [record.getMessage() for record in caplog.records] == ([named] if method is Hira else [])

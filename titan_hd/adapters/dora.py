@@ -36,7 +36,7 @@ class DoRALinear(LoRALinear):
         a, b = self.tensor("lora_A"), self.tensor("lora_B")
         y = add_low_rank(F.linear(x, weight), F.linear(self.dropped(x), a), b, self.scale)
         base, adapted = self.sum_over_tp(squared_row_norms(weight, a, b, self.scale)).sqrt()
-        excess = (base + self.tensor("lora_magnitude_delta").float() - adapted) / adapted
+        excess = (base + self.tensor("lora_magnitude_delta").float() - adapted) / _divisor(adapted)
         y = y + y * excess.to(y.dtype)
         return y if bias is None else y + bias
 
@@ -44,7 +44,7 @@ class DoRALinear(LoRALinear):
         self, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, lora_magnitude_delta: torch.Tensor
     ) -> torch.Tensor:
         base, adapted = squared_row_norms(weight, lora_A, lora_B, self.scale).sqrt()
-        ratio = (base + lora_magnitude_delta) / adapted
+        ratio = (base + lora_magnitude_delta) / _divisor(adapted)
         return super().merged(weight, lora_A=lora_A, lora_B=lora_B) * ratio[:, None]
 
     @staticmethod
@@ -67,6 +67,13 @@ class DoRA(LoRA):
     @classmethod
     def peft_config(cls, adapter: Adapter) -> dict[str, Any]:
         return {**super().peft_config(adapter), "use_dora": True}
+
+
+def _divisor(norms: torch.Tensor) -> torch.Tensor:
+    """Norms of rows; 1 for those of length 0, which have no direction: of a W that has rows of zeros, as the blocks
+    that LLaMA Pro adds. Their output is 0 at the start, B moves them as LoRA's would, and from then on m scales them.
+    """
+    return torch.where(norms > 0, norms, 1.0)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ class FullFineTuning(Method):
     name, title = "full", "full fine-tuning"
     trains, size, base = "W (everything, or the targets' weights)", "in out", "trained"
     keys = resume_keys = ()
-    bf16_master = False  # small updates would vanish
+    master_dtypes = ("float32",)  # small updates would vanish in others
     no_peft = "it has no adapters"
 
     @classmethod
@@ -31,11 +31,6 @@ class FullFineTuning(Method):
             errors.append(
                 "checkpoint.base: delta needs a base model in model.hf_assets_path (and no model.flavor), and a method "
                 "that leaves some of its weights alone"
-            )
-        if config.training.master_dtype == "bfloat16":
-            errors.append(
-                "training.master_dtype: bfloat16 is for methods that keep W frozen or fold into it, not for full "
-                "(small updates would vanish)"
             )
         return errors
 

@@ -67,6 +67,7 @@ class Hira(AdapterMethod):
     name, title, paper = "hira", "HiRA", "ICLR 2025"
     trains, size = "A, B", "r (in + out)"
     keys = resume_keys = ("adapter.rank", "adapter.dropout")
+    scales_weight = True
     layer = HiraLinear
 
     @classmethod

@@ -27,7 +27,10 @@ class Method(abc.ABC):
         resume_keys: those of them in which a checkpoint and the run that resumes from it must agree.
         folds: the trained tensors are zero when a step begins, and what the optimizer added to them is folded into W
             after the step (`components.update.FoldUpdate`). Otherwise the optimizer's step is all.
-        bf16_master: W may be held in bf16 (training.master_dtype): it is frozen, or its fold rounds stochastically.
+        master_dtypes: what training.master_dtype may be: a frozen W is held in any of them, a fold rounds
+            stochastically to bfloat16.
+        scales_weight: it changes W by multiples of W's own elements, so that a W of zeros can never move. (Methods with
+            `directions` have no such fact: what they cannot move is told from the SVD.)
         no_peft: why the peft library cannot hold it, for a method without `peft_config`.
 
     Facts of a run:
@@ -49,7 +52,8 @@ class Method(abc.ABC):
     keys: ClassVar[tuple[str, ...]]
     resume_keys: ClassVar[tuple[str, ...]]
     folds: ClassVar[bool] = False
-    bf16_master: ClassVar[bool] = True
+    master_dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
+    scales_weight: ClassVar[bool] = False
     no_peft: ClassVar[str] = ""
 
     num_adapters: int = 1
@@ -129,6 +133,7 @@ class FoldingMethod(Method):
     """
 
     folds = True
+    master_dtypes = ("float32", "bfloat16")
     rank: int
     mute_scalar: float
     slices: str

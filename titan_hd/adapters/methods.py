@@ -47,6 +47,12 @@ def method_errors(config: JobConfig) -> list[str]:
         if key not in method.keys and _is_set(config, key):
             having = ", ".join(name for name, other in METHODS.items() if key in other.keys)
             errors.append(f"{key}: is for {having}, not for adapter.method {config.adapter.method}; leave it out")
+    dtype = config.training.master_dtype
+    if dtype not in ("auto", *method.master_dtypes):
+        kinds = "methods that keep W frozen" + (" or fold into it" if dtype == "bfloat16" else "")
+        errors.append(
+            f"training.master_dtype: {dtype} is for {kinds}, not for {method.name} (small updates would vanish)"
+        )
     if config.export.enable and config.export.format == "peft":
         error = method.peft_error(config)
         errors += [error] if error else []

@@ -106,8 +106,17 @@ def _randomized_svd(
 
 
 def captured_energy(weight: torch.Tensor, a: torch.Tensor) -> float:
-    """Share of ||W||^2 in the directions of A [count, in]: sum of their squared singular values over the whole."""
-    return (a.double().square().sum(1).square().sum() / weight.double().square().sum()).item()
+    """Share of ||W||^2 in the directions of A [count, in]: sum of their squared singular values over the whole; 1 for
+    W = 0, of which nothing is left out."""
+    whole = weight.double().square().sum().item()
+    return a.double().square().sum(1).square().sum().item() / whole if whole else 1.0
+
+
+def zero_directions(a: torch.Tensor) -> int:
+    """How many rows of A [count, in] have no singular value (below fp32's resolution of the largest): W has a lower
+    rank than `count`, and these directions' A and B are zero, so that nothing that is trained through them moves."""
+    values = a.double().square().sum(1)
+    return int((values <= torch.finfo(torch.float32).eps * values.max()).sum())
 
 
 def orthogonality_error(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -20,6 +20,7 @@ from titan_hd.adapters.svd import (
     captured_energy,
     orthogonality_error,
     principal_factors,
+    zero_directions,
 )
 from titan_hd.files import replace_file
 from titan_hd.seeding import stable_seed
@@ -44,7 +45,7 @@ def cached_factors(
     """`principal_factors` of W [out, in], from the cache where it is there and into it where not.
 
     folder: "" for no cache. Returns A [count, in], B [out, count] on W's device, and a report: layer, shape, algorithm,
-    cached, seconds, captured_energy, orthogonality_error.
+    cached, seconds, captured_energy, orthogonality_error, directions, zero_directions.
     """
     start = time.perf_counter()
     path = Path(folder) / f"{cache_key(weight, count, settings)}.safetensors" if folder else None
@@ -66,6 +67,8 @@ def cached_factors(
         "seconds": time.perf_counter() - start,
         "captured_energy": captured_energy(weight, a),
         "orthogonality_error": orthogonality_error(a, b),
+        "directions": count,
+        "zero_directions": zero_directions(a),
     }
     return a, b, report
 

@@ -38,6 +38,7 @@ from titan_hd.checkpoint.writer import CheckpointWriter
 from titan_hd.distributed.collectives import on_rank_zero
 from titan_hd.distributed.watch import enter_phase
 from titan_hd.errors import UserError
+from titan_hd.files import shown_size
 
 logger = logging.getLogger("titan_hd")
 
@@ -142,8 +143,8 @@ class Checkpointer:
         if fault:
             self._on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))
             return f"{final}: the checkpoint cannot be saved: {fault}; earlier ones are untouched"
-        size = sum(entry["size"] for entry in written.values()) / 1e9
-        logger.info("saved checkpoint %s (%.3f GB) in %.2f s", final, size, time.perf_counter() - start)
+        size = shown_size(sum(entry["size"] for entry in written.values()))
+        logger.info("saved checkpoint %s (%s) in %.2f s", final, size, time.perf_counter() - start)
         return None
 
     def _on_rank_zero(self, function: Callable[[], object]) -> str | None:

@@ -9,12 +9,13 @@ import torch
 
 from titan_hd.checkpoint.folder import STATE_FILE, read_train_state
 from titan_hd.checkpoint.reader import CheckpointReader
+from titan_hd.checkpoint.resume_check import same_model
 from titan_hd.checkpoint.weights import CheckpointWeights
 from titan_hd.distributed.shards import materialize
 from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_files import open_model_weights
-from titan_hd.models.registry import DecoderConfig, flavor_config, read_hf_config
+from titan_hd.models.hf_files import open_model_weights, read_model_config
+from titan_hd.models.registry import DecoderConfig, flavor_config
 
 
 def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.device) -> tuple[Decoder, Path]:
@@ -36,7 +37,7 @@ def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.d
         raise UserError(f"{path}: holds neither config.json (a HF directory) nor {STATE_FILE} (a checkpoint){hint}")
     if assets:
         raise UserError(f"--assets: {path} is a HF directory and has its own; only a checkpoint needs them")
-    config = read_hf_config(path)
+    config = read_model_config(path)
     files = open_model_weights(path, config)
     model = _empty_model(config, dtype, device)
     for name, parameter in model.named_parameters():
@@ -69,8 +70,8 @@ def _load_checkpoint(folder: Path, assets: str, dtype: torch.dtype, device: torc
     if settings.get("flavor"):
         config = flavor_config(settings["name"], settings["flavor"])
     else:
-        config = read_hf_config(directory)
-    if identity.get("model") != repr(config):
+        config = read_model_config(directory)
+    if not same_model(identity.get("model"), repr(config)):
         raise UserError(f"--assets: {directory}: its config.json is not that of the checkpoint's model")
     weights = CheckpointWeights(CheckpointReader(folder), state, config, directory)
     model = _empty_model(config, dtype, device)

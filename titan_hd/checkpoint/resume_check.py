@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def check_resumable(state: dict[str, Any], current: dict[str, Any], allowed: lis
     if state["base"] == "delta":  # half of the model is the base model's
         allowed = [key for key in allowed if key != "weights"]
     for key, value in current.items():
-        if saved.get(key) == value or (key == "weights" and not value):
+        if _same(key, saved.get(key), value) or (key == "weights" and not value):
             continue
         line = f"{key}: the checkpoint has {saved.get(key)!r}, this run {value!r}"
         if key in allowed:
@@ -76,6 +77,25 @@ def check_resumable(state: dict[str, Any], current: dict[str, Any], allowed: lis
     if errors:
         raise UserError("\n".join(errors))
     return accepted
+
+
+def _same(key: str, saved: Any, current: Any) -> bool:
+    """Which layers are trained does not depend on the order in which they are named, or on how often; nor a model on
+    the order of the keys of its config.json."""
+    if key == "adapter.target_modules" and saved and current:
+        return set(saved) == set(current)
+    if key == "model":
+        return same_model(saved, current)
+    return saved == current
+
+
+def same_model(saved: Any, current: Any) -> bool:
+    """Whether two texts of a DecoderConfig, whose rope_scaling is as config.json orders it, are of one model."""
+    return _ordered(str(saved)) == _ordered(str(current))
+
+
+def _ordered(text: str) -> str:
+    return re.sub(r"\{(.*?)\}", lambda table: ", ".join(sorted(table[1].split(", "))), text)
 
 
 def allow_mismatch_errors(keys: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ from titan_hd.adapters.adapter_linear import AdapterMethod
 from titan_hd.adapters.methods import build_method
 from titan_hd.config.job_config import JobConfig
 
+_HALVES: dict[Any, Any] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Names of the instructions in torch.cpu.get_capabilities() and /proc/cpuinfo (the last one is Arm's).
 _BFLOAT16_INSTRUCTIONS = {"amx_bf16", "avx512_bf16", "bf16"}
 
@@ -46,8 +47,9 @@ def resolve_dtypes(
     if master == "auto":
         # Rounding the base that pissa and OLoRA make would not change the training, which rounds what it gathers, but
         # their adapter for peft: docs/memory.md.
-        exact = frozen and not method.changes_base and compute == "bfloat16" and files == torch.bfloat16
-        master = "bfloat16" if exact else "float32"
+        exact = frozen and not method.changes_base and compute == "bfloat16"
+        # fp16 has three bits of mantissa more than bf16: a base of such files is held in it, and rounded when gathered.
+        master = _HALVES.get(files, "float32") if exact else "float32"
         master = saved["identity"].get("training.master_dtype", master) if saved else master
     if base == "auto":
         base = "delta" if frozen and config.model.hf_assets_path and not config.model.flavor else "full"
@@ -57,13 +59,11 @@ def resolve_dtypes(
 
 
 def untouched_dtype(given: JobConfig, resolved: JobConfig, files: torch.dtype | None) -> torch.dtype:
-    """Of the shards of weights that are as their files have them, and stay so (`adapter_linear.untouched_parameters`).
-
-    bfloat16 where nothing is lost by that, unless training.master_dtype says otherwise; so no wider than the compute.
-    """
-    lossless = files == torch.bfloat16 and resolved.training.mixed_precision_param == "bfloat16"
-    chosen = "bfloat16" if lossless and given.training.master_dtype == "auto" else resolved.training.master_dtype
-    return getattr(torch, chosen)
+    """Of the shards of weights that are as their files have them, and stay so (`adapter_linear.untouched_parameters`):
+    the files' 16-bit dtype where nothing is lost by that, unless training.master_dtype says otherwise."""
+    lossless = given.training.master_dtype == "auto" and resolved.training.mixed_precision_param == "bfloat16"
+    master = resolved.training.master_dtype
+    return getattr(torch, _HALVES.get(files, master) if lossless else master)
 
 
 def dtype_warnings(config: JobConfig, device_type: str) -> list[str]:

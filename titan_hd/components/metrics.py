@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
 import resource
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from titan_hd.config.job_config import JobConfig
 from titan_hd.files import replace_file
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger("titan_hd")
 
@@ -134,7 +138,8 @@ class NoMetrics:
 class MetricsLogger(NoMetrics):
     """Takes one record per logged step to metrics.jsonl, the console and the trackers that the configuration names.
 
-    first_step: of the checkpoint that the run goes on from; later records are dropped. wandb_id: that of the run then.
+    first_step: of the checkpoint that the run goes on from; later records are dropped. 0: the records of an earlier run
+    in the folder are kept, under another name. wandb_id: that of the run then.
     """
 
     def __init__(self, config: JobConfig, total_steps: int, first_step: int, wandb_id: str | None = None):
@@ -144,19 +149,14 @@ class MetricsLogger(NoMetrics):
         if first_step:
             keep_records_until(path, first_step)
         else:
-            path.unlink(missing_ok=True)
+            set_aside(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._unwritten = b""
         self._bar = None
         if config.metrics.progress_bar and sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
         self._wandb = _Wandb(config, wandb_id) if config.metrics.enable_wandb else None
-        self._tensorboard = None
-        if config.metrics.enable_tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # Records of later steps will be written again; that of step 0 only by a run that starts anew.
-            self._tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step + 1 if first_step else 0)
+        self._tensorboard = _tensorboard(folder / "tb", first_step) if config.metrics.enable_tensorboard else None
 
     @property
     def wandb_id(self) -> str | None:
@@ -201,8 +201,20 @@ class MetricsLogger(NoMetrics):
             self._wandb.finish()
 
 
+def _tensorboard(folder: Path, first_step: int) -> SummaryWriter | None:
+    """A writer, or None with a warning: it never stops the training."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Records of later steps will be written again; that of step 0 only by a run that starts anew.
+        return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else 0)
+    except Exception as error:
+        logger.warning("TensorBoard cannot start (%s); going on without it", " ".join(str(error).split()))
+        return None
+
+
 def write_svd_report(path: Path, reports: list[dict[str, Any]]) -> None:
-    """One JSON line per decomposed weight, and a summary in the log."""
+    """One JSON line per decomposed weight, and a summary in the log, with the weights that cannot move."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(report) + "\n" for report in reports), encoding="utf-8")
     energy = [r["captured_energy"] for r in reports]
@@ -215,6 +227,25 @@ def write_svd_report(path: Path, reports: list[dict[str, Any]]) -> None:
         max(energy),
         max(r["orthogonality_error"] for r in reports),
     )
+    still = [f"{r['layer']} ({r['zero_directions']} of {r['directions']})" for r in reports if r["zero_directions"]]
+    if still:
+        logger.warning("directions without a singular value, in which these weights can never move: %s", _list(still))
+
+
+def _list(names: list[str], most: int = 20) -> str:
+    """Names on one line, of many the first."""
+    more = f" and {len(names) - most} more (svd.jsonl)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def set_aside(path: Path) -> None:
+    """Give the records of an earlier run, if there are any, the name of `path` with the first free number."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    path.rename(aside)
+    logger.warning("%s is of an earlier run; kept as %s", path, aside.name)
 
 
 def keep_records_until(path: Path, step: int) -> None:

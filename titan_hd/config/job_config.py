@@ -141,13 +141,13 @@ class Training:
     """How GPUs multiply fp32 matrices (torch.set_float32_matmul_precision). high: TF32, several times faster, with 10
     bits of mantissa in the factors; where mixed_precision_param is bfloat16 it matters to the fold's products alone.
     highest: fp32."""
-    master_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """dtype of the sharded master weights. bfloat16 halves their memory. For hdpissa the fold then rounds
+    master_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """dtype of the sharded master weights. The 16-bit ones halve their memory. For hdpissa the fold rounds to bfloat16
     stochastically, because an update of relative size 1e-5 would vanish; methods with adapters beside a frozen W keep
-    those in float32; full needs float32. auto: bfloat16 where W is frozen as its files have it
-    (not for pissa and OLoRA), the files are bfloat16 and so is training.mixed_precision_param: nothing is lost. Else
-    float32, but for those weights that the method leaves alone (embedding, head, norms). A run that resumes keeps its
-    checkpoint's."""
+    those in float32; full needs float32, and float16 is for frozen weights alone. auto: that of the files, where W is
+    frozen as they have it (not for pissa and OLoRA), all of them are bfloat16 or all are float16, and
+    training.mixed_precision_param is bfloat16: nothing is lost. Else float32, but for those weights that the
+    method leaves alone (embedding, head, norms). A run that resumes keeps its checkpoint's."""
     enable_cpu_offload: bool = False
     """Hold the shards of the weights in the host's memory, with the gradients and the optimizer's state of those that
     are trained by themselves (all methods but hdpissa). They pass over the bus for every gather, and the fold takes one

@@ -16,7 +16,7 @@ import numpy as np
 from titan_hd import __version__
 from titan_hd.config.job_config import Data, DataSource
 from titan_hd.data.dataset import Concatenation, Dataset, FiniteDataset, Mixture, TokenizedDataset
-from titan_hd.data.formats import FORMATS, detect_format
+from titan_hd.data.formats import FORMATS, Format, QuestionFormat, detect_format
 from titan_hd.data.sources import (
     Faults,
     InputFiles,
@@ -28,6 +28,7 @@ from titan_hd.data.sources import (
     read_records,
 )
 from titan_hd.data.streaming import StreamedDataset, StreamSource
+from titan_hd.data.text.chat import borrowed_template
 from titan_hd.data.text.templates import load_template, template_file
 from titan_hd.data.text.tokenizer import TOKENIZER_FILES
 from titan_hd.data.text.tokenizer_base import Tokenizer
@@ -91,6 +92,21 @@ def check_data(config: Data) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Answering:
+    """What whoever generates with the trained model must know of its training records.
+
+    stop_ids: tokens that ended the answers there, or that the model directory names. chat_template: the source of the
+    template that wrote the chats, if the model directory has none. Nothing for records that bring their own tokens.
+    """
+
+    stop_ids: list[int] = dataclasses.field(default_factory=list)
+    chat_template: str | None = None
+
+
+NO_ANSWERS = Answering()
+
+
+@dataclasses.dataclass(frozen=True)
 class DatasetBuilder:
     """Makes the datasets of a run, the same on every worker.
 
@@ -106,6 +122,7 @@ class DatasetBuilder:
     seq_len: int
     tokenizer: Callable[[], Tokenizer]
     progress: bool = False
+    _trained: list[Format] = dataclasses.field(default_factory=list)  # of the sources of data.train, when it was built
 
     def training(self) -> Dataset:
         """The dataset of data.train: of a list a mixture; with data.streaming a stream, which has read nothing yet.
@@ -127,9 +144,24 @@ class DatasetBuilder:
         parts = [self._tokenized(source, keep_questions=True) for source in sources(self.config, "validation")]
         return parts[0] if isinstance(value, str) else Concatenation("data.validation", parts)
 
+    def answering(self) -> Answering:
+        """How the answers of the training records ended, and who wrote their chats; after `training`."""
+        stops: set[int] = set()
+        template = None
+        for format in self._trained:
+            if isinstance(format, QuestionFormat):
+                stops |= format.stop_ids()
+            elif format.needs_tokenizer:
+                stops.add(format.tokenizer.eos_id)
+            if format.name == "chat" or (format.needs_template and format.config.template == "chat"):
+                template = borrowed_template(format.tokenizer)
+        return Answering(sorted(stops), template)
+
     def _encoder(self, source: Source, keep_questions: bool = False) -> Encoder:
         first, name = open_source(source)
         format = FORMATS[name].create(source.config, self.vocab_size, self.tokenizer, first)
+        if not keep_questions:
+            self._trained.append(format)
         return Encoder(source.name, format, self.seq_len, source.config.on_error == "raise", keep_questions)
 
     def _stream(self) -> StreamedDataset:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -57,18 +58,23 @@ def _block(parameter: nn.Parameter, dims: ParallelDims) -> Block:
     return owned_block(tuple(parameter.shape), tp_split(parameter), dims.place(dims.rank), dims)
 
 
+class LoadedWeights(NamedTuple):
+    """bytes_read: by this rank. zeros: names of the weights in which there is nothing but zeros, on every rank."""
+
+    bytes_read: int
+    zeros: list[str]
+
+
 @torch.no_grad()
-def load_weights(model: Decoder, dims: ParallelDims, directory: str, progress: bool = False) -> int:
+def load_weights(model: Decoder, dims: ParallelDims, directory: str, progress: bool = False) -> LoadedWeights:
     """Fill the shards from a HF directory. Rank 0 reads the index and the headers; every rank reads just the byte
     ranges of its own blocks. Collective.
 
     progress: show a bar, on rank 0, if the standard error is a terminal.
 
-    Returns:
-        bytes that this rank read.
-
     Raises:
-        UserError: one line for everything that is wrong with the files, on every rank, before any rank loads anything.
+        UserError: one line for everything that is wrong with the files, on every rank, before any rank loads anything;
+            or for a weight that holds a NaN.
     """
     started = time.perf_counter()
     parameters = dict(base_parameters(model))
@@ -88,8 +94,9 @@ def load_weights(model: Decoder, dims: ParallelDims, directory: str, progress: b
                 files.read_into(name, local_part(parameter), block.row, block.column)
                 bar.update(files.bytes_read - bar.n)
     files.close()
-    read = torch.tensor(files.bytes_read)
+    read = torch.tensor([files.bytes_read, *(name in files.nonzero for name in parameters)])
     dist.all_reduce(read)
+    read, nonzero = read[0], read[1:].tolist()
     seconds, size = time.perf_counter() - started, sum(map(files.nbytes, parameters))
     logger.info(
         "read %.3f GiB of %.3f GiB in %.1f s (%.2f GB/s), all workers together",
@@ -98,7 +105,7 @@ def load_weights(model: Decoder, dims: ParallelDims, directory: str, progress: b
         seconds,
         read.item() / 1e9 / seconds,
     )
-    return files.bytes_read
+    return LoadedWeights(files.bytes_read, [name for name, count in zip(parameters, nonzero) if not count])
 
 
 @torch.no_grad()

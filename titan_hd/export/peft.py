@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +28,12 @@ from titan_hd.adapters.lora import LoRALinear
 from titan_hd.adapters.methods import method_of
 from titan_hd.adapters.svd import SvdSettings, principal_factors
 from titan_hd.config.job_config import JobConfig
+from titan_hd.data.build import NO_ANSWERS, Answering
 from titan_hd.distributed.adapter_init import collect_tensors
 from titan_hd.distributed.collectives import raise_on_all
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.regroup import collect, sharded, waves
-from titan_hd.export.hf import beside, check_folder, export_folder, publish, start_folder
+from titan_hd.export.hf import beside, check_folder, export_folder, publish, start_folder, write_answering
 from titan_hd.export.model_card import base_name
 from titan_hd.files import disk_faults
 from titan_hd.models.decoder import Decoder
@@ -44,8 +46,10 @@ _PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 _MAGNITUDE = "lora_magnitude_delta"  # of DoRA; peft keeps m, ours is m - ||W||
 
 
-def export_peft(model: Decoder, dims: ParallelDims, config: JobConfig) -> None:
+def export_peft(model: Decoder, dims: ParallelDims, config: JobConfig, answering: Answering = NO_ANSWERS) -> None:
     """Write the adapters to export.folder: adapter_config.json and adapter_model.safetensors. Collective.
+
+    answering: of the training records; what the base model lacks of it is written, too, for whoever generates.
 
     Raises:
         UserError: the folder holds something else, the disk fails, or the base model's files are needed and are not as
@@ -63,6 +67,11 @@ def export_peft(model: Decoder, dims: ParallelDims, config: JobConfig) -> None:
             start_folder(partial)
             about = adapter_config(config, base_name(model.config.hf, assets), adapter_layers(model))
             (partial / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            if write_answering(partial, Path(assets), model.config.hf, answering):
+                logger.warning(
+                    "the base model lacks what the training took for granted: generate with the "
+                    "generation_config.json and chat_template.jinja that lie beside the adapter"
+                )
             save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt", "titan_hd": __version__})
             publish(partial, folder)
             logger.info("exported the adapter (%d tensors, float32) to %s", len(tensors), folder)

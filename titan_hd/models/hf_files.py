@@ -23,15 +23,15 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from titan_hd.errors import UserError
-from titan_hd.files import read_json_object, shown, sync_file
+from titan_hd.files import read_json_object, shown, shown_size, sync_file
 from titan_hd.models.decoder import parameter_shapes
-from titan_hd.models.registry import DecoderConfig
+from titan_hd.models.registry import DecoderConfig, read_hf_config
 from titan_hd.models.safetensors_header import DTYPES, Entry, build_header, read_header, unique_keys
 
 logger = logging.getLogger("titan_hd")
@@ -49,6 +49,7 @@ class WeightFiles:
 
     Attributes:
         bytes_read: of tensors, so far.
+        nonzero: names of the tensors of which something else than zeros was read.
 
     Raises:
         UserError: with one line for every fault of the directory, an index, a header or a tensor; nothing is read then.
@@ -57,6 +58,7 @@ class WeightFiles:
     def __init__(self, directory: str | Path, expected: dict[str, torch.Size], tied_head: bool):
         self.directory = Path(directory)
         self.bytes_read = 0
+        self.nonzero: set[str] = set()
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._places: dict[str, tuple[Path, Entry]] = {}
         self._open: dict[Path, io.FileIO] = {}  # each file once, not once per tensor: opening loads a file system most
@@ -75,7 +77,11 @@ class WeightFiles:
     @torch.no_grad()
     def read_into(self, name: str, out: torch.Tensor, row: int = 0, column: int = 0) -> None:
         """Fill `out` [rows, columns] (or [rows] of a vector), of any device and floating dtype, with the block of a
-        tensor that begins at (row, column). Only that block is read, in pieces of at most 16 MiB or one row."""
+        tensor that begins at (row, column). Only that block is read, in pieces of at most 16 MiB or one row.
+
+        Raises:
+            UserError: it cannot be read, or holds a value that is NaN or infinite, also for being too large for `out`.
+        """
         path, entry = self._places[name]
         item = DTYPES[entry.dtype].itemsize
         width = entry.nbytes // max(1, entry.shape[0])  # bytes of a row in the file
@@ -91,10 +97,21 @@ class WeightFiles:
                 piece = self._scratch[: len(target) * wanted]
                 offset = entry.offset + (row + start) * width + column * item
                 _read_strided(self._open[path].fileno(), piece.numpy().data, offset, wanted, width)
-                target.copy_(piece.view(DTYPES[entry.dtype]).view(target.shape))
+                values = piece.view(DTYPES[entry.dtype])
+                if len(values):
+                    self._check_values(name, values, out.dtype)
+                target.copy_(values.view(target.shape))
                 self.bytes_read += len(piece)
         except (OSError, EOFError) as error:
             raise UserError(f"{path}: {name}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+    def _check_values(self, name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
+        """One pass at the speed of memory; a NaN is the smallest and the largest of its tensor."""
+        ends = torch.stack(torch.aminmax(values)).to(dtype)
+        if not ends.isfinite().all():
+            raise UserError(f"{self._places[name][0]}: {name}: holds a value that is NaN or infinite")
+        if ends.any():
+            self.nonzero.add(name)
 
     def close(self) -> None:
         """Close the files; what is read later opens them again."""
@@ -106,6 +123,18 @@ class WeightFiles:
         out = torch.empty(stop - start, *self._places[name][1].shape[1:], dtype=self.dtype(name))
         self.read_into(name, out, start)
         return out
+
+    def heads_differ(self) -> bool:
+        """Whether the files of a tied model hold a head, too, that is not the embedding. Reads both."""
+        if not {_HEAD, _EMBEDDING} <= self._places.keys():
+            return False
+        rows, width = self._places[_EMBEDDING][1].shape
+        step = max(1, _PIECE_BYTES // (8 * width))
+        blocks = ((start, min(rows, start + step)) for start in range(0, rows, step))
+        return any(
+            not torch.equal(self.read_rows(_EMBEDDING, *block).double(), self.read_rows(_HEAD, *block).double())
+            for block in blocks
+        )
 
     # ------------------------------------------------------------------------------------------------------ checking
 
@@ -129,17 +158,19 @@ class WeightFiles:
                         errors.append(f"{self.directory / file}: {shown(name)}: is in {self._places[name][0].name} too")
                     self._places[name] = self.directory / file, entry
         if weight_map:
+            if tied_head and _HEAD not in self._places:  # a converter may have written the index before it tied them
+                weight_map.pop(_HEAD, None)
             errors += self._contradictions(weight_map, headers.keys())
             not_named = (expected.keys() & self._places.keys()) - weight_map.keys()
             errors += [f"{self._places[n][0]}: {n}: is in this file, the index does not name it" for n in not_named]
         if tied_head:
-            errors += self._drop_head(expected)
+            errors += self._tie(expected)
         if self._places and all(f"model.{name}" in expected for name in self._places):
             line = "the names lack the prefix 'model.', as those of a model without its head; save the ...ForCausalLM"
             return [*errors, f"{self.directory}: {line}"]
         for name in expected.keys() - self._places.keys() - (weight_map or {}).keys():
             errors.append(f"{self.directory}: {name}: is missing")
-        for name in self._places.keys() - expected.keys():
+        for name in self._places.keys() - expected.keys() - ({_HEAD} if tied_head else set()):
             errors.append(f"{self._places[name][0]}: {shown(name)}: is not part of the model")
         for name in expected.keys() & self._places.keys():
             errors += self._misfits(name, tuple(expected[name]))
@@ -155,14 +186,15 @@ class WeightFiles:
                 errors.append(f"{self.directory / file}: {shown(name)}: the index names it, the file lacks it{holder}")
         return errors
 
-    def _drop_head(self, expected: dict[str, torch.Size]) -> list[str]:
-        """Some exporters repeat the tied matrix. It is passed over, if it can be the same at all."""
+    def _tie(self, expected: dict[str, torch.Size]) -> list[str]:
+        """One matrix is embedding and head: the one that is there. Exporters name it either way, or repeat it."""
         if _HEAD not in self._places:
             return []
-        path, entry = self._places.pop(_HEAD)
-        if entry.shape != tuple(expected[_EMBEDDING]):
+        path, entry = self._places[_HEAD]
+        if _EMBEDDING not in self._places:
+            self._places[_EMBEDDING] = self._places.pop(_HEAD)
+        elif entry.shape != tuple(expected[_EMBEDDING]):
             return [f"{path}: {_HEAD}: has shape {list(entry.shape)}, the tied embedding {list(expected[_EMBEDDING])}"]
-        logger.info("%s: %s is ignored: tie_word_embeddings is set", path, _HEAD)
         return []
 
     def _misfits(self, name: str, shape: tuple[int, ...]) -> list[str]:
@@ -182,6 +214,31 @@ def open_model_weights(directory: str | Path, config: DecoderConfig) -> WeightFi
         UserError: as `WeightFiles`.
     """
     return WeightFiles(directory, parameter_shapes(config), tied_head=config.tie_word_embeddings)
+
+
+def read_model_config(directory: str | Path, name: str = "") -> DecoderConfig:
+    """As `read_hf_config`, with the head that transformers would take: where config.json ties it to the embedding and
+    the files hold another one (merges of trained heads do), theirs, and the configuration, also for the export, says
+    that it is not tied. Files that are not there, or not in order, change nothing: whoever reads them says so.
+
+    Raises:
+        UserError: as `read_hf_config`, or the two matrices cannot be read.
+    """
+    config = read_hf_config(directory, name)
+    if not config.tie_word_embeddings:
+        return config
+    try:
+        files = open_model_weights(directory, config)
+    except UserError:
+        return config
+    if not files.heads_differ():
+        return config
+    logger.warning(
+        "%s: %s is not the embedding, though tie_word_embeddings is set; it is used, as by transformers, and an export "
+        "says tie_word_embeddings = false",
+        *(files.directory, _HEAD),
+    )
+    return replace(config, tie_word_embeddings=False, hf={**config.hf, "tie_word_embeddings": False})
 
 
 def _read_strided(file: int, out: memoryview, offset: int, wanted: int, width: int) -> None:
@@ -344,4 +401,4 @@ def check_space(directory: Path, slots: dict[str, TensorSlot], shapes: dict[str,
     needed = sum(shapes[name].numel() * slot.dtype.itemsize for name, slot in slots.items())
     free = shutil.disk_usage(directory).free
     if needed > free:
-        raise UserError(f"{directory}: the weights need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+        raise UserError(f"{directory}: the weights need {shown_size(needed)}, {shown_size(free)} are free")

@@ -22,12 +22,14 @@ logger = logging.getLogger("titan_hd")
 class Architecture:
     """How the variants of the decoder follow from the keys of a config.json.
 
+    model_type: stands for it where a config.json does not name its architecture.
     families: names that `model.name` may have for it.
     qkv_bias, o_bias, mlp_bias: True or False, or the key that says so (False where it is missing).
     windows: "none", "all" (Mistral: `sliding_window` holds for every layer), or "some" (Qwen: `use_sliding_window`,
         from layer `max_window_layers` on, or by `layer_types`).
     """
 
+    model_type: str
     families: tuple[str, ...]
     qkv_bias: bool | str = False
     o_bias: bool | str = False
@@ -42,10 +44,14 @@ _WINDOW_KEYS = {
     "some": ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
 }
 ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture(("llama2", "llama3", "smollm2"), "attention_bias", "attention_bias", "mlp_bias"),
-    "MistralForCausalLM": Architecture(("mistral",), windows="all"),
-    "Qwen2ForCausalLM": Architecture(("qwen2",), qkv_bias=True, windows="some"),
-    "Qwen3ForCausalLM": Architecture(("qwen3",), "attention_bias", "attention_bias", qk_norm=True, windows="some"),
+    "LlamaForCausalLM": Architecture(
+        "llama", ("llama2", "llama3", "smollm2"), "attention_bias", "attention_bias", "mlp_bias"
+    ),
+    "MistralForCausalLM": Architecture("mistral", ("mistral",), windows="all"),
+    "Qwen2ForCausalLM": Architecture("qwen2", ("qwen2",), qkv_bias=True, windows="some"),
+    "Qwen3ForCausalLM": Architecture(
+        "qwen3", ("qwen3",), "attention_bias", "attention_bias", qk_norm=True, windows="some"
+    ),
 }
 
 _ROPE_KEYS = {
@@ -66,7 +72,7 @@ _READ = {
 }
 # Keys that change what a model computes, with the values that mean "not used".
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
+    "hidden_act": ("silu", "swish"),  # two names of one function
     "quantization_config": (None, {}),
     "partial_rotary_factor": (None, 1.0),
     "attn_logit_softcapping": (None,),
@@ -102,7 +108,8 @@ class DecoderConfig:
 
     layer_windows: for each layer how many positions a token sees, itself included; None: all.
     ignored: keys of the config.json that have an unknown meaning, or one for training alone; the decoder ignores them.
-    hf: the whole config.json, for the export.
+    hf: the whole config.json, for the export; with the architecture, which vLLM needs, and the model type, which
+        transformers needs, if they are not there.
     """
 
     vocab_size: int
@@ -162,7 +169,7 @@ def read_hf_config(directory: str | Path, name: str = "") -> DecoderConfig:
     config = parse_hf_config(raw, str(path))
     if config.ignored:
         logger.warning("%s: ignored keys: %s", path, ", ".join(config.ignored))
-    families = ARCHITECTURES[raw["architectures"][0]].families
+    families = _architecture(raw, str(path))[1].families
     if name and name not in families:
         raise UserError(f"model.name: {path} is of the family {' or '.join(families)}, not {name!r}")
     return config
@@ -173,7 +180,7 @@ def parse_hf_config(raw: dict[str, Any], where: str) -> DecoderConfig:
 
     where: the file, or what stands for it, in front of every error.
     """
-    architecture = _architecture(raw, where)
+    architecture_name, architecture = _architecture(raw, where)
     for key, unused in _UNSUPPORTED.items():
         if key in raw and raw[key] not in unused:
             shown = "" if isinstance(raw[key], (dict, list)) else f" {raw[key]!r}"
@@ -184,7 +191,7 @@ def parse_hf_config(raw: dict[str, Any], where: str) -> DecoderConfig:
         raise UserError(f"{where}: num_hidden_layers: must be at most {_MOST_LAYERS}")
     hidden, heads, layers = (sizes[key] for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     # Where the key is missing transformers assumes one head each for Llama, and other numbers for the others.
-    llama = raw["architectures"][0] == "LlamaForCausalLM"
+    llama = architecture_name == "LlamaForCausalLM"
     kv_heads = _size(raw, "num_key_value_heads", where, heads if llama else None)
     if heads % kv_heads:
         raise UserError(f"{where}: num_key_value_heads: must divide num_attention_heads ({heads})")
@@ -211,15 +218,24 @@ def parse_hf_config(raw: dict[str, Any], where: str) -> DecoderConfig:
         qk_norm=architecture.qk_norm,
         layer_windows=_layer_windows(raw, architecture.windows, layers, where),
         ignored=_ignored(raw, architecture),
-        hf=dict(raw),
+        hf={
+            **raw,
+            "architectures": [architecture_name],
+            "model_type": raw.get("model_type") or architecture.model_type,
+        },
     )
 
 
-def _architecture(raw: dict[str, Any], where: str) -> Architecture:
-    names = raw.get("architectures") or []
+def _architecture(raw: dict[str, Any], where: str) -> tuple[str, Architecture]:
+    """The architecture that a config.json names, else that of its model_type, by which transformers goes."""
+    by_type = {architecture.model_type: name for name, architecture in ARCHITECTURES.items()}
+    named = by_type.get(str(raw.get("model_type")))
+    names = raw.get("architectures") or ([named] if named else [])
     if not isinstance(names, list) or len(names) != 1 or str(names[0]) not in ARCHITECTURES:
         raise UserError(f"{where}: architectures: {names} is not supported; supported are {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[names[0]]
+    if named and names[0] != named:  # vLLM goes by the one, transformers by the other
+        raise UserError(f"{where}: architectures {names} and model_type {raw['model_type']!r} contradict each other")
+    return names[0], ARCHITECTURES[names[0]]
 
 
 def _number(raw: dict[str, Any], key: str, where: str, default: float | None = None) -> float:

@@ -68,3 +68,23 @@ def test_a_small_change_of_the_magnitude_survives_bf16():
     frozen = F.linear(x, weight.bfloat16()).double()
     grown = (layer(x).double() * frozen).sum() / frozen.square().sum() - 1
     assert grown.item() == pytest.approx(1e-2, rel=0.1)
+
+
+def test_rows_of_zeros_start_as_zeros_and_are_trained():
+    """Rows of length 0 have no direction at first. The other rows do not notice."""
+    layer, _ = layers.started(DoRALinear, rank=4, scale=SCALE, bias=False)
+    whole, x = layers.merged(layer), torch.randn(5, 20)
+    with torch.no_grad():
+        layer.weight[7:9] = 0
+    assert torch.equal(layers.merged(layer)[9:], whole[9:])
+    assert not layers.merged(layer)[7:9].any()
+    optimizer = torch.optim.AdamW(layers.adapter_tensors(layer).values(), lr=1e-2)
+    for step in range(4):
+        optimizer.zero_grad()
+        (layer(x) - 1).square().sum().backward()
+        assert all(p.grad.isfinite().all() for p in layers.adapter_tensors(layer).values())
+        assert layer.lora_B.grad[7:9].any() == (step != 1), "m is still 0 in the second step, and then is trained"
+        optimizer.step()
+    merged = layers.merged(layer)
+    assert merged[7:9].norm() > 0
+    torch.testing.assert_close(layer(x), x @ merged.T)

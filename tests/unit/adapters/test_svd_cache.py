@@ -106,3 +106,16 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_alone(tmp_path: Path, c
         a, b, _ = factors(tmp_path / "file")
     assert_same((a, b), principal_factors(weight(), 4))
     assert "adapter.svd_cache: cannot write" in caplog.text
+
+
+@pytest.mark.parametrize("algorithm", ["exact", "randomized"])
+def test_directions_that_a_weight_does_not_have(algorithm: str):
+    """Blocks of zeros (LLaMA Pro), merges of low rank: A and B of these directions are zero, and the report says so."""
+    settings = SvdSettings(algorithm, 4)
+    *factors_of_zero, report = factors("", torch.zeros(12, 10), settings=settings)
+    assert not any(factor.any() for factor in factors_of_zero)
+    assert (report["zero_directions"], report["directions"], report["captured_energy"]) == (4, 4, 1.0)
+    generator = torch.Generator().manual_seed(1)
+    low = torch.randn(12, 3, generator=generator) @ torch.randn(3, 10, generator=generator)
+    assert factors("", low, settings=settings)[2]["zero_directions"] == 1
+    assert factors("", settings=settings)[2]["zero_directions"] == 0

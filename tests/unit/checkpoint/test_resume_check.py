@@ -10,7 +10,16 @@ import pytest
 from titan_hd.checkpoint.resume_check import allow_mismatch_errors, check_resumable, run_identity, weights_fingerprint
 from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
+from titan_hd.models.registry import FLAVORS, parse_hf_config
 
+SMALL = FLAVORS["llama3"]["debugmodel"]
+ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 8192,
+}
 IDENTITY = {"adapter.method": "hdpissa", "adapter.rank": 16, "adapter.target_modules": None, "training.seed": 42}
 
 
@@ -21,6 +30,23 @@ def compare(saved: dict, current: dict, allowed: list[str] = [], base: str = "fu
 class TestCheckResumable:
     def test_the_same_run(self):
         assert compare(json.loads(json.dumps(IDENTITY)), IDENTITY) == []
+
+    def test_targets_are_a_set(self):
+        saved = {**IDENTITY, "adapter.target_modules": ["q_proj", "v_proj"]}
+        assert compare(saved, {**IDENTITY, "adapter.target_modules": ["v_proj", "q_proj", "v_proj"]}) == []
+        for other in (["q_proj"], ["q_proj", "k_proj"], None):
+            with pytest.raises(UserError, match=r"adapter\.target_modules: the checkpoint has"):
+                compare(saved, {**IDENTITY, "adapter.target_modules": other})
+
+    def test_keys_of_a_config_in_another_order(self):
+        texts = [
+            repr(parse_hf_config({**SMALL, "rope_scaling": rope}, "x")) for rope in (ROPE, dict(sorted(ROPE.items())))
+        ]
+        assert texts[0] != texts[1]
+        assert compare({"model": texts[0]}, {"model": texts[1]}) == []
+        other = repr(parse_hf_config({**SMALL, "rope_scaling": {**ROPE, "factor": 4.0}}, "x"))
+        with pytest.raises(UserError, match=r"^model: the checkpoint has"):
+            compare({"model": texts[0]}, {"model": other})
 
     def test_every_difference_is_a_line_that_names_its_key(self):
         current = {**IDENTITY, "adapter.rank": 8, "adapter.target_modules": ["q_proj"]}

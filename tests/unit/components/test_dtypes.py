@@ -28,6 +28,7 @@ def resolved(
 
 def test_a_frozen_base_is_as_its_files_have_it():
     assert resolved() == ("bfloat16", "bfloat16", "delta")
+    assert resolved(files=torch.float16) == ("bfloat16", "float16", "delta")
     assert resolved(files=torch.float32) == ("bfloat16", "float32", "delta")
     assert resolved(files=None) == ("bfloat16", "float32", "delta")
     assert resolved(mixed_precision_param="float32") == ("float32", "float32", "delta")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from unittest import mock
 
-from titan_hd.components.metrics import MetricsLogger, keep_records_until
+from titan_hd.components.metrics import MetricsLogger, keep_records_until, write_svd_report
 from titan_hd.config.job_config import JobConfig
 
 
@@ -85,6 +87,26 @@ class TestMetricsLogger:
         self.log(config, 5, 9)  # the checkpoint was of step 5
         assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines(*range(1, 10))
 
+    def test_records_of_an_earlier_run_are_set_aside(self, tmp_path: Path, caplog):
+        """Of a run without checkpoints they are all that is left."""
+        config = self.config(tmp_path)
+        for last in (3, 2, 1):
+            self.log(config, 0, last)
+        for name, last in (("metrics.jsonl", 1), ("metrics.1.jsonl", 3), ("metrics.2.jsonl", 2)):
+            assert (tmp_path / "run" / name).read_text() == lines(*range(1, last + 1))
+        assert "metrics.jsonl is of an earlier run; kept as metrics.2.jsonl" in caplog.text
+        (tmp_path / "run" / "metrics.jsonl").write_text("")
+        self.log(config, 0, 1)
+        assert not (tmp_path / "run" / "metrics.3.jsonl").exists(), "there was nothing to keep"
+
+    def test_tensorboard_that_cannot_start_costs_no_training(self, tmp_path: Path, caplog):
+        config = self.config(tmp_path)
+        config.metrics.enable_tensorboard = True
+        with mock.patch.dict(sys.modules, {"torch.utils.tensorboard": None}):
+            self.log(config, 0, 2)
+        assert "TensorBoard cannot start" in caplog.text
+        assert steps_of(tmp_path / "run" / "metrics.jsonl") == [1, 2]
+
     def test_records_are_there_at_once(self, tmp_path: Path):
         metrics = MetricsLogger(self.config(tmp_path), 10, 0)
         metrics.log(1, {"loss": 0.1})
@@ -115,3 +137,14 @@ class FullDisk:
             raise OSError(28, "No space left on device")
         self.room = 0
         return 5
+
+
+def test_weights_that_can_never_move_are_named(tmp_path: Path, caplog):
+    common = {"cached": False, "seconds": 1.0, "captured_energy": 1.0, "orthogonality_error": 0.0, "directions": 8}
+    reports = [{"layer": f"layers.{n}.o_proj", "zero_directions": n % 3, **common} for n in range(3)]
+    write_svd_report(tmp_path / "svd.jsonl", reports)
+    assert [json.loads(line) for line in (tmp_path / "svd.jsonl").read_text().splitlines()] == reports
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert line.endswith("can never move: layers.1.o_proj (1 of 8), layers.2.o_proj (2 of 8)")
+    write_svd_report(tmp_path / "svd.jsonl", reports[:1])
+    assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 1

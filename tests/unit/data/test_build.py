@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import ClassVar
@@ -10,8 +11,9 @@ import pytest
 
 from tests.kit.datasets import build_dataset
 from tests.kit.errors import message
-from tests.kit.tokenizers import Letters, pieces_directory
-from titan_hd.config.job_config import Data
+from tests.kit.tokenizers import Letters, llama3_directory, pieces_directory
+from titan_hd.config.job_config import Data, DataSource
+from titan_hd.data.build import Answering, DatasetBuilder
 from titan_hd.data.dataset import TokenizedDataset
 from titan_hd.data.example import IGNORE, Example
 from titan_hd.data.loader import collate
@@ -365,3 +367,40 @@ class TestBuildRecords:
         assert len(build_dataset(data, "validation", 30, 16, Letters)) == 1
         with pytest.raises(ValueError, match=r"data.train: cannot read nowhere"):
             build_dataset(data, "train", 30, 16, Letters)
+
+
+class TestAnswering:
+    """What whoever generates must know: the ends of all sources' answers, and a template that is in no file."""
+
+    def answering(self, folder: Path, **settings):
+        builder = DatasetBuilder(
+            Data(**{"template": "none", **settings}), 400, 64, functools.partial(load_tokenizer, folder)
+        )
+        builder.training()
+        return builder.answering()
+
+    def test_tokens_say_nothing(self, jsonl, tmp_path: Path):
+        assert self.answering(tmp_path, train=jsonl({"input_ids": [1, 2], "labels": [1, 2]})) == Answering()
+
+    def test_texts_and_instructions_end_with_the_end_of_sequence(self, jsonl, tmp_path: Path):
+        folder = pieces_directory(tmp_path / "model")
+        assert self.answering(folder, train=jsonl({"text": "fox"})) == Answering([0])
+        assert self.answering(folder, train=jsonl({"query": "fox", "response": "dog"})) == Answering([0])
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_chats_end_with_the_templates_token(self, jsonl, tmp_path: Path, streaming: bool):
+        """ChatML on a base model: the template is in its files, the end of a turn not in its generation config."""
+        folder = pieces_directory(tmp_path / "model", chat_template=CHAT)
+        chat = {"messages": [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]}
+        train = jsonl(chat)
+        assert self.answering(folder, train=train, streaming=streaming) == Answering([0, 1])
+        train = jsonl({"query": "fox", "response": "dog"})
+        assert self.answering(folder, train=train, template="chat") == Answering([0, 1])
+
+    def test_a_mixture_has_all_of_them(self, jsonl, tmp_path: Path):
+        folder, train = llama3_directory(tmp_path / "model"), jsonl({"query": "fox", "response": "dog"})
+        plain = DataSource(path=train)
+        assert self.answering(folder, train=[plain]) == Answering([1])
+        both = self.answering(folder, train=[DataSource(path=train, template="chat"), plain])
+        assert both.stop_ids == [1, 4]
+        assert "<|start_header_id|>" in both.chat_template

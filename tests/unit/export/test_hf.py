@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.kit import runs
+from tests.kit.tokenizers import llama3_directory
+from titan_hd.config.job_config import Data
+from titan_hd.data.build import Answering, DatasetBuilder
+from titan_hd.data.text.chat import load_chat_template
+from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.errors import UserError
 from titan_hd.export import hf as export
-from titan_hd.export.hf import check_folder, publish, start_folder, write_assets
+from titan_hd.export.hf import check_folder, publish, start_folder, write_answering, write_assets
 from titan_hd.export.model_card import base_name, final_metrics, model_card
 
 SETTINGS = {
@@ -140,6 +147,72 @@ class TestFiles:
         assert written == {**hf, "torch_dtype": "bfloat16", "dtype": "bfloat16"}
         generation = json.loads((tmp_path / "p" / "generation_config.json").read_text())
         assert generation == {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": [2, 3]}
+
+
+class TestAnswering:
+    """An export can be asked as the model was trained: chat template, and tokens that end an answer."""
+
+    HF: ClassVar = {"bos_token_id": 1, "eos_token_id": 2}
+
+    def written(self, tmp_path: Path, answering: Answering, generation: dict | None = None) -> dict | None:
+        assets, partial = tmp_path / "assets", tmp_path / "hf.partial"
+        assets.mkdir()
+        if generation is not None:
+            (assets / "generation_config.json").write_text(json.dumps(generation))
+        start_folder(partial)
+        write_assets(partial, self.HF, torch.bfloat16, str(assets), "card", answering)
+        path = partial / "generation_config.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    @pytest.mark.parametrize(
+        ("base", "stops", "want"),
+        [
+            ({"eos_token_id": 596, "top_p": 0.9}, [596, 599], {"eos_token_id": [596, 599], "top_p": 0.9}),
+            ({"eos_token_id": [7, 5]}, [5, 6, 7], {"eos_token_id": [7, 5, 6]}),
+            ({"top_p": 0.9}, [599], {"top_p": 0.9, "eos_token_id": 599}),
+            (None, [2, 9], {"bos_token_id": 1, "eos_token_id": [2, 9]}),
+            ({"eos_token_id": [7, 5]}, [5], {"eos_token_id": [7, 5]}),
+            ({"_from_model_config": True, "eos_token_id": 2}, [2], {"_from_model_config": True, "eos_token_id": 2}),
+            ({"_from_model_config": True, "eos_token_id": 2}, [3], {"eos_token_id": [2, 3]}),
+            ({"eos_token_id": 2}, [], {"eos_token_id": 2}),
+        ],
+    )
+    def test_tokens_that_end_an_answer(self, base: dict | None, stops: list[int], want: dict, tmp_path: Path):
+        """What the base model stops at stays; files of which nothing is missing are copied as they are."""
+        assert self.written(tmp_path, Answering(stops), base) == want
+
+    def test_a_template_that_the_model_directory_lacks(self, tmp_path: Path):
+        self.written(tmp_path, Answering([], "{{ messages }} ü"))
+        assert (tmp_path / "hf.partial" / "chat_template.jinja").read_text(encoding="utf-8") == "{{ messages }} ü"
+
+    def test_an_adapter_has_them_beside_it_where_the_base_model_does_not(self, tmp_path: Path):
+        (tmp_path / "base").mkdir()
+        (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": 2}')
+        (tmp_path / "out").mkdir()
+        assert not write_answering(tmp_path / "out", tmp_path / "base", self.HF, Answering([2]))
+        assert not list((tmp_path / "out").iterdir())
+        assert write_answering(tmp_path / "out", tmp_path / "base", self.HF, Answering([2, 3], "x"))
+        assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"eos_token_id": [2, 3]}
+        assert (tmp_path / "out" / "chat_template.jinja").read_text() == "x"
+
+
+def test_transformers_chats_with_an_export_of_a_base_model(tmp_path: Path):
+    """A base model with Llama 3's tokens and no chat template, trained on chats with the built-in one."""
+    transformers = pytest.importorskip("transformers")
+    model, records = llama3_directory(tmp_path / "model"), tmp_path / "chats.jsonl"
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    records.write_text(json.dumps({"messages": chat}) + "\n")
+    builder = DatasetBuilder(Data(train=str(records)), 400, 64, functools.partial(load_tokenizer, model))
+    builder.training()
+    answering = builder.answering()
+    start_folder(tmp_path / "out")
+    write_assets(tmp_path / "out", {"eos_token_id": 1}, torch.float32, str(model), "card", answering)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = theirs.apply_chat_template(chat, tokenize=False)
+    assert text == load_chat_template(load_tokenizer(model)).render(chat)
+    ends = transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
+    assert ends == [1, theirs.convert_tokens_to_ids("<|eot_id|>")]
 
 
 class TestFolder:
@@ -282,6 +355,15 @@ class TestCard:
         assert "datasets" not in self.card(data={"train": "data/train.jsonl"})
         several = [{"path": "org/data", "weight": 1.0}, {"path": "/x/y.jsonl", "weight": 2.0}]
         assert "Training data: org/data, y.jsonl." in self.card(data={"train": several})
+
+    @pytest.mark.parametrize("name", ["\udce9t\udce9.jsonl", "half\ud800.jsonl"])
+    def test_names_that_are_no_text(self, tmp_path: Path, name: str):
+        """Latin-1, as older clusters have it, comes from the command line with surrogates; a TOML may hold others."""
+        card = self.card(data={"train": f"/x/{name}"})
+        start_folder(tmp_path / "p")
+        write_assets(tmp_path / "p", {}, torch.bfloat16, "", card)
+        shown = ascii(name)[1:-1]
+        assert f"Training data: {shown}." in (tmp_path / "p" / "README.md").read_text(encoding="utf-8")
 
     def test_the_license_of_the_base_model(self, tmp_path: Path):
         readme = (

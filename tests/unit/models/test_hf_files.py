@@ -165,7 +165,7 @@ class TestWriting:
     def test_a_disk_that_is_too_small(self, tmp_path: Path):
         shapes = {"w": torch.Size((2**30, 2**30))}
         slots, _ = plan_files(tmp_path, shapes, torch.float32)
-        with pytest.raises(UserError, match=r"the weights need 4611686018\.43 GB, .* GB are free"):
+        with pytest.raises(UserError, match=r"the weights need 4611686018\.43 GB, \S+ GB are free"):
             check_space(tmp_path, slots, shapes)
 
     def test_format_metadata_and_alignment(self, tmp_path: Path):
@@ -398,7 +398,7 @@ class TestReading:
         values = {"model.embed_tokens.weight": torch.ones(4, 2), "lm_head.weight": torch.ones(4, 2)}
         save_file(values, tmp_path / "model.safetensors")
         expected = {"model.embed_tokens.weight": torch.Size((4, 2))}
-        WeightFiles(tmp_path, expected, tied_head=True)
+        assert not WeightFiles(tmp_path, expected, tied_head=True).heads_differ()
         (line,) = errors_of(tmp_path, expected)
         assert line.endswith("lm_head.weight: is not part of the model")
         save_file({**values, "lm_head.weight": torch.ones(5, 2)}, tmp_path / "model.safetensors")

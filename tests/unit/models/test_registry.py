@@ -102,11 +102,29 @@ class TestRefusals:
     )
     def test_architecture(self, architectures):
         with pytest.raises(ValueError, match=r"here/config.json: architectures: .* is not supported; supported are Ll"):
-            parse(architectures=architectures)
+            parse(architectures=architectures, model_type="gpt2")
+
+    @pytest.mark.parametrize("architectures", [..., None, []])
+    @pytest.mark.parametrize("said", [SMALL, MISTRAL, QWEN2, QWEN3])
+    def test_a_model_type_stands_for_its_architecture(self, architectures, said: dict):
+        """As in transformers; an export names it, for vLLM."""
+        want = parse(**{"architectures": ["LlamaForCausalLM"], "num_key_value_heads": 2, **said})
+        got = parse(**{"num_key_value_heads": 2, **said, "architectures": architectures})
+        assert got == want
+        assert got.hf["architectures"] == want.hf["architectures"]
+
+    def test_a_model_type_of_another_architecture(self):
+        """transformers would compute a Mistral with its window, vLLM a Llama."""
+        with pytest.raises(
+            ValueError, match=r"architectures \['LlamaForCausalLM'\] and model_type 'mistral' contradict"
+        ):
+            parse(model_type="mistral")
+        assert parse(model_type="yi") == parse()
 
     def test_activation(self):
         with pytest.raises(ValueError, match=r"here/config.json: hidden_act: 'gelu' is not supported; only silu"):
             parse(hidden_act="gelu")
+        assert parse(hidden_act="swish") == parse(hidden_act="silu")
 
     def test_quantization(self):
         with pytest.raises(ValueError, match=r"here/config.json: quantization_config: is not supported"):

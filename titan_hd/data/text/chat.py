@@ -29,10 +29,11 @@ _LLAMA3 = (
 class ChatTemplate:
     """A chat template with the special tokens that it may name.
 
-    where: the file it is from, for messages.
+    source: the Jinja program. where: the file it is from, for messages.
     """
 
     def __init__(self, source: str, where: str, special_tokens: dict[str, str]):
+        self.source = source
         self._template, self._where, self._special_tokens = SandboxedTemplate(source), where, special_tokens
         if len(source) > MAX_SOURCE:
             raise UserError(f"{where}: chat template: longer than {MAX_SOURCE} characters")
@@ -143,6 +144,11 @@ def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
             )
         source, where = _LLAMA3, "the built-in template of Llama 3"
     return ChatTemplate(source, where, tokenizer.special_tokens)
+
+
+def borrowed_template(tokenizer: Tokenizer) -> str | None:
+    """The source of a tokenizer's chat template, where that is not in its directory, which an export copies."""
+    return load_chat_template(tokenizer).source if _find(tokenizer.directory)[0] is None else None
 
 
 def _find(directory: Path) -> tuple[str | None, str]:
