@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from tests.kit import runs
@@ -62,22 +62,34 @@ def peak_of_step(argv: list[str]) -> int:
     from titan_hd.train import Trainer
 
     config = manager.load(argv)
-    gc.collect()  # an earlier run's memory must not be given back in this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer = Trainer(config, plan_run(config, dist.get_world_size()), torch.device("cpu"))
         trainer.train_step()
         with record_function("measured step"):
             trainer.train_step()
     trainer.close()
-    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    step = next(event for event in events if event.name() == "measured step")
-    live, peak = 0, 0
+    events = sorted(_all(profiler.profiler.kineto_results.experimental_event_tree()), key=lambda e: e.start_time_ns)
+    step = next(event for event in events if event.name == "measured step")
+    live: dict[int, int] = {}  # address -> bytes; what was there before is freed sometime in between, and not counted
+    total = peak = 0
     for event in events:
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            if step.start_ns() <= event.start_ns() <= step.end_ns():
-                peak = max(peak, live)
+        if event.tag != _EventType.Allocation:
+            continue
+        address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        if size > 0:
+            live[address] = size
+            total += size
+        else:
+            total -= live.pop(address, 0)
+        if step.start_time_ns <= event.start_time_ns <= step.end_time_ns:
+            peak = max(peak, total)
     return peak
+
+
+def _all(events):
+    for event in events:
+        yield event
+        yield from _all(event.children)
 
 
 def compare(argv: list[str], workers, size: int = 1) -> None:
@@ -147,22 +159,22 @@ class TestRemedy:
         )
         assert fitting.remedy(plan, "cpu", available // 100).startswith("no smaller setting")
 
-    @pytest.mark.parametrize("part", [0.9, 0.8, 0.7, 0.5, 0.3])
+    @pytest.mark.parametrize("part", [0.8, 0.3])
     def test_none_of_several_may_be_left_out(self, part: float, argv):
-        """However much is to be saved: all of the changes fit, and all but one do not."""
+        """All of the changes fit, and all but one do not."""
         plan = self.plan(argv, adapter__rank=16)
         available = int(part * fitting.estimate_run(plan, "cuda").allocated) + CONTEXT_BYTES
 
-        def fits(changes) -> bool:
-            return fitting.estimate_run(fitting._with(plan, changes), "cuda").total <= available
+        def fits(changed) -> bool:
+            return fitting.estimate_run(changed, "cuda").total <= available
 
         taken = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fitting, "_words", lambda change: taken.append(change) or change[0])
-            together = fitting._together(plan, fits)
-        assert together == [" and ".join(key for key, _ in taken)] if taken else not together
-        assert fits(taken) or not taken
-        assert not any(fits([other for other in taken if other != change]) for change in taken)
+            assert fitting._together(plan, fits) == [" and ".join(key for key, _ in taken)]
+        assert fits(fitting._with(plan, taken))
+        for change in taken:
+            assert not fits(fitting._with(plan, [other for other in taken if other != change])), change
 
     def test_what_is_offloaded_takes_nothing_of_a_gpu(self, argv):
         plan = self.plan(argv)

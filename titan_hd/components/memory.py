@@ -19,7 +19,7 @@ from torch import nn
 from titan_hd.adapters.adapter_linear import AdapterLinear, untouched_parameters
 from titan_hd.adapters.methods import build_method
 from titan_hd.components.host_moments import PART_ELEMENTS
-from titan_hd.components.live_bytes import block_memory, head_memory
+from titan_hd.components.live_bytes import BlockMemory, block_memory, head_memory
 from titan_hd.components.optimizer import optimizer_class
 from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.parallelize import fsdp_groups
@@ -258,9 +258,7 @@ def _phases(sizes: Sizes, model: Decoder, local: DecoderConfig, groups: list[Gro
     """Bytes by name of each phase, beside what is held all the time."""
     c, element = sizes.config, sizes.compute.itemsize
     tokens = (c.training.local_batch_size, c.training.seq_len)
-    method = build_method(c)
-    targets, dropout = c.adapter.target_modules, c.adapter.dropout > 0
-    block = block_memory(local, method, targets, tokens, sizes.compute, c.activation_checkpoint, dropout)
+    block = _block_memory(c, local, tokens, sizes.compute)
     head_trained = c.adapter.method == "full" and c.adapter.target_modules is None
     head = head_memory(local, tokens, sizes.compute, head_trained)
     layers = local.num_hidden_layers
@@ -296,6 +294,20 @@ def _phases(sizes: Sizes, model: Decoder, local: DecoderConfig, groups: list[Gro
             rows = (shard_elements(torch.empty(w.shape, device="meta"), sizes.mesh[1]) for w in sizes.updates.weights)
             phases["fold"]["a weight's rows from the host"] = sizes.master.itemsize * max(rows)
     return phases
+
+
+def _block_memory(c: JobConfig, local: DecoderConfig, tokens: tuple[int, int], compute: torch.dtype) -> BlockMemory:
+    """`block_memory`, remembered: looking for what would make a run fit asks for the same block many times."""
+    key = repr((local, c.adapter, c.hdpissa.mute_scalar, tokens, compute, c.activation_checkpoint))
+    if key not in _BLOCKS:
+        method, dropout = build_method(c), c.adapter.dropout > 0
+        _BLOCKS[key] = block_memory(
+            local, method, c.adapter.target_modules, tokens, compute, c.activation_checkpoint, dropout
+        )
+    return _BLOCKS[key]
+
+
+_BLOCKS: dict[str, BlockMemory] = {}
 
 
 def _optimizer_temporaries(sizes: Sizes, groups: list[Group]) -> int:
