@@ -66,8 +66,11 @@ def gathering(plan: RunPlan, device_type: str, available: int) -> str | None:
     if plan.config.parallelism.fsdp_reshard_after_forward != "default" or plan.global_batch_size <= batch:
         return None
     needed = estimate_run(_with(plan, [("parallelism.fsdp_reshard_after_forward", "never")]), device_type).total
-    left = available * (1 - CUDA_MARGIN) if device_type == "cuda" else available / CPU_SHARE
-    kept = "W will stay gathered" if needed <= left else "W will be gathered for every micro-batch: kept"
+    if device_type == "cuda":
+        stays = needed <= available * (1 - CUDA_MARGIN)
+    else:
+        stays = needed - estimate_run(plan, device_type).total <= available // CPU_SHARE
+    kept = "W will stay gathered" if stays else "W will be gathered for every micro-batch: kept"
     return f"memory: {kept} over the micro-batches of a step, that takes about {needed / GB:.1f} GB in all"
 
 
