@@ -36,8 +36,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from benchmarks import common
-from titan_hd.adapters.hdpissa import HDPissaLinear, share_products
-from titan_hd.adapters.inject import replace_linears
+from titan_hd.adapters.hdpissa import HDPissaLinear, project_together
+from titan_hd.adapters.inject import let_share, replace_linears
 from titan_hd.adapters.lora import LoRA
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import apply_activation_checkpointing, apply_fsdp
@@ -111,7 +111,7 @@ def build(args: argparse.Namespace, dtype: torch.dtype) -> Decoder:
         for layer in (module for module in model.modules() if isinstance(module, HDPissaLinear)):
             a, b = torch.randn(args.rank, layer.in_features), torch.randn(layer.out_features, args.rank)
             layer.bind(a, b, torch.zeros_like(a, requires_grad=True), torch.zeros_like(b, requires_grad=True))
-        share_products(model)
+        let_share(model, project_together)
     return model
 
 

@@ -33,9 +33,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import common
-from titan_hd.adapters.hdpissa import HDPissaLinear, share_products
-from titan_hd.models.decoder import Block, RotaryEmbedding
+from titan_hd.adapters.hdpissa import HDPissaLinear, project_together
+from titan_hd.adapters.inject import let_share
+from titan_hd.models.decoder import Block
 from titan_hd.models.registry import DecoderConfig, flavor_config
+from titan_hd.models.rope import RotaryEmbedding
 
 MUTE = 1e-16
 EXPECTED = {"exact mute": 1.03, "lora": 1.07, "full": 1.50, "dense mute": 2.59, "two products": 2.59}
@@ -125,7 +127,7 @@ def build_block(args: argparse.Namespace, variant: str, device: torch.device) ->
         if isinstance(linear, nn.Linear):
             block.set_submodule(name, adapt(linear, variant, args.rank))
     if variant == "exact mute":
-        share_products(block)
+        let_share(block, project_together)
     return block
 
 

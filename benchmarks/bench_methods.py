@@ -21,7 +21,8 @@ from benchmarks import bench_linear, common
 from titan_hd.adapters.adapter_linear import adapter_layers
 from titan_hd.adapters.methods import build_method
 from titan_hd.config.job_config import Adapter, JobConfig
-from titan_hd.models.decoder import Block, RotaryEmbedding
+from titan_hd.models.decoder import Block
+from titan_hd.models.rope import RotaryEmbedding
 
 # name -> changes of [adapter], or a variant of bench_linear
 BASELINES = {"frozen": "frozen", "full": "full", "hdpissa": "exact mute"}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import platform
+import re
 import statistics
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -129,6 +133,35 @@ def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> in
     function()
     synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def held_bytes(device: torch.device) -> int | None:
+    """Memory that this process holds now: of the GPU, or its resident set (Linux; None elsewhere)."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status_bytes("VmRSS")
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most that `held_bytes` has been since `reset_peak`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status_bytes("VmHWM")
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (clear := Path("/proc/self/clear_refs")).exists():
+        clear.write_text("5")  # see proc(5)
+
+
+def trim_heap() -> None:
+    """Give freed memory of the host back to the system, where the C library can."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status_bytes(field: str) -> int | None:
+    status = Path("/proc/self/status")
+    found = re.search(rf"{field}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else None
 
 
 def print_table(columns: list[str], rows: Sequence[Sequence[object]]) -> None:

@@ -8,16 +8,17 @@
 #     FLAVOR=debugmodel SEQ_LEN=64 LOCAL_BATCH=1 ADAPTER_RANK=4 ONLY=train ./benchmarks/gpu_check.sh
 #
 # Parts: tests (pytest -m gpu; those for two GPUs skip where there is one), linear, update, svd, loader, loss, host,
-# checkpointing, train (20 steps of a random Llama-3.1-8B with K = 8 virtual adapters: with and without torch.compile,
-# packed, with W gathered for every micro-batch and once, with bf16 masters, in fp32). Each part has a time limit and the
-# next runs even if it fails; the summary at the end lists every part's exit status. What the training needs of memory is
-# in the first lines of its output; compare it with peak_memory_gib.
+# checkpointing, step, peers, train (20 steps of a random Llama-3.1-8B with K = 8 virtual adapters: with and without
+# torch.compile, packed, with W gathered for every micro-batch and once, with bf16 masters, in fp32). Each part has a time
+# limit and the next runs even if it fails; the summary at the end lists every part's exit status. What the training needs
+# of memory is in the first lines of its output; compare it with peak_memory_gib.
 set -uo pipefail
 
 OUT=${OUT:-outputs/gpu_check}
 PYTHON=${PYTHON:-python3}
-ONLY=${ONLY:-tests linear update svd loader loss host checkpointing train}
+ONLY=${ONLY:-tests linear update svd loader loss host checkpointing step peers train}
 FLAVOR=${FLAVOR:-8B}
+PEERS_FLAVOR=${PEERS_FLAVOR:-1B} # of the comparison with transformers and peft, which must be installed
 SEQ_LEN=${SEQ_LEN:-2048}
 LOCAL_BATCH=${LOCAL_BATCH:-2}
 STEPS=${STEPS:-20}
@@ -144,6 +145,17 @@ fi
 
 if wanted checkpointing; then
   part checkpointing "$PYTHON" -m benchmarks.bench_checkpointing
+fi
+
+if wanted step; then
+  part step "$PYTHON" -m benchmarks.bench_step --flavor "llama3/$FLAVOR" --tokens "$SEQ_LEN" --rows "$LOCAL_BATCH" \
+    --methods hdpissa,lora,pissa,dora --activation_checkpoint.mode selective --training.mixed_precision_param bfloat16
+fi
+
+if wanted peers; then
+  part peers "$PYTHON" -m benchmarks.bench_peers --flavor "llama3/$PEERS_FLAVOR" --tokens "$SEQ_LEN" --dtype bfloat16
+  part peers-masked "$PYTHON" -m benchmarks.bench_peers --flavor "llama3/$PEERS_FLAVOR" --tokens "$SEQ_LEN" \
+    --dtype bfloat16 --labelled 0.3
 fi
 
 if wanted train; then

@@ -184,7 +184,8 @@ def _other_paths(config: JobConfig) -> dict[str, Path]:
     """What a run reads and writes beside its export, by the key or the file that stands for it."""
     c, dump = config, Path(config.job.dump_folder)
     paths = {name: dump / name for name in ("metrics.jsonl", "svd.jsonl", "environment.jsonl", "tb", "wandb")}
-    paths["job.dump_folder"] = dump
+    if dump.resolve().is_relative_to(export_folder(config).resolve()):
+        return {"job.dump_folder": dump}  # and with it all that is in it
     if c.checkpoint.enable:
         paths["checkpoint.folder"] = dump / c.checkpoint.folder
     if c.profiling.enable_profiling:

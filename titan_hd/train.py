@@ -154,6 +154,7 @@ class Trainer:
             self.model,
             c.parallelism.fsdp_reshard_after_forward,
             self.placement.micro_batches,
+            self.dims.dp_shard,
             gathered_bytes(self.model, self.dims, ignored, param_dtype),
             c.training.seq_len,
             self.device,

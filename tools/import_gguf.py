@@ -43,9 +43,9 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from titan_hd.config import manager
 from titan_hd.errors import UserError
 from titan_hd.files import disk_faults, shown, shown_size
-from titan_hd.models.decoder import rope_frequencies
 from titan_hd.models.hf_files import sync_files
 from titan_hd.models.registry import parse_hf_config
+from titan_hd.models.rope import rope_frequencies
 
 # What zipfile raises for broken files, encrypted ones (RuntimeError) and unknown compression (NotImplementedError).
 _ZIP_FAULTS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 
 from tests.kit import runs
@@ -83,18 +85,20 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_settings_train_alike(case, workers, tmp_path: Path):
-    """With a validation between steps, which gathers too, and a resume from a checkpoint in the middle."""
+    """With a validation between steps, which gathers too, and a resume from a checkpoint of the middle."""
     world, changes = CASES[case]
     validation = {"validation__enable": "true", "validation__freq": 1, "data__validation": tmp_path / "records.jsonl"}
     losses, logged = {}, {}
     for setting in SETTINGS:
         changes = {**changes, **validation, "parallelism__fsdp_reshard_after_forward": setting}
-        losses[setting] = workers.run(world, runs.train, argv(tmp_path, setting, **changes))[0]
+        saving = argv(tmp_path, setting, checkpoint__enable="true", checkpoint__interval=2, **changes)
+        losses[setting] = workers.run(world, runs.train, saving)[0]
         lines = map(json.loads, (tmp_path / setting / "metrics.jsonl").read_text().splitlines())
         logged[setting] = [(line.get("grad_norm"), line.get("validation_loss")) for line in lines]
         resumed = argv(tmp_path, f"{setting}-resumed", checkpoint__enable="true", **changes)
-        first = workers.run(world, runs.train, resumed, 2)[0]
-        assert first + workers.run(world, runs.train, resumed)[0] == losses[setting]
+        middle = Path("checkpoint", "step-2")
+        shutil.copytree(tmp_path / setting / middle, tmp_path / f"{setting}-resumed" / middle)
+        assert workers.run(world, runs.train, resumed)[0] == losses[setting][2:]
     assert losses["always"] == losses["never"] == losses["default"]
     assert logged["always"] == logged["never"] == logged["default"]
     exported = [runs.load_file(tmp_path / s / "hf" / "model.safetensors") for s in SETTINGS]
@@ -122,3 +126,25 @@ def test_default_decides_by_memory_and_all_workers_alike(workers, tmp_path: Path
     assert [kept for kept, _ in both + one + single] == [True, True, False, False, False, False]
     whole = sum(p.numel() for p in runs.Decoder(read_hf_config(tmp_path / "model")).parameters()) * 4
     assert both[0][1] == pytest.approx(whole, rel=0.05)
+
+
+def counted_sums(argv: list[str]) -> tuple[int, int]:
+    """How often a step sums gradients over workers, and the FSDP2 groups that have any."""
+    run = runs.trainer(argv)
+    run.train_step()
+    with pytest.MonkeyPatch.context() as patch:
+        calls, original = [], _fsdp_param_group.foreach_reduce
+        patch.setattr(_fsdp_param_group, "foreach_reduce", lambda *a, **k: calls.append(1) or original(*a, **k))
+        run.train_step()
+    run.close()
+    return len(calls), len(run.model.model.layers) + 2  # embedding; norm and head
+
+
+@pytest.mark.parametrize(("world", "replicate"), [(1, 1), (2, 2), (2, 1)])
+def test_gradients_are_summed_once_where_they_are_whole(world, replicate, workers, tmp_path: Path):
+    """Where W is in shards, every micro-batch's are summed: else each worker would hold the whole gradient."""
+    changes = {"adapter__method": "full", "hdpissa__num_adapters": 0, "training__local_batch_size": 1}
+    options = argv(tmp_path, "sums", parallelism__data_parallel_replicate_degree=replicate, **changes)
+    micro_batches = 8 // world
+    for calls, groups in workers.run(world, counted_sums, options):
+        assert calls == groups * (1 if world == replicate else micro_batches)

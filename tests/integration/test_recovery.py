@@ -40,7 +40,11 @@ def test_a_killed_worker_is_started_again_by_the_launcher(workers, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    [
+        (signal.SIGTERM, 75),
+        pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow),  # in test_slurm too
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
     ids=["TERM", "USR1", "INT"],
 )
 def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals, status: int):

@@ -28,6 +28,11 @@ class FrozenLinear(nn.Linear):
         """Weight and bias of a forward pass."""
         return self.weight, self.bias
 
+    @property
+    def drops(self) -> bool:
+        """Whether dropout draws masks now."""
+        return bool(self.dropout) and self.training
+
     def dropped(self, x: torch.Tensor) -> torch.Tensor:
         """The adapter's input: x [..., in] after dropout."""
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

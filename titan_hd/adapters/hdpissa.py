@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from titan_hd.adapters.frozen_linear import FoldingLinear
-from titan_hd.adapters.inject import replace_linears
+from titan_hd.adapters.inject import let_share, replace_linears
 from titan_hd.adapters.method import FoldingMethod
 from titan_hd.config import job_config
 from titan_hd.config.job_config import JobConfig
@@ -118,7 +118,7 @@ class HDPissaLinear(FoldingLinear):
     @property
     def shares_products(self) -> bool:
         """Whether the exact mute runs on the layer's own input: dropout draws another mask for every layer."""
-        return self.mute_scalar == 0.0 and not (self.dropout and self.training)
+        return self.mute_scalar == 0.0 and not self.drops
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():  # nothing to learn: the frozen layer
@@ -143,14 +143,6 @@ def project_together(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor,
         return tuple(layer(x) for layer in layers)
     outputs = iter(exact_mute(x, [layer.operands() for layer in sharing], sharing[0].scale))
     return tuple(next(outputs) if layer in sharing else layer(x) for layer in layers)
-
-
-def share_products(model: nn.Module) -> None:
-    """Give `project_together` to the modules that let a method say how layers of one input are applied."""
-    for module in model.modules():
-        if hasattr(module, "project"):  # models.decoder.Attention and MLP
-            # pyrefly: ignore[bad-argument-type]: a module takes any attribute; torch's __setattr__ says tensor or module
-            module.project = project_together
 
 
 class HDPissa(FoldingMethod):
@@ -222,7 +214,7 @@ class HDPissa(FoldingMethod):
             error = self.shape_error(name, (layer.out_features, layer.in_features))
             if error:
                 raise UserError(error)
-        share_products(model)
+        let_share(model, project_together)
         return list(layers)
 
     def shape_error(self, name: str, shape: tuple[int, int]) -> str | None:

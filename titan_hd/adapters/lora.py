@@ -7,14 +7,76 @@ own. A is drawn from kaiming_uniform(a = sqrt 5), B is zero, so that the first f
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from titan_hd.adapters.adapter_linear import AdapterLinear, AdapterMethod
+from titan_hd.adapters.inject import let_share
 from titan_hd.config.job_config import Adapter, JobConfig
+
+
+class Operands(NamedTuple):
+    """What one layer computes with: weight [out, in] and bias [out] or None, frozen; a [r, in] and b [out, r]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+class _LowRank(torch.autograd.Function):
+    """apply(x, scale, *operands of the first layer, *operands of the second, ...)
+
+    The layers share one product x [A; A'; ...]^T, one of the gradients with x, and one dx, summed in place. Autograd
+    would make a tensor like x for every product that x goes through, and add them up.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, *flat):
+        layers, rows = _layers(flat), x.flatten(0, -2)
+        low = rows @ _cat([layer.a for layer in layers], 0).T
+        ctx.save_for_backward(x, low, *(t for layer in layers for t in (layer.weight, layer.a, layer.b)))
+        ctx.scale = scale
+        ys = []
+        for layer, part in zip(layers, low.split([layer.a.shape[0] for layer in layers], 1)):
+            y = F.linear(rows, layer.weight, layer.bias).addmm_(part, layer.b.T, alpha=scale)
+            ys.append(y.view(*x.shape[:-1], -1))
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx, *gys):
+        """gys: dLoss/dy [..., out] of each layer. Everything comes in the dtype of the computation."""
+        x, low, *saved = ctx.saved_tensors
+        weights, a, b = saved[0::3], saved[1::3], saved[2::3]
+        ranks, rows, gys = [factor.shape[0] for factor in a], x.flatten(0, -2), [gy.flatten(0, -2) for gy in gys]
+        g_low = _cat([gy @ factor for gy, factor in zip(gys, b)], 1).mul_(ctx.scale)
+        dx = None
+        if ctx.needs_input_grad[0]:  # the first block's input needs no gradient: the embedding is frozen
+            dx = gys[0] @ weights[0]
+            for gy, weight in zip(gys[1:], weights[1:]):
+                dx.addmm_(gy, weight)
+            dx = dx.addmm_(g_low, _cat(a, 0)).view(x.shape)
+        grads = []
+        for da, part, gy in zip((g_low.T @ rows).split(ranks), low.split(ranks, 1), gys):
+            grads += [None, None, da, (part.T @ gy).T * ctx.scale]
+        return dx, None, *grads
+
+
+def _layers(flat: tuple) -> list[Operands]:
+    width = len(Operands._fields)
+    return [Operands(*flat[i : i + width]) for i in range(0, len(flat), width)]
+
+
+def _cat(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
+    return torch.cat(tensors, dim) if len(tensors) > 1 else tensors[0]
+
+
+def low_rank(x: torch.Tensor, layers: list[Operands], scale: float) -> tuple[torch.Tensor, ...]:
+    """y = x W^T + bias + scale (x A^T) B^T [..., out] of each layer, with gradients to x [..., in], A and B."""
+    return _LowRank.apply(x, scale, *(tensor for layer in layers for tensor in layer))
 
 
 class LoRALinear(AdapterLinear):
@@ -45,10 +107,16 @@ class LoRALinear(AdapterLinear):
         a = kaiming_uniform(self.rank, self.in_features, generator)
         return {"lora_A": a, "lora_B": torch.zeros(self.out_features, self.rank)}
 
+    def operands(self) -> Operands:
+        """What `low_rank` needs of this layer."""
+        return Operands(*self.parameters_for_compute(), self.tensor("lora_A"), self.tensor("lora_B"))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.parameters_for_compute()
-        low_rank = F.linear(self.dropped(x), self.tensor("lora_A"))
-        return add_low_rank(F.linear(x, weight, bias), low_rank, self.tensor("lora_B"), self.scale)
+        layer = self.operands()
+        if not self.drops:
+            return low_rank(x, [layer], self.scale)[0]
+        seen = F.linear(self.dropped(x), layer.a)
+        return add_low_rank(F.linear(x, layer.weight, layer.bias), seen, layer.b, self.scale)
 
     def merged(self, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
         return torch.addmm(weight, lora_B, lora_A, alpha=self.scale)
@@ -56,6 +124,16 @@ class LoRALinear(AdapterLinear):
     def flops(self, tokens: float) -> float:
         """Two skinny products forward, four backward (for x, A, B and the low-rank activation)."""
         return 6 * self.rank * (self.in_features + self.out_features)
+
+
+def project_together(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
+    """Outputs of several linear layers of one input [..., in]; those that are adapted share their products with it,
+    unless dropout draws another mask for each."""
+    sharing = [layer for layer in layers if isinstance(layer, LoRALinear) and not layer.drops]
+    if len(sharing) < 2:
+        return tuple(layer(x) for layer in layers)
+    outputs = iter(low_rank(x, [layer.operands() for layer in sharing], sharing[0].scale))
+    return tuple(next(outputs) if layer in sharing else layer(x) for layer in layers)
 
 
 class OLoRALinear(LoRALinear):
@@ -106,6 +184,12 @@ class LoRA(AdapterMethod):
         a = config.adapter
         scale = a.effective_alpha / (math.sqrt(a.rank) if a.rslora else a.rank)
         return {"rank": a.rank, "scale": scale, "dropout": a.dropout}
+
+    def apply(self, model: nn.Module, target_modules: list[str] | None) -> list[str]:
+        names = super().apply(model, target_modules)
+        if self.layer.forward is LoRALinear.forward:  # DoRA's has more to do
+            let_share(model, project_together)
+        return names
 
     @classmethod
     def peft_config(cls, adapter: Adapter) -> dict[str, Any]:

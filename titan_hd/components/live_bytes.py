@@ -22,8 +22,9 @@ from titan_hd.adapters.frozen_linear import FoldingLinear
 from titan_hd.adapters.method import FoldingMethod, Method
 from titan_hd.config.job_config import ActivationCheckpoint
 from titan_hd.distributed.parallelize import apply_activation_checkpointing
-from titan_hd.models.decoder import Decoder, RMSNorm
+from titan_hd.models.decoder import Decoder
 from titan_hd.models.head import Targets, logits_or_loss
+from titan_hd.models.norm import RMSNorm
 from titan_hd.models.registry import DecoderConfig
 
 # Operators that make a tensor as large as their input for themselves.

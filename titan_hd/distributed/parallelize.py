@@ -126,7 +126,8 @@ def apply_fsdp(
         )
         first = modules[0]
         assert isinstance(first, FSDPModule)
-        first.set_gradient_divide_factor(1.0)
+        if dims.dp_size > 1:  # one worker has nothing to divide, but FSDP2 would make a copy for it
+            first.set_gradient_divide_factor(1.0)
         first.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
     if dims.dp_shard > 1:
         prefetch_forward(model)

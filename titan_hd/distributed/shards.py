@@ -22,8 +22,9 @@ from titan_hd.distributed.collectives import on_rank_zero, raise_on_all
 from titan_hd.distributed.parallel_dims import Block, ParallelDims, local_part, owned_block
 from titan_hd.distributed.regroup import tp_split
 from titan_hd.files import disk_faults
-from titan_hd.models.decoder import Decoder, RMSNorm
+from titan_hd.models.decoder import Decoder
 from titan_hd.models.hf_files import WeightFiles, check_space, plan_files, sync_files, write_headers, write_rows
+from titan_hd.models.norm import RMSNorm
 from titan_hd.seeding import stable_seed
 
 logger = logging.getLogger("titan_hd")

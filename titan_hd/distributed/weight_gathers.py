@@ -1,10 +1,13 @@
-"""How often FSDP2 gathers W: for every micro-batch, or once for all of a step.
+"""How often FSDP2 gathers W, and sums gradients: for every micro-batch, or once for all of a step.
 
 W changes once a step, and FSDP2 gathers it twice for every micro-batch: in the forward pass and in the backward pass.
 That is the price of holding no more than two blocks of the gathered copy. Where the device has room for the whole copy,
 it may stay from the first forward pass of a step to the last backward pass: 1 x W at the collectives instead of 2 M x,
 and on one worker one cast of the masters instead of 2 M. The last backward pass frees it block by block, so that fold,
 optimizer, checkpoints and export meet shards, and the next step gathers what they have made of W.
+
+Where W is not split into shards (one worker, or replicas alone), gradients are summed over the micro-batches first and
+over the replicas then: that takes no memory there, for a shard of the gradient is all of it.
 """
 
 from __future__ import annotations
@@ -36,17 +39,25 @@ class WeightGathers:
 
     setting: parallelism.fsdp_reshard_after_forward. "default" keeps the copy if there is more than one micro-batch to
         keep it for, and memory for it beside what the first step took, which still gathers for every micro-batch.
-    copy_bytes: of the gathered W, see `gathered_bytes`. seq_len: the longest row that a later step may bring. device:
-        where the copy would lie.
+    dp_shard: shards of W. copy_bytes: of the gathered W, see `gathered_bytes`. seq_len: the longest row that a later
+        step may bring. device: where the copy would lie.
     """
 
     def __init__(
-        self, model: Decoder, setting: str, micro_batches: int, copy_bytes: int, seq_len: int, device: torch.device
+        self,
+        model: Decoder,
+        setting: str,
+        micro_batches: int,
+        dp_shard: int,
+        copy_bytes: int,
+        seq_len: int,
+        device: torch.device,
     ):
         self.model, self.micro_batches, self.copy_bytes, self.seq_len = model, micro_batches, copy_bytes, seq_len
         self.device = device
         self.undecided = setting == "default" and micro_batches > 1
         self.kept = False
+        self.sums_once = micro_batches > 1 and dp_shard == 1
         self.allocated = 0  # bytes on the GPU before the first step
         if setting == "never":
             self._keep()
@@ -54,6 +65,9 @@ class WeightGathers:
     def before_micro_batch(self, micro_batch: int) -> None:
         """micro_batch: 0-based, within the step."""
         last = micro_batch == self.micro_batches - 1
+        if self.sums_once and (last or micro_batch == 0):
+            assert isinstance(self.model, FSDPModule)
+            self.model.set_requires_gradient_sync(last)
         if self.kept and (last or micro_batch == 0):
             assert isinstance(self.model, FSDPModule)
             self.model.set_reshard_after_backward(last)

@@ -6,7 +6,6 @@ H query heads, G key/value heads, C channels per head; S slots of a key/value ca
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -16,69 +15,10 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from titan_hd.models import flex
 from titan_hd.models.head import Head, Targets, logits_or_loss
+from titan_hd.models.norm import RMSNorm
 from titan_hd.models.recompute import in_turn
 from titan_hd.models.registry import DecoderConfig
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in fp32 whatever the input's dtype, as in Llama's reference code."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.normalize(x, self.weight)
-
-    def normalize(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        h = x.float()
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
-        return weight * h.to(x.dtype)
-
-
-def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) -> torch.Tensor:
-    """Inverse frequencies [C/2] in fp32, with linear or Llama-3 scaling applied."""
-    dim = config.head_dim
-    exponent = torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
-    inv_freq = 1.0 / config.rope_theta**exponent
-    scaling = config.rope_scaling
-    if scaling is None:
-        return inv_freq
-    if scaling["rope_type"] == "linear":
-        return inv_freq / scaling["factor"]
-    # Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between are interpolated.
-    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-    old_context = scaling["original_max_position_embeddings"]
-    wavelength = 2 * math.pi / inv_freq
-    smooth = (old_context / wavelength - low) / (high - low)
-    smooth = smooth.clamp(0.0, 1.0)
-    return (1 - smooth) * inv_freq / factor + smooth * inv_freq
-
-
-class RotaryEmbedding(nn.Module):
-    """cos and sin of the half-rotation RoPE for given positions, computed in fp32."""
-
-    def __init__(self, config: DecoderConfig):
-        super().__init__()
-        self.config = config
-        self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)
-
-    def reset_buffers(self, device: torch.device) -> None:
-        """Compute the frequencies anew: on the meta device, and after `to_empty`, they hold nothing."""
-        self.inv_freq = rope_frequencies(self.config, device)
-
-    @torch.no_grad()
-    def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = positions[..., None].float() * self.inv_freq.float()  # [B, T, C/2]
-        angles = torch.cat((angles, angles), dim=-1)[:, None]  # [B, 1, T, C]
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply the half-rotation RoPE to x [B, H, T, C]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+from titan_hd.models.rope import RotaryEmbedding, rotate
 
 
 def repeat_heads(k: torch.Tensor, v: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,12 +191,20 @@ class Block(nn.Module):
         return x + self.norm_then(self.post_attention_layernorm, self.mlp, (x,))
 
 
+class Embedding(nn.Embedding):
+    """Draws nothing on the meta device: torch would import its compiler for that, which takes a launcher a second."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class DecoderStack(nn.Module):
     """The part that HF checkpoints keep under `model.`"""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)

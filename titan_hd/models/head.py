@@ -45,13 +45,13 @@ CrossEntropySum = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def cross_entropy_sum_(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """A `CrossEntropySum` of whole rows of logits."""
-    rows = torch.arange(len(labels), device=labels.device)
-    at_label = logits[rows, labels]
-    normalizer = logits.logsumexp(1)
-    logits.sub_(normalizer[:, None]).exp_()
-    logits[rows, labels] -= 1
-    return (normalizer - at_label).sum()
+    """A `CrossEntropySum` of whole rows of logits; every pass over them is in place."""
+    index = labels[:, None]
+    logits.sub_(logits.amax(1, keepdim=True))
+    at_label = logits.gather(1, index)[:, 0]
+    sums = logits.exp_().sum(1)
+    logits.div_(sums[:, None]).scatter_add_(1, index, logits.new_full((1, 1), -1.0).expand_as(index))
+    return (sums.log() - at_label).sum()
 
 
 class _LossOfHead(torch.autograd.Function):
@@ -70,7 +70,9 @@ class _LossOfHead(torch.autograd.Function):
             if dh is not None:
                 gradient = logits.to(weight.dtype)
                 dh[part] = gradient @ weight
-                if dw is not None:
+                if dw is not None and gradient.dtype == dw.dtype:
+                    dw.addmm_(gradient.T, h[part])
+                elif dw is not None:
                     dw += gradient.T @ h[part]
         ctx.save_for_backward(dh, dw)
         ctx.dtype = weight.dtype
@@ -78,8 +80,9 @@ class _LossOfHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gys):
+        """Scales what is there in place: the gradient of a head is as large as the head."""
         (gy,), (dh, dw) = gys, ctx.saved_tensors
-        return dh * gy.to(dh.dtype), None if dw is None else (dw * gy).to(ctx.dtype), None, None, None
+        return dh.mul_(gy.to(dh.dtype)), None if dw is None else dw.mul_(gy).to(ctx.dtype), None, None, None
 
 
 class Head(nn.Linear):

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+
+# Every DTensor imports torch's compiler at its first use. Here all ranks do it at once; there one waits for the other.
+import torch._dynamo
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

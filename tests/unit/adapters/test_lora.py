@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kit import layers
-from titan_hd.adapters.lora import LoRALinear, OLoRALinear
+from titan_hd.adapters.lora import LoRALinear, OLoRALinear, project_together
 from titan_hd.adapters.methods import build_method
 from titan_hd.adapters.pissa import PiSSALinear
 from titan_hd.config.job_config import JobConfig
@@ -58,6 +62,88 @@ def test_olora_rounds_before_it_forms_the_remainder():
     layer, weight = layers.started(OLoRALinear, rank=4, scale=1.0, dtype=torch.bfloat16)
     assert torch.equal(layer.lora_A, layer.lora_A.bfloat16().float())
     torch.testing.assert_close(layers.merged(layer), weight, rtol=1e-6, atol=1e-6)
+
+
+class TestTogether:
+    """Layers of one input: the same outputs and gradients as each by itself, with fewer products."""
+
+    OUTS = (12, 7, 9)
+
+    def layers(self, dropout: float = 0.0) -> list[nn.Module]:
+        return [layers.make(LoRALinear, out, 10, rank=3, scale=1.5, dropout=dropout).double() for out in self.OUTS]
+
+    def run(self, project: Callable, modules: list[nn.Module], needs_dx: bool = True) -> list[torch.Tensor]:
+        """Outputs, dx and the gradients of all adapters."""
+        x = torch.randn(2, 4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x.requires_grad_(needs_dx)
+        ys = project(x, *modules)
+        sum((y * torch.linspace(-1, i + 1, y.numel()).view_as(y)).sum() for i, y in enumerate(ys)).backward()
+        trained = [p.grad for module in modules for p in module.parameters() if p.requires_grad]
+        assert all(gradient is not None for gradient in trained)
+        return [*ys, *([x.grad] if needs_dx else []), *trained]
+
+    def by_autograd(self, x: torch.Tensor, *modules: nn.Module) -> tuple[torch.Tensor, ...]:
+        return tuple(
+            F.linear(x, m.weight, m.bias) + 1.5 * F.linear(F.linear(x, m.lora_A), m.lora_B)
+            if isinstance(m, LoRALinear)
+            else m(x)
+            for m in modules
+        )
+
+    @pytest.mark.parametrize("needs_dx", [True, False])
+    def test_equal_to_autograd(self, needs_dx: bool):
+        """Without dx too: the first block's input, above a frozen embedding."""
+        found = self.run(project_together, self.layers(), needs_dx)
+        wanted = self.run(self.by_autograd, self.layers(), needs_dx)
+        assert len(found) == len(wanted) == 3 + needs_dx + 6
+        for one, other in zip(found, wanted):
+            torch.testing.assert_close(one, other)
+
+    def test_a_layer_that_is_not_adapted_may_stand_between(self):
+        torch.manual_seed(0)
+        plain = nn.Linear(10, 5, dtype=torch.float64).requires_grad_(False)
+        one, _, three = self.layers()
+        found = self.run(project_together, [one, plain, three])
+        one, _, three = self.layers()
+        for value, wanted in zip(found, self.run(self.by_autograd, [one, plain, three])):
+            torch.testing.assert_close(value, wanted)
+
+    def test_one_product_with_the_input_for_all(self):
+        """Backward: of each layer gy W, gy B and gy^T (x A^T); of all one product with x, and one that joins dx."""
+        counted = []
+
+        class Count(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+                    counted.append(func)
+                return func(*args, **(kwargs or {}))
+
+        x = torch.randn(5, 10, dtype=torch.float64, requires_grad=True)
+        ys = project_together(x, *self.layers())
+        with Count():
+            torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
+        assert len(counted) == 3 * 3 + 2
+
+    def test_dropout_keeps_them_apart_in_training_alone(self):
+        modules = self.layers(dropout=0.5)
+        x = torch.ones(5, 10, dtype=torch.float64)
+        torch.manual_seed(3)
+        found = project_together(x, *modules)
+        torch.manual_seed(3)
+        for y, module in zip(found, modules):
+            assert torch.equal(y, module(x))
+        modules = [module.eval() for module in modules]
+        for y, wanted in zip(project_together(x, *modules), self.by_autograd(x, *modules)):
+            torch.testing.assert_close(y, wanted)
+
+    @pytest.mark.parametrize(("name", "shares"), [("lora", True), ("pissa", True), ("dora", False)])
+    def test_who_shares(self, name: str, shares: bool):
+        """DoRA's layer has more to do than two products."""
+        with torch.device("meta"):
+            model = Decoder(flavor_config("llama3", "debugmodel"))
+        build_method(config(method=name)).apply(model, None)
+        parts = [part for block in model.model.layers for part in (block.self_attn, block.mlp)]
+        assert all((part.project is project_together) is shares for part in parts)
 
 
 def config(**adapter) -> JobConfig:

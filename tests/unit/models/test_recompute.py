@@ -69,16 +69,17 @@ def test_numbers_are_those_of_none_bit_for_bit(variant: str, trained: str, choic
 @pytest.mark.parametrize("choice", ["selective", "least"])
 @pytest.mark.parametrize("trained", ["everything", "lora"])
 def test_compiled_blocks(choice: str, trained: str):
-    wanted, gradients = outcome(model_of("grouped-query", trained))
-    model = model_of("grouped-query", trained)
+    """In float64: what the compiler fuses is rounded in another order, which is not what is looked for."""
+    wanted, gradients = outcome(model_of("grouped-query", trained).double())
+    model = model_of("grouped-query", trained).double()
     apply_activation_checkpointing(model, *CHOICES[choice])
     torch._dynamo.reset()
     for block in model.model.layers:
         block.forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager_decomp_partition")
     found, others = outcome(model)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(others[name], gradient, rtol=1e-10, atol=1e-11)
 
 
 class Counted:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from titan_hd.models.decoder import Decoder, rope_frequencies
+from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import FLAVORS, flavor_config, parse_hf_config, read_hf_config
+from titan_hd.models.rope import rope_frequencies
 
 SMALL = FLAVORS["llama3"]["debugmodel"]
 LLAMA3_ROPE = {

@@ -147,8 +147,9 @@ def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def borrowed_template(tokenizer: Tokenizer) -> str | None:
-    """The source of a tokenizer's chat template, where that is not in its directory, which an export copies."""
-    return load_chat_template(tokenizer).source if _find(tokenizer.directory)[0] is None else None
+    """The source of a tokenizer's chat template, where no file holds it that an export would copy."""
+    chat = load_chat_template(tokenizer)
+    return None if Path(chat._where).exists() else chat.source
 
 
 def _find(directory: Path) -> tuple[str | None, str]:

@@ -32,8 +32,9 @@ from titan_hd.distributed.tp.functions import (
     scatter_sequence,
 )
 from titan_hd.distributed.tp.loss import split_cross_entropy_sum_
-from titan_hd.models.decoder import Decoder, RMSNorm
+from titan_hd.models.decoder import Decoder
 from titan_hd.models.head import logits_or_loss
+from titan_hd.models.norm import RMSNorm
 
 
 class Stream:

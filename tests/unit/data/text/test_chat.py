@@ -269,8 +269,8 @@ class TestBounds:
 
     @pytest.mark.parametrize("source", SLOW.values(), ids=SLOW.keys())
     def test_time(self, source: str, monkeypatch):
-        monkeypatch.setattr(sandbox, "MAX_SECONDS", 1)
-        assert fault(self.render, source) == "some/file: chat template: it runs for more than 1 seconds"
+        monkeypatch.setattr(sandbox, "MAX_SECONDS", 0)  # the kernel counts whole seconds: this is one of them
+        assert fault(self.render, source) == "some/file: chat template: it runs for more than 0 seconds"
 
     @pytest.mark.parametrize("source", REFUSED.values(), ids=REFUSED.keys())
     def test_refused(self, source: str):
