@@ -15,6 +15,7 @@ starts from the HF directory itself and does not resume from it (it has no facto
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -78,10 +79,12 @@ def dcp_to_hf(checkpoint: Path, folder: Path, assets: str, dtype: torch.dtype | 
 
 
 def _one_dtype(checkpoint: Path, dtypes: set[torch.dtype]) -> torch.dtype:
-    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
+    """That holds all stored weights: what a run leaves alone may have fewer bits than what it changes."""
+    if not all(dtype.is_floating_point for dtype in dtypes):
         names = ", ".join(sorted(map(str, dtypes)))
-        raise UserError(f"{checkpoint}: the weights must have one floating-point dtype, not {names}")
-    return next(iter(dtypes), torch.float32)  # none: every weight is the base model's
+        raise UserError(f"{checkpoint}: the weights must have floating-point dtypes, not {names}")
+    # None are stored: every weight is the base model's.
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
 
 def hf_to_dcp(assets: str, folder: Path, dtype: torch.dtype | None) -> None:
