@@ -51,6 +51,24 @@ def read_json_object(path: Path, object_pairs_hook: Callable[[list], Any] | None
     return content
 
 
+def expand_home(path: str) -> str:
+    """A path whose ~ or ~user at its beginning is replaced by that home directory, as a shell does it. A user that
+    there is not leaves it as it is.
+
+    Raises:
+        UserError: it begins with ~, and this user has no home directory.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded == path and path.partition("/")[0] == "~":  # a container's user may be a mere number
+        raise UserError("must be a path without ~: this user has no home directory")
+    return expanded
+
+
+def user_path(text: str) -> Path:
+    """The type of an option of a command that names a file or a folder; raises as `expand_home`."""
+    return Path(expand_home(text))
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Put a new file into a place where readers, and a crash, find the old one (or none) or all of the new one.
 

@@ -34,6 +34,7 @@ from titan_hd.data.text.chat import ChatTemplate, load_chat_template
 from titan_hd.data.text.templates import load_template
 from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
 from titan_hd.errors import UserError
+from titan_hd.files import expand_home, user_path
 from titan_hd.models.decoder import Decoder
 
 
@@ -54,14 +55,25 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: manager.exit_with([message])
     add = parser.add_argument
-    add("model", type=Path, help="a HF directory, or a checkpoint's folder, .../step-N")
+    add("model", type=user_path, help="a HF directory, or a checkpoint's folder, .../step-N")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT")
     what.add_argument("--chat", metavar="TEXT", help="the user's first message")
-    what.add_argument("--file", type=Path, help="prompts: .jsonl (instruction, query, question or prompt), else lines")
+    what.add_argument(
+        "--file", type=user_path, help="prompts: .jsonl (instruction, query, question or prompt), else lines"
+    )
     add("--system", metavar="TEXT", help="the system message of a chat")
-    add("--template", help="of prompts: alpaca, pissa, chat, none (the default) or a file with {prompt}")
-    add("--assets", default="", help="for a checkpoint: the HF directory with config and tokenizer, if not the run's")
+    add(
+        "--template",
+        type=expand_home,
+        help="of prompts: alpaca, pissa, chat, none (the default) or a file with {prompt}",
+    )
+    add(
+        "--assets",
+        default="",
+        type=expand_home,
+        help="for a checkpoint: the HF directory with config and tokenizer, if not the run's",
+    )
     add("--max_new_tokens", type=int, default=256)
     add("--temperature", type=float, default=0.0, help="0, the default: always the most probable token")
     add("--top_p", type=float, default=1.0)
@@ -95,7 +107,11 @@ def run(args: argparse.Namespace) -> None:
     elif args.file:
         session.answer_file(records, args.template or "none", args.batch_size)
     else:
-        texts = [args.prompt] if args.prompt is not None else (line.rstrip("\n") for line in sys.stdin)
+        texts = (
+            [args.prompt]
+            if args.prompt is not None
+            else (line.rstrip("\n").removeprefix("\ufeff") for line in sys.stdin)
+        )
         template = load_template(args.template or "none", tokenizer)
         for index, text in enumerate(texts):
             session.answer(template.prompt_ids(tokenizer, text, ""), template.stop_ids(tokenizer), index)
@@ -116,7 +132,7 @@ def read_prompts(path: Path) -> list[tuple[str, str, str]]:
     """(Prompt, input, system text) of each record of a .jsonl file, or of each line that is not empty of any other."""
     if path.suffix != ".jsonl":
         try:
-            # Text mode makes "\n" of every line end of a file, and of nothing else: U+2028 is part of a line.
+            # A byte order mark is no part of a prompt, and what else Unicode calls the end of a line is.
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--file: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None

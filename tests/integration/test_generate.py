@@ -125,7 +125,7 @@ def test_prompts_from_anywhere_are_the_same_prompts(trained: Path, call, tmp_pat
     texts = []
     for sampling in ((), ("--temperature", 1, "--top_k", 20, "--top_p", 0.9, "--seed", 5)):
         options = (trained / "model", "--max_new_tokens", 8, *sampling)
-        status, out, _ = call(*options, stdin="\n".join(prompts))
+        status, out, _ = call(*options, stdin="\ufeff" + "\n".join(prompts))  # as editors of Windows begin a text
         assert status == 0
         lines = out.splitlines()
         assert len(lines) == 3
@@ -137,6 +137,15 @@ def test_prompts_from_anywhere_are_the_same_prompts(trained: Path, call, tmp_pat
             assert " tokens/s" in err
         texts.append(lines)
     assert texts[0] != texts[1]
+
+
+def test_prompts_are_the_lines_of_a_file_of_any_editor(tmp_path: Path):
+    """A byte order mark is no part of the first one. What ends a line is \\n or \\r\\n, and nothing else that
+    Unicode knows."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffone \u2028 line\r\na form\x0cfeed \x85 too\r\n\r\nthe last".encode())
+    found = [prompt for prompt, _ in generate.read_prompts(path)]
+    assert found == ["one \u2028 line", "a form\x0cfeed \x85 too", "the last"]
 
 
 def test_a_template_is_applied(trained: Path, call, tmp_path: Path):

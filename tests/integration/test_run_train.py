@@ -164,8 +164,9 @@ def test_a_killed_worker_ends_the_run_with_its_signal(setup, tmp_path):
 
 
 def test_the_quick_start_shortened(tmp_path):
-    """`./run_train.sh` without a configuration, cut to a few steps: from any folder, validation, accuracy, export."""
+    """`./run_train.sh --quickstart`, cut to a few steps: from any folder, validation, accuracy, export."""
     result = run_train(
+        "--quickstart",
         "--training.steps=3",
         "--validation.exact_match_samples=8",
         "--validation.batch_size=5",

@@ -169,8 +169,12 @@ class Training:
     stochastically, because an update of relative size 1e-5 would vanish; methods with adapters beside a frozen W keep
     those in float32; full needs float32, and float16 is for frozen weights alone. auto: that of the files, where W is
     frozen as they have it (not for pissa and OLoRA), all of them are bfloat16 or all are float16, and
-    training.mixed_precision_param is bfloat16: nothing is lost. Else float32. A run that resumes keeps its
-    checkpoint's."""
+    training.mixed_precision_param is bfloat16: nothing is lost. Else float32, but for those weights that the
+    method leaves alone (embedding, head, norms). A run that resumes keeps its checkpoint's."""
+    enable_cpu_offload: bool = False
+    """Hold the shards of the weights in the host's memory, with the gradients and the optimizer's state of those that
+    are trained by themselves (all methods but hdpissa). They pass over the bus for every gather, and the fold takes one
+    weight at a time; docs/memory.md says what is freed, and what that costs."""
     gc_freq: int = 50
     """Python garbage is collected every this many steps, by all workers at once."""
 
@@ -266,6 +270,10 @@ class HDPissa:
     factor_cache_gb: float | None = None
     """Memory per worker, in GiB, for the static factors of all adapters; what does not fit travels in every step.
     Not set: 2 GiB, or as much as the worker's shards of the adapted weights if that is more."""
+    offload_moments: bool = False
+    """Hold the optimizer's moments of dA and dB in the host's memory; each step takes them to the GPU and back, a part
+    at a time. Frees twice the memory of dA and dB, which matters where a GPU hosts several adapters or their rank is
+    high (docs/memory.md)."""
     exchange_in_flight: int = 2
     """Buckets of the exchange that are under way at the same time. 1: no overlap."""
 

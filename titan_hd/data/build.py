@@ -87,9 +87,24 @@ def check_data(config: Data) -> None:
     for source in (*sources(config, "train"), *sources(config, "validation")):
         if source.config.format == "auto" or FORMATS[source.config.format].needs_template:
             attempt(load_template, source.config.template)
-        attempt(check_hub_library if is_hub_name(source.path) else check_files, source.path, source.name)
+        attempt(_check_files, source)
     if errors:
         raise UserError("\n".join(errors))
+
+
+def _check_files(source: Source) -> None:
+    """The files are there, or the package for those of the Hub, and so is a place for their tokens."""
+    if is_hub_name(source.path):
+        check_hub_library(source.path, source.name)
+    else:
+        check_files(source.path, source.name)
+    files = InputFiles(source.path, source.name)
+    if not source.config.streaming and not _is_small(files):
+        cache_folder(source.config.cache_dir)
+
+
+def _is_small(files: InputFiles) -> bool:
+    return bool(files.paths) and files.size < SMALL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,10 +203,9 @@ class DatasetBuilder:
     def _tokenized(self, source: Source, keep_questions: bool = False) -> TokenizedDataset:
         encoder, config = self._encoder(source, keep_questions), source.config
         files = InputFiles(source.path, source.name)
-        folder, is_small = cache_folder(config.cache_dir), bool(files.paths) and files.size < SMALL
-        processes = 1 if is_small else _process_count(config)
+        folder, processes = (None, 1) if _is_small(files) else (cache_folder(config.cache_dir), _process_count(config))
         write = functools.partial(tokenize, files, encoder, _faults(config), processes, self.progress)
-        if folder is None or is_small:
+        if folder is None:
             buffers: dict[str, io.BytesIO] = {}
             statistics = write(lambda name: buffers.setdefault(name, io.BytesIO()))
             arrays = {name: as_array(name, np.frombuffer(b.getbuffer(), np.uint8)) for name, b in buffers.items()}

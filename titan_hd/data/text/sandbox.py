@@ -95,7 +95,8 @@ _DONE, _FAULT = "+", "-"  # how an answer begins
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the trainer answers it
+    for number in (signal.SIGINT, signal.SIGHUP):  # Ctrl-C, and the terminal's end, reach the whole process group;
+        signal.signal(number, signal.SIG_IGN)  # the trainer answers them
     connection = Connection(int(sys.argv[1]))
     max_bytes, max_seconds, max_characters = map(int, sys.argv[2:])
     _limit(resource.RLIMIT_CORE, 0)

@@ -250,7 +250,15 @@ def test_a_user_without_a_home(setup: Path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does where the user is a mere number
     text = message(build, setup, cache_dir="auto")
-    assert text.startswith("data.cache_dir: ~/.cache/titan_hd/tokens: this user has no home directory; name a folder")
+    line = "data.cache_dir: ~/.cache/titan_hd/tokens: this user has no home directory; name a folder"
+    assert text.startswith(line)
+    assert message(data_build.check_data, Data(train=str(setup / "data"))).startswith(line), (
+        "before anything is started"
+    )
+    data_build.check_data(Data(train=str(setup / "data"), streaming=True))
+    monkeypatch.setattr(data_build, "SMALL", 2**20)
+    data_build.check_data(Data(train=str(setup / "data")))
+    assert list(build(setup, cache_dir="auto")) == list(build(setup, cache_dir="")), "what is small needs no folder"
 
 
 def test_a_full_disk_is_noted_for_those_who_wait(setup: Path, monkeypatch):
