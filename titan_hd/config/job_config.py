@@ -99,9 +99,9 @@ class Data:
     """Loss on all tokens of a record, not on responses and assistant turns alone (formats instruction and chat)."""
     template: str = "pissa"
     """How a prompt is written: alpaca, pissa, none, or the path of a text file that holds {prompt} (and may hold
-    {input} and {system}); the response follows it, and an end-of-sequence token. chat: the model's own chat template, with the
-    prompt as the user's turn and the response as the assistant's; nothing is added to what it writes.
-    Records of format chat are always written by the model's own."""
+    {input} and {system}); the response follows it, and an end-of-sequence token. chat: the model's own chat template,
+    with the prompt as the user's turn and the response as the assistant's; nothing is added to what it writes. Records
+    of format chat are always written by the model's own."""
     encoding: Literal["apart", "joint"] = "apart"
     """How a prompt and its response become tokens. apart: so that the tokens that generation starts from, those of the
     prompt alone, begin the record, and every letter of the response is trained. joint: as one text, as Alpaca's and
