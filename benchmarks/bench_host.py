@@ -87,7 +87,7 @@ def build(args: argparse.Namespace):
     update = build_update(model, method, dims, config)
     parallelize(model, dims, update.ignored_parameters(), torch.float32, "none", False)
     materialize(model, torch.device("cpu"))
-    update.build_optimizer()
+    update.build_optimizer(torch.device("cpu"))
     init_weights(model, dims, seed=0)
     for _ in update.first_values():
         pass
