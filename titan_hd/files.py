@@ -17,7 +17,7 @@ LARGEST = 64 * 2**20  # bytes; the largest tokenizer.json is a third of that
 
 
 def read_small_text(path: Path, largest: int = LARGEST) -> str:
-    """The text of a regular file of a sensible size.
+    """The text of a regular file of a sensible size, without the byte order mark that Windows editors put in front.
 
     Raises:
         OSError: it is not there, cannot be read, is no regular file (a pipe would wait for ever, a device never end) or
@@ -29,7 +29,7 @@ def read_small_text(path: Path, largest: int = LARGEST) -> str:
         raise OSError(0, "it is no regular file", str(path))
     if status.st_size > largest:
         raise OSError(0, f"{status.st_size} bytes are more than {largest}", str(path))
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")
 
 
 def read_json_object(path: Path, object_pairs_hook: Callable[[list], Any] | None = None) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from titan_hd.components.metrics import (
 from titan_hd.components.profiling import build_profiler
 from titan_hd.components.rates import Rates, StepResult
 from titan_hd.components.update import build_update
-from titan_hd.components.validation import Validator
+from titan_hd.components.validation import Validator, check_references
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
 from titan_hd.data.build import DatasetBuilder
@@ -173,8 +173,8 @@ class Trainer:
             dataset = builder.training()
             self.answering = builder.answering()
             validation = builder.validation() if c.validation.enable else None
-            if validation is not None and c.validation.exact_match_samples and not validation.answerable:
-                raise UserError("validation.exact_match_samples: needs records with a prompt and a response")
+            if validation is not None and c.validation.exact_match_samples:
+                check_references(validation, c.validation.exact_match_samples, c.validation.answer_marker)
         # A node with a file of its own that differs would end its steps, or its validation, at another time.
         self.data_summary = dataset.summary(order_settings.pack_to)
         check_equal_on_all_ranks("data.train", self.data_summary)

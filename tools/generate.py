@@ -27,6 +27,8 @@ import torch
 from titan_hd.checkpoint.pretrained import load_pretrained
 from titan_hd.components.generation import Sampling, TextStream, generate, stream
 from titan_hd.config import manager
+from titan_hd.data.fields import INPUT_FIELDS, SYSTEM_FIELDS, is_given, optional_text, text_of
+from titan_hd.data.formats import PROMPT_FIELDS, RESPONSE_FIELDS
 from titan_hd.data.sources import read_records
 from titan_hd.data.text.chat import ChatTemplate, load_chat_template
 from titan_hd.data.text.templates import load_template
@@ -34,8 +36,6 @@ from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
 from titan_hd.errors import UserError
 from titan_hd.files import expand_home, user_path
 from titan_hd.models.decoder import Decoder
-
-_PROMPT_FIELDS = ("instruction", "query", "question", "prompt")
 
 
 def main() -> None:
@@ -100,10 +100,7 @@ def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     model, assets = load_pretrained(args.model, args.assets, getattr(torch, dtype), device)
-    tokenizer = load_tokenizer(assets)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        size = model.config.vocab_size
-        raise UserError(f"{assets}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {size}")
+    tokenizer = load_tokenizer(assets).fitting(model.config.vocab_size)
     session = Session(model, tokenizer, sampling, args.max_new_tokens, device)
     if not asks_prompts:
         session.chat(args.chat, args.system)
@@ -131,22 +128,33 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def read_prompts(path: Path) -> list[tuple[str, str]]:
-    """(prompt, input) of each record of a .jsonl file, or of each line that is not empty of any other."""
+def read_prompts(path: Path) -> list[tuple[str, str, str]]:
+    """(Prompt, input, system text) of each record of a .jsonl file, or of each line that is not empty of any other."""
     if path.suffix != ".jsonl":
         try:
             # A byte order mark is no part of a prompt, and what else Unicode calls the end of a line is.
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--file: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-        return [(line, "") for line in lines if line.strip()]
+        return [(line, "", "") for line in lines if line.strip()]
     prompts = []
+    unused: dict[str, None] = {}
     for record in read_records(str(path), "--file"):
-        field = next((name for name in _PROMPT_FIELDS if name in record), None)
-        if field is None or not isinstance(record[field], str):
-            raise UserError(f"{record.where}: needs one of {', '.join(_PROMPT_FIELDS)}, a string")
-        extra = record.get("input")
-        prompts.append((record[field], extra if isinstance(extra, str) else ""))
+        field = next((name for name in PROMPT_FIELDS if name in record), None)
+        if field is None:
+            raise UserError(f"{record.where}: needs one of {', '.join(PROMPT_FIELDS)}")
+        try:
+            prompt = text_of(record, field)
+            (extra_field, extra), (system_field, system) = (
+                optional_text(record, names) for names in (INPUT_FIELDS, SYSTEM_FIELDS)
+            )
+        except UserError as error:
+            raise UserError(f"{record.where}: {error}") from None
+        prompts.append((prompt, extra, system))
+        others = record.keys() - {field, extra_field, system_field, *RESPONSE_FIELDS}
+        unused |= dict.fromkeys(name for name in sorted(others) if is_given(record[name]))
+    if unused:
+        print(f"{path}: fields that are not used: {', '.join(unused)}", file=sys.stderr)
     return prompts
 
 
@@ -178,12 +186,14 @@ class Session:
             print(report, file=sys.stderr)
         return "".join(pieces)
 
-    def answer_file(self, records: list[tuple[str, str]], template_name: str, batch_size: int) -> None:
+    def answer_file(self, records: list[tuple[str, str, str]], template_name: str, batch_size: int) -> None:
         """Continue all prompts, a batch at a time, in their order."""
         template, started, count = load_template(template_name, self.tokenizer), time.perf_counter(), 0
         for start in range(0, len(records), batch_size):
             batch = records[start : start + batch_size]
-            prompts = [template.prompt_ids(self.tokenizer, *record) for record in batch]
+            prompts = [
+                template.under(system).prompt_ids(self.tokenizer, prompt, extra) for prompt, extra, system in batch
+            ]
             rows = generate(
                 self.model,
                 prompts,
@@ -193,7 +203,7 @@ class Session:
                 self.sampling,
                 first_index=start,
             )
-            for (prompt, _), row in zip(batch, rows):
+            for (prompt, *_), row in zip(batch, rows):
                 response = self.tokenizer.decode(row)
                 print(json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False), flush=True)
             count += sum(map(len, rows))
@@ -203,18 +213,12 @@ class Session:
     def chat(self, message: str | None, system: str | None) -> None:
         """Answer one message; without one, go on asking the terminal for messages until it ends."""
         template = load_chat_template(self.tokenizer)
-        stop_ids = self._stop_ids()
+        stop_ids = load_template("chat", self.tokenizer).stop_ids(self.tokenizer)
         messages = [] if system is None else [{"role": "system", "content": system}]
         for index, text in enumerate([message] if message is not None else iter(ask, None)):
             messages.append({"role": "user", "content": text})
             prompt = chat_prompt(template, self.tokenizer, messages)
             messages.append({"role": "assistant", "content": self.answer(prompt, stop_ids, index)})
-
-    def _stop_ids(self) -> frozenset[int]:
-        try:
-            return load_template("chat", self.tokenizer).stop_ids(self.tokenizer)
-        except UserError:  # a template that ends its answers with no token of its own
-            return self.tokenizer.stop_ids
 
 
 def chat_prompt(template: ChatTemplate, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:

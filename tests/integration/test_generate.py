@@ -167,8 +167,8 @@ def test_chat(trained: Path, call):
 
 def test_an_answer_ends_with_the_turn(trained: Path):
     """The tokenizer's own stop token is </s>; a model trained on chats ends its answers as the template does."""
-    session = generate.Session(None, generate.load_tokenizer(trained / "model"), generate.Sampling(), 8, None)
-    assert session._stop_ids() == {WORDS.index("<e>"), WORDS.index("</s>")}
+    tokenizer = generate.load_tokenizer(trained / "model")
+    assert generate.load_template("chat", tokenizer).stop_ids(tokenizer) == {WORDS.index("<e>"), WORDS.index("</s>")}
 
 
 def test_a_chat_at_a_terminal(trained: Path, call):

@@ -24,6 +24,8 @@ NO_PATHS = {
     "model.flavor",
     "data.prompt_field",
     "data.response_field",
+    "data.input_field",
+    "data.system_field",
     "data.text_field",
     "optimizer.name",
     "metrics.wandb_project",

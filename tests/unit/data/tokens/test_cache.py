@@ -149,9 +149,10 @@ def test_what_an_entry_depends_on(setup: Path):
         {"seq_len": 41},
         {"template": "chat", "seq_len": 90},
         {"train_on_prompt": True},
-        {"prompt_field": "response"},
+        {"prompt_field": "response", "response_field": "prompt"},
     ]
     different += [{"on_error": "skip"}, {"format": "text", "text_field": "prompt"}]
+    different += [{"input_field": "x"}, {"system_field": "x"}, {"ignore_fields": ["input"]}]
     for count, settings in enumerate(different, 2):
         build(setup, **settings)
         assert len(entries(setup)) == count, settings
