@@ -110,7 +110,8 @@ class Steps:
                 delta.grad.to_local().normal_(0.0, 1e-2)
 
     def finish(self) -> None:
-        numbers = torch.stack((self.update.finish_gradients(), self.update.propose())).tolist()
+        norm = self.update.finish_gradients()
+        numbers = torch.stack((norm, self.update.propose(norm))).tolist()
         self.update.refuse_non_finite(self.step, *numbers)
         self.update.apply(LR, self.step)
         self.step += 1

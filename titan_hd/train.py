@@ -317,7 +317,7 @@ class Trainer:
             self.gathers.before_micro_batch(m)
             loss_sum += self._forward_backward(m, batch, counts.trained[self.placement.adapter(m)])
         grad_norm = self.update.finish_gradients()
-        loss, norm = self._read_results(loss_sum, grad_norm, self.update.propose())
+        loss, norm = self._read_results(loss_sum, grad_norm, self.update.propose(grad_norm))
         self.update.apply(lr, self.step)
         self.gathers.after_step(max(batch.input_ids.shape[1] for batch in batches))
         self.step += 1

@@ -152,15 +152,6 @@ def test_prompts_from_anywhere_are_the_same_prompts(trained: Path, call, tmp_pat
     assert texts[0] != texts[1]
 
 
-def test_prompts_are_the_lines_of_a_file_of_any_editor(tmp_path: Path):
-    """A byte order mark is no part of the first one. What ends a line is \\n or \\r\\n, and nothing else that
-    Unicode knows."""
-    path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeffone \u2028 line\r\na form\x0cfeed \x85 too\r\n\r\nthe last".encode())
-    found = [prompt for prompt, _ in generate.read_prompts(path)]
-    assert found == ["one \u2028 line", "a form\x0cfeed \x85 too", "the last"]
-
-
 def test_a_template_is_applied(trained: Path, call, tmp_path: Path):
     (tmp_path / "t.txt").write_text("w9 {prompt} w10")
     options = (trained / "model", "--max_new_tokens", 8)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from titan_hd.components.optimizer import step_if_finite
+
 # Elements that are on the device at a time: 128 MiB of each of the optimizer's tensors.
 PART_ELEMENTS = 2**25
 
@@ -37,7 +39,8 @@ class HostMoments:
         return torch.zeros(self.parameter.shape, dtype=dtype, pin_memory=pinned)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, norm: torch.Tensor) -> None:
+        """norm: see `step_if_finite`."""
         assert self.parameter.grad is not None
         whole, numbers = self.state[self.parameter], {}
         before = dict(whole)  # empty in the first step: the optimizer makes its state
@@ -45,7 +48,7 @@ class HostMoments:
             if before:
                 self.optimizer.state[part] = {key: self._to_device(value, place) for key, value in before.items()}
             part.grad = gradient
-            self.optimizer.step()
+            step_if_finite(self.optimizer, norm)
             part.grad = None
             for key, value in self.optimizer.state.pop(part, {}).items():
                 if isinstance(value, torch.Tensor) and value.shape == part.shape:

@@ -26,7 +26,7 @@ from titan_hd.adapters.adapter_linear import adapter_layers
 from titan_hd.adapters.method import FoldingMethod, Method
 from titan_hd.adapters.svd import SvdSettings
 from titan_hd.components.host_moments import HostMoments
-from titan_hd.components.optimizer import build_optimizer, clip_flat, clip_gradients
+from titan_hd.components.optimizer import build_optimizer, clip_flat, clip_gradients, step_if_finite
 from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.adapter_init import initialize_adapters
 from titan_hd.distributed.adapter_registry import AdapterRegistry
@@ -124,8 +124,9 @@ class Update:
         """
         raise NotImplementedError
 
-    def propose(self) -> torch.Tensor:
-        """All of the step that can be done before a weight changes.
+    def propose(self, norm: torch.Tensor) -> torch.Tensor:
+        """All of the step that can be done before a weight changes; nothing if norm, of `finish_gradients`, is not
+        finite.
 
         Returns:
             0-dim, on the device: this rank's part of a sum that is finite exactly where the proposal is.
@@ -185,7 +186,7 @@ class OptimizerUpdate(Update):
     def finish_gradients(self) -> torch.Tensor:
         return clip_gradients(self.trainable, self.config.training.max_norm)
 
-    def propose(self) -> torch.Tensor:
+    def propose(self, norm: torch.Tensor) -> torch.Tensor:
         """Nothing: the optimizer changes the weights themselves."""
         return torch.zeros((), device=self.device)
 
@@ -194,6 +195,7 @@ class OptimizerUpdate(Update):
             raise FloatingPointError(f"step {step + 1}: the gradient norm is {norm}; W is as before the step")
 
     def apply(self, lr: float, step: int) -> None:
+        assert isinstance(self.optimizer, torch.optim.Optimizer)
         self.optimizer.step()
 
     def _allocate_moment(self, parameter: nn.Parameter, key: str, stored: TensorStorageMetadata) -> None:
@@ -265,10 +267,12 @@ class FoldUpdate(Update):
         self.registry.finish_gradients()
         return clip_flat(self.registry.gradient_parts(), self.config.training.max_norm)
 
-    def propose(self) -> torch.Tensor:
-        """The optimizer's step, which changes dA, dB and the moments alone. (A gradient that is not finite spoils the
-        moments; that ends the run, and what has been saved is from before.)"""
-        self.optimizer.step()
+    def propose(self, norm: torch.Tensor) -> torch.Tensor:
+        """The optimizer's step, which changes dA, dB and the moments alone."""
+        if isinstance(self.optimizer, HostMoments):
+            self.optimizer.step(norm)
+        else:
+            step_if_finite(self.optimizer, norm)
         return square_sum(self.registry.deltas)
 
     def refuse_non_finite(self, step: int, norm: float, proposal: float) -> None:
