@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from titan_hd.components.beam_search import beam_search
 from titan_hd.components.generation import stream
 from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
-
-logger = logging.getLogger("titan_hd")
 
 
 class Backend(Protocol):
@@ -26,13 +23,14 @@ class Backend(Protocol):
         """The new tokens of each prompt, without the stop token.
 
         beams: width of the beam search; 1: greedy.
-        ended: whether the new tokens of a row so far hold a text that ends it.
+        ended: whether the new tokens of a row so far hold a text that ends it. Only what saves time asks: the caller
+            cuts off what stands behind such a text.
         """
         ...
 
 
 class NativeBackend:
-    """Our decoder: one batch at a time with a key/value cache, greedily."""
+    """Our decoder: one batch at a time with a key/value cache."""
 
     def __init__(self, model: Decoder, device: torch.device, stop_ids: Collection[int]):
         self._model, self._device, self._stop_ids = model, device, stop_ids
@@ -41,7 +39,7 @@ class NativeBackend:
         self, prompts: list[list[int]], max_new_tokens: int, beams: int, ended: Callable[[list[int]], bool]
     ) -> list[list[int]]:
         if beams > 1:
-            _warn_of_beams(beams)
+            return beam_search(self._model, prompts, self._stop_ids, max_new_tokens, self._device, beams)
         rows: list[list[int]] = [[] for _ in prompts]
         going = [True] * len(prompts)
         for tokens in stream(self._model, prompts, self._stop_ids, max_new_tokens, self._device):
@@ -52,14 +50,6 @@ class NativeBackend:
             if not any(going):
                 break
         return rows
-
-
-@functools.cache  # once in a process
-def _warn_of_beams(beams: int) -> None:
-    logger.warning(
-        "the protocol searches with %d beams; the native backend answers greedily (--backend transformers searches)",
-        beams,
-    )
 
 
 class TransformersBackend:
@@ -89,7 +79,6 @@ class TransformersBackend:
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, beams: int, ended: Callable[[list[int]], bool]
     ) -> list[list[int]]:
-        """`ended` is not asked while it generates; what stands behind such a text is cut off by the caller."""
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), self._pad_id)
         mask = torch.zeros_like(ids)
