@@ -63,7 +63,8 @@ def test_nodes_that_have_not_come(backend: str, here: str, monkeypatch, capsys):
         with pytest.raises((RendezvousTimeoutError, dist.DistError)):
             get_rendezvous_handler(parameters).next_rendezvous()
     said = wait_for(capsys, "waiting for")
-    assert f"titan_hd: waiting for 2 nodes at head:29500 (rendezvous my-run){here} (since 0 s)\n" in said
+    waited = re.escape(f"titan_hd: waiting for 2 nodes at head:29500 (rendezvous my-run){here} (since ")
+    assert re.search(waited + r"\d s\)\n", said), said  # on a busy machine the first line may come before the node does
 
 
 def test_torch_is_left_as_it_was():
