@@ -5,8 +5,8 @@
 
 sharded: FSDP2 gathers them with every block, forward and backward, and reduce-scatters their gradients after every
 backward pass; each worker's optimizer works on its shards.
-summed once: as a run has them. The same, but gradients are reduce-scattered after the last micro-batch alone; until then
-every worker holds them whole.
+summed once: as a run has them. The same, but gradients are reduce-scattered after the last micro-batch alone; until
+then every worker holds them whole.
 replicated: FSDP2 leaves them alone. Their gradients are views of a flat tensor that one all-reduce sums after the last
 micro-batch; every worker's optimizer works on all of them.
 
@@ -22,6 +22,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -103,9 +104,9 @@ def build(args: argparse.Namespace, variant: str) -> tuple[Callable[[], float], 
     whole = {getattr(layer, key) for layer, key in places} if variant == "replicated" else set()
     parallelize(model, dims, whole, torch.float32, "none", False)
     materialize(model, torch.device("cpu"))
-    assert isinstance(model, FSDPModule)
+    fsdp = cast(FSDPModule, model)
     if args.gather_once:
-        model.set_reshard_after_forward(False)
+        fsdp.set_reshard_after_forward(False)
     flat = None
     if whole:
         shapes = [tuple(getattr(layer, key).shape) for layer, key in places]
@@ -132,9 +133,9 @@ def build(args: argparse.Namespace, variant: str) -> tuple[Callable[[], float], 
         for m in range(args.micro_batches):
             last = m == args.micro_batches - 1
             if variant == "summed once":
-                model.set_requires_gradient_sync(last)
+                fsdp.set_requires_gradient_sync(last)
             if args.gather_once:
-                model.set_reshard_after_backward(last)
+                fsdp.set_reshard_after_backward(last)
             loss = model(ids, targets=targets) / total
             loss.backward()
             losses += loss.detach()
