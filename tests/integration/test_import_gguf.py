@@ -205,7 +205,7 @@ class TestSmolLM2:
 
     @pytest.mark.slow
     def test_answers(self, folder: Path, shared_data: Path, tmp_path: Path):
-        """tools/evaluate.py: our decoder and transformers' answer 50 questions of GSM8K token by token alike, in fp32."""
+        """tools/evaluate.py: our decoder and transformers' answer 50 questions of GSM8K alike, in fp32."""
         options = ["--tasks", "gsm8k", "--prompts", "chat", "--limit", 50, "--batch-size", 10, "--max-new-tokens", 24]
         fixed = ["--data", shared_data, "--dtype", "float32", "--device", "cpu"]
         for backend in ("native", "transformers"):
