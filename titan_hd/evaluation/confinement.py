@@ -33,6 +33,8 @@ _MNT_DETACH = 2
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP = 1, 4, 24
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _SYS_MOUNT_SETATTR = 442  # the same number on every architecture
+_SYS_KEYCTL = {"x86_64": 250, "aarch64": 219}
+_KEYCTL_JOIN_SESSION_KEYRING = 1
 _AT_FDCWD, _AT_RECURSIVE, _MOUNT_ATTR_RDONLY = -100, 0x8000, 1
 _CAPABILITY_VERSION_3 = 0x20080522
 
@@ -141,9 +143,11 @@ def enter_empty_root(disk_bytes: int) -> None:
     Raises:
         OSError: the kernel refuses.
     """
-    # The limit of namespaces inside this one: the program gets none of its own, and so no rights in them.
-    with contextlib.suppress(OSError):  # /proc/sys is read-only in some containers; this is one lock of several
-        Path("/proc/sys/user/max_user_namespaces").write_text("0")
+    # No namespaces inside these, which would give the program rights in them, and no System V memory, which no limit of
+    # a process counts.
+    for setting in ("user/max_user_namespaces", "kernel/shmmni"):
+        with contextlib.suppress(OSError):  # /proc/sys is read-only in some containers; each is one lock of several
+            Path(f"/proc/sys/{setting}").write_text("0")
     folders = {folder: os.path.realpath(folder) for folder in library_folders()}
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
@@ -167,12 +171,11 @@ def enter_empty_root(disk_bytes: int) -> None:
     os.chdir("/tmp")
 
 
-def set_limits(seconds: float, memory: int, processes: int, file_bytes: int, open_files: int) -> None:
+def set_limits(seconds: float, memory: int, file_bytes: int, open_files: int) -> None:
     """rlimits of this process and of all that it starts; `seconds` and `memory` (bytes) hold for each process."""
     limits = {
         resource.RLIMIT_CPU: max(1, round(seconds)),
         resource.RLIMIT_AS: memory,
-        resource.RLIMIT_NPROC: processes,
         resource.RLIMIT_FSIZE: file_bytes,
         resource.RLIMIT_NOFILE: open_files,
         resource.RLIMIT_CORE: 0,
@@ -180,13 +183,26 @@ def set_limits(seconds: float, memory: int, processes: int, file_bytes: int, ope
         resource.RLIMIT_MSGQUEUE: 0,
     }
     for kind, limit in limits.items():
-        hard = resource.getrlimit(kind)[1]
-        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(kind, (limit, limit))
+        _set_limit(kind, limit)
+
+
+def limit_processes(count: int) -> None:
+    """Processes and threads of this user at the same time; Linux counts those in this user namespace alone from 5.14
+    on, and before that all of the user's. Root is not limited."""
+    _set_limit(resource.RLIMIT_NPROC, count)
+
+
+def _set_limit(kind: int, limit: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(kind, (limit, limit))
 
 
 def drop_privileges(become_nobody: bool) -> None:
-    """No capabilities, now or by any program that is started later; another user where there is one."""
+    """No capabilities, now or by any program that is started later; none of the user's keys in the kernel; another user
+    where there is one."""
+    if number := _SYS_KEYCTL.get(os.uname().machine):
+        _libc.syscall(number, _KEYCTL_JOIN_SESSION_KEYRING, None)  # fails only where there are no keyrings
     for capability in range(64):
         with contextlib.suppress(OSError):  # the kernel knows fewer than 64
             _prctl(_PR_CAPBSET_DROP, capability)

@@ -34,16 +34,16 @@ class Limits:
     seconds: of processor time, whole, for each process; it does not depend on how busy the machine is.
     wall_seconds: from the start to the verdict, for all together.
     memory: bytes of address space of each process.
-    processes: processes and threads at the same time. They are not enforced where the evaluation runs as root in a
-        container without another user.
+    processes: processes and threads at the same time. Before Linux 5.14, and unsandboxed, the user's other processes
+        count, too; where the evaluation is root in a container that has no other user, there is no such limit.
     disk_bytes, file_bytes: all files together, and the largest. Files lie in memory.
     open_files: file descriptors of each process.
     """
 
     seconds: float = 10.0
     wall_seconds: float = 60.0
-    memory: int = 2**30
-    processes: int = 16
+    memory: int = 2**29
+    processes: int = 8
     disk_bytes: int = 16 * 2**20
     file_bytes: int = 8 * 2**20
     open_files: int = 64

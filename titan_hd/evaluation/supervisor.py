@@ -49,25 +49,23 @@ def main() -> None:
         confinement.adopt_orphans()
         verdict_reader, verdict_writer = os.pipe()
         if config["confined"]:
-            first, become_nobody = _start_confined(verdict_writer, config, deadline)
+            first = _start_confined(verdict_writer, config, deadline)
         else:
             folder = tempfile.mkdtemp(prefix="titan_hd_program_")
-            first, become_nobody = _start_bare(verdict_writer, config, folder), False
+            first = _start_bare(verdict_writer, config, folder)
         os.close(verdict_writer)
         verdict = _read_verdict(verdict_reader, deadline)
         _end_all(first)
     except (OSError, AttributeError) as error:
-        verdict = {"refused": str(error)}
+        verdict = {"refused": _text(error)}
     finally:
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps(verdict))
 
 
-def _start_confined(verdict_writer: int, config: dict[str, Any], deadline: float) -> tuple[int, bool]:
-    """Start the tests' process in new namespaces.
-
-    Returns: its process number out here, and whether there is another user for the program in there.
+def _start_confined(verdict_writer: int, config: dict[str, Any], deadline: float) -> int:
+    """Start the tests' process in new namespaces, and return its number out here.
 
     Raises:
         OSError: the kernel refuses namespaces.
@@ -88,7 +86,7 @@ def _start_confined(verdict_writer: int, config: dict[str, Any], deadline: float
     os.waitpid(maker, 0)  # from here on this process is the parent of the tests' process
     wire.send(ours, become_nobody)
     ours.close()
-    return first, become_nobody
+    return first
 
 
 def _make_namespaces(ours: socket.socket, theirs: socket.socket, verdict_writer: int, config: dict[str, Any]) -> None:
@@ -97,7 +95,7 @@ def _make_namespaces(ours: socket.socket, theirs: socket.socket, verdict_writer:
     try:
         confinement.unshare_everything()
     except OSError as error:
-        wire.send(theirs, str(error))
+        wire.send(theirs, _text(error))
         os._exit(1)
     wire.send(theirs, None)
     wire.receive(theirs)  # the users are there
@@ -115,6 +113,10 @@ def _start_bare(verdict_writer: int, config: dict[str, Any], folder: str) -> int
     if first == 0:
         _judge(verdict_writer, config, False, folder)
     return first
+
+
+def _text(error: Exception) -> str:
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
 
 
 def _read_verdict(reader: int, deadline: float) -> dict[str, Any]:
@@ -174,7 +176,7 @@ def _judge(verdict_writer: int, config: dict[str, Any], become_nobody: bool, fol
     try:
         verdict = _verdict(verdict_writer, config, become_nobody, folder)
     except OSError as error:
-        verdict = {"refused": str(error)}
+        verdict = {"refused": _text(error)}
     except BaseException as error:
         verdict = {"result": "died", "detail": f"the process of the tests: {type(error).__name__}: {error}"[:300]}
     with contextlib.suppress(BaseException):
@@ -191,13 +193,11 @@ def _verdict(
         confinement.enter_empty_root(config["disk_bytes"])
     else:
         os.chdir(folder)
-    confinement.set_limits(
-        config["seconds"], config["memory"], config["processes"], config["file_bytes"], config["open_files"]
-    )
+    confinement.set_limits(config["seconds"], config["memory"], config["file_bytes"], config["open_files"])
     connection, far_end = socket.socketpair()
     program = os.fork()
     if program == 0:
-        _be_the_program(far_end, become_nobody, confined=folder is None)
+        _be_the_program(far_end, config, become_nobody)
     far_end.close()
     confinement.hide_memory()
     with open(0, "rb") as file:
@@ -205,7 +205,7 @@ def _verdict(
     return _run_tests(wire.Caller(connection), program, job)
 
 
-def _be_the_program(connection: socket.socket, become_nobody: bool, confined: bool) -> None:
+def _be_the_program(connection: socket.socket, config: dict[str, Any], become_nobody: bool) -> None:
     """The program's process: nothing open but the connection, no rights, then whatever the program does."""
     try:
         os.setsid()
@@ -213,7 +213,8 @@ def _be_the_program(connection: socket.socket, become_nobody: bool, confined: bo
             os.dup2(os.open("/dev/null", os.O_RDWR), standard)
         kept = os.dup2(connection.fileno(), 3)
         os.closerange(4, os.sysconf("SC_OPEN_MAX"))
-        if confined:
+        confinement.limit_processes(config["processes"])
+        if config["confined"]:
             confinement.drop_privileges(become_nobody)
         wire.serve(socket.socket(fileno=kept))
     finally:
@@ -238,16 +239,16 @@ def _run_tests(caller: wire.Caller, program: int, job: dict[str, Any]) -> dict[s
 
 def _how_it_ended(program: int) -> dict[str, Any]:
     """The program's process closed its connection."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(program, 0)
-    time.sleep(0.01)  # a process that is ending
-    pid, status = os.waitpid(program, os.WNOHANG)
+    pid, status, until = 0, 0, time.monotonic() + 0.1
+    while pid == 0 and time.monotonic() < until:  # a process that is ending closes its files first
+        time.sleep(0.002)
+        pid, status = os.waitpid(program, os.WNOHANG)
     if pid == 0:
         return {"result": "died", "detail": "the program closed its connection"}
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         if number in (signal.SIGXCPU, signal.SIGKILL):
-            return {"result": "timeout", "detail": "processor time"}
+            return {"result": "timeout", "detail": "killed: processor time, or the machine's memory"}
         return {"result": "died", "detail": f"the program ended by {signal.Signals(number).name}"}
     return {"result": "died", "detail": f"the program ended with status {os.WEXITSTATUS(status)} before the tests had"}
 
