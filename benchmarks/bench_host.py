@@ -87,7 +87,7 @@ def build(args: argparse.Namespace):
     update = build_update(model, method, dims, config)
     parallelize(model, dims, update.ignored_parameters(), torch.float32, "none", False)
     materialize(model, torch.device("cpu"))
-    update.build_optimizer()
+    update.build_optimizer(torch.device("cpu"))
     init_weights(model, dims, seed=0)
     for _ in update.first_values():
         pass
@@ -110,7 +110,8 @@ class Steps:
                 delta.grad.to_local().normal_(0.0, 1e-2)
 
     def finish(self) -> None:
-        numbers = torch.stack((self.update.finish_gradients(), self.update.propose())).tolist()
+        norm = self.update.finish_gradients()
+        numbers = torch.stack((norm, self.update.propose(norm))).tolist()
         self.update.refuse_non_finite(self.step, *numbers)
         self.update.apply(LR, self.step)
         self.step += 1

@@ -179,7 +179,7 @@ def build(case: Case, num_adapters: int, device: torch.device) -> tuple[AdapterR
     registry = AdapterRegistry(model, method, dims.adapter_mesh(num_adapters))
     fully_shard(model, mesh=dims.fsdp_mesh, ignored_params=registry.parameters())
     model.to_empty(device=device)
-    registry.materialize()
+    registry.materialize(device)
     torch.manual_seed(dist.get_rank())
     for name, entry in registry.entries.items():
         entry.weight_rows().zero_()

@@ -171,6 +171,8 @@ if wanted train; then
   train train-gather-always "${several[@]}" --parallelism.fsdp_reshard_after_forward always
   train train-gather-once "${several[@]}" --parallelism.fsdp_reshard_after_forward never
   train train-bf16-masters --training.master_dtype bfloat16
+  train train-moments-on-host --hdpissa.offload_moments true
+  train train-weights-on-host --training.enable_cpu_offload true
   train train-fp32 --training.mixed_precision_param float32 --training.float32_matmul_precision high
   train train-compile --compile.enable true
   train train-packed --data.train "$temporary/short.jsonl" --data.pack true

@@ -34,6 +34,8 @@ BAD = [
     ("components/metrics.py", "from titan_hd import preflight", "Imports go down only"),
     ("newroom/thing.py", "", "Imports go down only"),
     ("models/registry.py", "from titan_hd.models import decoder", "No circles"),
+    ("export/hf.py", "from titan_hd.evaluation import tasks", "Training knows no evaluation"),
+    ("evaluation/tasks.py", "from titan_hd.config import job_config", "Evaluation knows no training"),
     ("train.py", "from tools import plot", "The package knows neither"),
 ]
 

@@ -44,7 +44,7 @@ def hdpissa_on_published() -> list[str]:
 
 
 def test_there_are_configurations():
-    assert "quickstart.toml" in CONFIGS  # what run_train.sh runs without --config
+    assert "quickstart.toml" in CONFIGS  # what run_train.sh runs without arguments
 
 
 @pytest.mark.parametrize("name", CONFIGS)

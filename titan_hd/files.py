@@ -17,7 +17,7 @@ LARGEST = 64 * 2**20  # bytes; the largest tokenizer.json is a third of that
 
 
 def read_small_text(path: Path, largest: int = LARGEST) -> str:
-    """The text of a regular file of a sensible size.
+    """The text of a regular file of a sensible size, without the byte order mark that Windows editors put in front.
 
     Raises:
         OSError: it is not there, cannot be read, is no regular file (a pipe would wait for ever, a device never end) or
@@ -29,7 +29,7 @@ def read_small_text(path: Path, largest: int = LARGEST) -> str:
         raise OSError(0, "it is no regular file", str(path))
     if status.st_size > largest:
         raise OSError(0, f"{status.st_size} bytes are more than {largest}", str(path))
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")
 
 
 def read_json_object(path: Path, object_pairs_hook: Callable[[list], Any] | None = None) -> dict[str, Any]:
@@ -49,6 +49,24 @@ def read_json_object(path: Path, object_pairs_hook: Callable[[list], Any] | None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not valid JSON: must be an object")
     return content
+
+
+def expand_home(path: str) -> str:
+    """A path whose ~ or ~user at its beginning is replaced by that home directory, as a shell does it. A user that
+    there is not leaves it as it is.
+
+    Raises:
+        UserError: it begins with ~, and this user has no home directory.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded == path and path.partition("/")[0] == "~":  # a container's user may be a mere number
+        raise UserError("must be a path without ~: this user has no home directory")
+    return expanded
+
+
+def user_path(text: str) -> Path:
+    """The type of an option of a command that names a file or a folder; raises as `expand_home`."""
+    return Path(expand_home(text))
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
 from titan_hd.adapters.methods import method_of
 from titan_hd.components.memory import GB, Estimate, Sizes, estimate_memory, received_bytes
+from titan_hd.distributed.weight_gathers import CPU_SHARE, CUDA_MARGIN
 from titan_hd.preflight import RunPlan, update_plan
 
 logger = logging.getLogger("titan_hd")
 
 _MOST_SHARDS = 64
+Change = tuple[str, object]  # a key and its value
 
 
 def estimate_run(plan: RunPlan, device_type: str) -> Estimate:
@@ -31,7 +33,7 @@ def traffic_gb(plan: RunPlan, micro_batches: int, kept: bool) -> dict[str, float
 
 def _sizes(plan: RunPlan, device_type: str) -> Sizes:
     updates = update_plan(plan.config, plan) if plan.method.folds else None
-    return Sizes(plan.config, plan.decoder, plan.mesh, updates, device_type)
+    return Sizes(plan.config, plan.decoder, plan.mesh, updates, device_type, plan.untouched)
 
 
 def device_memory(device: torch.device) -> int:
@@ -49,9 +51,27 @@ def device_memory(device: torch.device) -> int:
 def log_memory(plan: RunPlan, device: torch.device) -> None:
     """Say what a run will need, and warn if its device has less. Before anything is loaded."""
     logger.info("%s", estimate_run(plan, device.type).table())
+    gathers = gathering(plan, device.type, device_memory(device))
+    if gathers:
+        logger.info("%s", gathers)
     warning = too_little(plan, device.type, device_memory(device))
     if warning:
         logger.warning("%s", warning)
+
+
+def gathering(plan: RunPlan, device_type: str, available: int) -> str | None:
+    """One line on what parallelism.fsdp_reshard_after_forward = "default" will come to, which the estimate counts as
+    "always"; the run decides after its first step. None: there is nothing to decide."""
+    batch = plan.config.training.local_batch_size * plan.dp_replicate * plan.dp_shard
+    if plan.config.parallelism.fsdp_reshard_after_forward != "default" or plan.global_batch_size <= batch:
+        return None
+    needed = estimate_run(_with(plan, [("parallelism.fsdp_reshard_after_forward", "never")]), device_type).total
+    if device_type == "cuda":
+        stays = needed <= available * (1 - CUDA_MARGIN)
+    else:
+        stays = needed - estimate_run(plan, device_type).total <= available // CPU_SHARE
+    kept = "W will stay gathered" if stays else "W will be gathered for every micro-batch: kept"
+    return f"memory: {kept} over the micro-batches of a step, that takes about {needed / GB:.1f} GB in all"
 
 
 def too_little(plan: RunPlan, device_type: str, available: int) -> str | None:
@@ -72,7 +92,7 @@ def remedy(plan: RunPlan, device_type: str, available: int) -> str:
     def fits(changed: RunPlan) -> bool:
         return estimate_run(changed, device_type).total <= available
 
-    ways = [text for text, changed in _changes(plan) if fits(changed)] or _together(plan, fits)
+    ways = [_words(way) for way in _changes(plan) if fits(_with(plan, [way]))] or _together(plan, fits)
     more = next((changed for changed in _more_shards(plan) if fits(changed)), None)
     if more is not None:
         ways.append(f"{more.dp_shard * more.dp_replicate * more.tp} workers")
@@ -80,41 +100,57 @@ def remedy(plan: RunPlan, device_type: str, available: int) -> str:
 
 
 def _together(plan: RunPlan, fits: Callable[[RunPlan], bool]) -> list[str]:
-    """The first changes that make a run fit together, as one text; none if all of them do not."""
-    taken = []
-    while (change := next(_changes(plan), None)) is not None:
-        text, plan = change
-        taken.append(text)
-        if fits(plan):
-            last = {part.split(" = ")[0]: part for part in taken}  # a batch size is halved several times
-            return [" and ".join(last.values())]
-    return []
+    """As one text, changes that make a run fit together and of which none may be left out; the cheap ones are tried
+    first. Nothing if all of them are not enough."""
+    taken: dict[str, Change] = {}  # by key: a batch size is halved several times
+    while not fits(_with(plan, taken.values())):
+        change = next(_changes(_with(plan, taken.values())), None)
+        if change is None:
+            return []
+        taken[change[0]] = change
+    for key in reversed(list(taken)):
+        others = {k: change for k, change in taken.items() if k != key}
+        if fits(_with(plan, others.values())):
+            taken = others
+    return [" and ".join(_words(change) for change in taken.values())]
 
 
-def _changes(plan: RunPlan) -> Iterator[tuple[str, RunPlan]]:
-    """Changes that save memory on the same workers, cheap ones first: words for each, and the plan with it alone."""
+def _changes(plan: RunPlan) -> Iterator[Change]:
+    """Changes that save memory on the same workers, cheap ones first, and those that change numbers late."""
     c = plan.config
     if c.parallelism.fsdp_reshard_after_forward == "never":
-        yield _set(plan, "parallelism.fsdp_reshard_after_forward", "default")
+        yield "parallelism.fsdp_reshard_after_forward", "default"
     batch = c.training.local_batch_size
     for size in (batch // 2**i for i in range(1, batch.bit_length())):
-        yield _set(plan, "training.local_batch_size", size)
+        yield "training.local_batch_size", size
     modes = ("none", "selective", "full")
     for mode in modes[modes.index(c.activation_checkpoint.mode) + 1 :]:
-        yield _set(plan, "activation_checkpoint.mode", mode)
-    if c.training.mixed_precision_param != "bfloat16":
-        yield _set(plan, "training.mixed_precision_param", "bfloat16")
-    if c.training.master_dtype == "float32" and "bfloat16" in method_of(c).master_dtypes:
-        yield _set(plan, "training.master_dtype", "bfloat16")
+        yield "activation_checkpoint.mode", mode
     if plan.method.folds and c.hdpissa.factor_cache_gb != 0.0:
-        yield _set(plan, "hdpissa.factor_cache_gb", 0.0)
+        yield "hdpissa.factor_cache_gb", 0.0
+    if plan.method.folds and not c.hdpissa.offload_moments:
+        yield "hdpissa.offload_moments", True
+    if c.training.mixed_precision_param != "bfloat16":
+        yield "training.mixed_precision_param", "bfloat16"
+    if c.training.master_dtype == "float32" and "bfloat16" in method_of(c).master_dtypes:
+        yield "training.master_dtype", "bfloat16"
+    if not c.training.enable_cpu_offload:
+        yield "training.enable_cpu_offload", True
 
 
-def _set(plan: RunPlan, key: str, value: object) -> tuple[str, RunPlan]:
-    section, _, name = key.partition(".")
-    changed = dataclasses.replace(getattr(plan.config, section), **{name: value})
-    config = dataclasses.replace(plan.config, **{section: changed})
-    return f"{key} = {value}", dataclasses.replace(plan, config=config)
+def _words(change: Change) -> str:
+    key, value = change
+    return f"{key} = {str(value).lower() if isinstance(value, bool) else value}"
+
+
+def _with(plan: RunPlan, changes: Iterable[Change]) -> RunPlan:
+    """The plan with other values of some keys."""
+    config = plan.config
+    for key, value in changes:
+        section, _, name = key.partition(".")
+        changed = dataclasses.replace(getattr(config, section), **{name: value})
+        config = dataclasses.replace(config, **{section: changed})
+    return dataclasses.replace(plan, config=config)
 
 
 def _more_shards(plan: RunPlan) -> Iterator[RunPlan]:

@@ -19,7 +19,7 @@ from titan_hd.adapters.method import Method
 from titan_hd.adapters.methods import build_method, method_errors, method_of
 from titan_hd.checkpoint.folder import CheckpointFolder, read_train_state
 from titan_hd.checkpoint.resume_check import allow_mismatch_errors
-from titan_hd.components.dtypes import dtype_warnings, resolve_dtypes
+from titan_hd.components.dtypes import dtype_warnings, resolve_dtypes, untouched_dtype
 from titan_hd.components.optimizer import optimizer_class
 from titan_hd.components.update import fold_plan
 from titan_hd.config.job_config import JobConfig
@@ -42,7 +42,8 @@ T = TypeVar("T")
 class RunPlan:
     """What the configuration comes to for a number of workers: every default resolved.
 
-    config: with the dtypes and checkpoint.base that "auto" stands for. warnings: lines for the log.
+    config: with the dtypes and checkpoint.base that "auto" stands for. warnings: lines for the log. untouched: dtype of
+    the shards of what the method leaves as the files have it.
     """
 
     config: JobConfig
@@ -53,6 +54,7 @@ class RunPlan:
     method: Method
     global_batch_size: int
     warnings: tuple[str, ...] = ()
+    untouched: torch.dtype = torch.float32
 
     @property
     def num_adapters(self) -> int:
@@ -65,9 +67,15 @@ class RunPlan:
         return self.dp_replicate, self.dp_shard, self.tp
 
 
-def plan_run(config: JobConfig, world_size: int, needs_files: bool = True, device_type: str | None = None) -> RunPlan:
+def plan_run(
+    config: JobConfig,
+    world_size: int,
+    needs_files: bool = True,
+    device_type: str | None = None,
+    unseen_files: torch.dtype | None = None,
+) -> RunPlan:
     """Resolve a configuration for `world_size` workers; needs_files: the data must be there; device_type: "cuda" or
-    "cpu", by default what this machine has.
+    "cpu", by default what this machine has; unseen_files: the dtype to assume of a model's files that are not there.
 
     Raises:
         ConfigError: one line for every fault that needs the model's shapes, the files or the number of workers.
@@ -88,7 +96,8 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True, devic
     shard = attempt(resolve_shard_degree, replicate, parallelism.data_parallel_shard_degree, tp, world_size)
     workers = max(1, world_size // tp)
     decoder = attempt(decoder_config, config)
-    config = resolve_dtypes(config, device_type, files_dtype(config, decoder), _saved_state(config))
+    given, files = config, files_dtype(config, decoder) or unseen_files
+    config = resolve_dtypes(config, device_type, files, _saved_state(config))
     attempt(optimizer_class, config.optimizer.name)
     errors += _package_errors(config)
     if needs_files:
@@ -121,7 +130,17 @@ def plan_run(config: JobConfig, world_size: int, needs_files: bool = True, devic
         raise ConfigError(errors)
     assert decoder is not None
     assert shard is not None
-    return RunPlan(config, decoder, replicate, shard, tp, method, global_batch, tuple(warnings))
+    return RunPlan(
+        config,
+        decoder,
+        replicate,
+        shard,
+        tp,
+        method,
+        global_batch,
+        tuple(warnings),
+        untouched_dtype(given, config, files),
+    )
 
 
 def update_plan(config: JobConfig, plan: RunPlan) -> UpdatePlan:
@@ -165,7 +184,8 @@ def _other_paths(config: JobConfig) -> dict[str, Path]:
     """What a run reads and writes beside its export, by the key or the file that stands for it."""
     c, dump = config, Path(config.job.dump_folder)
     paths = {name: dump / name for name in ("metrics.jsonl", "svd.jsonl", "environment.jsonl", "tb", "wandb")}
-    paths["job.dump_folder"] = dump
+    if dump.resolve().is_relative_to(export_folder(config).resolve()):
+        return {"job.dump_folder": dump}  # and with it all that is in it
     if c.checkpoint.enable:
         paths["checkpoint.folder"] = dump / c.checkpoint.folder
     if c.profiling.enable_profiling:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from titan_hd import __version__
+from titan_hd.adapters.adapter_linear import untouched_parameters
 from titan_hd.adapters.methods import ignored_keys
 from titan_hd.checkpoint.checkpointer import Checkpointer
 from titan_hd.checkpoint.resume_check import check_resumable, run_identity, weights_fingerprint
@@ -31,7 +32,7 @@ from titan_hd.components.metrics import (
 from titan_hd.components.profiling import build_profiler
 from titan_hd.components.rates import Rates, StepResult
 from titan_hd.components.update import build_update
-from titan_hd.components.validation import Validator
+from titan_hd.components.validation import Validator, check_references
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
 from titan_hd.data.build import DatasetBuilder
@@ -130,6 +131,8 @@ class Trainer:
         with torch.device("meta"):
             self.model = Decoder(self.plan.decoder).to(getattr(torch, c.training.master_dtype))
         self.trained_layers = method.apply(self.model, c.adapter.target_modules)
+        for parameter in untouched_parameters(self.model):
+            parameter.data = parameter.data.to(self.plan.untouched)
         if self.plan.tp > 1:
             p, mesh = c.parallelism, self.dims.world["tp"]
             apply_tensor_parallel(self.model, mesh, p.sequence_parallel, p.loss_parallel)
@@ -144,8 +147,9 @@ class Trainer:
             compile_blocks=c.compile.enable,
             checkpoint_keep=c.activation_checkpoint.keep,
             dropout=c.adapter.dropout > 0,
+            offload=c.training.enable_cpu_offload,
         )
-        materialize(self.model, self.device)
+        materialize(self.model, self.device, torch.device("cpu") if c.training.enable_cpu_offload else None)
         self.gathers = WeightGathers(
             self.model,
             c.parallelism.fsdp_reshard_after_forward,
@@ -153,8 +157,9 @@ class Trainer:
             self.dims.dp_shard,
             gathered_bytes(self.model, self.dims, ignored, param_dtype),
             c.training.seq_len,
+            self.device,
         )
-        self.update.build_optimizer()
+        self.update.build_optimizer(self.device)
         total = sum(p.numel() for p in self.model.parameters())
         count = sum(p.numel() for p in self.update.trainable)
         logger.info("%d parameters, %d trainable, in %d layers", total, count, len(self.trained_layers))
@@ -168,8 +173,8 @@ class Trainer:
             dataset = builder.training()
             self.answering = builder.answering()
             validation = builder.validation() if c.validation.enable else None
-            if validation is not None and c.validation.exact_match_samples and not validation.answerable:
-                raise UserError("validation.exact_match_samples: needs records with a prompt and a response")
+            if validation is not None and c.validation.exact_match_samples:
+                check_references(validation, c.validation.exact_match_samples, c.validation.answer_marker)
         # A node with a file of its own that differs would end its steps, or its validation, at another time.
         self.data_summary = dataset.summary(order_settings.pack_to)
         check_equal_on_all_ranks("data.train", self.data_summary)
@@ -276,7 +281,7 @@ class Trainer:
             self.metrics: NoMetrics = NoMetrics()
             if rank == 0:
                 self.metrics = MetricsLogger(c, self.total_steps, self.step, self.wandb_id)
-        self.profiler = build_profiler(c, rank)
+            self.profiler = build_profiler(c, rank)
         # By whether W stays gathered for a whole step, which may be decided after the first one.
         self.traffic = {kept: traffic_gb(self.plan, self.placement.micro_batches, kept) for kept in (False, True)}
         passes = self.placement.micro_batches * self.dims.dp_size
@@ -312,7 +317,7 @@ class Trainer:
             self.gathers.before_micro_batch(m)
             loss_sum += self._forward_backward(m, batch, counts.trained[self.placement.adapter(m)])
         grad_norm = self.update.finish_gradients()
-        loss, norm = self._read_results(loss_sum, grad_norm, self.update.propose())
+        loss, norm = self._read_results(loss_sum, grad_norm, self.update.propose(grad_norm))
         self.update.apply(lr, self.step)
         self.gathers.after_step(max(batch.input_ids.shape[1] for batch in batches))
         self.step += 1
@@ -355,7 +360,7 @@ class Trainer:
         sums[2].fill_(self.signals.status == INTERRUPTED)
         sums[3] = proposal
         dist.all_reduce(sums)
-        loss, requeue, interrupted, proposed, norm = torch.cat((sums, grad_norm.double().view(1))).tolist()
+        loss, requeue, interrupted, proposed, norm = torch.cat((sums, grad_norm.to(sums).view(1))).tolist()
         self.update.refuse_non_finite(self.step, norm, proposed)
         self.stop_status = INTERRUPTED if interrupted else REQUEUE if requeue else 0
         return loss, norm
@@ -402,6 +407,7 @@ class Trainer:
             resumes = "the same command goes on" if self.config.checkpoint.enable else "checkpoint.enable is not set"
             logger.warning("stopped after step %d of %d; %s", self.step, self.total_steps, resumes)
         elif self.config.export.enable:
+            self.update.settle()
             export = export_peft if self.config.export.format == "peft" else export_hf
             export(self.model, self.dims, self.config, self.answering)
         if failure:

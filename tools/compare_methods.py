@@ -32,7 +32,9 @@ from compare.comparison import match_rank, parse_methods, plot, read_result, wri
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
+from titan_hd.files import user_path
 from titan_hd.preflight import RunPlan, decoder_config, plan_run
+from titan_hd.process.streams import keep_streams
 
 _RUN_TRAIN = Path(__file__).resolve().parent.parent / "run_train.sh"
 _OPTIONS = {
@@ -113,6 +115,7 @@ def default_workers() -> int:
 
 
 def main() -> None:
+    keep_streams()  # the tables are in files, too, and a comparison takes hours
     options, argv = dict(_OPTIONS), sys.argv[1:]
     while argv and argv[0].partition("=")[0] in options:
         key, equals, value = argv[0].partition("=")
@@ -123,7 +126,7 @@ def main() -> None:
     try:
         if options["--match"] not in ("rank", "parameters"):
             raise UserError(f"--match: must be rank or parameters, not {options['--match']!r}")
-        folder, workers = Path(options["--folder"]), int(options["--workers"] or default_workers())
+        folder, workers = user_path(options["--folder"]), int(options["--workers"] or default_workers())
         runs = plan(options["--methods"], options["--match"], folder, argv, workers)
         failed = [run.name for run in runs if finish(run, workers)]
         threshold, results = float(options["--threshold"]), []

@@ -15,6 +15,7 @@ starts from the HF directory itself and does not resume from it (it has no facto
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from titan_hd.data.build import Answering
 from titan_hd.errors import UserError
 from titan_hd.export.hf import beside, check_assets, check_folder, publish, start_folder, write_assets
 from titan_hd.export.model_card import model_card
-from titan_hd.files import disk_faults
+from titan_hd.files import disk_faults, expand_home, user_path
 from titan_hd.models.decoder import parameter_shapes
 from titan_hd.models.hf_files import (
     WeightFiles,
@@ -78,10 +79,12 @@ def dcp_to_hf(checkpoint: Path, folder: Path, assets: str, dtype: torch.dtype | 
 
 
 def _one_dtype(checkpoint: Path, dtypes: set[torch.dtype]) -> torch.dtype:
-    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
+    """That holds all stored weights: what a run leaves alone may have fewer bits than what it changes."""
+    if not all(dtype.is_floating_point for dtype in dtypes):
         names = ", ".join(sorted(map(str, dtypes)))
-        raise UserError(f"{checkpoint}: the weights must have one floating-point dtype, not {names}")
-    return next(iter(dtypes), torch.float32)  # none: every weight is the base model's
+        raise UserError(f"{checkpoint}: the weights must have floating-point dtypes, not {names}")
+    # None are stored: every weight is the base model's.
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
 
 def hf_to_dcp(assets: str, folder: Path, dtype: torch.dtype | None) -> None:
@@ -121,13 +124,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     to_hf = commands.add_parser("dcp-to-hf", help="a run's checkpoint to a Hugging Face directory")
-    to_hf.add_argument("checkpoint", type=Path, help="the folder step-N")
-    to_hf.add_argument("out", type=Path)
-    to_hf.add_argument("--assets", required=True, help="Hugging Face directory of the base model")
+    to_hf.add_argument("checkpoint", type=user_path, help="the folder step-N")
+    to_hf.add_argument("out", type=user_path)
+    to_hf.add_argument("--assets", type=expand_home, required=True, help="Hugging Face directory of the base model")
     to_hf.add_argument("--max-shard-size-gb", type=float, default=5.0, help="largest size of a file in GB")
     to_dcp = commands.add_parser("hf-to-dcp", help="a Hugging Face directory to a checkpoint of weights")
-    to_dcp.add_argument("assets", help="Hugging Face directory")
-    to_dcp.add_argument("out", type=Path)
+    to_dcp.add_argument("assets", type=expand_home, help="Hugging Face directory")
+    to_dcp.add_argument("out", type=user_path)
     for command in (to_hf, to_dcp):
         command.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
     args = parser.parse_args()

@@ -19,6 +19,7 @@ from hub import PATTERNS, download
 
 from titan_hd.config import manager
 from titan_hd.errors import UserError
+from titan_hd.files import user_path
 
 
 def main() -> None:
@@ -27,7 +28,9 @@ def main() -> None:
     parser.add_argument("--repo-type", choices=["model", "dataset"], default="model")
     parser.add_argument("--revision", help="branch, tag or commit; the main branch if not given")
     parser.add_argument("--assets", nargs="+", choices=PATTERNS, help="default: all of a model, or data of a data set")
-    parser.add_argument("--folder", type=Path, help="default: assets/hf/NAME for a model, assets/data/NAME for data")
+    parser.add_argument(
+        "--folder", type=user_path, help="default: assets/hf/NAME for a model, assets/data/NAME for data"
+    )
     parser.add_argument("--token", help="of an account that may read the repository; default: HF_TOKEN")
     args = parser.parse_args()
     is_model, name = args.repo_type == "model", args.repo.split("/")[-1]

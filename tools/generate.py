@@ -27,14 +27,15 @@ import torch
 from titan_hd.checkpoint.pretrained import load_pretrained
 from titan_hd.components.generation import Sampling, TextStream, generate, stream
 from titan_hd.config import manager
+from titan_hd.data.fields import INPUT_FIELDS, SYSTEM_FIELDS, is_given, optional_text, text_of
+from titan_hd.data.formats import PROMPT_FIELDS, RESPONSE_FIELDS
 from titan_hd.data.sources import read_records
 from titan_hd.data.text.chat import ChatTemplate, load_chat_template
 from titan_hd.data.text.templates import load_template
 from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
 from titan_hd.errors import UserError
+from titan_hd.files import expand_home, user_path
 from titan_hd.models.decoder import Decoder
-
-_PROMPT_FIELDS = ("instruction", "query", "question", "prompt")
 
 
 def main() -> None:
@@ -54,14 +55,25 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: manager.exit_with([message])
     add = parser.add_argument
-    add("model", type=Path, help="a HF directory, or a checkpoint's folder, .../step-N")
+    add("model", type=user_path, help="a HF directory, or a checkpoint's folder, .../step-N")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT")
     what.add_argument("--chat", metavar="TEXT", help="the user's first message")
-    what.add_argument("--file", type=Path, help="prompts: .jsonl (instruction, query, question or prompt), else lines")
+    what.add_argument(
+        "--file", type=user_path, help="prompts: .jsonl (instruction, query, question or prompt), else lines"
+    )
     add("--system", metavar="TEXT", help="the system message of a chat")
-    add("--template", help="of prompts: alpaca, pissa, chat, none (the default) or a file with {prompt}")
-    add("--assets", default="", help="for a checkpoint: the HF directory with config and tokenizer, if not the run's")
+    add(
+        "--template",
+        type=expand_home,
+        help="of prompts: alpaca, pissa, chat, none (the default) or a file with {prompt}",
+    )
+    add(
+        "--assets",
+        default="",
+        type=expand_home,
+        help="for a checkpoint: the HF directory with config and tokenizer, if not the run's",
+    )
     add("--max_new_tokens", type=int, default=256)
     add("--temperature", type=float, default=0.0, help="0, the default: always the most probable token")
     add("--top_p", type=float, default=1.0)
@@ -88,17 +100,18 @@ def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     model, assets = load_pretrained(args.model, args.assets, getattr(torch, dtype), device)
-    tokenizer = load_tokenizer(assets)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        size = model.config.vocab_size
-        raise UserError(f"{assets}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {size}")
+    tokenizer = load_tokenizer(assets).fitting(model.config.vocab_size)
     session = Session(model, tokenizer, sampling, args.max_new_tokens, device)
     if not asks_prompts:
         session.chat(args.chat, args.system)
     elif args.file:
         session.answer_file(records, args.template or "none", args.batch_size)
     else:
-        texts = [args.prompt] if args.prompt is not None else (line.rstrip("\n") for line in sys.stdin)
+        texts = (
+            [args.prompt]
+            if args.prompt is not None
+            else (line.rstrip("\n").removeprefix("\ufeff") for line in sys.stdin)
+        )
         template = load_template(args.template or "none", tokenizer)
         for index, text in enumerate(texts):
             session.answer(template.prompt_ids(tokenizer, text, ""), template.stop_ids(tokenizer), index)
@@ -115,21 +128,33 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def read_prompts(path: Path) -> list[tuple[str, str]]:
-    """(prompt, input) of each record of a .jsonl file, or of each line that is not empty of any other."""
+def read_prompts(path: Path) -> list[tuple[str, str, str]]:
+    """(Prompt, input, system text) of each record of a .jsonl file, or of each line that is not empty of any other."""
     if path.suffix != ".jsonl":
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # A byte order mark is no part of a prompt, and what else Unicode calls the end of a line is.
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--file: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-        return [(line, "") for line in lines if line.strip()]
+        return [(line, "", "") for line in lines if line.strip()]
     prompts = []
+    unused: dict[str, None] = {}
     for record in read_records(str(path), "--file"):
-        field = next((name for name in _PROMPT_FIELDS if name in record), None)
-        if field is None or not isinstance(record[field], str):
-            raise UserError(f"{record.where}: needs one of {', '.join(_PROMPT_FIELDS)}, a string")
-        extra = record.get("input")
-        prompts.append((record[field], extra if isinstance(extra, str) else ""))
+        field = next((name for name in PROMPT_FIELDS if name in record), None)
+        if field is None:
+            raise UserError(f"{record.where}: needs one of {', '.join(PROMPT_FIELDS)}")
+        try:
+            prompt = text_of(record, field)
+            (extra_field, extra), (system_field, system) = (
+                optional_text(record, names) for names in (INPUT_FIELDS, SYSTEM_FIELDS)
+            )
+        except UserError as error:
+            raise UserError(f"{record.where}: {error}") from None
+        prompts.append((prompt, extra, system))
+        others = record.keys() - {field, extra_field, system_field, *RESPONSE_FIELDS}
+        unused |= dict.fromkeys(name for name in sorted(others) if is_given(record[name]))
+    if unused:
+        print(f"{path}: fields that are not used: {', '.join(unused)}", file=sys.stderr)
     return prompts
 
 
@@ -161,12 +186,14 @@ class Session:
             print(report, file=sys.stderr)
         return "".join(pieces)
 
-    def answer_file(self, records: list[tuple[str, str]], template_name: str, batch_size: int) -> None:
+    def answer_file(self, records: list[tuple[str, str, str]], template_name: str, batch_size: int) -> None:
         """Continue all prompts, a batch at a time, in their order."""
         template, started, count = load_template(template_name, self.tokenizer), time.perf_counter(), 0
         for start in range(0, len(records), batch_size):
             batch = records[start : start + batch_size]
-            prompts = [template.prompt_ids(self.tokenizer, *record) for record in batch]
+            prompts = [
+                template.under(system).prompt_ids(self.tokenizer, prompt, extra) for prompt, extra, system in batch
+            ]
             rows = generate(
                 self.model,
                 prompts,
@@ -176,7 +203,7 @@ class Session:
                 self.sampling,
                 first_index=start,
             )
-            for (prompt, _), row in zip(batch, rows):
+            for (prompt, *_), row in zip(batch, rows):
                 response = self.tokenizer.decode(row)
                 print(json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False), flush=True)
             count += sum(map(len, rows))
@@ -186,18 +213,12 @@ class Session:
     def chat(self, message: str | None, system: str | None) -> None:
         """Answer one message; without one, go on asking the terminal for messages until it ends."""
         template = load_chat_template(self.tokenizer)
-        stop_ids = self._stop_ids()
+        stop_ids = load_template("chat", self.tokenizer).stop_ids(self.tokenizer)
         messages = [] if system is None else [{"role": "system", "content": system}]
         for index, text in enumerate([message] if message is not None else iter(ask, None)):
             messages.append({"role": "user", "content": text})
             prompt = chat_prompt(template, self.tokenizer, messages)
             messages.append({"role": "assistant", "content": self.answer(prompt, stop_ids, index)})
-
-    def _stop_ids(self) -> frozenset[int]:
-        try:
-            return load_template("chat", self.tokenizer).stop_ids(self.tokenizer)
-        except UserError:  # a template that ends its answers with no token of its own
-            return self.tokenizer.stop_ids
 
 
 def chat_prompt(template: ChatTemplate, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:

@@ -5,10 +5,12 @@ Only data is fetched: safetensors and text, never pickles or code.
 
 from __future__ import annotations
 
+import glob
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NoReturn
 
+from titan_hd.data.text.chat import TOOL_TEMPLATE
 from titan_hd.data.text.tokenizer import TOKENIZER_FILES
 from titan_hd.errors import UserError
 
@@ -52,7 +54,8 @@ def download(
         look_up = api.model_info if repo_type == "model" else api.dataset_info
         info = look_up(repo, revision=revision, files_metadata=True)
         sizes = {file.rfilename: file.size for file in info.siblings or []}
-        wanted = [name for name in sizes if _matches(name, patterns) and not _matches(name, ignored)]
+        ignored_names = {name for name in sizes if _matches(name, ignored) and name != TOOL_TEMPLATE}
+        wanted = [name for name in sizes if _matches(name, patterns) and name not in ignored_names]
         if "weights" in assets and not any(name.endswith(".safetensors") for name in wanted):
             raise UserError(f"--assets: {repo} has no weights as safetensors, and no others are read")
         for asset in assets:
@@ -63,8 +66,7 @@ def download(
             repo_type=repo_type,
             revision=info.sha,
             local_dir=folder,
-            allow_patterns=patterns,
-            ignore_patterns=ignored,
+            allow_patterns=[glob.escape(name) for name in wanted],
             token=token,
         )
     except Exception as error:

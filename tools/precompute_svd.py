@@ -27,6 +27,7 @@ from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder, parameter_shapes
 from titan_hd.models.hf_files import open_model_weights
 from titan_hd.preflight import decoder_config
+from titan_hd.process.streams import keep_streams
 
 
 def precompute(config: JobConfig, share: int, shares: int) -> None:
@@ -58,6 +59,7 @@ def parse_share(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
+    keep_streams()  # what counts is in the cache, and filling it takes hours
     argv, share, shares = sys.argv[1:], 0, 1
     if argv[:1] == ["--share"]:
         share, shares = parse_share(argv[1] if len(argv) > 1 else "")

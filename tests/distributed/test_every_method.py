@@ -5,11 +5,9 @@ A new method is covered by its name in the table; a fact that it forgets fails h
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -63,17 +61,11 @@ def test_trains_resumes_and_exports(name: str, argv, workers, tmp_path: Path):
         torch.testing.assert_close(weight, whole[key], rtol=1e-4, atol=1e-5)
 
 
-def compiled(options: list[str]) -> list[float]:
-    """A run whose blocks are traced (fullgraph) and differentiated by the compiler, but not turned into C++."""
-    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager")):
-        return runs.train(options)
-
-
 @EVERY
 def test_compiles(name: str, argv, workers):
     options = {"export__enable": "false", "activation_checkpoint__mode": "full"}
     eager = workers.run(1, runs.train, argv(name, "eager", **options))[0]
-    traced = workers.run(1, compiled, argv(name, "compiled", **options, compile__enable="true"))[0]
+    traced = workers.run(1, runs.train_traced, argv(name, "compiled", **options, compile__enable="true"))[0]
     assert traced == pytest.approx(eager, rel=LOSS_TOLERANCE)
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.kit import runs
+from titan_hd.distributed.shards import base_parameters
 
 
 def rewrite(file: Path, dtype: torch.dtype) -> None:
@@ -60,6 +61,53 @@ def test_checkpoints_hold_the_adapters_alone_and_older_ones_go_on(argv, workers,
         kept = {"new": ("delta", "bfloat16"), "old": ("full", "float32")}
         assert (state["base"], state["identity"]["training.master_dtype"]) == kept[name]
     assert sizes["new"] < sizes["old"]
+
+
+WHAT_CHANGES = {
+    "hdpissa": {"proj"},
+    "pissa": {"proj"},
+    "q-alone": {"q_proj"},
+    "lora": set(),
+    "full": {"embed", "norm", "proj", "head"},
+}
+RUNS = {
+    "hdpissa": {"adapter__method": "hdpissa", "hdpissa__num_adapters": 4},
+    "pissa": {"adapter__method": "pissa"},
+    "q-alone": {"adapter__method": "hdpissa", "adapter__target_modules": '["q_proj"]'},
+    "lora": {},
+    "full": {"adapter__method": "full"},
+}
+
+
+def dtypes(argv: list[str]) -> dict[str, torch.dtype]:
+    run = runs.trainer(argv)
+    run.train_step()
+    held = {name: p.dtype for name, p in base_parameters(run.model)}
+    run.close()
+    return held
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_no_method_changes_is_held_as_the_files_have_it(name: str, argv, workers):
+    """In the fp32 masters of what is changed nothing is saved; training.master_dtype = float32 is heeded."""
+    for parameter, dtype in workers.run(1, dtypes, argv("dtypes", **RUNS[name]))[0].items():
+        changed = any(part in parameter for part in WHAT_CHANGES[name])
+        assert dtype == (torch.float32 if changed else torch.bfloat16), parameter
+    explicit = argv("explicit", **RUNS[name], training__master_dtype="float32")
+    assert set(workers.run(1, dtypes, explicit)[0].values()) == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["hdpissa", "pissa", "q-alone"])
+def test_nothing_is_lost_beside_weights_that_change(name: str, argv, workers, tmp_path: Path):
+    """Losses and exported weights bit for bit, and the checkpoint of the one is resumed by the other."""
+    fp32 = workers.run(2, runs.train, argv("fp32", **RUNS[name], training__master_dtype="float32"))[0]
+    assert workers.run(2, runs.train, argv("auto", **RUNS[name]))[0] == fp32
+    want = runs.exported(tmp_path / "fp32")
+    assert all(torch.equal(weight, want[key]) for key, weight in runs.exported(tmp_path / "auto").items())
+    saved = {**RUNS[name], "checkpoint__enable": "true"}
+    for first, then in (("float32", "auto"), ("auto", "float32")):
+        began = workers.run(2, runs.train, argv(first + then, **saved, training__master_dtype=first), stop_after=2)[0]
+        assert began + workers.run(2, runs.train, argv(first + then, **saved, training__master_dtype=then))[0] == fp32
 
 
 @pytest.mark.parametrize("changes", [{"adapter__method": "pissa"}, {"adapter__init": "olora"}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,18 +85,20 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_settings_train_alike(case, workers, tmp_path: Path):
-    """With a validation between steps, which gathers too, and a resume from a checkpoint in the middle."""
+    """With a validation between steps, which gathers too, and a resume from a checkpoint of the middle."""
     world, changes = CASES[case]
     validation = {"validation__enable": "true", "validation__freq": 1, "data__validation": tmp_path / "records.jsonl"}
     losses, logged = {}, {}
     for setting in SETTINGS:
         changes = {**changes, **validation, "parallelism__fsdp_reshard_after_forward": setting}
-        losses[setting] = workers.run(world, runs.train, argv(tmp_path, setting, **changes))[0]
+        saving = argv(tmp_path, setting, checkpoint__enable="true", checkpoint__interval=2, **changes)
+        losses[setting] = workers.run(world, runs.train, saving)[0]
         lines = map(json.loads, (tmp_path / setting / "metrics.jsonl").read_text().splitlines())
         logged[setting] = [(line.get("grad_norm"), line.get("validation_loss")) for line in lines]
         resumed = argv(tmp_path, f"{setting}-resumed", checkpoint__enable="true", **changes)
-        first = workers.run(world, runs.train, resumed, 2)[0]
-        assert first + workers.run(world, runs.train, resumed)[0] == losses[setting]
+        middle = Path("checkpoint", "step-2")
+        shutil.copytree(tmp_path / setting / middle, tmp_path / f"{setting}-resumed" / middle)
+        assert workers.run(world, runs.train, resumed)[0] == losses[setting][2:]
     assert losses["always"] == losses["never"] == losses["default"]
     assert logged["always"] == logged["never"] == logged["default"]
     exported = [runs.load_file(tmp_path / s / "hf" / "model.safetensors") for s in SETTINGS]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from tests.kit import runs
@@ -61,22 +61,34 @@ def peak_of_step(argv: list[str]) -> int:
     from titan_hd.train import Trainer
 
     config = manager.load(argv)
-    gc.collect()  # an earlier run's memory must not be given back in this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer = Trainer(config, plan_run(config, dist.get_world_size()), torch.device("cpu"))
         trainer.train_step()
         with record_function("measured step"):
             trainer.train_step()
     trainer.close()
-    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    step = next(event for event in events if event.name() == "measured step")
-    live, peak = 0, 0
+    events = sorted(_all(profiler.profiler.kineto_results.experimental_event_tree()), key=lambda e: e.start_time_ns)
+    step = next(event for event in events if event.name == "measured step")
+    live: dict[int, int] = {}  # address -> bytes; what was there before is freed sometime in between, and not counted
+    total = peak = 0
     for event in events:
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            if step.start_ns() <= event.start_ns() <= step.end_ns():
-                peak = max(peak, live)
+        if event.tag != _EventType.Allocation:
+            continue
+        address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        if size > 0:
+            live[address] = size
+            total += size
+        else:
+            total -= live.pop(address, 0)
+        if step.start_time_ns <= event.start_time_ns <= step.end_time_ns:
+            peak = max(peak, total)
     return peak
+
+
+def _all(events):
+    for event in events:
+        yield event
+        yield from _all(event.children)
 
 
 def compare(argv: list[str], workers, size: int = 1) -> None:
@@ -110,6 +122,13 @@ def test_bfloat16_masters_and_another_optimizer(argv, workers):
     compare(argv(training__master_dtype="bfloat16", optimizer__name="SGD"), workers)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_passes_between_host_and_device(size: int, argv, workers):
+    """On a CPU both lie in the same memory: what is copied comes on top."""
+    offload = {"training__enable_cpu_offload": "true", "hdpissa__offload_moments": "true"}
+    compare(argv(adapter__rank=16, **offload), workers, size)
+
+
 class TestRemedy:
     """On the estimate alone."""
 
@@ -132,9 +151,50 @@ class TestRemedy:
         plan = self.plan(argv)
         smallest = plan
         while changes := list(fitting._changes(smallest)):
-            smallest = changes[0][1]
+            smallest = fitting._with(smallest, changes[:1])
         available = fitting.estimate_run(smallest, "cpu").total
         assert "training.local_batch_size = 1 and activation_checkpoint.mode = full" in fitting.remedy(
             plan, "cpu", available
         )
         assert fitting.remedy(plan, "cpu", available // 100).startswith("no smaller setting")
+
+    @pytest.mark.parametrize("part", [0.02, 0.6])
+    def test_none_of_several_may_be_left_out(self, part: float, argv):
+        """All of the changes fit, and all but one do not."""
+        plan = smallest = self.plan(argv, adapter__rank=16)
+        while changes := list(fitting._changes(smallest)):
+            smallest = fitting._with(smallest, changes[:1])
+        least, most = (fitting.estimate_run(of, "cuda").total for of in (smallest, plan))
+        available = least + int(part * (most - least))
+
+        def fits(changed) -> bool:
+            return fitting.estimate_run(changed, "cuda").total <= available
+
+        taken = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fitting, "_words", lambda change: taken.append(change) or change[0])
+            assert fitting._together(plan, fits) == [" and ".join(key for key, _ in taken)]
+        assert fits(fitting._with(plan, taken))
+        for change in taken:
+            assert not fits(fitting._with(plan, [other for other in taken if other != change])), change
+
+    def test_what_is_offloaded_takes_nothing_of_a_gpu(self, argv):
+        plan = self.plan(argv)
+        before = fitting.estimate_run(plan, "cuda").held
+        moments = fitting._with(plan, [("hdpissa.offload_moments", True)])
+        held = fitting.estimate_run(moments, "cuda").held
+        assert {key for key in held if held[key] != before[key]} == {"optimizer's moments"}
+        assert held["optimizer's moments"] == 0
+        assert fitting.estimate_run(moments, "cpu").held == fitting.estimate_run(plan, "cpu").held
+        held = fitting.estimate_run(fitting._with(plan, [("training.enable_cpu_offload", True)]), "cuda").held
+        assert {key for key in held if held[key] != before[key]} == {"weights"}
+        assert held["weights"] == 0
+
+    def test_what_the_gathers_will_come_to(self, argv):
+        always = self.plan(argv)
+        assert fitting.gathering(always, "cuda", 10**12) is None
+        plan = fitting._with(always, [("parallelism.fsdp_reshard_after_forward", "default")])
+        assert fitting.gathering(plan, "cuda", 10**12).startswith("memory: W will stay gathered over the micro-batches")
+        assert fitting.gathering(plan, "cuda", 10**9).startswith("memory: W will be gathered for every micro-batch")
+        one = fitting._with(plan, [("training.local_batch_size", 4)])
+        assert fitting.gathering(one, "cuda", 10**12) is None

@@ -36,6 +36,8 @@ def losses(arguments: list[str], dump, **environment) -> list[float]:
     [
         {},
         {"compile__enable": "true", "activation_checkpoint__mode": "selective"},
+        {"training__enable_cpu_offload": "true", "hdpissa__offload_moments": "true"},
+        {"training__enable_cpu_offload": "true", "adapter__method": "pissa", "hdpissa__num_adapters": 0},
         PACKED,
         PACKED | {"activation_checkpoint__mode": "selective"},
         PACKED | {"compile__enable": "true", "activation_checkpoint__mode": "full"},

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests.kit import runs
 from tests.kit.commands import CPU_ONLY, REPOSITORY, call_tool, error_lines
+from tests.kit.tokenizers import llama3_directory
 from tools import convert_checkpoint
 
 
@@ -75,6 +76,28 @@ def test_a_checkpoint_becomes_the_export_of_its_run(run, request, tmp_path):
     (step / ".metadata").write_bytes(b"torn")
     (line,) = error_lines(convert("dcp-to-hf", step, tmp_path / "other", "--assets", tmp_path / "model"))
     assert ".metadata: cannot be read" in line
+
+
+@pytest.mark.parametrize("format", ["hf", "peft"])
+def test_what_was_trained_on_chats_can_be_asked(format: str, workers, tmp_path):
+    """A base model without a chat template: the run's export and that of its checkpoint have the one that was used, and
+    stop where the answers ended; an adapter has both beside it."""
+    runs.write_model(tmp_path / "model", vocab_size=400, eos_token_id=1)
+    llama3_directory(tmp_path / "model")
+    chat = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    changes = {"data__format": "chat", "training__steps": 1, "checkpoint__enable": "true", "training__seq_len": 32}
+    changes |= {"adapter__method": "lora", "export__format": format}
+    workers.run(1, runs.train, runs.options(tmp_path / "model", tmp_path / "chats.jsonl", tmp_path / "dump", **changes))
+    folders = [tmp_path / "dump" / "hf"]
+    if format == "hf":
+        step = tmp_path / "dump" / "checkpoint" / "step-1"
+        result = convert("dcp-to-hf", step, tmp_path / "out", "--assets", tmp_path / "model")
+        assert result.returncode == 0, result.stderr
+        folders.append(tmp_path / "out")
+    for folder in folders:
+        assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": [1, 4]}
+        assert "<|start_header_id|>" in (folder / "chat_template.jinja").read_text()
 
 
 def test_weights_survive_both_ways(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 import uuid
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.kit import runs
-from tests.kit.commands import CPU_ONLY, REPOSITORY
+from tests.kit.commands import Started, start_train
 
 # Another number of workers adds the same fp32 numbers in another order.
 LOSS_TOLERANCE = 1e-5
@@ -24,19 +23,12 @@ def setup(tmp_path):
     runs.write_model(tmp_path / "model")
     runs.write_records(tmp_path / "records.jsonl")
 
-    def start(dump: str, workers: int, **overrides) -> tuple[subprocess.Popen, str]:
+    def start(dump: str, workers: int, **overrides) -> tuple[Started, str]:
         """A run, and the mark by which its processes are known."""
         values = {"data__pack": "true", "training__seq_len": 32, "hdpissa__num_adapters": 2, "data__shuffle": "true"}
         options = runs.options(tmp_path / "model", tmp_path / "records.jsonl", tmp_path / dump, **values | overrides)
         mark = uuid.uuid4().hex
-        run = subprocess.Popen(
-            [REPOSITORY / "run_train.sh", "--config", os.devnull, *options],
-            env={**CPU_ONLY, "NGPU": str(workers), "TITAN_MARK": mark},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        return run, mark
+        return start_train("--config", os.devnull, *options, workers=workers, TITAN_MARK=mark), mark
 
     return start
 
@@ -79,8 +71,8 @@ class TestDataWorkers:
     def test_same_losses_and_nobody_is_left(self, setup, tmp_path):
         for dump, workers, num_workers in (("without", 1, 0), ("with", 2, 1)):
             run, mark = setup(dump, workers, data__num_workers=num_workers)
-            _, said = run.communicate(timeout=240)
-            assert run.returncode == 0, said
+            status, said = run.end(timeout=240)
+            assert status == 0, said
             assert "records into" in said
             assert_nobody_is_left(mark)
         assert losses(tmp_path / "with") == pytest.approx(losses(tmp_path / "without"), rel=LOSS_TOLERANCE)
@@ -89,12 +81,14 @@ class TestDataWorkers:
     def test_a_killed_one_ends_the_run(self, setup, tmp_path):
         run, mark = setup("killed", 1, data__num_workers=2, training__steps=1000000, export__enable="false")
         metrics, end = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 120
-        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end and run.poll() is None:
+        while (
+            not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end and run.process.poll() is None
+        ):
             time.sleep(0.1)
         victims = data_workers(mark)
         assert len(victims) == 2
         os.kill(victims[0], signal.SIGKILL)
-        _, said = run.communicate(timeout=120)
-        assert run.returncode == 1
+        status, said = run.end(timeout=120)
+        assert status == 1, said
         assert "a data worker process failed or was killed" in said
         assert_nobody_is_left(mark)

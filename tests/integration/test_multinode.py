@@ -110,11 +110,10 @@ def two_nodes(endpoint: str, **others: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def one_node(inputs, tmp_path_factory) -> Nodes:
+def one_node(inputs, tmp_path_factory, workers) -> Nodes:
     """The same run with two workers on one node."""
     found = Nodes(inputs, tmp_path_factory.mktemp("one") / "dump")
-    found.start(0, workers=2)
-    assert found.wait() == [0], found.log(0)
+    workers.run(2, runs.train, runs.options(inputs / "model", inputs / "records.jsonl", found.dump))
     return found
 
 

@@ -7,14 +7,17 @@ processes of its own.
 from __future__ import annotations
 
 import os
+import select
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.kit import runs
-from tests.kit.recovery import Launch, last_step, tiny_run
+from tests.kit.commands import CPU_ONLY, REPOSITORY
+from tests.kit.recovery import START_SECONDS, Launch, last_step, tiny_run
 from tests.kit.soak import compare, soak
 
 GRACE_SECONDS = 30  # what Slurm grants by default
@@ -40,7 +43,11 @@ def test_a_killed_worker_is_started_again_by_the_launcher(workers, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    [
+        (signal.SIGTERM, 75),
+        pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow),  # in test_slurm too
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
     ids=["TERM", "USR1", "INT"],
 )
 def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals, status: int):
@@ -59,6 +66,38 @@ def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals, status
     assert f"stopped after step {step} of 1000000; the same command goes on" in said
     assert (tmp_path / "dump" / "checkpoint" / f"step-{step}" / "manifest.json").exists()
     assert "Traceback" not in said
+
+
+def test_a_run_whose_terminal_goes_saves_and_stops(tmp_path: Path):
+    """A lost ssh connection: SIGHUP, and whatever is then written on the terminal fails. As root, the machine has a
+    name that nobody knows besides."""
+    argv = tiny_run(tmp_path, "dump", training__steps=10**6, checkpoint__interval=10**6)
+    nameless = (
+        ["unshare", "--uts", "sh", "-c", 'hostname nobody-knows-me; exec "$@"', "sh"] if os.geteuid() == 0 else []
+    )
+    ours, theirs = os.openpty()
+    run = subprocess.Popen(
+        [*nameless, "setsid", "--ctty", str(REPOSITORY / "run_train.sh"), "--config", os.devnull, *argv],
+        env={**CPU_ONLY, "NGPU": "1"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    said, deadline = b"", time.monotonic() + START_SECONDS
+    try:
+        while last_step(tmp_path / "dump") < 2:
+            assert run.poll() is None, said
+            assert time.monotonic() < deadline, said
+            if select.select([ours], [], [], 0.1)[0]:
+                said += os.read(ours, 4096)
+        os.close(ours)  # the terminal's end
+        assert run.wait(GRACE_SECONDS) == 75
+    finally:
+        run.kill()
+    step = last_step(tmp_path / "dump")
+    assert (tmp_path / "dump" / "checkpoint" / f"step-{step}" / "manifest.json").exists()
+    assert not (tmp_path / "dump" / "errors.jsonl").exists()
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.kit import runs
-from tests.kit.commands import CPU_ONLY, REPOSITORY, error_lines, run_train
+from tests.kit.commands import CPU_ONLY, REPOSITORY, error_lines, run_train, start_train
 from titan_hd.errors import UserError
 
 # Logits of the same fp32 weights by two implementations.
@@ -72,6 +72,7 @@ def test_faults_of_the_configuration_come_all_at_once_before_any_process(setup, 
 
 
 def test_faults_that_need_the_model_and_the_workers(setup, tmp_path):
+    """Found without torch's compiler, whose import would make every start a second longer."""
     result = run_train(
         *setup(
             adapter__rank=4,
@@ -79,10 +80,14 @@ def test_faults_that_need_the_model_and_the_workers(setup, tmp_path):
             training__global_batch_size=6,
             data__validation="/nowhere/validation.jsonl",
             optimizer__name="Adamant",
-        )
+        ),
+        PYTHONPROFILEIMPORTTIME="1",
     )
     keys = [line.split(": ")[2] for line in error_lines(result)]
     assert sorted(keys) == ["adapter.rank", "data.validation", "optimizer.name", "training.global_batch_size"]
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "torch.distributed" in imported
+    assert "torch._dynamo" not in imported
     assert not (tmp_path / "dump").exists()
 
 
@@ -143,29 +148,25 @@ def fails_on_rank_one() -> str:
 
 def test_a_killed_worker_ends_the_run_with_its_signal(setup, tmp_path):
     """The exit status tells the truth: 128 + 9, within seconds, and no worker is left."""
-    process = subprocess.Popen(
-        [str(REPOSITORY / "run_train.sh"), *setup(training__steps=100000)],
-        env={**CPU_ONLY, "NGPU": "2"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    run = start_train(*setup(training__steps=100000))
     metrics = tmp_path / "dump" / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 3):
         time.sleep(0.2)
     pattern = f"titan_hd.train .*{tmp_path}"
     pids = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False).stdout.split()
-    children = [int(pid) for pid in pids if int(pid) != process.pid]
+    children = [int(pid) for pid in pids if int(pid) != run.process.pid]
     os.kill(children[-1], 9)
-    _, stderr = process.communicate(timeout=90)
-    assert process.returncode == 137, stderr
+    status, stderr = run.end(timeout=90)
+    assert status == 137, stderr
     assert "ended with signal 9" in stderr
     assert not subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False).stdout
 
 
 def test_the_quick_start_shortened(tmp_path):
-    """`./run_train.sh` without a configuration, cut to a few steps: from any folder, validation, accuracy, export."""
+    """`./run_train.sh --quickstart`, cut to a few steps: from any folder, validation, accuracy, export."""
     result = run_train(
+        "--quickstart",
         "--training.steps=3",
         "--validation.exact_match_samples=8",
         "--validation.batch_size=5",

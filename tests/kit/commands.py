@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -25,6 +26,26 @@ def run_train(*arguments: str, workers: int = 2, timeout: int = 180, **environme
         timeout=timeout,
         check=False,
     )
+
+
+class Started:
+    """A command that runs while a test goes on. Its standard error goes to a file: nobody reads meanwhile, and a full
+    pipe would stop it after some hundred steps."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]):
+        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self.process = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stderr=self._stderr)
+
+    def end(self, timeout: float) -> tuple[int, str]:
+        """Exit status and what was said on the standard error."""
+        status = self.process.wait(timeout=timeout)
+        self._stderr.seek(0)
+        return status, self._stderr.read()
+
+
+def start_train(*arguments: str, workers: int = 2, **environment: str) -> Started:
+    command = [str(REPOSITORY / "run_train.sh"), *arguments]
+    return Started(command, {**CPU_ONLY, "NGPU": str(workers), **environment})
 
 
 def call_tool(main: Callable[[], None], *arguments: object) -> subprocess.CompletedProcess:

@@ -46,7 +46,7 @@ def build(num_adapters: int, replicate: int, shard: int, rank: int = 1, dtype: t
     method.apply(model, [name[9:] for name in SHAPES])
     registry = AdapterRegistry(model, method, dims.adapter_mesh(num_adapters))
     fully_shard(model, mesh=dims.fsdp_mesh, ignored_params=registry.parameters())
-    registry.materialize()
+    registry.materialize(torch.device("cpu"))
     for _ in compute_factors(registry, dims, SliceSettings()):
         pass
     registry.start()

@@ -8,17 +8,16 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 from tests.kit import runs
-from tests.kit.commands import CPU_ONLY, REPOSITORY
+from tests.kit.commands import CPU_ONLY, Started
 
 START_SECONDS = 600  # a machine that is busy with other things takes minutes to import torch a few times
 
 
-class Launch:
+class Launch(Started):
     """One start of the launcher with its workers, as a scheduler would start it."""
 
     def __init__(
@@ -37,14 +36,8 @@ class Launch:
         launcher += ["--rdzv_endpoint", "localhost:0", "--max_restarts", str(max_restarts), "--monitor_interval", "0.1"]
         self._config = self.dump.parent / "empty.toml"
         self._config.touch()
-        # A file: nobody reads while the run goes on, and a full pipe would stop it after some hundred steps.
-        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [*launcher, "--", "--config", str(self._config), *argv],
-            env={**CPU_ONLY, **(environment or {})},
-            cwd=REPOSITORY,
-            stderr=self._stderr,
-        )
+        command = [*launcher, "--", "--config", str(self._config), *argv]
+        super().__init__(command, {**CPU_ONLY, **(environment or {})})
 
     def worker_pids(self) -> list[int]:
         found = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False)
@@ -77,10 +70,7 @@ class Launch:
                 os.kill(pid, signal.SIGKILL)
 
     def end(self, timeout: float = START_SECONDS) -> tuple[int, str]:
-        """Exit status and what was said on the standard error."""
-        status = self.process.wait(timeout=timeout)
-        self._stderr.seek(0)
-        return status, self._stderr.read()
+        return super().end(timeout)
 
 
 def records(dump: Path) -> list[dict]:

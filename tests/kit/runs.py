@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -125,6 +127,12 @@ def train(argv: list[str], stop_after: int | None = None) -> list[float]:
         run.save()
     run.close()
     return losses
+
+
+def train_traced(argv: list[str]) -> list[float]:
+    """`train` with blocks that are traced (fullgraph) and differentiated by the compiler, but not turned into C++."""
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager")):
+        return train(argv)
 
 
 def exported(dump: Path) -> dict[str, torch.Tensor]:

@@ -68,5 +68,8 @@ class Letters(Tokenizer):
     def __init__(self, bos: int | None = 1):
         self.bos_id, self.eos_id, self.vocab_size = bos, 2, 30
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special: bool = False) -> list[int]:
         return [3 + ord(c) - ord("a") if "a" <= c <= "z" else 29 for c in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(ord("a") + i - 3) for i in ids if 3 <= i < 29)

@@ -234,6 +234,7 @@ class TestWhatWouldBeLostAtTheEnd:
             (("--export.folder=tb",), "is tb"),
             (("--adapter.svd_cache={run}/hf/svd",), "adapter.svd_cache lies in it"),
             (("--data.cache_dir={run}/hf",), "is data.cache_dir"),
+            (("--export.folder={run}",), "is job.dump_folder"),
         ],
     )
     def test_folders_that_the_export_would_replace(self, config, tmp_path: Path, argv: tuple[str, ...], says: str):

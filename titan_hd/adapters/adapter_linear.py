@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from titan_hd.adapters.frozen_linear import FrozenLinear
+from titan_hd.adapters.frozen_linear import FoldingLinear, FrozenLinear
 from titan_hd.adapters.inject import replace_linears
 from titan_hd.adapters.method import Method
 from titan_hd.config.job_config import JobConfig
@@ -101,6 +101,17 @@ class AdapterMethod(Method):
     def apply(self, model: nn.Module, target_modules: list[str] | None) -> list[str]:
         model.requires_grad_(False)
         return list(replace_linears(model, target_modules, lambda linear: self.layer(linear, **self.settings)))
+
+
+def untouched_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those of a model, to which a method was applied, that stay as the model directory has them: neither trained, nor
+    the weight that a method folds into, nor one that first values replace."""
+    changed = {
+        layer.weight
+        for layer in model.modules()
+        if isinstance(layer, FoldingLinear) or (isinstance(layer, AdapterLinear) and layer.changes_weight)
+    }
+    return [p for p in model.parameters() if not p.requires_grad and p not in changed]
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLinear]:

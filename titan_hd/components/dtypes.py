@@ -58,6 +58,14 @@ def resolve_dtypes(
     return dataclasses.replace(config, training=training, checkpoint=dataclasses.replace(config.checkpoint, base=base))
 
 
+def untouched_dtype(given: JobConfig, resolved: JobConfig, files: torch.dtype | None) -> torch.dtype:
+    """Of the shards of weights that are as their files have them, and stay so (`adapter_linear.untouched_parameters`):
+    the files' 16-bit dtype where nothing is lost by that, unless training.master_dtype says otherwise."""
+    lossless = given.training.master_dtype == "auto" and resolved.training.mixed_precision_param == "bfloat16"
+    master = resolved.training.master_dtype
+    return getattr(torch, _HALVES.get(files, master) if lossless else master)
+
+
 def dtype_warnings(config: JobConfig, device_type: str) -> list[str]:
     """Of a configuration as the user gave it."""
     if config.training.mixed_precision_param != "bfloat16" or has_bfloat16(device_type):

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from titan_hd.adapters.adapter_linear import AdapterLinear
+from titan_hd.adapters.adapter_linear import AdapterLinear, untouched_parameters
 from titan_hd.adapters.methods import build_method
-from titan_hd.components.live_bytes import block_memory, head_memory
+from titan_hd.components.host_moments import PART_ELEMENTS
+from titan_hd.components.live_bytes import BlockMemory, block_memory, head_memory
 from titan_hd.components.optimizer import optimizer_class
 from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.parallelize import fsdp_groups
@@ -40,13 +41,15 @@ PROCESS_BYTES = 400_000_000  # of Python and torch on a CPU
 @dataclass(frozen=True)
 class Sizes:
     """What the estimate depends on. mesh: degrees of replicas, shards, tensor parallelism; updates: how the update of
-    every weight travels, for a method that folds. The configuration's dtypes are resolved."""
+    every weight travels, for a method that folds; untouched: dtype of the shards of what a method leaves alone. The
+    configuration's dtypes are resolved."""
 
     config: JobConfig
     decoder: DecoderConfig
     mesh: tuple[int, int, int]
     updates: UpdatePlan | None
     device_type: str = "cuda"
+    untouched: torch.dtype = torch.float32
 
     @property
     def compute(self) -> torch.dtype:
@@ -54,9 +57,24 @@ class Sizes:
         return getattr(torch, self.config.training.mixed_precision_param)
 
     @property
+    def shards_on_host(self) -> bool:
+        """The shards of the weights take none of the device's memory, nor do gradients and moments of trained ones."""
+        return self.config.training.enable_cpu_offload and self.device_type == "cuda"
+
+    @property
+    def moments_on_host(self) -> bool:
+        """So do the moments of a method that folds."""
+        return self.config.hdpissa.offload_moments and self.device_type == "cuda"
+
+    @property
     def master(self) -> torch.dtype:
-        """dtype of the shards of W that the optimizer does not work on."""
+        """dtype of the shards of W that the optimizer does not work on, and that are not left as they are."""
         return getattr(torch, self.config.training.master_dtype)
+
+    def shard_bytes(self, group: Group) -> int:
+        """Of the shards of a group on one worker."""
+        changed = group.base - group.untouched
+        return self.master.itemsize * changed + self.untouched.itemsize * group.untouched + 4 * group.trained
 
 
 @dataclass(frozen=True)
@@ -106,15 +124,19 @@ def estimate_memory(sizes: Sizes) -> Estimate:
 
 @dataclass(frozen=True)
 class Group:
-    """One FSDP2 group. base, trained: elements of a (padded) shard of what stays as it is, and of what the optimizer
-    trains; whole: elements as gathered; whole_trained: those of them that get a gradient; kind: block, embedding, head,
-    root."""
+    """One FSDP2 group.
+
+    kind: block, embedding, head, root. base, trained: elements of a (padded) shard of what the optimizer does not work
+    on, and of what it trains; untouched: those of base that nothing changes. whole: elements as gathered;
+    whole_trained: those of them that get a gradient.
+    """
 
     kind: str
     base: int
     trained: int
     whole: int
     whole_trained: int
+    untouched: int = 0
 
     @property
     def shard(self) -> int:
@@ -155,6 +177,7 @@ def _meta_model(sizes: Sizes) -> tuple[Decoder, DecoderConfig]:
 def fsdp_group_sizes(model: Decoder, shards: int) -> Iterator[Group]:
     """Of a model on the meta device that is not sharded yet."""
     seen: set[nn.Parameter] = set()
+    left_alone = set(untouched_parameters(model))
     for modules, _ in fsdp_groups(model):
         mine = {p for module in modules for p in module.parameters()} - seen
         seen |= mine
@@ -174,6 +197,7 @@ def fsdp_group_sizes(model: Decoder, shards: int) -> Iterator[Group]:
             sum(shard_elements(p, shards) for p in trained),
             sum(p.numel() for p in mine),
             sum(p.numel() for p in trained),
+            sum(shard_elements(p, shards) for p in mine & left_alone),
         )
 
 
@@ -182,23 +206,25 @@ def fsdp_group_sizes(model: Decoder, shards: int) -> Iterator[Group]:
 
 
 def _held(sizes: Sizes, model: Decoder, groups: list[Group]) -> dict[str, int]:
-    base, trained = sum(g.base for g in groups), sum(g.trained for g in groups)
+    trained = sum(g.trained for g in groups)
     beside = any(isinstance(layer, AdapterLinear) for layer in model.modules())
-    held = {"weights": sizes.master.itemsize * base}
-    held["adapters beside W" if beside else "trained weights (fp32)"] = 4 * trained
+    here = not sizes.shards_on_host
+    held = {"weights": here * (sum(map(sizes.shard_bytes, groups)) - 4 * trained)}
+    held["adapters beside W" if beside else "trained weights (fp32)"] = here * 4 * trained
     cache, factors = 0, 0
     copied = sizes.compute != torch.float32 and sizes.config.hdpissa.mute_scalar == 0.0
     if sizes.updates is not None:
         topology = sizes.updates.topology
         factors = 4 * topology.hosted * topology.rank * sum(sum(w.shape) for w in sizes.updates.weights)
         cache = sum(_cached(w.cache_bytes, w.shape, sizes.updates) for w in sizes.updates.weights if w.cached)
-    learned = factors or 4 * trained
+    learned = factors or here * 4 * trained
+    moments = 0 if factors and sizes.moments_on_host else learned
     return held | {
         "fixed factors A, B": factors,
         "their copies in the compute dtype": factors * sizes.compute.itemsize // 4 if copied else 0,
         "deltas dA, dB": factors,
         "gradients": learned,
-        "optimizer's moments": state_tensors(sizes.config.optimizer.name) * learned,
+        "optimizer's moments": state_tensors(sizes.config.optimizer.name) * moments,
         "cache of all workers' factors": cache,
     }
 
@@ -232,9 +258,7 @@ def _phases(sizes: Sizes, model: Decoder, local: DecoderConfig, groups: list[Gro
     """Bytes by name of each phase, beside what is held all the time."""
     c, element = sizes.config, sizes.compute.itemsize
     tokens = (c.training.local_batch_size, c.training.seq_len)
-    method = build_method(c)
-    targets, dropout = c.adapter.target_modules, c.adapter.dropout > 0
-    block = block_memory(local, method, targets, tokens, sizes.compute, c.activation_checkpoint, dropout)
+    block = _block_memory(c, local, tokens, sizes.compute)
     head_trained = c.adapter.method == "full" and c.adapter.target_modules is None
     head = head_memory(local, tokens, sizes.compute, head_trained)
     layers = local.num_hidden_layers
@@ -245,11 +269,17 @@ def _phases(sizes: Sizes, model: Decoder, local: DecoderConfig, groups: list[Gro
     gathered_head, root = head_and_root
     kept = {"activations": layers * block.kept, "gathered root": root}  # the root's group stays for the whole step
     weights = {"gathered block": gathered, "next block on its way": incoming}
+    arriving = {"shards from the host": 0}
+    if sizes.shards_on_host:  # before they are cast and gathered
+        weights["shards from the host"] = max(map(sizes.shard_bytes, blocks))
+        of_head = (g for g in groups if g.kind in ("head", "root"))
+        arriving["shards from the host"] = max(map(sizes.shard_bytes, of_head))
     if c.parallelism.fsdp_reshard_after_forward == "never":
         kept = {"activations": layers * block.kept, "gathered weights": element * sum(g.whole for g in groups)}
         weights, gathered_head = {}, 0
     phases = {
         "forward": {**kept, **weights, "block at work": block.forward},
+        "head": {**kept, "gathered head": gathered_head, **arriving},
         "loss": {**kept, "gathered head": gathered_head, "loss and its gradient": head.peak},
         "backward": {**kept, **weights, "block at work": block.backward},
         "optimizer": {"its temporaries": _optimizer_temporaries(sizes, groups)},
@@ -260,19 +290,38 @@ def _phases(sizes: Sizes, model: Decoder, local: DecoderConfig, groups: list[Gro
         phases["reduction"] = {**below, **weights, "gradients of a block": reduced}
     if sizes.updates is not None:
         phases["fold"] = {"buckets on their way": fold_bytes(sizes.updates, c.hdpissa.exchange_in_flight)}
+        if c.training.enable_cpu_offload:
+            rows = (shard_elements(torch.empty(w.shape, device="meta"), sizes.mesh[1]) for w in sizes.updates.weights)
+            phases["fold"]["a weight's rows from the host"] = sizes.master.itemsize * max(rows)
     return phases
+
+
+def _block_memory(c: JobConfig, local: DecoderConfig, tokens: tuple[int, int], compute: torch.dtype) -> BlockMemory:
+    """`block_memory`, remembered: looking for what would make a run fit asks for the same block many times."""
+    key = repr((local, c.adapter, c.hdpissa.mute_scalar, tokens, compute, c.activation_checkpoint))
+    if key not in _BLOCKS:
+        method, dropout = build_method(c), c.adapter.dropout > 0
+        _BLOCKS[key] = block_memory(
+            local, method, c.adapter.target_modules, tokens, compute, c.activation_checkpoint, dropout
+        )
+    return _BLOCKS[key]
+
+
+_BLOCKS: dict[str, BlockMemory] = {}
 
 
 def _optimizer_temporaries(sizes: Sizes, groups: list[Group]) -> int:
     """The foreach implementation of Adam makes one list as large as all parameters; the fused one, of flat tensors on
-    GPUs, makes nothing."""
+    GPUs, makes nothing. Moments on the host: those of a part, and what the optimizer needs for it."""
     name = sizes.config.optimizer.name
-    if sizes.updates is not None:
-        if sizes.device_type == "cuda" and "fused" in inspect.signature(optimizer_class(name)).parameters:
-            return 0
-        topology = sizes.updates.topology
-        return 4 * topology.hosted * topology.rank * sum(sum(w.shape) for w in sizes.updates.weights)
-    return 4 * sum(g.trained for g in groups)
+    if sizes.updates is None:
+        return 0 if sizes.shards_on_host else 4 * sum(g.trained for g in groups)
+    fused = sizes.device_type == "cuda" and "fused" in inspect.signature(optimizer_class(name)).parameters
+    topology = sizes.updates.topology
+    elements = topology.hosted * topology.rank * sum(sum(w.shape) for w in sizes.updates.weights)
+    if not sizes.config.hdpissa.offload_moments:
+        return 0 if fused else 4 * elements
+    return 4 * min(elements, PART_ELEMENTS) * (state_tensors(name) + (not fused))
 
 
 def received_bytes(sizes: Sizes, micro_batches: int, kept: bool = False) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from tqdm import tqdm
 
+from titan_hd.components.source_code import repository
 from titan_hd.config.job_config import JobConfig
 from titan_hd.files import replace_file
 
@@ -27,10 +29,13 @@ _WANDB_START_SECONDS = 30
 
 
 class TqdmHandler(logging.StreamHandler):
-    """Writes log lines above a progress bar instead of through it."""
+    """Writes log lines above a progress bar instead of through it. What cannot be written stops nothing."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
 
 
 def init_logging(rank: int) -> None:
@@ -68,7 +73,9 @@ class _Wandb:
     def _start(self, config: JobConfig, run_id: str | None, mode: Literal["offline"] | None):
         import wandb
 
-        m = config.metrics
+        m, source = config.metrics, repository()
+        # Not of the folder that the run was started in: its repository is somebody's project, and not what trains.
+        git: dict[str, Any] = {"disable_git": True} if source is None else {"git_root": str(source)}
         return wandb.init(
             project=m.wandb_project,
             entity=m.wandb_entity or None,
@@ -80,7 +87,7 @@ class _Wandb:
             dir=config.job.dump_folder,
             config=dataclasses.asdict(config),
             mode=mode,
-            settings=wandb.Settings(init_timeout=_WANDB_START_SECONDS),
+            settings=wandb.Settings(init_timeout=_WANDB_START_SECONDS, **git),
         )
 
     def log(self, values: dict[str, Any], step: int) -> None:
@@ -168,8 +175,12 @@ class MetricsLogger(NoMetrics):
         if self._wandb:
             self._wandb.log(values, step)
         if self._tensorboard:
-            for key, value in values.items():
-                self._tensorboard.add_scalar(key, value, step)
+            try:
+                for key, value in values.items():
+                    self._tensorboard.add_scalar(key, value, step)
+            except Exception as error:  # what a thread of its own met when it wrote earlier values
+                self._tensorboard = None
+                logger.warning("TensorBoard's events cannot be written (%s); going on without them", error)
         logger.info("step %d  %s", step, "  ".join(f"{k} {_short(v)}" for k, v in values.items()))
 
     def sync(self) -> None:
@@ -192,11 +203,18 @@ class MetricsLogger(NoMetrics):
 
     def close(self) -> None:
         self._write()
-        self._file.close()
+        if self._unwritten:
+            lost = self._unwritten.count(b"\n")
+            logger.warning("metrics.jsonl: its last %d record(s) are lost: the disk has not taken them", lost)
+        with contextlib.suppress(OSError):  # of a network disk, after everything that could be written was
+            self._file.close()
         if self._bar:
             self._bar.close()
         if self._tensorboard:
-            self._tensorboard.close()
+            try:
+                self._tensorboard.close()
+            except Exception as error:
+                logger.warning("TensorBoard's last events cannot be written (%s)", error)
         if self._wandb:
             self._wandb.finish()
 
@@ -214,9 +232,13 @@ def _tensorboard(folder: Path, first_step: int) -> SummaryWriter | None:
 
 
 def write_svd_report(path: Path, reports: list[dict[str, Any]]) -> None:
-    """One JSON line per decomposed weight, and a summary in the log, with the weights that cannot move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(report) + "\n" for report in reports), encoding="utf-8")
+    """One JSON line per decomposed weight, and a summary in the log, with the weights that cannot move. A disk that
+    does not take the lines gives a warning."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(report) + "\n" for report in reports), encoding="utf-8")
+    except OSError as error:
+        logger.warning("%s: cannot be written (%s); the run goes on without it", path.name, error.strerror)
     energy = [r["captured_energy"] for r in reports]
     logger.info(
         "SVD of %d weights (%d from the cache), %.1f s of work; captured energy %.3f to %.3f, orthogonal to %.1e",
@@ -261,6 +283,15 @@ def keep_records_until(path: Path, step: int) -> None:
             continue
     text = "".join(line + "\n" for line in kept)
     replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))  # a run killed here loses nothing
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, none without one. A full disk may have cut its last line, which is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
 def _short(value: float) -> str:

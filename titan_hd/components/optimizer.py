@@ -68,6 +68,27 @@ def build_optimizer(
     return cls(grouped, **{key: value for key, value in offered.items() if key in accepted})
 
 
+def step_if_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
+    """Take an optimizer's step, unless the gradients' norm, 0-dim, is not finite: then parameters and state stay.
+
+    On a GPU the host does not know the norm; the fused implementations read it there. (An optimizer without one takes
+    the step, and its state is lost.)
+    """
+    if norm.device.type == "cpu":
+        if norm.isfinite():
+            optimizer.step()
+        return
+    tell_fused(optimizer, norm)
+    optimizer.step()
+
+
+def tell_fused(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
+    """If it is a fused one: whether its next step is to do nothing."""
+    if any(group.get("fused") for group in optimizer.param_groups):
+        # pyrefly: ignore[missing-attribute]: what torch.amp's GradScaler sets, too
+        optimizer.found_inf = (~norm.isfinite()).float()
+
+
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
     """Global L2 norm over all parameters, shards and logical adapters; clips to max_norm if that is above 0.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from titan_hd.adapters.adapter_linear import adapter_layers
 from titan_hd.adapters.method import FoldingMethod, Method
 from titan_hd.adapters.svd import SvdSettings
-from titan_hd.components.optimizer import build_optimizer, clip_flat, clip_gradients
+from titan_hd.components.host_moments import HostMoments
+from titan_hd.components.optimizer import build_optimizer, clip_flat, clip_gradients, step_if_finite
 from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.adapter_init import initialize_adapters
 from titan_hd.distributed.adapter_registry import AdapterRegistry
@@ -49,17 +50,18 @@ class Update:
     def __init__(self, model: Decoder, method: Method, dims: ParallelDims, config: JobConfig):
         self.model, self.method, self.dims, self.config = model, method, dims, config
         self.trainable: dict[nn.Parameter, str] = {}
-        self.optimizer: torch.optim.Optimizer
+        self.optimizer: torch.optim.Optimizer | HostMoments
+        self.device: torch.device
 
     def ignored_parameters(self) -> set[nn.Parameter]:
         """Parameters that FSDP2 neither gathers nor reduces."""
         return set()
 
-    def build_optimizer(self) -> None:
-        """Of the trained parameters, when they have memory."""
+    def build_optimizer(self, device: torch.device) -> None:
+        """Of the trained parameters, when they have memory. device: the one that computes."""
+        self.device = device
         self.trainable = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
-        parameters, decay = self._optimized(), self._optimizer_weight_decay()
-        self.optimizer = build_optimizer(self.config.optimizer, parameters, decay, self.method.lr_ratios)
+        self.optimizer = self._new_optimizer()
 
     def layers_to_start(self) -> int:
         """Number of layers that `first_values` sets."""
@@ -94,7 +96,13 @@ class Update:
         }
         state |= {f"adapters.{name}": p.detach() for name, p in adapter_parameters(self.model)}
         state |= {f"optimizer.{name}.{key}": value for name, key, value in self._moments()}
+        self.settle()
         return state
+
+    def settle(self) -> None:
+        """Wait until what lies on the host, of weights and moments, is what the last step made of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def start(self) -> None:
         """All values are there; the first step may come. Collective."""
@@ -116,8 +124,9 @@ class Update:
         """
         raise NotImplementedError
 
-    def propose(self) -> torch.Tensor:
-        """All of the step that can be done before a weight changes.
+    def propose(self, norm: torch.Tensor) -> torch.Tensor:
+        """All of the step that can be done before a weight changes; nothing if norm, of `finish_gradients`, is not
+        finite.
 
         Returns:
             0-dim, on the device: this rank's part of a sum that is finite exactly where the proposal is.
@@ -138,9 +147,12 @@ class Update:
         """Change the weights. Collective."""
         raise NotImplementedError
 
-    def _optimized(self) -> dict[nn.Parameter, str]:
-        """What the optimizer gets, with names."""
-        return self.trainable
+    def _new_optimizer(self) -> torch.optim.Optimizer | HostMoments:
+        return self._optimizer_over(self.trainable)
+
+    def _optimizer_over(self, parameters: Mapping[nn.Parameter, str]) -> torch.optim.Optimizer:
+        decay = self._optimizer_weight_decay()
+        return build_optimizer(self.config.optimizer, parameters, decay, self.method.lr_ratios)
 
     def _allocate_moment(self, parameter: nn.Parameter, key: str, stored: TensorStorageMetadata) -> None:
         """Make the tensor `key` of the optimizer's state of a trainable parameter, as a checkpoint has it."""
@@ -158,7 +170,8 @@ class Update:
         return set()
 
     def _zero_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.trainable:
+            parameter.grad = None
 
 
 class OptimizerUpdate(Update):
@@ -173,15 +186,16 @@ class OptimizerUpdate(Update):
     def finish_gradients(self) -> torch.Tensor:
         return clip_gradients(self.trainable, self.config.training.max_norm)
 
-    def propose(self) -> torch.Tensor:
+    def propose(self, norm: torch.Tensor) -> torch.Tensor:
         """Nothing: the optimizer changes the weights themselves."""
-        return torch.zeros((), device=next(iter(self.trainable)).device)
+        return torch.zeros((), device=self.device)
 
     def refuse_non_finite(self, step: int, norm: float, proposal: float) -> None:
         if not math.isfinite(norm):
             raise FloatingPointError(f"step {step + 1}: the gradient norm is {norm}; W is as before the step")
 
     def apply(self, lr: float, step: int) -> None:
+        assert isinstance(self.optimizer, torch.optim.Optimizer)
         self.optimizer.step()
 
     def _allocate_moment(self, parameter: nn.Parameter, key: str, stored: TensorStorageMetadata) -> None:
@@ -216,9 +230,9 @@ class FoldUpdate(Update):
     def ignored_parameters(self) -> set[nn.Parameter]:
         return self.registry.parameters()
 
-    def build_optimizer(self) -> None:
-        self.registry.materialize()
-        super().build_optimizer()
+    def build_optimizer(self, device: torch.device) -> None:
+        self.registry.materialize(device)
+        super().build_optimizer(device)
 
     def layers_to_start(self) -> int:
         return len(self.registry.entries)
@@ -241,7 +255,8 @@ class FoldUpdate(Update):
         plan = fold_plan(c, self.method.num_adapters, (self.dims.dp_replicate, self.dims.dp_shard), shapes)
         logger.info("%s", plan.table())
         wire, decay = getattr(torch, h.exchange_dtype), c.optimizer.weight_decay
-        settings = FoldSettings(h.aggregate, decay, c.training.seed, wire, h.exchange_in_flight)
+        offloaded = c.training.enable_cpu_offload
+        settings = FoldSettings(h.aggregate, decay, c.training.seed, wire, h.exchange_in_flight, offloaded)
         self.fold = Fold(self.registry, self.dims, plan, settings)
         self.fold.prepare()
 
@@ -252,10 +267,12 @@ class FoldUpdate(Update):
         self.registry.finish_gradients()
         return clip_flat(self.registry.gradient_parts(), self.config.training.max_norm)
 
-    def propose(self) -> torch.Tensor:
-        """The optimizer's step, which changes dA, dB and the moments alone. (A gradient that is not finite spoils the
-        moments; that ends the run, and what has been saved is from before.)"""
-        self.optimizer.step()
+    def propose(self, norm: torch.Tensor) -> torch.Tensor:
+        """The optimizer's step, which changes dA, dB and the moments alone."""
+        if isinstance(self.optimizer, HostMoments):
+            self.optimizer.step(norm)
+        else:
+            step_if_finite(self.optimizer, norm)
         return square_sum(self.registry.deltas)
 
     def refuse_non_finite(self, step: int, norm: float, proposal: float) -> None:
@@ -264,8 +281,10 @@ class FoldUpdate(Update):
     def apply(self, lr: float, step: int) -> None:
         self.fold(lr, step)
 
-    def _optimized(self) -> dict[nn.Parameter, str]:
-        return {self.registry.deltas: "deltas"}
+    def _new_optimizer(self) -> torch.optim.Optimizer | HostMoments:
+        if self.config.hdpissa.offload_moments:
+            return HostMoments(self.registry.deltas, self._optimizer_over)
+        return self._optimizer_over({self.registry.deltas: "deltas"})
 
     def _allocate_moment(self, parameter: nn.Parameter, key: str, stored: TensorStorageMetadata) -> None:
         deltas = self.registry.deltas
@@ -273,7 +292,9 @@ class FoldUpdate(Update):
         if key in state:  # another layer came first
             return
         if stored.size == parameter.shape:
-            state[key] = torch.zeros_like(deltas, dtype=dtype)
+            optimizer = self.optimizer
+            on_host = isinstance(optimizer, HostMoments)
+            state[key] = optimizer.allocate(dtype) if on_host else torch.zeros_like(deltas, dtype=dtype)
         else:  # a number; the fused implementations want it on the device
             fused = self.optimizer.param_groups[0].get("fused")
             state[key] = torch.zeros(stored.size, dtype=dtype, device=deltas.device if fused else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -14,10 +15,14 @@ from titan_hd.components.generation import generate
 from titan_hd.config.job_config import JobConfig
 from titan_hd.data.dataset import FiniteDataset
 from titan_hd.data.loader import Batch, validation_batches
+from titan_hd.data.text.answers import final_answer
 from titan_hd.data.text.tokenizer import Tokenizer
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import reshard
+from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
+
+logger = logging.getLogger("titan_hd")
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,6 @@ def validation_loss(model: nn.Module, batches: Iterable[Batch], sharers: Sharers
         totals[1] += batch.trained_tokens
     dist.all_reduce(totals, group=sharers.group)
     return (totals[0] / totals[1].clamp(min=1)).item()
-
-
-def final_answer(text: str, marker: str) -> str | None:
-    """What follows the last marker, up to the end of the line; None where the marker is missing."""
-    _, found, answer = text.rpartition(marker)
-    return answer.split("\n")[0].strip() if found else None
 
 
 @torch.no_grad()
@@ -76,6 +75,27 @@ def exact_match(
     total = torch.tensor(right, device=sharers.device)
     dist.all_reduce(total, group=sharers.group)
     return total.item() / samples
+
+
+def check_references(dataset: FiniteDataset, samples: int, marker: str) -> None:
+    """See that generated answers can be compared with the first `samples` records, and warn of those that cannot.
+
+    Raises:
+        UserError: with none of them: the score would be 0 whatever the model says.
+    """
+    if not dataset.answerable:
+        raise UserError("validation.exact_match_samples: needs records with a prompt and a response")
+    count = min(samples, len(dataset))
+    answers = [final_answer(dataset.response(index), marker) for index in range(count)]
+    missing = answers.count(None)
+    if missing == count:
+        raise UserError(
+            f"validation.answer_marker: none of the {count} responses to compare with holds {marker!r}; the first is "
+            f"{dataset.response(0)[:80]!r}"
+        )
+    if missing:
+        line = "validation.answer_marker: %d of the %d responses to compare with lack %r; no answer to them is right"
+        logger.warning(line, missing, count, marker)
 
 
 class Validator:

@@ -54,8 +54,14 @@ class DataSource:
     """As data.prompt_field."""
     response_field: str | None = None
     """As data.response_field."""
+    input_field: str | None = None
+    """As data.input_field."""
+    system_field: str | None = None
+    """As data.system_field."""
     text_field: str | None = None
     """As data.text_field."""
+    ignore_fields: list[str] | None = None
+    """As data.ignore_fields."""
 
 
 @dataclass
@@ -64,10 +70,9 @@ class Data:
     """Training records: a file, a directory or a glob, read in the order of names (JSONL, a JSON array, both perhaps
     .gz or .zst, or Parquet), or org/name[:config][:split] of the Hub (needs the package datasets). Or a mixture: a list
     of paths or tables, [[data.train]] (on the command line as JSON), each with path, perhaps weight or samples, and
-    perhaps format, template, prompt_field, response_field, text_field instead of those of [data]. An epoch takes
+    perhaps format, template, ignore_fields and the names of fields instead of those of [data]. An epoch takes
     round(weight * records) of a source, each record equally often, or exactly `samples`; a partial pass goes on where
-    the last epoch's ended, so the counts of two
-    records never differ by more than one."""
+    the last epoch's ended, so the counts of two records never differ by more than one."""
     validation: str | list[DataSource] = ""
     """Validation records, as data.train; of a list all records are read, in its order."""
     format: Literal["auto", "instruction", "chat", "text", "tokens"] = "auto"
@@ -79,15 +84,33 @@ class Data:
     """Field with the prompt. Empty: the first of instruction, query, question, prompt that the first record has."""
     response_field: str = ""
     """Field with the response. Empty: the first of output, response, answer, completion that the first record has."""
+    input_field: str = ""
+    """Field with what a prompt is about, which a record may have. Empty: input, or context."""
+    system_field: str = ""
+    """Field with a system text, which a record of format instruction or chat may have. Empty: system, or system_prompt.
+    Templates alpaca and pissa write it in place of their heading, none in front of the prompt, a file where it has
+    {system}; chats begin with it."""
     text_field: str = "text"
     """Field with the text of format text."""
+    ignore_fields: list[str] = field(default_factory=list)
+    """Fields of records that are passed over as if they were not there. What else a data set has and a run does not use
+    is named once in the log."""
     train_on_prompt: bool = False
     """Loss on all tokens of a record, not on responses and assistant turns alone (formats instruction and chat)."""
     template: str = "pissa"
     """How a prompt is written: alpaca, pissa, none, or the path of a text file that holds {prompt} (and may hold
-    {input}); the response follows it, and an end-of-sequence token. chat: the model's own chat template, with the
-    prompt as the user's turn and the response as the assistant's; nothing is added to what it writes.
-    Records of format chat are always written by the model's own."""
+    {input} and {system}); the response follows it, and an end-of-sequence token. chat: the model's own chat template,
+    with the prompt as the user's turn and the response as the assistant's; nothing is added to what it writes. Records
+    of format chat are always written by the model's own."""
+    encoding: Literal["apart", "joint"] = "apart"
+    """How a prompt and its response become tokens. apart: so that the tokens that generation starts from, those of the
+    prompt alone, begin the record, and every letter of the response is trained. joint: as one text, as Alpaca's and
+    PiSSA's scripts do; with vocabularies of the Llama 3 and Qwen kind many responses then share their first token with
+    the prompt's last, and it is not trained. The log says for how many records that makes a difference; the others are
+    the same either way."""
+    parse_control_tokens: bool = False
+    """Format text: control tokens that a text spells (<|im_start|>, as in a chat that was rendered beforehand) become
+    these tokens; they are letters otherwise. BOS and EOS are added where the text does not bring them."""
     on_error: Literal["raise", "skip"] = "raise"
     """What a bad record does (invalid JSON, a wrong type, an empty response, ...). raise: end the run, naming file and
     line. skip: leave it out; the log says how many there were, and the first."""
@@ -146,8 +169,12 @@ class Training:
     stochastically, because an update of relative size 1e-5 would vanish; methods with adapters beside a frozen W keep
     those in float32; full needs float32, and float16 is for frozen weights alone. auto: that of the files, where W is
     frozen as they have it (not for pissa and OLoRA), all of them are bfloat16 or all are float16, and
-    training.mixed_precision_param is bfloat16: nothing is lost. Else float32. A run that resumes keeps its
-    checkpoint's."""
+    training.mixed_precision_param is bfloat16: nothing is lost. Else float32, but for those weights that the
+    method leaves alone (embedding, head, norms). A run that resumes keeps its checkpoint's."""
+    enable_cpu_offload: bool = False
+    """Hold the shards of the weights in the host's memory, with the gradients and the optimizer's state of those that
+    are trained by themselves (all methods but hdpissa). They pass over the bus for every gather, and the fold takes one
+    weight at a time; docs/memory.md says what is freed, and what that costs."""
     gc_freq: int = 50
     """Python garbage is collected every this many steps, by all workers at once."""
 
@@ -243,6 +270,10 @@ class HDPissa:
     factor_cache_gb: float | None = None
     """Memory per worker, in GiB, for the static factors of all adapters; what does not fit travels in every step.
     Not set: 2 GiB, or as much as the worker's shards of the adapted weights if that is more."""
+    offload_moments: bool = False
+    """Hold the optimizer's moments of dA and dB in the host's memory; each step takes them to the GPU and back, a part
+    at a time. Frees twice the memory of dA and dB, which matters where a GPU hosts several adapters or their rank is
+    high (docs/memory.md)."""
     exchange_in_flight: int = 2
     """Buckets of the exchange that are under way at the same time. 1: no overlap."""
 

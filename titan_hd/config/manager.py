@@ -25,6 +25,7 @@ from titan_hd.config import job_config
 from titan_hd.config.checks import check_combinations, check_presence
 from titan_hd.config.job_config import DataSource, JobConfig
 from titan_hd.errors import UserError
+from titan_hd.files import expand_home
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -50,7 +51,7 @@ def load(argv: list[str]) -> JobConfig:
     path, overrides = _parse_argv(argv, errors)
     values: dict[str, tuple[Any, str]] = {}  # "section.key" -> (value, where it came from)
     if path:
-        for name, section in _read_toml(Path(path), errors).items():
+        for name, section in _read_toml(Path(_expanded("--config", path, errors)), errors).items():
             where, table = section
             _flatten(name, table, where, values, errors)
     for key, text in overrides:
@@ -135,18 +136,25 @@ def _read_toml(path: Path, errors: list[str], seen: tuple[Path, ...] = ()) -> di
         errors.append(f"{path}: base: inherits from itself")
         return {}
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin it with a byte order mark
     except OSError as error:
         where = f"{seen[-1]}: base" if seen else "--config"
         errors.append(f"{where}: cannot read {path}: {error.strerror}")
         return {}
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        errors.append(f"{path}: not valid TOML: it is not UTF-8; save it as that")
+        return {}
+    except tomllib.TOMLDecodeError as error:
         errors.append(f"{path}: not valid TOML: {error}")
         return {}
     merged: dict[str, tuple[str, dict]] = {}
     base = table.pop("base", None)
     if isinstance(base, str):
-        merged = _read_toml(path.parent / base, errors, (*seen, path.resolve()))
+        base = _expanded(f"{path}: base", base, errors)
+        beside = path.parent / base
+        if not beside.exists() and path.is_symlink():  # the file was linked to here, and not what it inherits from
+            beside = path.resolve().parent / base
+        merged = _read_toml(beside, errors, (*seen, path.resolve()))
     elif base is not None:
         errors.append(f"{path}: base: must be the path of a TOML file")
     for name, section in table.items():
@@ -156,6 +164,14 @@ def _read_toml(path: Path, errors: list[str], seen: tuple[Path, ...] = ()) -> di
         else:
             errors.append(f"{path}: {name}: must be a section, [{name}]")
     return merged
+
+
+def _expanded(key: str, path: str, errors: list[str]) -> str:
+    try:
+        return expand_home(path)
+    except ValueError as error:
+        errors.append(f"{key}: {error}, not {path!r}")
+        return path
 
 
 # Keys that were moved; their old names still work.
@@ -179,6 +195,23 @@ def _flatten(name: str, table: dict, where: str, values: dict, errors: list[str]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Typed values
+
+# Keys that name a file or a folder (or may): all are relative to the folder that the command is called in, and may
+# begin with ~, which no shell replaces in --key=~/path, in a file, or in quotes.
+PATHS = {
+    "job.dump_folder",
+    "model.hf_assets_path",
+    "data.train",
+    "data.validation",
+    "data.template",
+    "data.cache_dir",
+    "adapter.svd_cache",
+    "checkpoint.folder",
+    "export.folder",
+    "profiling.save_traces_folder",
+    "data.train[].path",
+    "data.train[].template",
+}
 
 
 @functools.cache
@@ -211,7 +244,8 @@ def _build(values: dict[str, tuple[Any, str]], errors: list[str]) -> JobConfig:
             setattr(getattr(config, section), name, _sources(key, value, where, errors))
             continue
         try:
-            setattr(getattr(config, section), name, _coerce(value, annotation, from_text))
+            value = _coerce(value, annotation, from_text)
+            setattr(getattr(config, section), name, expand_home(value) if key in PATHS else value)
         except ValueError as error:
             errors.append(f"{key}: {error}, not {value!r} ({where})")
     return config
@@ -249,7 +283,8 @@ def _sources(key: str, value: Any, where: str, errors: list[str]) -> list[DataSo
                 errors.append(f"{name}.{field}: unknown key ({where}){_hint(field, _fields(DataSource))}")
                 continue
             try:
-                setattr(source, field, _coerce(given, _fields(DataSource)[field], False))
+                given = _coerce(given, _fields(DataSource)[field], False)
+                setattr(source, field, expand_home(given) if f"data.train[].{field}" in PATHS else given)
             except ValueError as error:
                 errors.append(f"{name}.{field}: {error}, not {given!r} ({where})")
     return sources
@@ -336,7 +371,11 @@ def _field_docs() -> dict[str, dict[str, str]]:
 
 def help_text() -> str:
     """Every key with its type, default and documentation."""
-    lines = ["usage: ./run_train.sh --config FILE [--section.key value ...]", ""]
+    lines = [
+        "usage: ./run_train.sh [--config FILE] [--section.key value ...]",
+        "       ./run_train.sh --quickstart [--section.key value ...]",
+        "",
+    ]
     for section, cls in _fields(JobConfig).items():
         lines.append(f"[{section}]")
         for f in dataclasses.fields(cls):

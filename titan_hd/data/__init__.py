@@ -2,8 +2,8 @@
 
 * A **record** is what a file holds for one training sample: a JSON object or a row. A `RawRecord` is a record as it was
   read, a `Record` one that was parsed; both know their file and line (`sources`).
-* A **format** says what the fields of a record mean and turns it into an example (`formats`, with the help of `text`:
-  tokenizers, prompt templates, chat templates).
+* A **format** says what the fields of a record mean and turns it into an example (`formats`, `fields`, `conversations`,
+  `token_fields`, with the help of `text`: tokenizers, prompt templates, chat templates).
 * An **example** is the token ids and labels of one record (`example`).
 * A **dataset** is a sequence of examples: tokenized ahead and held in arrays, several of these as one, or a stream that
   is tokenized while training (`dataset`, `streaming`). `build` makes it from the [data] section; `tokens` tokenizes

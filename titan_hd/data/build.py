@@ -16,13 +16,14 @@ import numpy as np
 from titan_hd import __version__
 from titan_hd.config.job_config import Data, DataSource
 from titan_hd.data.dataset import Concatenation, Dataset, FiniteDataset, Mixture, TokenizedDataset
+from titan_hd.data.fields import log_unused, without_ignored
 from titan_hd.data.formats import FORMATS, Format, QuestionFormat, detect_format
 from titan_hd.data.sources import (
     Faults,
     InputFiles,
     Record,
+    check_files,
     check_hub_library,
-    find_files,
     is_hub_name,
     load_hub_dataset,
     read_records,
@@ -86,9 +87,24 @@ def check_data(config: Data) -> None:
     for source in (*sources(config, "train"), *sources(config, "validation")):
         if source.config.format == "auto" or FORMATS[source.config.format].needs_template:
             attempt(load_template, source.config.template)
-        attempt(check_hub_library if is_hub_name(source.path) else find_files, source.path, source.name)
+        attempt(_check_files, source)
     if errors:
         raise UserError("\n".join(errors))
+
+
+def _check_files(source: Source) -> None:
+    """The files are there, or the package for those of the Hub, and so is a place for their tokens."""
+    if is_hub_name(source.path):
+        check_hub_library(source.path, source.name)
+    else:
+        check_files(source.path, source.name)
+    files = InputFiles(source.path, source.name)
+    if not source.config.streaming and not _is_small(files):
+        cache_folder(source.config.cache_dir)
+
+
+def _is_small(files: InputFiles) -> bool:
+    return bool(files.paths) and files.size < SMALL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,17 +178,23 @@ class DatasetBuilder:
         format = FORMATS[name].create(source.config, self.vocab_size, self.tokenizer, first)
         if not keep_questions:
             self._trained.append(format)
-        return Encoder(source.name, format, self.seq_len, source.config.on_error == "raise", keep_questions)
+        stops, ignored = source.config.on_error == "raise", tuple(source.config.ignore_fields)
+        return Encoder(source.name, format, self.seq_len, stops, ignored, keep_questions)
 
     def _stream(self) -> StreamedDataset:
         config = self.config
         parts, extents = [], []
         for source in sources(config, "train"):
-            parts.append(StreamSource(source.path, self._encoder(source)))
+            encoder = self._encoder(source)
+            parts.append(StreamSource(source.path, encoder, encoder.unused_at_first(source.path)))
+            log_unused(source.name, parts[-1].named)
             files = InputFiles(source.path, source.name)
             extents.append(f"{len(files.paths)} file(s) of {files.size} bytes" if files.paths else source.path)
         names = ("format", "template", "prompt_field", "response_field", "text_field", "train_on_prompt")
+        names += ("encoding", "parse_control_tokens")
         settings = ", ".join(f"{name} {getattr(config, name)}" for name in names)
+        later = {name: getattr(config, name) for name in ("input_field", "system_field", "ignore_fields")}
+        settings += "".join(f", {name} {value}" for name, value in later.items() if value)
         text = f"a stream of {' and '.join(extents)}, {settings}, training.seq_len {self.seq_len}"
         if config.shuffle:
             text += f", permuted in windows of {config.shuffle_window}"
@@ -181,10 +203,9 @@ class DatasetBuilder:
     def _tokenized(self, source: Source, keep_questions: bool = False) -> TokenizedDataset:
         encoder, config = self._encoder(source, keep_questions), source.config
         files = InputFiles(source.path, source.name)
-        folder, is_small = cache_folder(config.cache_dir), bool(files.paths) and files.size < SMALL
-        processes = 1 if is_small else _process_count(config)
+        folder, processes = (None, 1) if _is_small(files) else (cache_folder(config.cache_dir), _process_count(config))
         write = functools.partial(tokenize, files, encoder, _faults(config), processes, self.progress)
-        if folder is None or is_small:
+        if folder is None:
             buffers: dict[str, io.BytesIO] = {}
             statistics = write(lambda name: buffers.setdefault(name, io.BytesIO()))
             arrays = {name: as_array(name, np.frombuffer(b.getbuffer(), np.uint8)) for name, b in buffers.items()}
@@ -199,8 +220,9 @@ class DatasetBuilder:
     def _cache_key(self, source: Source, encoder: Encoder, files: InputFiles, folder: Path) -> str:
         """Stands for everything that the arrays depend on. folder: the cache."""
         config, format = source.config, encoder.format
-        names = ("prompt_field", "response_field", "text_field", "train_on_prompt", "template", "on_error")
-        settings = {name: getattr(config, name) for name in (*names, "max_skipped")}
+        names = ("prompt_field", "response_field", "input_field", "system_field", "text_field", "ignore_fields")
+        names += ("train_on_prompt", "template", "encoding", "parse_control_tokens", "on_error", "max_skipped")
+        settings = {name: getattr(config, name) for name in names}
         settings |= {"format": format.name, "vocab_size": self.vocab_size, "seq_len": self.seq_len}
         settings |= {"keep_questions": encoder.questions is not None}
         settings |= {"titan_hd": __version__, "files": len(files.paths)}
@@ -233,6 +255,7 @@ def open_source(source: Source) -> tuple[Record, str]:
     first = next(read_records(source.path, name, faults), None)
     if first is None:
         raise UserError(f"{name}: no record is left; {faults.count} are bad, the first: {faults.first}")
+    first = without_ignored(first, config.ignore_fields)
     if config.format != "auto":
         return first, config.format
     chosen, fields = detect_format(config, first)
@@ -256,6 +279,9 @@ def _process_count(config: Data) -> int:
 def _check_what_is_left(statistics: Statistics, seq_len: int) -> None:
     """Say in the log what was left out."""
     s = statistics
+    log_unused(s.name, s.unused)
+    for note, (count, where) in s.notes.items():
+        logger.warning("%s: %d of %d records %s; the first: %s", s.name, count, s.records, note, where)
     if s.bad:
         logger.info("%s: %d bad records are skipped; the first: %s", s.name, s.bad, s.first_bad)
     if s.unlabelled:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 IGNORE = -100
@@ -10,10 +10,14 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids and labels of one record; label -100 is not trained on, position t predicts labels[t + 1]."""
+    """Token ids and labels of one record; label -100 is not trained on, position t predicts labels[t + 1].
+
+    notes: what there is to say about the record, each a line that follows "so many records".
+    """
 
     input_ids: list[int]
     labels: list[int]
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def trained_tokens(self) -> int:

@@ -8,25 +8,35 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Collection, Sequence
+from typing import ClassVar
 
 from titan_hd.config.job_config import Data
+from titan_hd.data.conversations import (
+    CHAT_FIELDS,
+    TOOL_FIELDS,
+    Conversation,
+    chat_field,
+    keys_of_templates,
+    read_conversation,
+    system_fields,
+)
 from titan_hd.data.example import IGNORE, Example
+from titan_hd.data.fields import INPUT_FIELDS, SYSTEM_FIELDS, given_field, is_given, optional_text, text_of
 from titan_hd.data.sources import Record
-from titan_hd.data.text.chat import ChatTurns, load_chat_template
-from titan_hd.data.text.chat_spans import TurnFinder
+from titan_hd.data.text.chat import load_chat_template
+from titan_hd.data.text.chat_encoding import ChatTurns, ConversationEncoder, Trained
 from titan_hd.data.text.templates import load_template
 from titan_hd.data.text.tokenizer_base import Tokenizer
+from titan_hd.data.token_fields import UNDERSTOOD, check_token_fields
 from titan_hd.errors import UserError
 
 PROMPT_FIELDS = ("instruction", "query", "question", "prompt")
 RESPONSE_FIELDS = ("output", "response", "answer", "completion")
-CHAT_FIELDS = ("messages", "conversations")
-_SURROGATES = re.compile("[\ud800-\udfff]")
-# ShareGPT's names of who speaks -> roles of chat templates.
-_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_SPEAKERS |= {"tool": "tool", "observation": "tool"}
+SPELLED = (
+    "spell control tokens, as a rendered chat does; they are encoded as letters (data.parse_control_tokens makes them "
+    "tokens)"
+)
 
 
 class Format(ABC):
@@ -58,7 +68,7 @@ class Format(ABC):
         Raises:
             UserError: the tokenizer has more ids than the model, a field or a template is missing.
         """
-        return cls(config, _fitting(tokenizer(), vocab_size))
+        return cls(config, tokenizer().fitting(vocab_size))
 
     @classmethod
     @abstractmethod
@@ -73,12 +83,39 @@ class Format(ABC):
             UserError: it is a bad record.
         """
 
+    @abstractmethod
+    def used(self, record: Record) -> set[str]:
+        """The fields of a record that `encode` uses."""
+
+    def unused(self, record: Record) -> set[str]:
+        """The fields of a record that say something and are not used."""
+        return {name for name in record.keys() - self.used(record) if is_given(record[name])}
+
 
 class QuestionFormat(Format):
     """A format whose records ask for an answer, so that the model's own can be compared with it.
 
     A question is what is kept of a record for that: a list of what JSON can hold, with the reference answer at the end.
     """
+
+    def _labelled(self, trained: Trained, excluded: Collection[int] = ()) -> Example:
+        """The example that has labels where it is trained on, or everywhere with data.train_on_prompt.
+
+        excluded: the places of messages that have none.
+        """
+        ids, spans = trained.ids, trained.spans
+        if excluded and None in trained.places:
+            raise UserError(
+                "turns are marked not to be trained on, but the marks of the chat template are not of turns"
+            )
+        without = [span for span, place in zip(spans, trained.places) if place in excluded]
+        on_all = self.config.train_on_prompt
+        labels = list(ids) if on_all else [IGNORE] * len(ids)
+        for start, stop in () if on_all else spans:
+            labels[start:stop] = ids[start:stop]
+        for start, stop in without:
+            labels[start:stop] = [IGNORE] * (stop - start)
+        return Example(ids, labels, trained.notes)
 
     @abstractmethod
     def question(self, record: Record) -> list: ...
@@ -125,7 +162,11 @@ class TokensFormat(Format):
             raise UserError(f"input_ids: must be from 0 to {size - 1}, the model's vocabulary")
         if not all(v == IGNORE or 0 <= v < size for v in labels):
             raise UserError(f"labels: must be {IGNORE} or from 0 to {size - 1}")
+        check_token_fields(record, labels)
         return Example(ids, labels)
+
+    def used(self, record: Record) -> set[str]:
+        return {"input_ids", "labels", *UNDERSTOOD}
 
 
 def _whole_numbers(record: Record, name: str) -> list[int]:
@@ -151,42 +192,97 @@ class InstructionFormat(QuestionFormat):
 
     @classmethod
     def create(cls, config: Data, vocab_size: int, tokenizer: Callable[[], Tokenizer], first: Record) -> Format:
-        return cls(config, _fitting(tokenizer(), vocab_size), first)
+        return cls(config, tokenizer().fitting(vocab_size), first)
 
     def __init__(self, config: Data, tokenizer: Tokenizer, first: Record):
         super().__init__(config, tokenizer)
-        self._template = load_template(config.template, tokenizer)
+        self._template = load_template(config.template, tokenizer, config.encoding == "joint")
+        self._chat = ChatFormat(config, tokenizer) if isinstance(self._template, ChatTurns) else None
         self._prompt_field = config.prompt_field or _detect(first, PROMPT_FIELDS, "data.prompt_field")
         self._response_field = config.response_field or _detect(first, RESPONSE_FIELDS, "data.response_field")
+        named = {
+            "data.prompt_field": self._prompt_field,
+            "data.response_field": self._response_field,
+            "data.input_field": config.input_field,
+            "data.system_field": config.system_field,
+        }
+        _check_different(named)
+        # Optional fields are not looked for in what is something else already.
+        self._taken = {name for name in named.values() if name}
+        self._input_fields = [config.input_field] if config.input_field else self._free(INPUT_FIELDS)
+        self._system_fields = [config.system_field] if config.system_field else self._free(SYSTEM_FIELDS)
 
-    def parts(self, record: Record) -> tuple[str, str, str]:
-        """Prompt, input (or "") and response."""
+    def _free(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name not in self._taken]
+
+    def question(self, record: Record) -> list:
+        """[prompt, input, system text, earlier turns [question, answer], response]; "" and [] for what is not there."""
         prompt, response = (text_of(record, name) for name in (self._prompt_field, self._response_field))
         if not response.strip():
             raise UserError(f"{self._response_field}: is empty")
-        return prompt, text_of(record, "input") if isinstance(record.get("input"), str) else "", response
+        extra, system = (optional_text(record, names)[1] for names in (self._input_fields, self._system_fields))
+        return [prompt, extra, system, self._history(record), response]
 
-    def question(self, record: Record) -> list:
-        return list(self.parts(record))
+    def _history(self, record: Record) -> list[list[str]]:
+        turns = record.get("history")
+        if not is_given(turns) or "history" in self._taken:
+            return []
+        if not isinstance(turns, list) or not all(
+            isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns
+        ):
+            raise UserError("history: must be a list of pairs [question, answer]")
+        if self._chat is None:
+            raise UserError(
+                f'history: data.template = {self.config.template!r} writes no earlier turns; use "chat", or '
+                "data.ignore_fields to leave the field out"
+            )
+        return turns
+
+    def used(self, record: Record) -> set[str]:
+        system = given_field(record, self._system_fields) if self._template.writes_system else ""
+        input_field = given_field(record, self._input_fields)
+        return {self._prompt_field, self._response_field, input_field, system, "history"}
+
+    def _conversation(self, question: list) -> Conversation | None:
+        """A question with earlier turns."""
+        prompt, extra, system, history, response = question
+        if not history:
+            return None
+        messages = [{"role": "system", "content": system}] if system else []
+        for asked, answered in (*history, (f"{prompt}\n{extra}" if extra else prompt, response)):
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        return Conversation(messages)
 
     def write(self, question: list) -> str:
         """The text in front of the response."""
-        prompt, extra, _ = question
-        return self._template.write(prompt, extra)
+        conversation = self._conversation(question)
+        if conversation and self._chat:
+            return self._chat.write(conversation.question())
+        prompt, extra, system = question[:3]
+        return self._template.under(system).write(prompt, extra)
 
     def prompt_ids(self, question: list) -> list[int]:
-        prompt, extra, _ = question
-        return self._template.prompt_ids(self.tokenizer, prompt, extra)
+        conversation = self._conversation(question)
+        if conversation and self._chat:
+            return self._chat.prompt_ids(conversation.question())
+        prompt, extra, system = question[:3]
+        return self._template.under(system).prompt_ids(self.tokenizer, prompt, extra)
 
     def stop_ids(self) -> frozenset[int]:
         return self._template.stop_ids(self.tokenizer)
 
     def encode(self, record: Record) -> Example:
-        """Prompt and response are encoded as one text; only what the template calls the response carries labels."""
-        ids, start, stop = self._template.encode(self.tokenizer, *self.parts(record))
-        if self.config.train_on_prompt:
-            return Example(ids, ids)
-        return Example(ids, [IGNORE] * start + ids[start:stop] + [IGNORE] * (len(ids) - stop))
+        """Only what the template calls the response carries labels, or all. Of earlier turns the answers carry labels
+        too, as in any chat.
+        """
+        question = self.question(record)
+        conversation = self._conversation(question)
+        if conversation and self._chat:
+            return self._chat.encode_conversation(conversation)
+        prompt, extra, system, _, response = question
+        template = self._template.under(system)
+        encode = template.encode_all if self.config.train_on_prompt else template.encode
+        return self._labelled(encode(self.tokenizer, prompt, extra, response))
 
 
 class ChatFormat(QuestionFormat):
@@ -202,13 +298,24 @@ class ChatFormat(QuestionFormat):
     def __init__(self, config: Data, tokenizer: Tokenizer):
         super().__init__(config, tokenizer)
         self._chat = load_chat_template(tokenizer)
-        self._turns = TurnFinder(self._chat, tokenizer)
+        self._conversations = ConversationEncoder(self._chat, tokenizer, config.encoding == "joint")
+
+    def _read(self, record: Record) -> Conversation:
+        return read_conversation(record, self.config.system_field, self.config.train_on_prompt)
+
+    def used(self, record: Record) -> set[str]:
+        system = given_field(record, system_fields(self.config.system_field))
+        tools = given_field(record, TOOL_FIELDS)
+        return {chat_field(record), system, *([tools] if self._chat.reads("tools", [tools] if tools else None) else [])}
+
+    def unused(self, record: Record) -> set[str]:
+        tools = [given_field(record, TOOL_FIELDS)] if given_field(record, TOOL_FIELDS) else None
+        keys = {key for key in keys_of_templates(record) if not self._chat.reads(key, tools)}
+        return super().unused(record) | {f"{chat_field(record)}[].{key}" for key in keys}
 
     def question(self, record: Record) -> list:
-        """The conversation up to its last assistant turn, the tools, and what the assistant says there."""
-        messages = read_messages(record)
-        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
-        return [messages[:last], read_tools(record), "".join(m["content"] or "" for m in messages[last : last + 1])]
+        """The conversation up to its last trained answer, the tools, and what the assistant says there."""
+        return self._read(record).question()
 
     def write(self, question: list) -> str:
         """The text in front of the last assistant turn."""
@@ -219,27 +326,42 @@ class ChatFormat(QuestionFormat):
         return self.tokenizer.encode(self.write(question), special=True)
 
     def stop_ids(self) -> frozenset[int]:
-        return ChatTurns(self.tokenizer).stop_ids(self.tokenizer)
+        return self._conversations.stop_ids()
 
     def encode(self, record: Record) -> Example:
-        """The conversation is encoded as one text, as transformers' apply_chat_template does it. Every assistant turn
-        and its end-of-turn token carry labels, wherever in the conversation; a user's turn at the end does not.
+        return self.encode_conversation(self._read(record))
+
+    def encode_conversation(self, conversation: Conversation) -> Example:
+        """Every assistant turn and its end-of-turn token carry labels, wherever in the conversation, but those that are
+        excluded; a user's turn at the end does not. Or what the template marks by {% generation %}, or all.
+
+        Raises:
+            UserError: the template does not write what the conversation says, or its turns cannot be told apart.
         """
-        messages, tools = read_messages(record), read_tools(record)
-        whole = self._chat.render(messages, tools=tools)
-        ids = self.tokenizer.encode(whole, special=True)
-        if self.config.train_on_prompt:
-            return Example(ids, ids)
-        labels = [IGNORE] * len(ids)
-        for start, stop in self._turns.spans(messages, tools, whole, ids):
-            labels[start:stop] = ids[start:stop]
-        return Example(ids, labels)
+        messages, tools, excluded = conversation.messages, conversation.tools, conversation.excluded
+        caller = next((place for place, message in enumerate(messages) if message.get("tool_calls")), None)
+        if caller is not None and not self._chat.reads("tool_calls", tools):
+            raise UserError(f"the chat template does not write tool_calls, which turn {caller + 1} has")
+        on_all = self.config.train_on_prompt
+        for place in sorted(excluded) if on_all else ():
+            if messages[place]["role"] != "assistant":
+                raise UserError(f"turn {place + 1} is marked not to be trained on, but data.train_on_prompt is true")
+        encode = self._conversations.encode_all if on_all and not excluded else self._conversations.encode
+        return self._labelled(encode(messages, tools), excluded)
 
 
 class TextFormat(Format):
-    """A document; loss on all tokens, with BOS (if the family has one) and the end-of-sequence token."""
+    """A document; loss on all tokens, with BOS (if the family has one) and the end-of-sequence token.
+
+    With data.parse_control_tokens neither is added where the text brings it: BOS at its beginning, any control token at
+    its end, perhaps with white space behind it.
+    """
 
     name = "text"
+
+    def __init__(self, config: Data, tokenizer: Tokenizer):
+        super().__init__(config, tokenizer)
+        self._control = re.compile("|".join(map(re.escape, tokenizer.control_tokens)) or "(?!)")
 
     @classmethod
     def recognize(cls, config: Data, record: Record) -> str | None:
@@ -251,8 +373,17 @@ class TextFormat(Format):
         if not text.strip():
             raise UserError(f"{field}: is empty")
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        ids = [*bos, *tokenizer.encode(text), tokenizer.eos_id]
+        ids = tokenizer.encode(text, special=self.config.parse_control_tokens)
+        if not self.config.parse_control_tokens:
+            notes = (SPELLED,) if self._control.search(text) else ()
+            ids = [*bos, *ids, tokenizer.eos_id]
+            return Example(ids, ids, notes)
+        ends = text.rstrip().endswith(tuple(tokenizer.control_tokens))
+        ids = [*([] if ids[:1] == bos else bos), *ids, *([] if ends else [tokenizer.eos_id])]
         return Example(ids, ids)
+
+    def used(self, record: Record) -> set[str]:
+        return {self.config.text_field}
 
 
 FORMATS: dict[str, type[Format]] = {f.name: f for f in (TokensFormat, ChatFormat, InstructionFormat, TextFormat)}
@@ -275,23 +406,6 @@ def detect_format(config: Data, record: Record) -> tuple[str, str]:
     )
 
 
-def _fitting(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"model.hf_assets_path: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {vocab_size}"
-        )
-    return tokenizer
-
-
-def text_of(record: Record, name: str) -> str:
-    """A field that must be a text."""
-    if not isinstance(record.get(name), str):
-        raise UserError(f"{name}: must be a string")
-    if _SURROGATES.search(record[name]):
-        raise UserError(f"{name}: holds half of a surrogate pair, which is no text")
-    return record[name]
-
-
 def _detect(record: Record, candidates: tuple[str, ...], key: str) -> str:
     for name in candidates:
         if name in record:
@@ -300,44 +414,10 @@ def _detect(record: Record, candidates: tuple[str, ...], key: str) -> str:
     raise UserError(f"{record.where}: none of {', '.join(candidates)} is there (found {fields}); set {key}")
 
 
-def read_messages(record: Record) -> list[dict[str, Any]]:
-    """The conversation in the field `messages` or `conversations`, with every key that a chat template may read.
-
-    Raises:
-        UserError: it is no list of messages, one has no text, or the assistant says nothing.
-    """
-    name = "conversations" if "messages" not in record and "conversations" in record else "messages"
-    messages = record.get(name)
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{name}: must be a list of messages, and not empty")
-    return [_message(message, f"{name}[{place}]") for place, message in enumerate(messages)]
-
-
-def _message(message: Any, where: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise UserError(f"{where}: must be an object with role and content, not {type(message).__name__}")
-    if "from" in message and "role" not in message:
-        message = {"role": _role(message["from"], where), "content": message.get("value")}
-    if not isinstance(message.get("role"), str):
-        raise UserError(f"{where}.role: must be a string")
-    content = message.get("content")
-    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-        raise UserError(f"{where}.content: must be a string")
-    if message["role"] == "assistant" and not (content or "").strip() and not message.get("tool_calls"):
-        raise UserError(f"{where}.content: is empty")
-    # In Parquet every message has all keys; templates ask whether tool_calls is there.
-    return {key: value for key, value in message.items() if value is not None or key == "content"}
-
-
-def _role(speaker: Any, where: str) -> str:
-    if not isinstance(speaker, str) or speaker not in _SPEAKERS:
-        raise UserError(f"{where}.from: must be one of {', '.join(_SPEAKERS)}, not {speaker!r}")
-    return _SPEAKERS[speaker]
-
-
-def read_tools(record: Record) -> list[Any] | None:
-    """The field `tools`, which some templates write in front of the conversation."""
-    tools = record.get("tools")
-    if not isinstance(tools, (list, type(None))):
-        raise UserError("tools: must be a list")
-    return tools or None
+def _check_different(fields: dict[str, str]) -> None:
+    """No field can be two things. fields: key of the configuration -> field, or ""."""
+    keys: dict[str, str] = {}
+    for key, name in fields.items():
+        if name and name in keys:
+            raise UserError(f"{key}: is {name!r}, as {keys[name]} is")
+        keys[name] = key

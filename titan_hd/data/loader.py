@@ -195,7 +195,7 @@ class TrainLoader:
         context = None
         if self._num_workers:
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__])
+            context.set_forkserver_preload(["titan_hd.data.ignore_hangups", __name__])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 calls it, torch 2.13 warns
             # torchdata's loader, as in torchtitan, although its state_dict() is not needed while a sample is a function

@@ -26,6 +26,22 @@ from titan_hd.errors import UserError
 MAX_RECORD = 8 * 2**20  # bytes of a line; longer ones are binary data or a file without line ends
 PIECE = 2**20  # bytes of a JSON array that are read at once
 _COMPRESSED = (".gz", ".zst")
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # how such files begin
+_START = 4096  # bytes of a file by which it is known
+# How files begin that hold no records (text in lower case) -> what they are.
+_FOREIGN = {
+    b"version https://git-lfs": "it is a pointer of git-lfs, not the file itself; fetch that with git lfs pull",
+    b"<!doctype html": "it is a web page, not the data; a download has failed",
+    b"<html": "it is a web page, not the data; a download has failed",
+    b"\xff\xfe": "it is UTF-16; write it as UTF-8",
+    b"\xfe\xff": "it is UTF-16; write it as UTF-8",
+    b"PK\x03\x04": "it is a zip archive or a workbook; unpack it, or write it as JSONL",
+    b"BZh": "it is compressed by bzip2; gzip and zstd are read",
+    b"\xfd7zXZ": "it is compressed by xz; gzip and zstd are read",
+    b"ARROW1": "it is an Arrow file; write it as Parquet",
+    b"\xff\xff\xff\xff": "it is an Arrow stream, as save_to_disk writes; write it as Parquet",
+}
+_COLUMN = re.compile(rb"[a-z_][\w .-]*")
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 _SPACE = re.compile(r"[ \t\r\n]*")
 # Of the Hub: org/name, org/name:split or org/name:config:split; what ends or begins so is meant as a file.
@@ -42,20 +58,22 @@ class RawRecord(NamedTuple):
 
     where: its file and line (or row).
     data: its line as it is in the file, a value that is decoded already, or what is wrong with it.
+    from_table: it is a row of a table, whose objects have a null for every key that another row's have.
     """
 
     where: str
     data: bytes | Fault | Any
+    from_table: bool = False
 
 
 class Record(dict):
-    """The fields of one record; `where` is its file and line (or row), for messages."""
+    """The fields of one record; `where` is its file and line (or row), for messages, `from_table` that of RawRecord."""
 
-    __slots__ = ("where",)
+    __slots__ = ("from_table", "where")
 
-    def __init__(self, fields: dict[str, Any], where: str):
+    def __init__(self, fields: dict[str, Any], where: str, from_table: bool = False):
         super().__init__(fields)
-        self.where = where
+        self.where, self.from_table = where, from_table
 
 
 class InputFiles:
@@ -141,6 +159,16 @@ def find_files(path: str, key: str) -> list[Path]:
     return sorted(files)
 
 
+def check_files(path: str, key: str) -> None:
+    """See that the files at `path` are there, can be read and begin as records do.
+
+    Raises:
+        UserError: one does not.
+    """
+    for file in find_files(path, key):
+        read_start(file, key)
+
+
 def read_records(path: str, key: str, faults: Faults | None = None) -> Iterator[Record]:
     """All records at `path`, in the order of `read_raw`.
 
@@ -165,7 +193,7 @@ def read_raw(path: str, key: str) -> Iterator[RawRecord]:
     """
     if is_hub_name(path):
         for number, row in enumerate(load_hub_dataset(path, key), 1):
-            yield RawRecord(f"{path}: row {number}", row)
+            yield RawRecord(f"{path}: row {number}", row, from_table=True)
         return
     for file in find_files(path, key):
         raw = None
@@ -186,12 +214,14 @@ def parse(raw: RawRecord) -> Record:
     value = _decode(raw.where, raw.data) if isinstance(raw.data, bytes) else raw.data
     if not isinstance(value, dict):
         raise UserError(f"{raw.where}: must be a JSON object, not {type(value).__name__}")
-    return Record(value, raw.where)
+    return Record(value, raw.where, raw.from_table)
 
 
 def _decode(where: str, line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        return json.loads(
+            line.decode("utf-8-sig"), parse_constant=_refuse_constant, object_pairs_hook=_object_of_different_keys
+        )
     except UnicodeDecodeError:
         reason = "not valid UTF-8"
     except RecursionError:
@@ -205,14 +235,26 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
+def _object_of_different_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of a key that stands there twice, Python would keep the last value without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands in one object twice")
+    return found
+
+
 def _read_file(path: Path, key: str) -> Iterator[RawRecord]:
-    if path.name.endswith(".parquet"):
-        yield from _read_parquet(path, key)
-        return
+    start = read_start(path, key)
     try:
-        with _open(path) as stream:
+        if path.name.endswith(".parquet") or start.startswith(b"PAR1"):
+            yield from _read_parquet(path, key)
+            return
+        with _open(path, start) as stream:
             # What is in a file says more than its name: many a .json has one record a line.
-            is_array = stream.peek(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+            text = stream.peek(_START)[:_START]
+            _check_start(text, path, key)
+            is_array = text.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
             yield from (_read_array if is_array else _read_lines)(stream, path)
     except OSError as error:  # gzip's own are among them
         raise UserError(f"{key}: cannot read {path}: {error.strerror or error}") from None
@@ -220,10 +262,40 @@ def _read_file(path: Path, key: str) -> Iterator[RawRecord]:
         raise UserError(f"{key}: cannot read {path}: {error}") from None
 
 
-def _open(path: Path) -> io.BufferedReader:
-    if path.name.endswith(".gz"):
+def read_start(path: Path, key: str) -> bytes:
+    """The first bytes of a file of records.
+
+    Raises:
+        UserError: it cannot be read, or these bytes say that it holds something else.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(_START)
+    except OSError as error:
+        raise UserError(f"{key}: cannot read {path}: {error.strerror}") from None
+    _check_start(start, path, key)
+    return start
+
+
+def _check_start(start: bytes, path: Path, key: str) -> None:
+    """start: the first bytes of a file, or of what is packed in it."""
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for sign, reason in _FOREIGN.items():
+        if start.startswith(sign) or text.startswith(sign):
+            raise UserError(f"{key}: cannot read {path}: {reason}")
+    line = (text.splitlines() or [b""])[0]
+    for sign, name in ((b",", "CSV"), (b"\t", "TSV")):
+        names = [part.strip(b' "') for part in line.split(sign)]
+        if len(names) > 1 and all(map(_COLUMN.fullmatch, names)):
+            reason = f"its first line is the heading of a {name} table; write that as JSONL or Parquet"
+            raise UserError(f"{key}: cannot read {path}: {reason}")
+
+
+def _open(path: Path, start: bytes) -> io.BufferedReader:
+    """What a file holds, unpacked if its first bytes (or its name) say that it is compressed."""
+    if start.startswith(_GZIP) or path.name.endswith(".gz"):
         return io.BufferedReader(gzip.open(path))
-    if path.name.endswith(".zst"):
+    if start.startswith(_ZSTD) or path.name.endswith(".zst"):
         return io.BufferedReader(_Chunks(_unpack_zst(path)))
     return open(path, "rb")
 
@@ -307,7 +379,7 @@ class _ArrayText:
     def __init__(self, stream: io.BufferedReader, path: Path):
         self._stream, self._path = stream, path
         self._unicode = codecs.getincrementaldecoder("utf-8-sig")()
-        self._json = json.JSONDecoder(parse_constant=_refuse_constant)
+        self._json = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object_of_different_keys)
         self._text, self._place, self.line = "", 0, 1
 
     def _read_on(self) -> bool:
@@ -367,7 +439,7 @@ def _read_parquet(path: Path, key: str) -> Iterator[RawRecord]:
                     fields = {name: column[row].as_py() for name, column in zip(batch.schema.names, batch.columns)}
                 except UnicodeDecodeError:
                     fields = Fault(f"{where}: not valid UTF-8")
-                yield RawRecord(where, fields)
+                yield RawRecord(where, fields, from_table=True)
     except OSError as error:  # pyarrow's ArrowIOError is one
         raise UserError(f"{key}: cannot read {path}: {error.strerror or error}") from None
     except _library("pyarrow", path).ArrowException as error:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from titan_hd.data.dataset import Dataset
 from titan_hd.data.example import NOTHING, Example
+from titan_hd.data.fields import log_unused
 from titan_hd.data.order.sample_order import Order, OrderSettings, WindowOrder
 from titan_hd.data.sources import Faults, RawRecord, read_raw
 from titan_hd.data.tokens.encoding import Encoder
@@ -30,10 +31,11 @@ logger = logging.getLogger("titan_hd")
 
 @dataclass(frozen=True)
 class StreamSource:
-    """A path of data.train, and how its records are encoded."""
+    """A path of data.train, and how its records are encoded. named: fields that the log has named as not used."""
 
     path: str
     encoder: Encoder
+    named: frozenset[str] = frozenset()
 
 
 class StreamedDataset(Dataset):
@@ -47,7 +49,11 @@ class StreamedDataset(Dataset):
     def __init__(self, sources: list[StreamSource], window: int, faults: Faults, description: str):
         self._sources, self._window_size, self._faults, self._description = sources, window, faults, description
         self._bad: set[str] = set()  # where the bad records are: each counts once, however often it comes by
-        self._statistics = Statistics("data.train", "streamed")  # of the records that were encoded here
+        # Of the records that were encoded here, but `unused` has what was named before, too.
+        self._statistics = {source.encoder.name: Statistics(source.encoder.name, "streamed") for source in sources}
+        for source in sources:
+            self._statistics[source.encoder.name].unused += source.named
+        self._noted: set[tuple[str, str]] = set()  # sources, and what was said about some of their records
         self._total = 0  # records of all files, once their end has been seen
         self._rewind()
 
@@ -81,15 +87,26 @@ class StreamedDataset(Dataset):
             raise IndexError(index)
         number, place = divmod(index, self._window_size)
         source, raw = self._window(number)[place]
+        statistics = self._statistics[source.encoder.name]
+        named = len(statistics.unused)
         try:
-            encoded = source.encoder.example(raw, self._statistics)
+            encoded = source.encoder.example(raw, statistics)
         except UserError as error:
             if raw.where not in self._bad:
                 self._faults.report(str(error))
                 self._bad.add(raw.where)
                 logger.warning("%s; it is left out", error)
             return NOTHING
+        log_unused(statistics.name, statistics.unused[named:])
+        self._log_notes(statistics)
         return encoded[0] if encoded else NOTHING
+
+    def _log_notes(self, statistics: Statistics) -> None:
+        """Say once what there is to say about some records; nobody knows how many they will be."""
+        for note, (_, first) in statistics.notes.items():
+            if (statistics.name, note) not in self._noted:
+                self._noted.add((statistics.name, note))
+                logger.warning("%s: records %s; the first: %s", statistics.name, note, first)
 
     def _window(self, number: int) -> list[tuple[StreamSource, RawRecord]]:
         if self._process != os.getpid():  # a forked process shares its parent's place in an open file

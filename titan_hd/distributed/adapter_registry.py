@@ -48,7 +48,7 @@ class AdapterEntry:
     b: DTensor = field(init=False)
 
     def weight_rows(self) -> torch.Tensor:
-        """This worker's rows of W, [rows, in]; writing to them changes W."""
+        """This worker's rows of W, [rows, in], perhaps on the host; writing to them changes W."""
         return local_part(self.layer.weight)
 
 
@@ -84,9 +84,8 @@ class AdapterRegistry:
         return {getattr(entry.layer, key) for entry in self.entries.values() for key in _DELTAS}
 
     @torch.no_grad()
-    def materialize(self) -> None:
-        """Allocate deltas, which are zero, and factors, which have no values yet, on the device of the weights."""
-        device = next(iter(self.entries.values())).layer.weight.device
+    def materialize(self, device: torch.device) -> None:
+        """Allocate deltas, which are zero, and factors, which have no values yet."""
         for entry in self.entries.values():
             for key in _DELTAS:
                 setattr(entry.layer, key, None)  # frees what the model's `to_empty` gave it

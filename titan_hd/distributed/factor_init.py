@@ -66,8 +66,7 @@ def _draw_factors(registry: AdapterRegistry, dims: ParallelDims, name: str, seed
     first = registry.mesh.get_local_rank("adapter") * registry.hosted
     a, b = random_factors(entry.shape, range(first, first + registry.hosted), registry.rank, seed, name)
     a, b = _tp_part(a, b, entry, dims.tp, dims.tp_rank)
-    device = entry.layer.weight.device
-    registry.set_factors(name, a.to(device), b.to(device))
+    registry.set_factors(name, a, b)
 
 
 def _deal(
@@ -80,7 +79,7 @@ def _deal(
     k, size = registry.hosted, dims.world_size
     sharing = dims.dp_size // registry.mesh.size(0)  # workers that share an adapter
     entries = [registry.entries[name] for name in wave]
-    nothing = torch.empty(0, device=entries[0].layer.weight.device)
+    nothing = torch.empty(0, device=registry.factors.device)
     send_a, send_b = [nothing] * size, [nothing] * size
     if factors is not None:
         a, b = factors

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from titan_hd.distributed.parallel_dims import ParallelDims
@@ -32,14 +32,16 @@ def parallelize(
     compile_blocks: bool,
     checkpoint_keep: Sequence[str] = KEEPABLE,
     dropout: bool = False,
+    offload: bool = False,
 ) -> None:
     """Wrap a model on the meta device. Tensor parallelism comes before (`apply_tensor_parallel`): the adapters' tensors
-    follow how it splits the weights. checkpoint_keep, dropout: see `apply_activation_checkpointing`."""
+    follow how it splits the weights. checkpoint_keep, dropout: see `apply_activation_checkpointing`; offload: see
+    `apply_fsdp`."""
     if checkpoint_mode != "none":
         apply_activation_checkpointing(model, checkpoint_mode, checkpoint_keep, dropout)
     if compile_blocks:
         apply_compile(model)
-    apply_fsdp(model, dims, ignored_params, param_dtype)
+    apply_fsdp(model, dims, ignored_params, param_dtype, offload)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,10 +104,17 @@ def fsdp_groups(model: Decoder) -> list[tuple[list[nn.Module], bool]]:
     return [*groups, ([model], False)]
 
 
-def apply_fsdp(model: Decoder, dims: ParallelDims, ignored_params: set[nn.Parameter], param_dtype: torch.dtype) -> None:
+def apply_fsdp(
+    model: Decoder,
+    dims: ParallelDims,
+    ignored_params: set[nn.Parameter],
+    param_dtype: torch.dtype,
+    offload: bool = False,
+) -> None:
     """Shard fp32 masters over the mesh; gather them in `param_dtype`. Gradients are summed, not averaged: the loss is
-    already divided by the number of tokens of the whole step."""
+    already divided by the number of tokens of the whole step. offload: the shards lie on the host."""
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    on_host = CPUOffloadPolicy(pin_memory=dims.device_type == "cuda") if offload else OffloadPolicy()
     for modules, reshard in fsdp_groups(model):
         fully_shard(
             modules if len(modules) > 1 else modules[0],
@@ -113,6 +122,7 @@ def apply_fsdp(model: Decoder, dims: ParallelDims, ignored_params: set[nn.Parame
             mp_policy=policy,
             reshard_after_forward=reshard,
             ignored_params=ignored_params,
+            offload_policy=on_host,
         )
         first = modules[0]
         assert isinstance(first, FSDPModule)

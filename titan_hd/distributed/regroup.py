@@ -2,7 +2,7 @@
 
 Tensors are dealt in waves of one per rank. In a wave, every rank sends its part of tensor j to rank j (`collect`), rank
 j computes, and sends every rank its part of the result (`hand_back`): two all-to-alls, and no rank holds more than one
-whole tensor.
+whole tensor. Whole tensors, and the parts that are handed back, lie on the device; shards may lie on the host.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ def waves(names: Sequence[str], dims: ParallelDims) -> Iterator[list[str]]:
 
 def collect(wave: list[Sharded], dims: ParallelDims) -> torch.Tensor | None:
     """Tensor number `rank` of the wave, whole; None on ranks beyond the wave's length. Collective."""
-    nothing = wave[0].local.new_empty(0)
-    send = [tensor.local if dims.first_copy(dims.rank, tensor.split) else nothing for tensor in wave]
+    nothing = wave[0].local.new_empty(0, device=dims.device_type)
+    send = [
+        tensor.local.to(dims.device_type) if dims.first_copy(dims.rank, tensor.split) else nothing for tensor in wave
+    ]
     send += [nothing] * (dims.world_size - len(wave))
     if dims.rank >= len(wave):
         exchange_lists(send, [(0,)] * dims.world_size)
@@ -58,7 +60,7 @@ def collect(wave: list[Sharded], dims: ParallelDims) -> torch.Tensor | None:
         for rank in range(dims.world_size)
         if dims.first_copy(rank, own.split)
     }
-    whole = own.local.new_empty(own.shape)
+    whole = own.local.new_empty(own.shape, device=dims.device_type)
     shapes = [cut(whole, blocks[r]).shape if r in blocks else (0,) for r in range(dims.world_size)]
     received = exchange_lists(send, shapes)
     for rank, block in blocks.items():
@@ -71,8 +73,8 @@ def hand_back(wave: list[Sharded], whole: torch.Tensor | None, dims: ParallelDim
 
     whole: fp32, of the shape of tensor number `rank` of the wave; None where `collect` gave None.
     """
-    size, device = dims.world_size, wave[0].local.device
-    send = [torch.empty(0, device=device)] * size
+    size = dims.world_size
+    send = [torch.empty(0, device=dims.device_type)] * size
     if whole is not None:
         own = wave[dims.rank]
         send = [cut(whole, owned_block(own.shape, own.split, dims.place(rank), dims)) for rank in range(size)]

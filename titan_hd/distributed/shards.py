@@ -32,9 +32,10 @@ logger = logging.getLogger("titan_hd")
 _INIT_ROWS = 1024
 
 
-def materialize(model: Decoder, device: torch.device) -> None:
-    """Give a parallelised meta model real memory on `device`: shards only, values not set."""
-    model.to_empty(device=device)
+def materialize(model: Decoder, device: torch.device, shards_on: torch.device | None = None) -> None:
+    """Give a parallelised meta model real memory: shards only, values not set. shards_on: where they lie, if not on the
+    device that computes."""
+    model.to_empty(device=shards_on or device)
     model.reset_buffers(device)
 
 

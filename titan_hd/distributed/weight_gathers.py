@@ -29,8 +29,8 @@ from titan_hd.models.decoder import Decoder
 logger = logging.getLogger("titan_hd")
 
 GIB = 2**30
-_CPU_SHARE = 4  # a host's memory has other users (data, page cache): a copy may take a quarter of what is available
-_CUDA_MARGIN = 0.08  # of the device's memory, for fragmentation and the buffers of collectives
+CPU_SHARE = 4  # a host's memory has other users (data, page cache): a copy may take a quarter of what is available
+CUDA_MARGIN = 0.08  # of the device's memory, for fragmentation and the buffers of collectives
 
 
 class WeightGathers:
@@ -40,11 +40,21 @@ class WeightGathers:
     setting: parallelism.fsdp_reshard_after_forward. "default" keeps the copy if there is more than one micro-batch to
         keep it for, and memory for it beside what the first step took, which still gathers for every micro-batch.
     dp_shard: shards of W. copy_bytes: of the gathered W, see `gathered_bytes`. seq_len: the longest row that a later
-        step may bring.
+        step may bring. device: where the copy would lie.
     """
 
-    def __init__(self, model: Decoder, setting: str, micro_batches: int, dp_shard: int, copy_bytes: int, seq_len: int):
+    def __init__(
+        self,
+        model: Decoder,
+        setting: str,
+        micro_batches: int,
+        dp_shard: int,
+        copy_bytes: int,
+        seq_len: int,
+        device: torch.device,
+    ):
         self.model, self.micro_batches, self.copy_bytes, self.seq_len = model, micro_batches, copy_bytes, seq_len
+        self.device = device
         self.undecided = setting == "default" and micro_batches > 1
         self.kept = False
         self.sums_once = micro_batches > 1 and dp_shard == 1
@@ -61,8 +71,8 @@ class WeightGathers:
         if self.kept and (last or micro_batch == 0):
             assert isinstance(self.model, FSDPModule)
             self.model.set_reshard_after_backward(last)
-        elif self.undecided and micro_batch == 0 and self._device().type == "cuda":
-            self.allocated = torch.cuda.memory_allocated(self._device())
+        elif self.undecided and micro_batch == 0 and self.device.type == "cuda":
+            self.allocated = torch.cuda.memory_allocated(self.device)
 
     def after_step(self, longest: int) -> None:
         """Decide, after the first step; collective then. longest: tokens of the step's longest row, with padding."""
@@ -70,7 +80,7 @@ class WeightGathers:
             return
         self.undecided = False
         left = self._memory_left(longest)
-        keep = torch.tensor(self.copy_bytes <= left, dtype=torch.int32, device=self._device())
+        keep = torch.tensor(self.copy_bytes <= left, dtype=torch.int32, device=self.device)
         dist.all_reduce(keep, dist.ReduceOp.MIN)  # all or none: they gather together
         copy = f"{self.copy_bytes / GIB:.2f} GiB gathered, {max(0, left) / GIB:.2f} GiB left for it on this worker"
         if keep.item():
@@ -84,19 +94,16 @@ class WeightGathers:
         self.kept = True
         self.model.set_reshard_after_forward(False)
 
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
     def _memory_left(self, longest: int) -> int:
         """Bytes that a copy may take. On a GPU: what the first step's activations leave, had its rows had seq_len
         tokens. On CPUs: a quarter of the available memory, shared by the workers of the node."""
-        device = self._device()
+        device = self.device
         if device.type != "cuda":
-            return available_memory() // (_CPU_SHARE * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            return available_memory() // (CPU_SHARE * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         free, total = torch.cuda.mem_get_info(device)
         activations = (torch.cuda.max_memory_allocated(device) - self.allocated) * self.seq_len / longest
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + unused - activations - _CUDA_MARGIN * total)
+        return int(free + unused - activations - CUDA_MARGIN * total)
 
 
 def gathered_bytes(model: Decoder, dims: ParallelDims, ignored: set[nn.Parameter], dtype: torch.dtype) -> int:

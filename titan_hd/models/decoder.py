@@ -191,12 +191,20 @@ class Block(nn.Module):
         return x + self.norm_then(self.post_attention_layernorm, self.mlp, (x,))
 
 
+class Embedding(nn.Embedding):
+    """Draws nothing on the meta device: torch would import its compiler for that, which takes a launcher a second."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class DecoderStack(nn.Module):
     """The part that HF checkpoints keep under `model.`"""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)

@@ -35,7 +35,9 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)
+        self.register_buffer("inv_freq", torch.empty(config.head_dim // 2), persistent=False)
+        if not self.inv_freq.is_meta:  # where computing would import torch's compiler
+            self.reset_buffers(self.inv_freq.device)
 
     def reset_buffers(self, device: torch.device) -> None:
         """Compute the frequencies anew: on the meta device, and after `to_empty`, they hold nothing."""

@@ -1,10 +1,11 @@
 """Starts the workers of this node: torchrun with a check of the configuration before, and one honest line after.
 
-    python -m titan_hd.process.launch [torchrun options] -- [titan_hd options]
+    python -m titan_hd.launch [torchrun options] [--] [titan_hd options]
 
 Same options and rendezvous as torchrun. What differs: faults of the configuration are reported once, with status 2,
-before any process starts; and the exit status is that of the worker that failed first, or 75 or 130 where a signal has
-stopped the run (see titan_hd/process/signals.py).
+before any process starts; one node needs no name and no port, and several say for whom they wait; and the exit status
+is that of the worker that failed first, or 75 or 130 where a signal has stopped the run (see
+titan_hd/process/signals.py).
 """
 
 from __future__ import annotations
@@ -19,28 +20,32 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.distributed import run
+from torch.distributed import DistNetworkError, run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from titan_hd.config import manager
 from titan_hd.distributed.mesh_picture import mesh_picture
 from titan_hd.fitting import estimate_run
 from titan_hd.preflight import plan_run, update_plan
-from titan_hd.process.network import address_towards, interface_of
-from titan_hd.process.signals import REQUEUE, STATUS
+from titan_hd.process.network import LOOPBACK, address_towards, addresses_of, interface_of
+from titan_hd.process.signals import REQUEUE, STATUS, outlives_terminal
+from titan_hd.process.streams import keep_streams
+from titan_hd.process.waiting import telling_of_nodes
 
 # Time for a last checkpoint before torchrun kills the workers. torch 2.11 ignores this and waits 30 s.
 _GRACE_SECONDS = 600
+_MASTER_PORT = 29500  # torchrun's default
 # What gloo and nccl say on the others when a worker has left.
 _PEER_LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exited")
 
 
 def main() -> None:
     """Check, then start the workers; exits with the status of the one that failed first."""
-    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    launcher_args, train_args = sys.argv[1:split], sys.argv[split + 1 :]
+    keep_streams()
+    launcher_args, train_args = split_arguments(sys.argv[1:])
     args = _arguments([*launcher_args, "-m", "titan_hd.train", *train_args])
     config = manager.load_or_exit(train_args)
     logging.getLogger("titan_hd").setLevel(logging.ERROR)  # the first worker gives the warnings
@@ -58,17 +63,23 @@ def main() -> None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         print(estimate_run(plan, device_type).table())
         return
+    _choose_network(args)
     least, most = run.parse_min_max_nnodes(args.nnodes)
-    if most > 1 and args.rdzv_endpoint:
-        _choose_network(args)
     if least < most:
         # A node that joins later waits for ever on the first nodes' store: torch (2.11 to 2.13) tells its address only
         # in the first round. Without sharing, every round has a store of its own.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # The agent repeats a worker's failure as a banner and a traceback of its own; the worker has said it already.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    endpoint = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port or _MASTER_PORT}"
     try:
-        run.run(args)
+        with telling_of_nodes(endpoint, args.rdzv_id, least, most):
+            run.run(args)
+    except (RendezvousError, DistNetworkError) as error:
+        if "EADDRINUSE" in str(error):
+            manager.exit_with([f"--master_port: another process has {endpoint}; name a free port, on every node alike"])
+        print(f"titan_hd: the nodes have not met at {endpoint} (rendezvous {args.rdzv_id}): {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except SignalException as error:
         status = STATUS.get(error.sigval, 128 + error.sigval)
         print(f"titan_hd: stopped by {error.sigval.name}, status {status}", file=sys.stderr)
@@ -83,25 +94,54 @@ def main() -> None:
         raise SystemExit(status) from None
 
 
+def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
+    """torchrun's options and ours. Without "--" between them ours begin at the first one of the form that torchrun's
+    never have: --config, or --section.key."""
+    for place, word in enumerate(argv):
+        if word == "--":
+            return argv[:place], argv[place + 1 :]
+        option = word.partition("=")[0]
+        if option == "--config" or (option.startswith("--") and "." in option):
+            return argv[:place], argv[place:]
+    return argv, []
+
+
 def _choose_network(args: argparse.Namespace) -> None:
     """Talk to the other nodes from the address that faces the head, whatever this node's own name resolves to: torchrun
-    tells it to the others, and gloo listens on its interface."""
+    tells it to the others, and gloo listens on its interface. One node talks to itself, and needs no name for that."""
+    if run.parse_min_max_nnodes(args.nnodes)[1] == 1:
+        args.local_addr = args.local_addr or LOOPBACK
+        _listen_at(args.local_addr)
+        if args.rdzv_backend == "static" and not args.rdzv_endpoint and args.master_port in (None, _MASTER_PORT):
+            args.standalone = True  # a free port; torch below 2.13 would take 29500, once a machine
+        return
+    if not args.rdzv_endpoint:
+        return
     head = parse_rendezvous_endpoint(args.rdzv_endpoint, default_port=-1)[0]
     try:
         address = args.local_addr or address_towards(head)
     except OSError as error:
         manager.exit_with([f"--rdzv_endpoint: cannot reach {head}: {error.strerror}"])
     args.local_addr = address
+    if "is_host" not in args.rdzv_conf and not addresses_of(socket.gethostname()):
+        # torch tells the head by this node's own name, which nobody knows.
+        args.rdzv_conf = ",".join(filter(None, (args.rdzv_conf, f"is_host={int(address in addresses_of(head))}")))
+    _listen_at(address)
+
+
+def _listen_at(address: str) -> None:
+    """Let the workers' gloo use the interface of an address; by itself it would look this node's own name up."""
     interface = interface_of(address)
     if interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    """torchrun's, but that SIGUSR1 is passed on too, and that workers have time to save before they are killed."""
+    """torchrun's, but that SIGUSR1 is passed on too, SIGHUP only where nohup has not made this process ignore it, and
+    that workers have time to save before they are killed."""
     args = run.parse_args(argv)
-    if "SIGUSR1" not in args.signals_to_handle:
-        args.signals_to_handle += ",SIGUSR1"
+    names = [name for name in args.signals_to_handle.split(",") if name != "SIGUSR1"] + ["SIGUSR1"]
+    args.signals_to_handle = ",".join(name for name in names if name != "SIGHUP" or not outlives_terminal())
     if getattr(args, "shutdown_timeout", 0) is None and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
         args.shutdown_timeout = _GRACE_SECONDS
     return args

@@ -6,6 +6,7 @@ import fcntl
 import socket
 import struct
 
+LOOPBACK = "127.0.0.1"
 _SIOCGIFADDR = 0x8915  # <linux/sockios.h>: the IPv4 address of an interface
 
 
@@ -21,6 +22,14 @@ def address_towards(host: str) -> str:
     with socket.socket(family, kind) as probe:
         probe.connect(address)
         return probe.getsockname()[0]
+
+
+def addresses_of(host: str) -> set[str]:
+    """All addresses of a host; empty if nobody knows its name."""
+    try:
+        return {str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return set()
 
 
 def interface_of(address: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -45,7 +46,8 @@ class RunLock:
             if error.errno not in _NO_LOCKS:
                 raise
             logger.warning("job.dump_folder: cannot be locked (%s): start no second run on it", error.strerror)
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        with contextlib.suppress(OSError):  # a full disk: the lock holds, and only the name of its holder is missing
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
 
     def release(self) -> None:
         self._lock.release()

@@ -1,4 +1,4 @@
-"""What stops a run before its end: SIGTERM and SIGUSR1 of a scheduler, and Ctrl-C.
+"""What stops a run before its end: SIGTERM and SIGUSR1 of a scheduler, SIGHUP of a terminal that goes, and Ctrl-C.
 
 While the steps run a signal is only noted; the trainer asks for it once per step, agrees on it with the other workers,
 saves and leaves. At other times there is nothing to save, and the process leaves at once. A thread listens, because the
@@ -19,7 +19,18 @@ logger = logging.getLogger("titan_hd")
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"; the same command goes on
 INTERRUPTED = 128 + signal.SIGINT
-STATUS: dict[int, int] = {signal.SIGTERM: REQUEUE, signal.SIGUSR1: REQUEUE, signal.SIGINT: INTERRUPTED}
+STATUS: dict[int, int] = {
+    signal.SIGTERM: REQUEUE,
+    signal.SIGUSR1: REQUEUE,
+    signal.SIGHUP: REQUEUE,
+    signal.SIGINT: INTERRUPTED,
+}
+
+
+def outlives_terminal() -> bool:
+    """Whether whoever started this process lets it ignore SIGHUP, as nohup does: then it goes on without a terminal."""
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
 
 # A scheduler may signal the workers and their launcher, which passes it on: one request, not two.
 _SAME_SECONDS = 1.0
@@ -37,7 +48,8 @@ class StopSignals:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         for number in STATUS:
-            signal.signal(number, lambda *_: None)
+            if number != signal.SIGHUP or not outlives_terminal():
+                signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import multiprocessing
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+
+# Every DTensor imports torch's compiler at its first use. Here all ranks do it at once; there one waits for the other.
+import torch._dynamo
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -22,9 +26,13 @@ from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.collectives import on_rank_zero
 from titan_hd.distributed.watch import Watch
 from titan_hd.errors import UserError
-from titan_hd.files import disk_faults
 from titan_hd.preflight import RunPlan, plan_run
+from titan_hd.process.network import LOOPBACK
 from titan_hd.process.signals import StopSignals
+from titan_hd.process.streams import keep_streams
+from titan_hd.process.waiting import announce, missing_ranks, telling
+
+logger = logging.getLogger("titan_hd")
 
 
 def device_name(device: torch.device) -> str:
@@ -48,9 +56,8 @@ def init_process(config: JobConfig, signals: StopSignals) -> torch.device:
         device, backend = torch.device("cpu"), "gloo"
     _record_flight(Path(config.job.dump_folder))
     timeout = datetime.timedelta(seconds=config.comm.init_timeout_seconds)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(_attempt(), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    store = _join(backend, timeout)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def leave() -> None:  # it was told to stop, and is in a step that does not end
         if signals.status:
@@ -66,6 +73,36 @@ def init_process(config: JobConfig, signals: StopSignals) -> torch.device:
     return device
 
 
+def _join(backend: str, timeout: datetime.timedelta) -> dist.Store:
+    """Start the process group with the other workers; its store. Who waits long says for whom.
+
+    Raises:
+        UserError: another process has MASTER_PORT.
+    """
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    # The store is there when all ranks have connected to it; those that a launcher starts have one already.
+    others = f"the other {world_size - 1} ranks" if rank == 0 else f"rank 0 and the others of {world_size} ranks"
+    waits = telling(lambda: f"rank {rank} waits at {place} for {others}")
+    try:
+        with waits if local_rank == 0 else contextlib.nullcontext():  # one of a node is enough to say it
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"MASTER_PORT: another process has {place}; name a free port, for all ranks alike"
+            ) from None
+        raise
+    store = dist.PrefixStore(_attempt(), store)
+    announce(store, rank)
+    # pyrefly: ignore[missing-attribute]: torch's stubs leave `clone` of stores out
+    own_store = store.clone()
+    waits = telling(lambda: f"rank 0 waits at {place} for {missing_ranks(own_store, world_size)}")
+    with waits if rank == 0 else contextlib.nullcontext():
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    return store
+
+
 def _attempt() -> str:
     """Tells apart the groups of workers that an elastic launcher starts one after another on one store."""
     names = ("TORCHELASTIC_RESTART_COUNT", "GROUP_WORLD_SIZE", "WORLD_SIZE")
@@ -78,8 +115,10 @@ def _record_flight(dump_folder: Path) -> None:
     if not torch.cuda.is_available():
         return
     if int(os.environ["RANK"]) == 0:
-        with disk_faults(folder):
+        try:
             folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            logger.warning("%s: cannot be made (%s); nccl will write nothing there", folder, error.strerror)
     for name, value in {
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
@@ -120,9 +159,10 @@ def run_worker(run: Run) -> NoReturn:
 def _exit_status(run: Run) -> int:
     """The exit status of this worker; what it had to say is said."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    for key, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}.items():
+    for key, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": LOOPBACK}.items():
         os.environ.setdefault(key, str(value))
-    os.environ.setdefault("MASTER_PORT", "29500")
+    os.environ.setdefault("MASTER_PORT", "29500" if world_size > 1 else "0")  # 0: one that is free, for nobody else
+    keep_streams()
     init_logging(rank)
     signals = StopSignals()
     signals.listen()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import logging
 import statistics
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 
 from compare.delta_rank import DeltaRank, delta_ranks
 from titan_hd.adapters.methods import METHODS, build_method, method_of
+from titan_hd.components.metrics import read_metrics
 from titan_hd.config.job_config import Adapter, HDPissa, JobConfig
 from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
@@ -134,7 +134,7 @@ def read_result(
     name: str, folder: Path, config: JobConfig, decoder: DecoderConfig, num_adapters: int, threshold: float
 ) -> Result:
     """Read a finished run's metrics.jsonl and its fp32 export in folder/hf. threshold: see `delta_rank`."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = read_metrics(folder / "metrics.jsonl")
     steps = [record for record in records if "loss" in record]
     timed = [record for record in steps if record["step"] > 1] or steps
     last = [record["loss"] for record in steps[-max(1, len(steps) // 10) :]]

@@ -1,13 +1,18 @@
-"""metrics.jsonl over a resumption: a step is written once."""
+"""metrics.jsonl over a resumption: a step is written once. Neither the log nor a report ends a run."""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
-from titan_hd.components.metrics import MetricsLogger, keep_records_until, write_svd_report
+import pytest
+
+from titan_hd.components import metrics as module
+from titan_hd.components.metrics import MetricsLogger, TqdmHandler, keep_records_until, write_svd_report
 from titan_hd.config.job_config import JobConfig
 
 
@@ -126,6 +131,66 @@ class TestMetricsLogger:
         )
         metrics.close()
 
+    def test_records_that_no_disk_has_taken_are_named_at_the_end(self, tmp_path: Path, caplog):
+        metrics = MetricsLogger(self.config(tmp_path), 10, 0)
+        metrics._file.close()
+        metrics._file = FullDisk()
+        metrics.log(1, {"loss": 0.1})
+        metrics.log(2, {"loss": 0.2})
+        metrics.close()
+        assert "metrics.jsonl: its last 2 record(s) are lost" in caplog.text
+
+    def test_tensorboards_failure_is_a_warning(self, tmp_path: Path, caplog):
+        """Its thread keeps an error of the disk for the next call."""
+        metrics = MetricsLogger(self.config(tmp_path), 10, 0)
+        metrics._tensorboard = SimpleNamespace(add_scalar=full, close=full)
+        metrics.log(1, {"loss": 0.1})
+        metrics.log(2, {"loss": 0.2})
+        metrics._tensorboard = SimpleNamespace(add_scalar=full, close=full)
+        metrics.close()
+        assert caplog.text.count("going on without them") == 1
+        assert "TensorBoard's last events cannot be written" in caplog.text
+
+    def test_wandb_records_titan_hds_commit_and_not_that_of_the_folder(self, tmp_path: Path, monkeypatch):
+        seen = []
+        fake = SimpleNamespace(
+            Settings=dict, init=lambda **words: seen.append(words["settings"]) or SimpleNamespace(id=1)
+        )
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        for root in (None, tmp_path):
+            monkeypatch.setattr(module, "repository", lambda root=root: root)
+            module._Wandb(self.config(tmp_path), None)
+        timeout = {"init_timeout": module._WANDB_START_SECONDS}
+        assert seen == [{**timeout, "disable_git": True}, {**timeout, "git_root": str(tmp_path)}]
+
+
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+
+class TestLog:
+    @pytest.mark.parametrize("path", ["/dev/full", "closed"])
+    def test_a_line_that_cannot_be_written_is_dropped(self, path: str, tmp_path: Path, monkeypatch):
+        stream = open("/dev/full" if path == "/dev/full" else tmp_path / path, "w", buffering=1)  # noqa: SIM115
+        if path == "closed":
+            stream.close()
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(logging, "raiseExceptions", path != "closed")
+        log = logging.Logger("a log of its own")
+        log.addHandler(TqdmHandler())
+        log.warning("lost")
+
+    def test_the_reports_of_an_svd_are_none_of_the_runs_needs(self, tmp_path: Path, caplog):
+        (tmp_path / "file").write_text("")
+        numbers = {"captured_energy": 0.5, "seconds": 1.0, "orthogonality_error": 0.0, "zero_directions": 0}
+        report = {"cached": False, **numbers}
+        with caplog.at_level("INFO", "titan_hd"):
+            write_svd_report(tmp_path / "file" / "svd.jsonl", [report])
+        assert "svd.jsonl: cannot be written (Not a directory)" in caplog.text or "File exists" in caplog.text
+        assert "SVD of 1 weights" in caplog.text, "the summary is there"
+        write_svd_report(tmp_path / "run" / "svd.jsonl", [report])
+        assert json.loads((tmp_path / "run" / "svd.jsonl").read_text()) == report
+
 
 class FullDisk:
     """Takes five bytes, then none."""
@@ -137,6 +202,9 @@ class FullDisk:
             raise OSError(28, "No space left on device")
         self.room = 0
         return 5
+
+    def close(self) -> None:
+        raise OSError(5, "Input/output error")
 
 
 def test_weights_that_can_never_move_are_named(tmp_path: Path, caplog):

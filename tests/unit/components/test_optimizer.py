@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from titan_hd.components.optimizer import build_optimizer, clip_flat, clip_gradients, optimizer_class
+from titan_hd.components.optimizer import (
+    build_optimizer,
+    clip_flat,
+    clip_gradients,
+    optimizer_class,
+    step_if_finite,
+    tell_fused,
+)
 from titan_hd.config.job_config import Optimizer
 
 EVERY = sorted(
@@ -126,3 +133,29 @@ class TestClipping:
         part = torch.zeros(3 * 2**20)
         part[2**20 + 1 :: 2**20] = value
         assert clip_flat([(part, 1), (part[:0], 2)], 0.0).isfinite() == finite
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD"])
+@pytest.mark.parametrize("norm", [float("nan"), float("inf"), 1.0])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_whose_norm_is_not_finite_changes_nothing(name: str, norm: float, fused: bool):
+    """As the host decides on a CPU, and as a fused optimizer is told on a GPU."""
+    (parameter,) = params = [nn.Parameter(torch.ones(5))]
+    optimizer = getattr(torch.optim, name)(params, lr=0.1, fused=fused)
+
+    def state() -> list[torch.Tensor]:
+        held = [v for v in optimizer.state[parameter].values() if isinstance(v, torch.Tensor)]
+        return [value.clone() for value in (parameter.detach(), *held)]
+
+    def step(norm: float) -> None:
+        parameter.grad = torch.full_like(parameter, norm)
+        if fused:
+            tell_fused(optimizer, torch.tensor(norm))
+            optimizer.step()
+        else:
+            step_if_finite(optimizer, torch.tensor(norm))
+
+    step(1.0)
+    before = state()
+    step(norm)
+    assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True)) == (norm != 1.0)

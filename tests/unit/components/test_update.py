@@ -16,7 +16,7 @@ def update(steps: int) -> OptimizerUpdate:
     """Of a model of two parameters, after so many steps."""
     model = nn.Linear(3, 2)
     built = OptimizerUpdate(model, FullFineTuning(), None, JobConfig())
-    built.build_optimizer()
+    built.build_optimizer(torch.device("cpu"))
     for step in range(steps):
         built.begin_step(lr=0.1)
         for p in model.parameters():

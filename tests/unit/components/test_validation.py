@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from titan_hd.components.validation import Sharers, exact_match, final_answer
+from titan_hd.components.validation import Sharers, check_references, exact_match, final_answer
+from titan_hd.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,8 @@ def test_final_answer(text: str, answer: str | None):
 
 class Numbers:
     """Seven records, the last of which has no answer; prompt i is the id i, and so is its answer."""
+
+    answerable = True
 
     def __len__(self) -> int:
         return 7
@@ -61,3 +64,16 @@ def test_exact_match(workers, world_size: int):
         assert {value for value, _ in results} == {right / min(samples, 7)}
         calls = [[len(batch) for batch in asked] for _, asked in results]
         assert calls == [calls[0]] * world_size
+
+
+def test_references_without_the_marker(caplog):
+    check_references(Numbers(), 6, "the answer: ")
+    assert not caplog.text
+    check_references(Numbers(), 100, "the answer: ")
+    assert "1 of the 7 responses to compare with lack 'the answer: '; no answer to them is right" in caplog.text
+    with pytest.raises(UserError) as caught:
+        check_references(Numbers(), 3, "The answer is: ")
+    assert str(caught.value) == (
+        "validation.answer_marker: none of the 3 responses to compare with holds 'The answer is: '; the first is "
+        "'the answer: 0'"
+    )

@@ -244,6 +244,11 @@ class TestRefusals:
         (line,) = errors_of(["--config", toml(NEEDED_TOML + "[training.seed]\nx = 1")])
         assert line.startswith("training.seed: must be a whole number")
 
+    def test_a_byte_order_mark(self, tmp_path: Path):
+        (tmp_path / "base.toml").write_text("\ufeff[training]\nseed = 7\n", encoding="utf-8")
+        (tmp_path / "run.toml").write_text("\ufeffbase = 'base.toml'\n", encoding="utf-8")
+        assert load(["--config", str(tmp_path / "run.toml"), *NEEDED]).training.seed == 7
+
     @pytest.mark.parametrize("content", [b"[training\n", b"steps = \n", b'[job]\ndescription = "\xff"\n'])
     def test_a_broken_file_is_named(self, tmp_path: Path, content: bytes):
         path = tmp_path / "run.toml"

@@ -17,6 +17,7 @@ from titan_hd.data.build import Answering, DatasetBuilder
 from titan_hd.data.dataset import TokenizedDataset
 from titan_hd.data.example import IGNORE, Example
 from titan_hd.data.loader import collate
+from titan_hd.data.text.borders import SHARED
 from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
 from titan_hd.data.tokens.statistics import statistics_table
 
@@ -27,13 +28,13 @@ CHAT = (
 
 
 class Pairs(Letters):
-    """As Letters, but any two equal letters in a row are one token, greedily from the left, as BPE would merge them."""
+    """As Letters, but any two equal letters in a row are one token, 28, greedily from the left, as BPE would merge."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special: bool = False) -> list[int]:
         ids, i = [], 0
         while i < len(text):
             run = 2 if text[i : i + 1] == text[i + 1 : i + 2] else 1
-            ids += super().encode(text[i])
+            ids += [28] if run == 2 else super().encode(text[i])
             i += run
         return ids
 
@@ -43,7 +44,7 @@ class Words(Letters):
 
     KNOWN = ("abcdef",)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special: bool = False) -> list[int]:
         return [28] if text in self.KNOWN else super().encode(text)
 
 
@@ -149,17 +150,26 @@ class TestInstructionRecords:
         assert records[0].input_ids[:3] == records.prompt_ids(0)
 
     def test_a_merge_across_the_border(self, jsonl):
-        """Prompt and response are encoded as one text: the shared token counts as the prompt's."""
+        """Prompt and response are cut where one token would hold letters of both."""
         (example,) = instruction(jsonl({"prompt": "ab", "response": "bc"}), Pairs())
-        assert example.input_ids == [1, 3, 4, 5, 2]  # a, bb, c
-        assert example.labels == [IGNORE, IGNORE, IGNORE, 5, 2]
+        assert example.input_ids == [1, 3, 4, 4, 5, 2]  # a, b; b, c
+        assert example.labels == [IGNORE, IGNORE, IGNORE, 4, 5, 2]
+
+    def test_a_merge_across_the_border_that_is_kept(self, jsonl):
+        """data.encoding = "joint": the shared token counts as the prompt's."""
+        path = jsonl({"prompt": "a", "response": "c"}, {"prompt": "ab", "response": "bc"})
+        records = instruction(path, Pairs(), encoding="joint")
+        assert records[1].input_ids == [1, 3, 28, 5, 2]  # a, bb, c
+        assert records[1].labels == [IGNORE, IGNORE, IGNORE, 5, 2]
+        assert records.statistics.notes == {SHARED: (1, f"{path}:2")}
 
     def test_a_merge_that_leaves_fewer_ids_than_the_prompt(self, jsonl):
-        """<s> abcdef </s>: all of it is the prompt's, so that there is nothing to train on."""
+        """<s> abcdef </s> as one text: all of it is the prompt's, so that there is nothing to train on."""
         path = jsonl({"prompt": "abcde", "response": "f"}, {"prompt": "a", "response": "b"})
-        records = instruction(path, Words())
+        records = instruction(path, Words(), encoding="joint")
         assert [e.input_ids for e in records] == [[1, 3, 4, 2]]
         assert records.statistics.first_unlabelled == f"{path}:1"
+        assert [e.input_ids for e in instruction(path, Words())] == [[1, 3, 4, 5, 6, 7, 8, 2], [1, 3, 4, 2]]
 
     def test_the_input_field(self, jsonl):
         records = instruction(
@@ -326,7 +336,9 @@ class TestChatRecords:
     def test_a_template_without_an_end_is_refused_at_the_start(self, jsonl, tmp_path: Path):
         path = jsonl({"prompt": "a", "response": "b"})
         text = message(self.build, path, tmp_path, "{% for m in messages %}{{ m.content }}\n{% endfor %}")
-        assert text == f"{path}:1: data.template: chat: the template ends an answer with no special token"
+        assert text.startswith(
+            f"{path}:1: the chat template ends turn 2 with no special token; put {{% generation %}} "
+        )
 
     def test_no_template(self, jsonl, tmp_path: Path):
         text = message(self.build, jsonl({"prompt": "a", "response": "b"}), tmp_path, None)

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from tests.kit.datasets import build_dataset
 from tests.kit.tokenizers import CHATML, Letters, chat_directory
 from titan_hd.config.job_config import Data, DataSource
+from titan_hd.data.conversations import read_conversation
 from titan_hd.data.example import IGNORE, Example
-from titan_hd.data.formats import FORMATS, ChatFormat, detect_format, read_messages
+from titan_hd.data.formats import FORMATS, ChatFormat, detect_format
 from titan_hd.data.loader import collate
 from titan_hd.data.sources import Record
-from titan_hd.data.text import chat_spans
+from titan_hd.data.text import chat_encoding
+from titan_hd.data.text.chat_spans import LEFT_OUT, OTHERWISE
 from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
 
 # As CHATML, with the marks by which transformers tells what an assistant says.
@@ -136,12 +138,12 @@ class TestChat:
     def test_sharegpt_is_the_same_conversation(self, chatml: Tokenizer):
         speakers = [("system", "Be kind."), ("human", "the fox"), ("gpt", "1 + 2")]
         record = Record({"conversations": [{"from": f, "value": v} for f, v in speakers]}, "f:1")
-        assert read_messages(record) == turns(SYSTEM, USER, ANSWER)
+        assert read_conversation(record).messages == turns(SYSTEM, USER, ANSWER)
         assert ChatFormat(Data(), chatml).encode(record) == encode(chatml, turns(SYSTEM, USER, ANSWER))
 
     def test_what_parquet_adds_is_not_there(self):
         record = Record({"messages": [{"role": "user", "content": "a", "tool_calls": None}]}, "f:1")
-        assert read_messages(record) == turns(("user", "a"))
+        assert read_conversation(record).messages == turns(("user", "a"))
 
     @pytest.mark.parametrize(
         ("messages", "says"),
@@ -164,7 +166,8 @@ class TestChat:
         assert message(encode, chatml, messages).startswith(says)
 
     def test_tools_must_be_a_list(self, chatml: Tokenizer):
-        assert message(encode, chatml, turns(USER, ANSWER), tools="add") == "tools: must be a list"
+        text = message(encode, chatml, turns(USER, ANSWER), tools={"name": "add"})
+        assert text == "tools: must be a list, or the JSON text of one"
 
 
 class TestManyTurns:
@@ -187,7 +190,7 @@ class TestManyTurns:
         for quick in (True, False):
             with monkeypatch.context() as patch:
                 if not quick:
-                    patch.setattr(chat_spans.TurnFinder, "_controls", lambda *_: None)
+                    patch.setattr(chat_encoding.ConversationEncoder, "_controls", lambda *_: None)
                 try:
                     results.append(encode(tokenizer, messages))
                 except ValueError as error:
@@ -237,8 +240,9 @@ class TestManyTurns:
             "{{ m.content }}", "{{ m.content[:2] if loop.index == 4 and not loop.last else m.content }}"
         )
         tokenizer = load_tokenizer(chat_directory(tmp_path, template))
-        text = message(encode, tokenizer, turns(USER, ANSWER) * 3)
-        assert text.startswith("the chat template writes turn 4 differently when the conversation goes on")
+        example = encode(tokenizer, turns(USER, ANSWER) * 3)
+        assert trained_text(tokenizer, example) == ["1 + 2#", "1 #", "1 + 2#"]
+        assert example.notes == (OTHERWISE, LEFT_OUT)
 
 
 class TestTemplatesThatDoNotAllowIt:
@@ -246,23 +250,21 @@ class TestTemplatesThatDoNotAllowIt:
         tokenizer = load_tokenizer(chat_directory(folder, template))
         return message(encode, tokenizer, turns(USER, ANSWER, USER, ANSWER))
 
-    def test_earlier_answers_are_shortened(self, tmp_path: Path):
-        """As reasoning models do it with what stands in <think>."""
-        template = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content[:2] }}")
-        text = self.encode(tmp_path, template)
-        assert text.startswith("the chat template writes turn 2 differently when the conversation goes on")
-
-    def test_no_generation_prompt_in_front_of_an_answer(self, tmp_path: Path):
-        assert "writes turn 2 differently" in self.encode(tmp_path, CHATML.replace("assistant\n", "assistant\n<think>"))
-
     def test_no_end_of_turn(self, tmp_path: Path):
         text = self.encode(tmp_path, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
-        assert text == "the chat template ends turn 2 with no special token"
+        assert text.startswith("the chat template ends turn 2 with no special token; put {% generation %} and ")
 
     def test_only_the_conversation_ends(self, tmp_path: Path):
         end = "{% if messages[-1].role == 'assistant' %}</s>{% endif %}"
         template = "{% for m in messages %}{{ m.content }}\n{% endfor %}" + end
-        assert "writes turn 2 differently" in self.encode(tmp_path, template)
+        assert "ends turn 2 with no special token; put {% generation %}" in self.encode(tmp_path, template)
+
+    def test_the_generation_prompt_is_not_where_the_answer_is(self, tmp_path: Path):
+        """And the answer's text stands there twice."""
+        template = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.content if m.role == 'assistant' }}")
+        text = self.encode(tmp_path, template.replace("assistant\n", "assistant\n<think>"))
+        assert text.startswith("the chat template writes turn 2 differently when the conversation goes on, so that")
+        assert text.endswith("or train on all of it (data.train_on_prompt)")
 
     def test_the_record_is_named(self, tmp_path: Path):
         folder, path = chat_directory(tmp_path / "t", "{{ raise_exception('no') }}"), tmp_path / "r.jsonl"
@@ -291,13 +293,19 @@ class TestAsTransformers:
         reference, tokenizer = self.reference(folder), load_tokenizer(folder)
         for messages in CHATS:
             example = encode(tokenizer, messages)
-            assert example.input_ids == reference.apply_chat_template(messages, return_dict=False)
+            if example.notes:  # "\n" of the heading and "\n\n" of the answer are one token in Qwen's vocabulary
+                assert (name, messages[1]["content"][:2]) == ("qwen2_5_hf", "\n\n")
+            else:
+                assert example.input_ids == reference.apply_chat_template(messages, return_dict=False)
+            joint = ChatFormat(Data(encoding="joint"), tokenizer).encode(Record({"messages": messages}, "f:1"))
+            assert joint.input_ids == reference.apply_chat_template(messages, return_dict=False)
             answers = [m["content"] for m in messages if m["role"] == "assistant"]
             end = {"qwen2_5_hf": "<|im_end|>", "llama3_1_hf": "<|eot_id|>"}[name]
             got = [reference.decode(ids) for ids in stretches(example)]
             assert [text.strip() for text in got] == [
                 (a.strip() if "llama" in name else a.lstrip()) + end for a in answers
             ]
+            assert "llama" in name or got == [a + end for a in answers]
 
     def test_tool_calls(self, shared_data: Path):
         folder = shared_data / "tokenizers" / "qwen2_5_hf"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import gzip
 import json
 import random
+import re
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from titan_hd.data import sources
-from titan_hd.data.sources import MAX_RECORD, Faults, find_files, read_raw, read_records
+from titan_hd.data.sources import MAX_RECORD, Faults, check_files, find_files, read_raw, read_records
 
 ROWS = [{"a": 1}, {"a": "ü"}, {"a": None, "b": [1, {"c": "x"}]}]
 
@@ -132,6 +134,16 @@ class TestLines:
     def test_not_an_object(self, tmp_path: Path, line: str, kind: str):
         path = write(tmp_path / "r.jsonl", lines({"a": 1}, {"a": 2}, line))
         assert message(path) == f"{path}:3: must be a JSON object, not {kind}"
+
+    @pytest.mark.parametrize(("line", "key"), [('{"a": 1, "b": 2, "a": 1}', "a"), ('{"a": [{"b": 1, "b": 2}]}', "b")])
+    @pytest.mark.parametrize("form", ["lines", "array"])
+    def test_a_key_twice(self, tmp_path: Path, line: str, key: str, form: str):
+        """Python would keep the last value without a word."""
+        content = lines({"a": 1}, line) if form == "lines" else f'[{{"a": 1}},\n{line}]'.encode()
+        path = write(tmp_path / "r.jsonl", content)
+        text = message(path)
+        assert text.startswith(f"{path}:2: ")
+        assert text.endswith(f"not valid JSON: the key {key!r} stands in one object twice")
 
     def test_invalid_utf8(self, tmp_path: Path):
         path = write(tmp_path / "r.jsonl", lines({"a": 1}, b'{"a": "\xff\xfe"}'))
@@ -263,6 +275,53 @@ class TestCompressed:
         monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
         path = write(tmp_path / "r.jsonl.zst", b"x")
         assert message(path) == f"{path}: needs the package zstandard: pip install zstandard, or titan_hd[hub]"
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+class TestByContent:
+    """What is in a file says more than its name."""
+
+    @pytest.mark.parametrize("suffix", [".gz", ".zst"])
+    def test_compressed_under_another_name(self, tmp_path: Path, suffix: str):
+        assert read(write(tmp_path / "r.jsonl", packed(lines(*ROWS), suffix))) == ROWS
+        assert read(write(tmp_path / "r.json", packed(json.dumps(ROWS).encode(), suffix))) == ROWS
+
+    def test_parquet_under_another_name(self, tmp_path: Path):
+        pa = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pa.Table.from_pylist([{"a": 1}]), tmp_path / "r.jsonl")
+        assert read(tmp_path / "r.jsonl") == [{"a": 1}]
+
+    @pytest.mark.parametrize(
+        ("content", "says"),
+        [
+            (LFS, "it is a pointer of git-lfs, not the file itself; fetch that with git lfs pull"),
+            (b"\n<!DOCTYPE html>\n<p>", "it is a web page, not the data; a download has failed"),
+            (b"<HTML><p>", "it is a web page, not the data; a download has failed"),
+            ("\ufeff{}".encode("utf-16-le"), "it is UTF-16; write it as UTF-8"),
+            (b"PK\x03\x04...", "it is a zip archive or a workbook; unpack it, or write it as JSONL"),
+            (b"ARROW1\x00\x00", "it is an Arrow file; write it as Parquet"),
+            (b"prompt,response\na,b\n", "its first line is the heading of a CSV table; write that as JSONL or Parquet"),
+            (b'\xef\xbb\xbf"a b", "c"\r\n1,2', "its first line is the heading of a CSV table; write that as JSONL or"),
+            (
+                b"prompt\tresponse\na\tb\n",
+                "its first line is the heading of a TSV table; write that as JSONL",
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("name", ["r.jsonl", "r.json", "r.parquet", "r.jsonl.gz"])
+    def test_something_else(self, tmp_path: Path, name: str, content: bytes, says: str):
+        """It ends the run before it starts; there is nothing that could be skipped."""
+        path = write(tmp_path / name, content)
+        faults = Faults(skip=True, limit=9)
+        for check in (functools.partial(check_files, path, "data.train"), functools.partial(read, path, faults=faults)):
+            with pytest.raises(ValueError, match=re.escape(f"data.train: cannot read {path}: {says}")):
+                check()
+
+    def test_a_table_that_is_packed(self, tmp_path: Path):
+        path = write(tmp_path / "r.jsonl.gz", gzip.compress(b"prompt,response\na,b\n"))
+        assert "heading of a CSV table" in message(path)
 
 
 class TestParquet:

@@ -382,6 +382,9 @@ class TestCard:
         assert final_metrics(path) == {}
         path.write_text('{"step": 1, "loss": 2.0}\n{"step": 1, "validation_loss": 3.0}\n{"step": 2, "loss": 1.0}\n')
         assert final_metrics(path) == {"step": 2, "loss": 1.0, "validation_loss": 3.0}
+        with path.open("a") as file:
+            file.write('{"step": 3, "lo')  # what a full disk took
+        assert final_metrics(path) == {"step": 2, "loss": 1.0, "validation_loss": 3.0}
 
 
 def test_a_folder_that_cannot_be_used_is_said_before_the_run(tmp_path: Path):

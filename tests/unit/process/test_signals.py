@@ -30,7 +30,13 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, REQUEUE), (signal.SIGUSR1, REQUEUE), (signal.SIGINT, INTERRUPTED)]
+    ("number", "status"),
+    [
+        (signal.SIGTERM, REQUEUE),
+        (signal.SIGUSR1, REQUEUE),
+        (signal.SIGHUP, REQUEUE),
+        (signal.SIGINT, INTERRUPTED),
+    ],
 )
 def test_noted_while_steps_run_and_obeyed_at_once_otherwise(number, status):
     stop = StopSignals()
@@ -71,3 +77,19 @@ def test_a_scheduler_may_repeat_itself(clock):
         clock[0] = 100.0
         stop._take(signal.SIGTERM)
     assert stop.status == REQUEUE
+
+
+@pytest.mark.parametrize(("before", "listens"), [(signal.SIG_IGN, False), (signal.SIG_DFL, True)], ids=["nohup", "ssh"])
+def test_nohup_is_obeyed(before, listens: bool):
+    """Who ignores SIGHUP from the start wants the run to go on without its terminal."""
+    kept = {number: signal.getsignal(number) for number in signals.STATUS}
+    wakeup = signal.set_wakeup_fd(-1)
+    try:
+        signal.signal(signal.SIGHUP, before)
+        StopSignals().listen()
+        assert callable(signal.getsignal(signal.SIGHUP)) is listens
+        assert all(callable(signal.getsignal(number)) for number in kept if number != signal.SIGHUP)
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in kept.items():
+            signal.signal(number, handler)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
+import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from titan_hd.errors import UserError
+from titan_hd.process import worker
 
 SCRIPT = """
 import multiprocessing, time
@@ -25,3 +33,61 @@ def test_it_leaves_no_process_behind():
         check=False,
     )
     assert done.returncode == 3
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """The environment of the only worker of a run; returns how it joins at a port."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+
+    def join(port: int) -> dist.Store:
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        return worker._join("gloo", datetime.timedelta(seconds=30))
+
+    return join
+
+
+def test_a_single_process_takes_any_free_port(alone):
+    """It has no partner to tell it to, and the second of two on a machine must start, too."""
+    store = alone(0)
+    try:
+        assert dist.get_world_size() == 1
+        store.clone().set("key", "value")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_port_that_is_taken_is_named(alone):
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"^MASTER_PORT: another process has 127.0.0.1:{port}; name a free"):
+            alone(port)
+
+
+@pytest.mark.parametrize(("world_size", "port"), [("1", "0"), ("2", "29500")])
+def test_the_port_that_nobody_has_named(world_size: str, port: str, monkeypatch):
+    def failing(argv):
+        raise UserError(worker.os.environ["MASTER_PORT"])
+
+    for name in ("RANK", "MASTER_PORT", "MASTER_ADDR", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    monkeypatch.setattr(worker.StopSignals, "listen", lambda self: None)
+    monkeypatch.setattr(worker, "init_logging", lambda rank: None)
+    monkeypatch.setattr(worker, "get_error_handler", unused_handler)
+    monkeypatch.setattr(worker.manager, "load_or_exit", failing)
+    monkeypatch.setattr(worker, "_say", lambda error, rank: str(error))
+    assert worker._exit_status(lambda *_: 0) == port
+    assert worker.os.environ["MASTER_ADDR"] == "127.0.0.1"
+
+
+class unused_handler:
+    def initialize(self):
+        pass
+
+    def record_exception(self, error):
+        pass

@@ -19,6 +19,7 @@ from tests.kit.commands import REPOSITORY
 pytest.importorskip("huggingface_hub")
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOOLS = "additional_chat_templates/tool_use.jinja"
 MODEL = {
     "config.json": b"{}",
     "generation_config.json": b"{}",
@@ -27,6 +28,8 @@ MODEL = {
     "model.safetensors.index.json": b'{"weight_map": {}}',
     "tokenizer.json": b"{}",
     "tokenizer_config.json": b"{}",
+    TOOLS: b"with tools",
+    "additional_chat_templates/rag.jinja": b"with documents",
     "README.md": b"# no",
     "modeling_custom.py": b"raise SystemExit",
     "pytorch_model.bin": b"pickle",
@@ -146,6 +149,7 @@ def test_model(hub, tmp_path: Path):
     assert "assets/hf/model: set model.hf_assets_path to it" in done.stdout
     wanted = {n: b for n, b in MODEL.items() if n.endswith((".json", ".safetensors")) and "consol" not in n}
     wanted.pop("onnx/model.safetensors")
+    wanted[TOOLS] = MODEL[TOOLS]
     assert files(tmp_path / "assets/hf/model") == wanted
     hub.seen.clear()
     assert run(hub, tmp_path, "--repo", "org/model").returncode == 0
@@ -155,7 +159,8 @@ def test_model(hub, tmp_path: Path):
 def test_assets_and_folder(hub, tmp_path: Path):
     done = run(hub, tmp_path, "--repo", "org/model", "--assets", "tokenizer", "--folder", "here")
     assert done.returncode == 0, done.stderr
-    assert files(tmp_path / "here").keys() == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    names = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", TOOLS}
+    assert files(tmp_path / "here").keys() == names
 
 
 def test_dataset(hub, tmp_path: Path):

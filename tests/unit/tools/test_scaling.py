@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from tests.kit.commands import REPOSITORY
+from tests.kit.commands import REPOSITORY, call_tool
 from titan_hd.distributed.update.topology import Topology
 from titan_hd.models.registry import flavor_config
-from tools.scaling import Cluster, Work, authors_estimate, best, compute_seconds, estimate, fsdp_gathers, table
+from tools.scaling import Cluster, Work, authors_estimate, best, compute_seconds, estimate, fsdp_gathers, main, table
 
 LLAMA_8B = Work(flavor_config("llama3", "8B"))
 CLUSTER = Cluster()
@@ -69,20 +69,17 @@ def test_a_model_that_fits_nowhere_is_said_to():
     assert "does not fit" in table(Work(flavor_config("llama3", "70B")), [8], [8], CLUSTER)
 
 
-def run(*argv: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPOSITORY / "tools" / "scaling.py"), *argv]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def test_command_line_and_its_faults():
-    done = run("--flavor", "debugmodel", "--rank", "2", "--gpus", "8,16", "--tokens", "64", "--length", "64")
+    argv = ["--flavor", "debugmodel", "--rank", "2", "--gpus", "8,16", "--tokens", "64", "--length", "64"]
+    command = [sys.executable, str(REPOSITORY / "tools" / "scaling.py"), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == 2 + 3 + 5
     for argv, line in {
         ("--flavor", "9B"): "model.flavor: must be one of",
         ("--adapters", "3"): "--adapters: 3 adapters cannot be dealt to 8 GPUs; one number must divide the other",
     }.items():
-        done = run(*argv)
+        done = call_tool(main, *argv)
         assert done.returncode == 2
         assert done.stderr.startswith(f"titan_hd: error: {line}")
         assert len(done.stderr.splitlines()) == 1

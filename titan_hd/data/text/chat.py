@@ -9,16 +9,20 @@ therefore becomes that token, as everywhere in this format: do not train on chat
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
-from titan_hd.data.text.sandbox import SandboxedTemplate, TemplateFault
+from titan_hd.data.text.sandbox import MARKS, SandboxedTemplate, TemplateFault
 from titan_hd.data.text.tokenizer_base import Tokenizer, read_json
 from titan_hd.errors import UserError
 from titan_hd.files import read_small_text
 
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
 MAX_SOURCE = 256 * 1024  # characters of a template; compiling takes about 12 us and 2 KB for each
 
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+_MARKED = re.compile("{}(.*?){}".format(*MARKS), re.DOTALL)
 _LLAMA3 = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
@@ -29,18 +33,27 @@ _LLAMA3 = (
 class ChatTemplate:
     """A chat template with the special tokens that it may name.
 
-    source: the Jinja program. where: the file it is from, for messages.
+    source: the Jinja program. where: the file it is from, for messages. with_tools: both of another one, for
+        conversations with tools.
     """
 
-    def __init__(self, source: str, where: str, special_tokens: dict[str, str]):
+    def __init__(
+        self, source: str, where: str, special_tokens: dict[str, str], with_tools: tuple[str, str] | None = None
+    ):
         self.source = source
         self._template, self._where, self._special_tokens = SandboxedTemplate(source), where, special_tokens
+        self._names = frozenset(re.findall(r"\w+", source))
+        self._with_tools, self._has_marks = with_tools, _GENERATION.search(source) is not None
         if len(source) > MAX_SOURCE:
             raise UserError(f"{where}: chat template: longer than {MAX_SOURCE} characters")
         try:
             self._template.compile()
         except TemplateFault as fault:
             raise UserError(f"{where}: chat template: {fault}") from None
+
+    def reads(self, name: str, tools: list[Any] | None = None) -> bool:
+        """Whether the template holds the name of a variable or of a message's key. It leaves out all others."""
+        return name in self._for(tools)._names
 
     def render(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = False, tools: list[Any] | None = None
@@ -54,121 +67,96 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the messages, or cannot be run within its bounds.
         """
-        try:
-            return self._template.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
-        except TemplateFault as fault:
-            raise UserError(f"{self._where}: chat template: {fault}") from None
+        return self._for(tools)._render(messages, add_generation_prompt, tools)
 
+    def has_marks(self, tools: list[Any] | None = None) -> bool:
+        """Whether the template says by {% generation %} what the assistant says."""
+        return self._for(tools)._has_marks
 
-class ChatTurns:
-    """data.template = "chat": the prompt as the user's turn, the response as the assistant's.
+    def marks(self, messages: list[dict[str, Any]], tools: list[Any] | None, whole: str) -> list[tuple[int, int]]:
+        """From where to where, in characters of `whole`, the template marks what the assistant says.
 
-    tokenizer: has the template beside it, which is looked for at the first use.
-    """
+        whole: the conversation as `render` gives it.
 
-    def __init__(self, tokenizer: Tokenizer | None):
-        self._tokenizer = tokenizer
+        Raises:
+            UserError: that cannot be told: the template does more with what it marks than to write it.
+        """
+        template = self._for(tools)
+        text, spans = "", []
+        pieces = _MARKED.split(template._render(messages, False, tools, marked=True))
+        for place, piece in enumerate(pieces):
+            if place % 2 and piece:
+                spans.append((len(text), len(text) + len(piece)))
+            text += piece
+        if text != whole:
+            raise UserError(f"{template._where}: chat template: what {{% generation %}} marks cannot be found again")
+        return spans
+
+    def _for(self, tools: list[Any] | None) -> ChatTemplate:
+        return self if tools is None or self._with_tools is None else self._of_tools
 
     @functools.cached_property
-    def _chat(self) -> ChatTemplate:
-        assert self._tokenizer is not None, "load_template was asked to check the name alone"
-        return load_chat_template(self._tokenizer)
+    def _of_tools(self) -> ChatTemplate:
+        assert self._with_tools is not None
+        return ChatTemplate(*self._with_tools, self._special_tokens)
 
-    def write(self, prompt: str, extra: str) -> str:
-        """The text in front of the response."""
-        return self._chat.render([_user_turn(prompt, extra)], add_generation_prompt=True)
-
-    def texts(self, prompt: str, extra: str, response: str) -> tuple[str, str]:
-        """The text in front of the response, and the whole.
-
-        Raises:
-            UserError: the template refuses the turns, or its answer does not begin with its generation prompt.
-        """
-        before = self.write(prompt, extra)
-        whole = self._chat.render([_user_turn(prompt, extra), {"role": "assistant", "content": response}])
-        if not whole.startswith(before):
-            raise UserError("data.template: chat: the template's answer does not begin with its generation prompt")
-        return before, whole
-
-    def prompt_ids(self, tokenizer: Tokenizer, prompt: str, extra: str) -> list[int]:
-        return tokenizer.encode(self.write(prompt, extra), special=True)
-
-    def encode(self, tokenizer: Tokenizer, prompt: str, extra: str, response: str) -> tuple[list[int], int, int]:
-        """Ids of both turns, and from where to where they are trained on: the response and its end-of-turn token.
-
-        The turns are encoded as one text, as generation would see it; what the template writes behind the end-of-turn
-        token ("\\n" in ChatML) stays, untrained.
-
-        Raises:
-            UserError: as `texts`, or no control token ends the answer.
-        """
-        before, whole = self.texts(prompt, extra, response)
-        start, ids = len(tokenizer.encode(before, special=True)), tokenizer.encode(whole, special=True)
-        stop = next((i + 1 for i in reversed(range(start, len(ids))) if ids[i] in tokenizer.control_ids), None)
-        if stop is None:
-            raise UserError("data.template: chat: the template ends an answer with no special token")
-        return ids, start, stop
-
-    def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """What ends a generated response: the template's end-of-turn token, which a base model's stop_ids may lack."""
-        ids, _, stop = self.encode(tokenizer, "question", "", "answer")
-        return tokenizer.stop_ids | {ids[stop - 1]}
-
-
-def _user_turn(prompt: str, extra: str) -> dict[str, str]:
-    return {"role": "user", "content": f"{prompt}\n{extra}" if extra else prompt}
+    def _render(self, messages: list, add_generation_prompt: bool, tools: list | None, marked: bool = False) -> str:
+        variables = {"messages": messages, "tools": tools, "documents": None} | self._special_tokens
+        try:
+            return self._template.render({**variables, "add_generation_prompt": add_generation_prompt}, marked)
+        except TemplateFault as fault:
+            raise UserError(f"{self._where}: chat template: {fault}") from None
 
 
 def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
     """The chat template of the directory that a tokenizer is from.
 
-    chat_template.jinja, chat_template.json or tokenizer_config.json (of several the one named "default"); Llama 3's
-    where there is none and the tokenizer has <|start_header_id|>.
+    chat_template.jinja, chat_template.json or tokenizer_config.json. Of several that have names, "tool_use" is that for
+    conversations with tools, and "default" that for all others; additional_chat_templates/tool_use.jinja is another
+    place for the former. Llama 3's where there is none and the tokenizer has <|start_header_id|>.
 
     Raises:
         UserError: there is none, or it is no Jinja.
     """
-    source, where = _find(tokenizer.directory)
-    if source is None:
+    found = _find(tokenizer.directory)
+    if not found:
         header = tokenizer.encode("<|start_header_id|>", special=True)
         if len(header) != 1 or header[0] not in tokenizer.control_ids:
             raise UserError(
                 f"data.template: chat: {tokenizer.directory} has no chat template (chat_template.jinja, or the key "
                 "chat_template in tokenizer_config.json)"
             )
-        source, where = _LLAMA3, "the built-in template of Llama 3"
-    return ChatTemplate(source, where, tokenizer.special_tokens)
+        found = {"default": (_LLAMA3, "the built-in template of Llama 3")}
+    return ChatTemplate(*found["default"], tokenizer.special_tokens, found.get("tool_use"))
 
 
 def borrowed_template(tokenizer: Tokenizer) -> str | None:
-    """The source of a tokenizer's chat template, where that is not in its directory, which an export copies."""
-    return load_chat_template(tokenizer).source if _find(tokenizer.directory)[0] is None else None
+    """The source of a tokenizer's chat template, where no file holds it that an export would copy."""
+    chat = load_chat_template(tokenizer)
+    return None if Path(chat._where).exists() else chat.source
 
 
-def _find(directory: Path) -> tuple[str | None, str]:
-    """(Source, file), or (None, "") where no file has a template."""
+def _find(directory: Path) -> dict[str, tuple[str, str]]:
+    """Name -> (source, file). Nothing, or a template named default and perhaps others."""
+    more = directory / TOOL_TEMPLATE
+    named = {"tool_use": (_read_source(more), str(more))} if more.exists() else {}
     path = directory / "chat_template.jinja"
     if path.exists():
-        return _read_source(path), str(path)
+        return {"default": (_read_source(path), str(path)), **named}
     for name in ("chat_template.json", "tokenizer_config.json"):
         path = directory / name
         found = read_json(path).get("chat_template")
         if isinstance(found, list):
-            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-            if not isinstance(named.get("default"), str):
+            found = {str(entry.get("name")): entry.get("template") for entry in found if isinstance(entry, dict)}
+            if not isinstance(found.get("default"), str):
                 raise UserError(f"{path}: chat_template: is a list without one named default")
-            found = named["default"]
-        if not isinstance(found, (str, type(None))):
+        elif isinstance(found, str):
+            found = {"default": found}
+        elif found is not None:
             raise UserError(f"{path}: chat_template: must be a string, or a list of named ones")
-        if found is not None:
-            return found, str(path)
-    return None, ""
+        if found:
+            return {key: (source, str(path)) for key, source in found.items() if isinstance(source, str)} | named
+    return {}
 
 
 def _read_source(path: Path) -> str:

@@ -1,10 +1,12 @@
-"""Where the assistant's turns stand in a conversation that a chat template has written.
+"""Where the assistant's turns stand in a conversation that a chat template has written, in characters.
 
-A turn starts where the rendering of the messages before it ends, and ends where the rendering that includes it ends;
-both renderings must be prefixes of the full one. That is quadratic in the number of turns, which matters little: for a
-conversation of 100 messages it takes some 20 ms, once, because tokenized records are cached. Encoding all these
-prefixes would take twenty times as long. So their tokens are counted from the last control token in front: there the
-text falls apart for every tokenizer.
+1. A template that marks what the assistant says with {% generation %} says it itself.
+2. Otherwise a turn starts where the rendering of the messages before it ends, and ends where the rendering that
+   includes it ends; both renderings must be prefixes of the full one. That is quadratic in the number of turns, which
+   matters little: for a conversation of 100 messages it takes some 20 ms, once, because tokenized records are cached.
+3. Where they are not (reasoning models' templates drop what stands in <think> from all turns but the last, others end a
+   conversation with one more token), the full conversation is rendered with another text in the turn's place: what is
+   in front of it and behind it stays, and so says where the turn stands.
 """
 
 from __future__ import annotations
@@ -12,11 +14,41 @@ from __future__ import annotations
 import bisect
 import functools
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from titan_hd.data.text.chat import ChatTemplate
 from titan_hd.data.text.tokenizer_base import Tokenizer
 from titan_hd.errors import UserError
+
+Message = dict[str, Any]
+
+LEFT_OUT = (
+    "hold an answer that the chat template does not write in full (those of reasoning models leave out what stands in "
+    "front of </think>); what it leaves out is not trained"
+)
+OTHERWISE = (
+    "hold an answer in the middle that the chat template writes otherwise than as the last, which is how the model "
+    "will write it; it is trained as it stands in the conversation"
+)
+OTHER_PROMPT = (
+    "hold an answer in front of which the chat template does not write its generation prompt, from which generation "
+    "starts"
+)
+_WHAT_TO_DO = (
+    "; put {% generation %} and {% endgeneration %} around what the assistant says in the chat template "
+    "(chat_template.jinja), or train on all of it (data.train_on_prompt)"
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What is trained of an assistant's turn: characters from `start` to `end`. place: of its message; None if a
+    template's marks cannot be matched with messages."""
+
+    place: int | None
+    start: int
+    end: int
 
 
 class TurnFinder:
@@ -24,21 +56,14 @@ class TurnFinder:
 
     def __init__(self, chat: ChatTemplate, tokenizer: Tokenizer):
         self._chat, self._tokenizer = chat, tokenizer
-        names = sorted(tokenizer.control_tokens, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, names))) if names else None
-        self._count = functools.lru_cache(maxsize=256)(lambda text: len(tokenizer.encode(text, special=True)))
 
-    def __reduce__(self):  # the cache of a method cannot be pickled
-        return TurnFinder, (self._chat, self._tokenizer)
+    def turns(
+        self, messages: list[Message], tools: list | None, whole: str, controls: list[tuple[int, int]]
+    ) -> tuple[list[Turn], list[str]]:
+        """What is trained: what the assistant says in each turn and its end-of-turn token, the last control token of
+        what the template writes up to the turn's end; or what the template marks. And what there is to say about it.
 
-    def spans(
-        self, messages: list[dict[str, Any]], tools: list | None, whole: str, ids: list[int]
-    ) -> list[tuple[int, int]]:
-        """From where to where each assistant turn is trained on, in tokens of the whole conversation: what it says and
-        its end-of-turn token, the last control token of what the template writes up to the turn's end. A token that
-        reaches across the border between the heading and the answer counts as the heading's.
-
-        whole, ids: the conversation as the template writes it, and its token ids.
+        whole: the conversation as the template writes it. controls: from where to where its control tokens stand.
 
         Raises:
             UserError: a turn cannot be told from what is around it.
@@ -46,59 +71,120 @@ class TurnFinder:
         places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         if not places:
             raise UserError("holds no assistant turn, so that there is nothing to train on")
-        borders = [self._borders(place, messages, tools, whole) for place in places]
-        controls = self._controls(whole, ids)
-        return [self._tokens(place, *border, whole, ids, controls) for place, border in zip(places, borders)]
+        if self._chat.has_marks(tools):
+            return self._marked(places, messages, tools, whole), []
+        notes: dict[str, None] = {}
+        turns = [self._turn(place, messages, tools, whole, controls, notes) for place in places]
+        return turns, list(notes)
 
-    def _borders(self, place: int, messages: list[dict[str, Any]], tools: list | None, whole: str) -> tuple[int, int]:
-        """Where in `whole` the heading of a turn ends, and where the turn ends, in characters."""
+    def _marked(self, places: list[int], messages: list[Message], tools: list | None, whole: str) -> list[Turn]:
+        spans = self._chat.marks(messages, tools, whole)
+        if not spans:
+            raise UserError("the chat template marks nothing in it as what the assistant says ({% generation %})")
+        matched = places if len(spans) == len(places) else [None] * len(spans)
+        return [Turn(place, start, end) for place, (start, end) in zip(matched, spans)]
+
+    def _turn(self, place: int, messages: list[Message], tools, whole: str, controls, notes: dict[str, None]) -> Turn:
         if place == 0:
             raise UserError("begins with an assistant turn; a system's or user's must come first")
         before = self._chat.render(messages[:place], add_generation_prompt=True, tools=tools)
         is_last = place == len(messages) - 1
         after = whole if is_last else self._chat.render(messages[: place + 1], tools=tools)
-        if not (after.startswith(before) and whole.startswith(after)):
+        if after.startswith(before) and whole.startswith(after):
+            start, end = len(before), self._end(len(before), len(after), is_last, whole, controls)
+        else:
+            start, end = self._among_others(place, messages, tools, whole, before)
+            if not whole.startswith(before):
+                prompt = before.removeprefix(self._chat.render(messages[:place], tools=tools))
+                notes[OTHERWISE if whole[:start].endswith(prompt) else OTHER_PROMPT] = None
+            elif not after.startswith(whole[start:end], start):
+                notes[OTHERWISE] = None
+        if end is None:
+            raise UserError(f"the chat template ends turn {place + 1} with no special token" + _WHAT_TO_DO)
+        content = messages[place].get("content")
+        if isinstance(content, str) and content.strip() not in whole[start:end]:
+            notes[LEFT_OUT] = None
+        return Turn(place, start, end)
+
+    def _end(self, start: int, after: int, is_last: bool, whole: str, controls: list[tuple[int, int]]) -> int | None:
+        """The end of the last control token of whole[start:after], but for those that end the conversation."""
+        if is_last and self.end_of_turn and whole.endswith(self._end_of_chat):
+            sooner = self._end(start, after - len(self._end_of_chat), False, whole, controls)
+            if sooner is not None:
+                return sooner
+        at = bisect.bisect_right(controls, after, key=lambda control: control[1]) - 1
+        return controls[at][1] if at >= 0 and controls[at][0] >= start else None
+
+    def _among_others(
+        self, place: int, messages: list[Message], tools, whole: str, before: str
+    ) -> tuple[int, int | None]:
+        """Where a turn stands that is written otherwise when the conversation goes on, or without generation prompt.
+
+        before: the conversation in front of it, with the generation prompt.
+        """
+        start, behind = (len(before) if whole.startswith(before) else None), None
+        if start is None or self.end_of_turn in str(messages[place].get("content")):
+            front, behind = self._around(place, messages, tools, whole)
+            start = front if start is None else start
+        if start is None:
             raise UserError(
                 f"the chat template writes turn {place + 1} differently when the conversation goes on, so that what is "
-                "trained on cannot be told"
+                "trained on cannot be told" + _WHAT_TO_DO
             )
-        return len(before), len(after)
+        if not self.end_of_turn:
+            return start, None
+        found = whole.find(self.end_of_turn, start if behind is None else max(start, behind))
+        return start, None if found < 0 else found + len(self.end_of_turn)
 
-    def _controls(self, whole: str, ids: list[int]) -> list[tuple[int, int, int]] | None:
-        """(Start, end, token) of every control token, or None if text and tokens do not tell the same."""
-        if not self._control:
-            return None
-        known = self._tokenizer.control_tokens
-        wanted = set(known.values())
-        found = [(m.start(), m.end(), known[m[0]]) for m in self._control.finditer(whole)]
-        tokens = [(place, i) for place, i in enumerate(ids) if i in wanted]
-        if [i for _, _, i in found] != [i for _, i in tokens]:
-            return None
-        return [(start, end, place) for (start, end, _), (place, _) in zip(found, tokens)]
+    def _around(self, place: int, messages: list[Message], tools, whole: str) -> tuple[int | None, int | None]:
+        """Where the text of a message begins and ends in `whole`; None where that cannot be told."""
+        if not messages[place].get("content"):
+            return None, None
+        probe = _unused_letter(whole)
+        other = [*messages[:place], {**messages[place], "content": probe}, *messages[place + 1 :]]
+        front, *behind = self._chat.render(other, tools=tools).split(probe)
+        if len(behind) != 1:
+            return None, None
+        end = len(whole) - len(behind[0]) if whole.endswith(behind[0]) else None
+        return len(front) if whole.startswith(front) else None, end
 
-    def _tokens(
-        self, place: int, before: int, after: int, whole: str, ids: list[int], controls: list | None
-    ) -> tuple[int, int]:
-        if controls is None:
-            return self._tokens_slowly(place, before, after, whole, ids)
-        at = bisect.bisect_right(controls, before, key=lambda control: control[1]) - 1
-        first = controls[at] if at >= 0 else (0, 0, 0)
-        start = first[2] + self._count(whole[first[0] : before])
-        at = bisect.bisect_right(controls, after, key=lambda control: control[1]) - 1
-        if at < 0 or controls[at][2] < start:
-            raise _no_end(place)
-        return start, controls[at][2] + 1
+    @property
+    def end_of_turn(self) -> str:
+        """The token that ends every answer, wherever it stands; "" if there is none, or it cannot be told."""
+        return self._endings[0]
 
-    def _tokens_slowly(self, place: int, before: int, after: int, whole: str, ids: list[int]) -> tuple[int, int]:
-        start = self._count(whole[:before])
-        end = self._tokenizer.encode(whole[:after], special=True)
-        stop = next((i + 1 for i in reversed(range(start, len(end))) if end[i] in self._tokenizer.control_ids), None)
-        if stop is None:
-            raise _no_end(place)
-        if ids[:stop] != end[:stop]:
-            raise UserError(f"the tokenizer encodes turn {place + 1} differently when the conversation goes on")
-        return start, stop
+    @property
+    def _end_of_chat(self) -> str:
+        """What the template writes behind that token at the end of a conversation alone."""
+        return self._endings[1]
+
+    @functools.cached_property
+    def _endings(self) -> tuple[str, str]:
+        question, answer, other = (
+            {"role": role, "content": letter}
+            for role, letter in (("user", "\ue000"), ("assistant", "\ue001"), ("user", "\ue002"))
+        )
+        try:
+            alone = self._chat.render([question, answer]).split("\ue001")
+            goes_on = self._chat.render([question, answer, other, {**answer, "content": "\ue003"}])
+        except UserError:  # a template that wants something else; its turns then have to be told without this
+            return "", ""
+        within = re.search("\ue001(.*)\ue002", goes_on, re.DOTALL)
+        if len(alone) != 2 or not within:
+            return "", ""
+        common = _common_start(alone[1], within[1])
+        for names in (self._tokenizer.control_tokens, self._tokenizer.added_tokens):
+            found = [(common.rfind(name) + len(name), name) for name in names if name in common]
+            if found:
+                return max(found)[1], alone[1][max(found)[0] :]
+        return "", ""
 
 
-def _no_end(place: int) -> UserError:
-    return UserError(f"the chat template ends turn {place + 1} with no special token")
+def _common_start(one: str, other: str) -> str:
+    count = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    return one[:count]
+
+
+def _unused_letter(text: str) -> str:
+    """A letter of the private use area that a text does not have."""
+    return next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in text)

@@ -35,6 +35,10 @@ MAX_CHARACTERS = 20_000_000  # of what it writes
 TODAY = datetime.datetime(2024, 7, 26)
 
 
+# What stands around that which a template marks as the assistant's, if it is rendered with marks: noncharacters.
+MARKS = ("\ufdd0", "\ufdd1")
+
+
 class TemplateFault(Exception):
     """What is wrong with a template, or what it raised, in one line."""
 
@@ -62,11 +66,12 @@ class SandboxedTemplate:
             raise TemplateFault(f"no process can be started to render it: {error.strerror}") from None
         self._ask(self._helper, self._source)
 
-    def render(self, **variables: Any) -> str:
+    def render(self, variables: dict[str, Any], marked: bool = False) -> str:
+        """What the template writes. marked: with MARKS around each {% generation %} ... {% endgeneration %}."""
         if self._helper is None:
             self.compile()
         assert self._helper is not None
-        return self._ask(self._helper, variables)
+        return self._ask(self._helper, (variables, marked))
 
     def _ask(self, helper: HelperProcess, request: object) -> str:
         try:
@@ -90,22 +95,28 @@ _DONE, _FAULT = "+", "-"  # how an answer begins
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the trainer answers it
+    for number in (signal.SIGINT, signal.SIGHUP):  # Ctrl-C, and the terminal's end, reach the whole process group;
+        signal.signal(number, signal.SIG_IGN)  # the trainer answers them
     connection = Connection(int(sys.argv[1]))
     max_bytes, max_seconds, max_characters = map(int, sys.argv[2:])
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_AS, max_bytes)
-    template: jinja2.Template | None = None
+    source = ""
+    templates: dict[bool, jinja2.Template] = {}  # with marks, and without
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             request = connection.recv()
             _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + max_seconds)
             try:
                 text = ""
-                if template is None:
-                    template = _environment().from_string(request)
+                if not templates:
+                    source, variables, marked = request, None, False
                 else:
-                    text = template.render(**request)
+                    variables, marked = request
+                if marked not in templates:
+                    templates[marked] = _environment(marked).from_string(source)
+                if variables is not None:
+                    text = templates[marked].render(**variables)
                 if len(text) > max_characters:
                     raise ValueError(f"it writes more than {max_characters} characters")
                 answer = _DONE + text
@@ -123,18 +134,21 @@ def _limit(what: int, most: int) -> None:
         resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
-def _environment() -> jinja2.Environment:
+def _environment(marked: bool) -> jinja2.Environment:
     import jinja2.ext
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %} ... {% endgeneration %} marks what an assistant says; it changes nothing in the text."""
+        """{% generation %} ... {% endgeneration %} marks what an assistant says; not `marked`, it changes nothing."""
 
         tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser):
             lineno = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            if marked:
+                first, last = (jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)], lineno=lineno) for mark in MARKS)
+                body = [first, *body, last]
             return jinja2.nodes.Scope(body, lineno=lineno)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
-from titan_hd.data.text.chat import ChatTurns
+from titan_hd.data.text.borders import CUT, SHARED, encode_with_borders
+from titan_hd.data.text.chat_encoding import ChatTurns, Trained
 from titan_hd.data.text.tokenizer_base import Tokenizer
 from titan_hd.errors import UserError
 
 _HEAD = (
     "Below is an instruction that describes a task{extra}. Write a response that appropriately completes the request."
 )
-_ALPACA = _HEAD.format(extra="") + "\n\n### Instruction:\n{prompt}\n\n### Response:"
-_ALPACA_INPUT = (
-    _HEAD.format(extra=", paired with an input that provides further context")
-    + "\n\n### Instruction:\n{prompt}\n\n### Input:\n{input}\n\n### Response:"
-)
+_HEADS = (_HEAD.format(extra=""), _HEAD.format(extra=", paired with an input that provides further context"))
+_ALPACA = "{system}\n\n### Instruction:\n{prompt}\n\n### Response:"
+_ALPACA_INPUT = "{system}\n\n### Instruction:\n{prompt}\n\n### Input:\n{input}\n\n### Response:"
 
 
 class Template:
@@ -24,14 +24,38 @@ class Template:
     is what stands between a response and the end-of-sequence token.
 
     special: control tokens spelled in the text are parsed; otherwise records and headings are plain text.
+    joint: prompt and response are encoded as one text, of which the first len(prompt_ids) ids are the prompt's (Alpaca,
+        PiSSA), whatever is in the last of them.
+    heads: what stands for {system} in records without a system text, without and with an input. line: what follows a
+        system text that is there.
     """
 
-    def __init__(self, text: str, text_with_input: str, ending: str, special: bool = False):
-        self._text, self._text_with_input, self.ending, self._special = text, text_with_input, ending, special
+    def __init__(
+        self,
+        text: str,
+        text_with_input: str,
+        ending: str,
+        special: bool = False,
+        joint: bool = False,
+        heads: tuple[str, str] = ("", ""),
+        line: str = "",
+    ):
+        self._text, self._text_with_input, self.ending = text, text_with_input, ending
+        self._special, self._joint, self._heads, self._line = special, joint, heads, line
+        self.writes_system = "{system}" in text
+
+    def under(self, system: str) -> Template:
+        """The same template for a record with a system text; without one itself."""
+        if not system or not self.writes_system:
+            return self
+        template, head = copy.copy(self), system + self._line
+        template._heads = head, head
+        return template
 
     def write(self, prompt: str, extra: str) -> str:
         """The text in front of the response."""
-        return _fill(self._text_with_input if extra else self._text, prompt, extra)
+        text, head = (self._text_with_input, self._heads[1]) if extra else (self._text, self._heads[0])
+        return _fill(text, {"prompt": prompt, "input": extra, "system": head})
 
     def texts(self, prompt: str, extra: str, response: str) -> tuple[str, str]:
         """The text in front of the response, and the whole."""
@@ -40,47 +64,51 @@ class Template:
 
     def prompt_ids(self, tokenizer: Tokenizer, prompt: str, extra: str) -> list[int]:
         """BOS (if the family has one) and the prompt: what generation starts from."""
-        return self._sequence(tokenizer, self.write(prompt, extra))
+        return [*self._bos(tokenizer), *tokenizer.encode(self.write(prompt, extra), self._special)]
 
-    def encode(self, tokenizer: Tokenizer, prompt: str, extra: str, response: str) -> tuple[list[int], int, int]:
-        """Ids of prompt, response and end, and from where to where they are trained on.
-
-        Prompt and response are encoded as one text; the first len(prompt) ids are the prompt's (Alpaca, PiSSA).
-        """
+    def encode(self, tokenizer: Tokenizer, prompt: str, extra: str, response: str) -> Trained:
+        """Prompt, response and end. The ids begin with those of `prompt_ids`, and all behind them is trained on."""
         before, whole = self.texts(prompt, extra, response)
-        ids = [*self._sequence(tokenizer, whole), tokenizer.eos_id]
-        return ids, min(len(self._sequence(tokenizer, before)), len(ids)), len(ids)
+        encoded = encode_with_borders(tokenizer, whole, [len(before)], self._special, self._joint)
+        bos, (start,) = self._bos(tokenizer), encoded.places
+        ids = [*bos, *encoded.ids, tokenizer.eos_id]
+        notes = ((SHARED if self._joint else CUT),) if encoded.shared else ()
+        return Trained(ids, [(min(len(bos) + start, len(ids)), len(ids))], notes)
+
+    def encode_all(self, tokenizer: Tokenizer, prompt: str, extra: str, response: str) -> Trained:
+        """As `encode`, for a record that is trained on as a whole."""
+        return self.encode(tokenizer, prompt, extra, response)
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """What ends a generated response."""
         return tokenizer.stop_ids
 
-    def _sequence(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        return bos + (tokenizer.encode(text, special=True) if self._special else tokenizer.encode(text))
+    def _bos(self, tokenizer: Tokenizer) -> list[int]:
+        return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
 
-def load_template(name: str, tokenizer: Tokenizer | None = None) -> Template | ChatTurns:
-    """A template by its name in the configuration, or from a text file with {prompt} and perhaps {input}.
+def load_template(name: str, tokenizer: Tokenizer | None = None, joint: bool = False) -> Template | ChatTurns:
+    """A template by its name in the configuration, or from a text file with {prompt} and perhaps {input} and {system}.
 
-    pissa is the form of PiSSA's and HD-PiSSA's experiments: Alpaca's heading, the response followed by a newline. chat
-    is the model's own chat template, which is found beside the tokenizer. A file may spell control tokens such as
+    A record's system text takes the place of Alpaca's heading, and stands in front of a prompt that has none. pissa is
+    the form of PiSSA's and HD-PiSSA's experiments: Alpaca's heading, the response followed by a newline. chat is the
+    model's own chat template, which is found beside the tokenizer. A file may spell control tokens such as
     <|im_start|>; then they are parsed in the whole text, records included.
 
-    tokenizer: without it (before it is read) only the name is checked.
+    tokenizer: without it (before it is read) only the name is checked. joint: as Template has it.
 
     Raises:
         UserError: neither a known name nor a readable file with {prompt}.
     """
     if name == "chat":
-        return ChatTurns(tokenizer)
+        return ChatTurns(tokenizer, joint)
     if name == "none":
-        return Template("{prompt}", "{prompt}\n{input}", "")
+        return Template("{system}{prompt}", "{system}{prompt}\n{input}", "", joint=joint, line="\n")
     if name in ("alpaca", "pissa"):
-        return Template(_ALPACA, _ALPACA_INPUT, "\n" if name == "pissa" else "")
+        return Template(_ALPACA, _ALPACA_INPUT, "\n" if name == "pissa" else "", joint=joint, heads=_HEADS)
     text = _read(name)
     special = tokenizer is not None and not tokenizer.control_ids.isdisjoint(tokenizer.encode(text, special=True))
-    return Template(text, text, "", special)
+    return Template(text, text, "", special, joint)
 
 
 def template_file(name: str) -> Path | None:
@@ -90,7 +118,7 @@ def template_file(name: str) -> Path | None:
 
 def _read(name: str) -> str:
     try:
-        text = Path(name).read_text(encoding="utf-8")
+        text = Path(name).read_text(encoding="utf-8-sig")  # Windows editors put a byte order mark in front
     except (OSError, UnicodeDecodeError):
         raise UserError(f"data.template: {name!r} is neither alpaca, pissa, chat or none nor a text file") from None
     if "{prompt}" not in text:
@@ -98,6 +126,6 @@ def _read(name: str) -> str:
     return text
 
 
-def _fill(text: str, prompt: str, extra: str) -> str:
-    """Replace {prompt} and {input} in one pass: the same words inside a record are left alone."""
-    return re.sub(r"\{(prompt|input)\}", lambda m: prompt if m[1] == "prompt" else extra, text)
+def _fill(text: str, values: dict[str, str]) -> str:
+    """Replace {prompt}, {input} and {system} in one pass: the same words inside a record are left alone."""
+    return re.sub(r"\{(prompt|input|system)\}", lambda m: values[m[1]], text)

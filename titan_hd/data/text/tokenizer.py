@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from titan_hd.data.text.chat import TOOL_TEMPLATE
 from titan_hd.data.text.tokenizer_base import Settings, Tokenizer
 from titan_hd.data.text.tokenizer_json import JsonTokenizer
 from titan_hd.data.text.tokenizer_model import SentencePieceTokenizer, TiktokenTokenizer
@@ -14,10 +15,12 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
+    "added_tokens.json",
     "special_tokens_map.json",
     "generation_config.json",
     "chat_template.jinja",
     "chat_template.json",
+    TOOL_TEMPLATE,
 )
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 

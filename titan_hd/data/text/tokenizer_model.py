@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import re
+from collections.abc import Collection
 from pathlib import Path
 
-from titan_hd.data.text.tokenizer_base import Settings, Tokenizer, read_json
+from titan_hd.data.text.tokenizer_base import Settings, Tokenizer, encode_behind_anchor, read_json
 from titan_hd.errors import UserError
 
 # tiktoken's time grows with the square of a piece's length; Meta's tokenizer cuts texts and runs of white space or of
@@ -32,7 +34,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     A space is put in front of the text ("dummy prefix"); with `special`, in front of every stretch between two control
     tokens, as Meta's and Mistral's own code and transformers' `legacy = true` have it. (`legacy = false`, and
-    LlamaTokenizer of transformers 5, put it in front of the first stretch alone, and not before a leading space.)
+    LlamaTokenizer of transformers 5, put it in front of the first stretch alone, and not before a leading space.) With
+    add_prefix_space = false in tokenizer_config.json none is put anywhere.
     """
 
     def __init__(self, path: Path, settings: Settings):
@@ -43,53 +46,95 @@ class SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, OSError):
             raise UserError(f"{path}: is neither a SentencePiece model nor tiktoken's ranks") from None
         size = self._processor.vocab_size()
-        self.control_tokens = {self._processor.id_to_piece(i): i for i in range(size) if self._processor.is_control(i)}
-        self.control_tokens |= self._added(path, settings, size)
-        self.control_ids = frozenset((*self.control_tokens.values(), self._processor.unk_id()))
-        self.vocab_size = max((size - 1, *self.control_tokens.values())) + 1
-        eos_id = self._id(settings, "eos_token", self._processor.eos_id())
+        self.learned_size = size
+        self._with_prefix = settings.values.get("add_prefix_space") is not False
+        self._every_stretch = self._with_prefix and settings.values.get("legacy") is not False
+        # What stands behind the model's own pieces, or has another name than these.
+        added = {
+            i: t for i, t in settings.added_tokens.items() if i >= size or self._processor.id_to_piece(i) != t.content
+        }
+        control = {self._processor.id_to_piece(i): i for i in range(size) if self._processor.is_control(i)}
+        control |= {token.content: i for i, token in added.items() if token.special}
+        words = {token.content: i for i, token in added.items() if not token.special}
+        self.vocab_size = max((size - 1, *control.values(), *words.values())) + 1
+        control |= self._named(settings, control, words)
+        self.vocab_size = max((self.vocab_size - 1, *control.values())) + 1
+        self.control_tokens, self.added_tokens = control, {**words, **control}
+        self.control_ids = frozenset((*control.values(), self._processor.unk_id()))
+        eos_id = self._id(path, settings, "eos_token", self._processor.eos_id())
         if eos_id is None:
             raise UserError(f"{path}: has no end-of-sequence token")
-        bos_id = self._id(settings, "bos_token", self._processor.bos_id())
+        bos_id = self._id(path, settings, "bos_token", self._processor.bos_id())
         with_bos = settings.values.get("add_bos_token", True)
-        self._set_ends(settings, bos_id if with_bos else None, eos_id, self._id(settings, "pad_token", -1))
-        self._splitter = re.compile(f"({'|'.join(map(re.escape, sorted(self.control_tokens, key=len, reverse=True)))})")
+        self._set_ends(settings, bos_id if with_bos else None, eos_id, self._id(path, settings, "pad_token", -1))
+        self._words = {i: text for text, i in words.items()}
+        self._splitters = {False: _splitter(words), True: _splitter(self.added_tokens)}
 
-    def _added(self, path: Path, settings: Settings, size: int) -> dict[str, int]:
-        """Control tokens that tokenizer_config.json adds behind the model's own."""
-        added = {i: token for i, token in settings.added_tokens.items() if i >= size}
-        for token in added.values():
-            if not token.get("special"):
-                raise UserError(
-                    f"{path}: tokenizer_config.json adds {token['content']!r}, which is not marked special; save the "
-                    "tokenizer as tokenizer.json"
-                )
-        return {token["content"]: i for i, token in added.items()}
+    def _named(self, settings: Settings, control: dict[str, int], words: dict[str, int]) -> dict[str, int]:
+        """The tokens that the settings name as special: pieces of the model, words that were added, or new ones behind
+        all others, as transformers adds them. BOS and EOS are never new: the model has no embedding for them."""
+        found = {}
+        ends = [settings.special_tokens.get(name) for name in ("bos_token", "eos_token")]
+        for text in settings.named:
+            piece = self._processor.piece_to_id(text)
+            if text in words:
+                found[text] = words.pop(text)
+            elif text not in control and (
+                piece != self._processor.unk_id() or text == self._processor.id_to_piece(piece)
+            ):
+                found[text] = piece
+            elif text not in control and text not in ends:
+                found[text] = max((self.vocab_size - 1, *found.values())) + 1
+        return found
 
-    def _id(self, settings: Settings, name: str, default: int) -> int | None:
+    def _id(self, path: Path, settings: Settings, name: str, default: int) -> int | None:
         """The token that the settings name, else the model's own (and then its text is noted)."""
         token = settings.special_tokens.get(name)
         if token in self.control_tokens:
             return self.control_tokens[token]
-        found = self._processor.piece_to_id(token) if token else self._processor.unk_id()
-        if found != self._processor.unk_id():
-            return found
+        if token:
+            raise UserError(
+                f"{path}: {name}: {token!r} is none of its tokens; name it with its id in added_tokens.json"
+            )
         if default < 0:
             return None
         settings.special_tokens[name] = self._processor.id_to_piece(default)
         return default
 
     def _encode(self, text: str, special: bool) -> list[int]:
-        if not special:
-            return self._processor.encode(text)
-        ids: list[int] = []
-        for place, part in enumerate(self._splitter.split(text)):
-            ids += [self.control_tokens[part]] if place % 2 else self._processor.encode(part)
+        splitter = self._splitters[special]
+        if splitter is None:
+            return self._plain(text, self._with_prefix)
+        first, *rest = splitter.split(text)  # added tokens in turn with what is between them
+        ids = self._plain(first, self._with_prefix)
+        for token, part in zip(rest[::2], rest[1::2]):
+            ids += [self.added_tokens[token], *self._plain(part, self._every_stretch)]
         return ids
 
+    def _plain(self, text: str, with_prefix: bool) -> list[int]:
+        """Ids of a text without added tokens."""
+        encode = self._processor.encode
+        return encode(text) if with_prefix or not text else encode_behind_anchor(encode, text)
+
     def decode(self, ids: list[int]) -> str:
-        size = self._processor.vocab_size()
-        return self._processor.decode([i for i in ids if 0 <= i < size and i not in self.control_ids])
+        words, size = self._words, self._processor.vocab_size()
+        kept = [i for i in ids if i in words or (0 <= i < size and i not in self.control_ids)]
+        parts = []
+        for is_word, group in itertools.groupby(kept, words.__contains__):
+            run = list(group)
+            parts.append("".join(words[i] for i in run) if is_word else self._text(run))
+        return "".join(parts)
+
+    def _text(self, ids: list[int]) -> str:
+        """Text of the model's own pieces; the library takes one space away in front of it."""
+        if self._with_prefix:
+            return self._processor.decode(ids)
+        return self._processor.decode([*self._processor.encode("|"), *ids])[1:]
+
+
+def _splitter(tokens: Collection[str]) -> re.Pattern[str] | None:
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -102,19 +147,29 @@ class TiktokenTokenizer(Tokenizer):
         names = llama3_control_tokens(_is_llama_3_1(path, settings))
         control = {name: len(ranks) + i for i, name in enumerate(names)}
         # tokenizer_config.json has the last word: Hugging Face renamed some reserved ones.
-        renamed = {i: token["content"] for i, token in settings.added_tokens.items()}
-        control = {renamed.get(i, name): i for name, i in control.items()}
+        renamed = {i: token for i, token in settings.added_tokens.items() if i >= len(ranks)}
+        for i, token in renamed.items():
+            if not token.special and i >= len(ranks) + len(names):
+                raise UserError(
+                    f"{path}: the files beside it add {token.content!r}, which is not marked special; save the "
+                    "tokenizer as tokenizer.json"
+                )
+        text_of = {i: name for name, i in control.items()} | {i: token.content for i, token in renamed.items()}
+        control = {text: i for i, text in text_of.items()}
         self._encoding = tiktoken.Encoding(
             path.stem, pat_str=_LLAMA3_PIECES, mergeable_ranks=ranks, special_tokens=control
         )
         self._ranks, self.control_tokens, self.control_ids = len(ranks), control, frozenset(control.values())
-        self.vocab_size = len(ranks) + len(control)
+        self.added_tokens, self.vocab_size = control, max(control.values()) + 1
+        self.learned_size = len(ranks)
         tokens = settings.special_tokens
+        for key in ("bos_token", "eos_token"):
+            if tokens.get(key, next(iter(control))) not in control:
+                raise UserError(f"{settings.directory}: {key}: {tokens[key]!r} is no control token of {path.name}")
         named = {key: control[text] for key, text in tokens.items() if text in control}
         bos_id = named.get("bos_token", len(ranks))
         eos_id = named.get("eos_token", settings.first_id("eos_token_id"))
         eos_id = len(ranks) + names.index("<|end_of_text|>") if eos_id is None else eos_id
-        text_of = {i: text for text, i in control.items()}
         if eos_id not in text_of:
             raise UserError(f"{settings.directory / 'config.json'}: eos_token_id: {eos_id} is no control token")
         tokens.update(bos_token=text_of[bos_id], eos_token=text_of[eos_id])

@@ -30,7 +30,7 @@ from titan_hd.data.tokens.encoding import as_array
 from titan_hd.data.tokens.statistics import Statistics
 from titan_hd.errors import UserError
 
-VERSION = 2  # of what an entry looks like and of how records become tokens
+VERSION = 3  # of what an entry looks like and of how records become tokens
 _DIGITS = 32  # of a file's hash
 _SETTLED_SECONDS = 2.0
 logger = logging.getLogger("titan_hd")
@@ -181,6 +181,9 @@ class TokenCache:
                     text = getattr(statistics, field)
                     if text.startswith(f"{old}:"):
                         setattr(statistics, field, new + text.removeprefix(old))
+                for note, (count, where) in statistics.notes.items():
+                    if where.startswith(f"{old}:"):
+                        statistics.notes[note] = (count, new + where.removeprefix(old))
             wrong = [name for name, size in sizes.items() if (folder / name).stat().st_size != size]
             if not wrong:
                 return Entry(statistics, MappedArrays(folder, sizes))

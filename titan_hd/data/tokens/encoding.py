@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +13,9 @@ from typing import BinaryIO
 import numpy as np
 
 from titan_hd.data.example import IGNORE, Example
+from titan_hd.data.fields import without_ignored
 from titan_hd.data.formats import Format, QuestionFormat
-from titan_hd.data.sources import RawRecord, Record, parse
+from titan_hd.data.sources import RawRecord, Record, parse, read_raw
 from titan_hd.data.tokens.statistics import Statistics
 from titan_hd.errors import UserError
 
@@ -49,7 +52,8 @@ class Chunk:
 class Encoder:
     """How the records of one source are encoded. Other processes get it pickled.
 
-    name: what messages call the source. stop_at_fault: what comes behind a bad record is not wanted.
+    name: what messages call the source. stop_at_fault: what comes behind a bad record is not wanted. ignored: fields
+        that are passed over.
     keep_questions: also keep what it takes to generate answers and compare them, if the format has questions.
     """
 
@@ -57,6 +61,7 @@ class Encoder:
     format: Format
     seq_len: int
     stop_at_fault: bool
+    ignored: tuple[str, ...] = ()
     keep_questions: bool = False
 
     @property
@@ -82,15 +87,18 @@ class Encoder:
         Raises:
             UserError: it is a bad one; the line begins with its file and line.
         """
-        record = parse(raw)
+        record = without_ignored(parse(raw), self.ignored)
         try:
             example = self.format.encode(record)
         except UserError as error:
             raise UserError(f"{record.where}: {error}") from None
         s, length = statistics, len(example.input_ids)
+        s.unused += [name for name in self.format.unused(record) if name not in s.unused]
         s.longest, is_cut = max(s.longest, length), length > self.seq_len
         if is_cut:
             example = Example(example.input_ids[: self.seq_len], example.labels[: self.seq_len])
+        for note in example.notes:
+            s.note(note, record.where)
         trained = example.trained_tokens
         if not trained and (is_cut or not self.format.own_labels):
             s.unlabelled += 1
@@ -101,6 +109,14 @@ class Encoder:
         s.tokens += len(example.input_ids)
         s.trained += trained
         return example, record
+
+    def unused_at_first(self, path: str, count: int = 200) -> frozenset[str]:
+        """Fields that the first records at `path` have and that are not used. Bad records are passed over."""
+        found: set[str] = set()
+        for raw in itertools.islice(read_raw(path, self.name), count):
+            with contextlib.suppress(UserError):
+                found |= self.format.unused(without_ignored(parse(raw), self.ignored))
+        return frozenset(found)
 
     def chunk(self, raws: list[RawRecord]) -> Chunk:
         """Many records at once."""

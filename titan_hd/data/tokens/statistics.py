@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -19,6 +19,8 @@ class Statistics:
         longest: tokens of the longest record before the cut.
         first_unlabelled: file and line of the first record without a label.
         first_bad: file and line of the first bad record, and what is wrong with it.
+        unused: fields of records that say something and are not used, each once.
+        notes: what there is to say about some of the records -> how many these are, file and line of the first.
         content: a hash of the ids and labels of all records; of several sources, one hash for each.
     """
 
@@ -33,7 +35,13 @@ class Statistics:
     longest: int = 0
     first_unlabelled: str = ""
     first_bad: str = ""
+    unused: list[str] = field(default_factory=list)
+    notes: dict[str, tuple[int, str]] = field(default_factory=dict)
     content: str = ""
+
+    def note(self, text: str, where: str, count: int = 1) -> None:
+        before, first = self.notes.get(text, (0, where))
+        self.notes[text] = (before + count, first)
 
     def add(self, other: Statistics) -> None:
         """Count other records, which come behind these, as well."""
@@ -42,6 +50,9 @@ class Statistics:
         self.longest = max(self.longest, other.longest)
         self.first_unlabelled = self.first_unlabelled or other.first_unlabelled
         self.first_bad = self.first_bad or other.first_bad
+        self.unused += [name for name in other.unused if name not in self.unused]
+        for text, (count, where) in other.notes.items():
+            self.note(text, where, count)
         self.content = " ".join(filter(None, (self.content, other.content)))
 
 

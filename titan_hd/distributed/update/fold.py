@@ -28,6 +28,7 @@ class FoldSettings:
     seed: int = 0  # of the stochastic rounding of bf16 masters
     wire: torch.dtype = torch.float32  # of dA and dB on the way
     in_flight: int = 2
+    offloaded: bool = False  # W's rows lie on the host, and come to the device one weight at a time
 
 
 class Fold:
@@ -40,6 +41,7 @@ class Fold:
 
     def __init__(self, registry: AdapterRegistry, dims: ParallelDims, plan: UpdatePlan, settings: FoldSettings):
         self.registry, self.dims, self.plan, self.settings = registry, dims, plan, settings
+        self._device = registry.deltas.device
         coefficient = 1.0 / registry.num_adapters if settings.aggregate == "mean" else 1.0
         self.exchanges = {
             name: route.exchange(registry.mesh, dims, coefficient, settings.wire) for name, route in ROUTES.items()
@@ -84,10 +86,13 @@ class Fold:
         names = list(bucket.shapes)
         updates = yield from self.exchanges[bucket.route].travel(names, self._hosted(bucket))  # phase 1
         for name, update in zip(names, updates):  # phase 2
-            rows = self.registry.entries[name].weight_rows()
-            if rows.numel():  # the last shards may be empty
-                rounding = None if rows.dtype == torch.float32 else self._rounding(name, step)
-                update.add_to(rows, decay, rounding)
+            held = self.registry.entries[name].weight_rows()
+            if not held.numel():  # the last shards may be empty
+                continue
+            rows = held if not self.settings.offloaded else held.to(self._device, non_blocking=True, copy=True)
+            update.add_to(rows, decay, None if rows.dtype == torch.float32 else self._rounding(name, step))
+            if self.settings.offloaded:
+                held.copy_(rows, non_blocking=True)
 
     def _hosted(self, bucket: Bucket) -> list[HostedFactors]:
         return [self._factors[name] for name in bucket.shapes]

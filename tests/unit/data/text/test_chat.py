@@ -13,7 +13,9 @@ import pytest
 
 from tests.kit.tokenizers import pieces_directory, tiktoken_directory
 from titan_hd.data.text import sandbox
-from titan_hd.data.text.chat import ChatTemplate, ChatTurns, load_chat_template
+from titan_hd.data.text.chat import ChatTemplate, load_chat_template
+from titan_hd.data.text.chat_encoding import ChatTurns
+from titan_hd.data.text.chat_spans import OTHER_PROMPT
 from titan_hd.data.text.tokenizer import load_tokenizer
 
 CHATML = (
@@ -269,8 +271,8 @@ class TestBounds:
 
     @pytest.mark.parametrize("source", SLOW.values(), ids=SLOW.keys())
     def test_time(self, source: str, monkeypatch):
-        monkeypatch.setattr(sandbox, "MAX_SECONDS", 1)
-        assert fault(self.render, source) == "some/file: chat template: it runs for more than 1 seconds"
+        monkeypatch.setattr(sandbox, "MAX_SECONDS", 0)  # the kernel counts whole seconds: this is one of them
+        assert fault(self.render, source) == "some/file: chat template: it runs for more than 0 seconds"
 
     @pytest.mark.parametrize("source", REFUSED.values(), ids=REFUSED.keys())
     def test_refused(self, source: str):
@@ -319,7 +321,8 @@ class TestTurns:
 
     def test_trained_from_the_response_to_the_end_of_turn(self, tmp_path: Path):
         tokenizer, turns = self.turns(tmp_path, CHATML)
-        ids, start, stop = turns.encode(tokenizer, "Hi", "", "the dog")
+        trained = turns.encode(tokenizer, "Hi", "", "the dog")
+        ids, ((start, stop),) = trained.ids, trained.spans
         assert ids[:start] == turns.prompt_ids(tokenizer, "Hi", "")
         assert tokenizer.decode(ids[start:stop]) == "the dog"
         assert ids[stop - 1] == tokenizer.encode("<|im_end|>", special=True)[0]
@@ -332,12 +335,16 @@ class TestTurns:
         assert turns.write("a", "") == "a"
 
     def test_an_answer_that_does_not_begin_with_the_prompt(self, tmp_path: Path):
-        _, turns = self.turns(tmp_path, CHATML.replace("assistant\\n", "assistant\\n<think>"))
-        assert "does not begin with its generation prompt" in fault(turns.texts, "a", "", "b")
+        tokenizer, turns = self.turns(tmp_path, CHATML.replace("assistant\\n'", "assistant\\n<think>'"))
+        trained = turns.encode(tokenizer, "a", "", "b")
+        ((start, stop),) = trained.spans
+        assert tokenizer.decode(trained.ids[start:stop]) == "b"
+        assert trained.ids[stop - 1] == tokenizer.encode("<|im_end|>", special=True)[0]
+        assert trained.notes == (OTHER_PROMPT,)
 
     def test_an_answer_that_does_not_end(self, tmp_path: Path):
         tokenizer, turns = self.turns(tmp_path, "{% for m in messages %}{{ m.content }}\n{% endfor %}")
-        assert "ends an answer with no special token" in fault(turns.encode, tokenizer, "a", "", "b")
+        assert "ends turn 2 with no special token; put {% generation %}" in fault(turns.encode, tokenizer, "a", "", "b")
 
     def test_it_can_be_pickled(self, tmp_path: Path):
         tokenizer, turns = self.turns(tmp_path, CHATML)

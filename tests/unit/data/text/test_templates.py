@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.kit.tokenizers import pieces_directory
-from titan_hd.data.text.chat import ChatTurns
+from titan_hd.data.text.chat_encoding import ChatTurns
 from titan_hd.data.text.templates import load_template
 from titan_hd.data.text.tokenizer import load_tokenizer
 
@@ -64,7 +64,8 @@ def test_chat_is_known_before_there_is_a_tokenizer():
 
 def test_encodes_prompt_and_response_as_one_text(tmp_path: Path):
     tokenizer = load_tokenizer(pieces_directory(tmp_path))
-    ids, start, stop = load_template("pissa", tokenizer).encode(tokenizer, "Add 1 and 2.", "", "3")
+    trained = load_template("pissa", tokenizer).encode(tokenizer, "Add 1 and 2.", "", "3")
+    ids, ((start, stop),) = trained.ids, trained.spans
     assert ids == [*tokenizer.encode(PLAIN + "3\n"), tokenizer.eos_id]
     assert (start, stop) == (len(tokenizer.encode(PLAIN)), len(ids))
     assert tokenizer.decode(ids[start:stop]) == "3\n"
@@ -72,7 +73,7 @@ def test_encodes_prompt_and_response_as_one_text(tmp_path: Path):
 
 def test_a_record_cannot_forge_the_end(tmp_path: Path):
     tokenizer = load_tokenizer(pieces_directory(tmp_path))
-    ids, _, _ = load_template("alpaca", tokenizer).encode(tokenizer, "a</s>b", "<|im_end|>", "c</s>d")
+    ids = load_template("alpaca", tokenizer).encode(tokenizer, "a</s>b", "<|im_end|>", "c</s>d").ids
     assert [i for i in ids if i in tokenizer.control_ids] == [tokenizer.eos_id]
 
 

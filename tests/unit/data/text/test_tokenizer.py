@@ -117,10 +117,14 @@ class TestSentencePiece:
         assert tokenizer.encode("dog<|im_end|>") == plain.encode("dog<|im_end|>")
         assert tokenizer.decode([*plain.encode("dog"), size]) == "dog"
 
-    def test_added_words_need_tokenizer_json(self, tmp_path: Path, trained: Path):
-        added = {"1000": {"content": "word", "special": False}}
-        with pytest.raises(ValueError, match=r"adds 'word', which is not marked special; save the tokenizer as tok"):
-            load_tokenizer(sentencepiece_directory(tmp_path, trained, added_tokens_decoder=added))
+    def test_added_words_are_found_in_any_text(self, tmp_path: Path, trained: Path):
+        added = {"1000": {"content": "<word>", "special": False}}
+        tokenizer = load_tokenizer(sentencepiece_directory(tmp_path, trained, added_tokens_decoder=added))
+        fox, dog = tokenizer.encode("the fox"), tokenizer.encode("dog")
+        for special in (False, True):
+            assert tokenizer.encode("the fox<word>dog", special) == [*fox, 1000, *dog]
+        assert tokenizer.decode([*fox, 1000, *dog]) == "the fox<word>dog"
+        assert (tokenizer.vocab_size, 1000 in tokenizer.control_ids) == (1001, False)
 
     @pytest.mark.parametrize("added", [[], {"x": {"content": "a"}}, {"3": "a"}, {"3": {"content": 1}}])
     def test_added_tokens_of_another_shape(self, tmp_path: Path, trained: Path, added):

@@ -149,9 +149,10 @@ def test_what_an_entry_depends_on(setup: Path):
         {"seq_len": 41},
         {"template": "chat", "seq_len": 90},
         {"train_on_prompt": True},
-        {"prompt_field": "response"},
+        {"prompt_field": "response", "response_field": "prompt"},
     ]
     different += [{"on_error": "skip"}, {"format": "text", "text_field": "prompt"}]
+    different += [{"input_field": "x"}, {"system_field": "x"}, {"ignore_fields": ["input"]}]
     for count, settings in enumerate(different, 2):
         build(setup, **settings)
         assert len(entries(setup)) == count, settings
@@ -249,7 +250,15 @@ def test_a_user_without_a_home(setup: Path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does where the user is a mere number
     text = message(build, setup, cache_dir="auto")
-    assert text.startswith("data.cache_dir: ~/.cache/titan_hd/tokens: this user has no home directory; name a folder")
+    line = "data.cache_dir: ~/.cache/titan_hd/tokens: this user has no home directory; name a folder"
+    assert text.startswith(line)
+    assert message(data_build.check_data, Data(train=str(setup / "data"))).startswith(line), (
+        "before anything is started"
+    )
+    data_build.check_data(Data(train=str(setup / "data"), streaming=True))
+    monkeypatch.setattr(data_build, "SMALL", 2**20)
+    data_build.check_data(Data(train=str(setup / "data")))
+    assert list(build(setup, cache_dir="auto")) == list(build(setup, cache_dir="")), "what is small needs no folder"
 
 
 def test_a_full_disk_is_noted_for_those_who_wait(setup: Path, monkeypatch):

@@ -1,0 +1,84 @@
+"""What is read off an output, against what a reader of the published protocols reads off it."""
+
+from __future__ import annotations
+
+import pytest
+
+from titan_hd.evaluation import extraction
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so 9 * 2 = 18.\nThe answer is: 18", "18"),
+        ("The answer is: 5. No: The answer is: 7 eggs", "7"),
+        ("The answer is: $1,450.", "1450"),
+        ("The answer is: 1,450,000", "1450000"),
+        ("The answer is: -3", "-3"),
+        ("The answer is: 2.6", "3"),
+        ("The answer is: 9/2", "4"),  # halves to even
+        ("The answer is: 7/0", "7"),
+        ("The answer is: .75", "1"),
+        ("The answer is: x = 12", "12"),
+        ("The answer is: none", None),
+        ("The answer is 18", None),
+        ("#### 18", None),
+        ("", None),
+    ],
+)
+def test_whole_number(text: str, number: str | None):
+    assert extraction.whole_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{1} and \boxed{2}", "2"),
+        (r"\fbox{3}", "3"),
+        (r"$x = \boxed 5$.", "5"),
+        (r"\boxed{\left\{1,2\right\}}", r"\left\{1,2\right\}"),
+        (r"\boxed{unfinished", None),
+        ("nothing", None),
+    ],
+)
+def test_boxed(text: str, content: str | None):
+    assert extraction.boxed(text) == content
+
+
+@pytest.mark.parametrize(
+    ("text", "formula"),
+    [
+        ("Hence.\nThe answer is: $x+1$.", "$x+1$"),
+        ("The answer is: 3.\nAnd more. The end.", "3"),
+        ("The answer is: 3.5", "3.5"),
+        ("no mark", None),
+    ],
+)
+def test_marked_formula(text: str, formula: str | None):
+    assert extraction.marked_formula(text) == formula
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("the correct answer is answer2", "answer2"),
+        ("answer1/answer2\n\n### Response:\nanswer3, not answer4", "answer3"),
+        ("answer9", None),
+        ("Answer2", None),
+    ],
+)
+def test_first_choice(text: str, choice: str | None):
+    assert extraction.first_choice(text, "answer[1-5]") == choice
+
+
+def test_references():
+    assert extraction.gsm8k_reference("steps\n#### 1,450,000") == "1450000"
+    assert extraction.math_reference(r"Since 2, \boxed{4}.") == "4"
+    assert extraction.math_reference("Since.\nThe answer is: 4") == "4"
+    assert extraction.math_reference("4") == "4"
+    for bad in ("18", "#### eighteen"):
+        with pytest.raises(ValueError, match="#### and a whole number"):
+            extraction.gsm8k_reference(bad)
+    with pytest.raises(ValueError, match="boxed"):
+        extraction.math_reference("Since.\nTherefore.")

@@ -1,0 +1,135 @@
+"""tools/evaluate.py: outputs of any system scored, compared with others', and bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.kit.commands import call_tool, error_lines
+from tools import evaluate
+
+ANSWERS = ["18", "3", "70,000", "-5"]
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def outputs(answers: list[str], task: str = "gsm8k") -> list[dict]:
+    return [{"task": task, "id": i, "output": f"The answer is: {text}"} for i, text in enumerate(answers)]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Four problems of GSM8K and two of BoolQ."""
+    (tmp_path / "data" / "gsm8k").mkdir(parents=True)
+    (tmp_path / "data" / "boolq").mkdir()
+    rows = [{"question": f"Question {i}?", "answer": f"Steps\n#### {text}"} for i, text in enumerate(ANSWERS)]
+    write_lines(tmp_path / "data" / "gsm8k" / "test.jsonl", rows)
+    rows = [{"instruction": "q", "input": "", "output": "", "answer": text} for text in ("true", "false")]
+    (tmp_path / "data" / "boolq" / "test.json").write_text(json.dumps(rows))
+    return tmp_path / "data"
+
+
+def test_predictions_are_scored(data: Path, tmp_path: Path):
+    rows = [*outputs(["18", "4", "70000", "-5"]), *outputs(["true", "dunno"], "boolq")]
+    predictions = write_lines(tmp_path / "outputs.jsonl", rows)
+    result = call_tool(evaluate.main, "--predictions", predictions, "--data", data, "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())["tasks"]
+    assert summary["gsm8k"] == {
+        "n": 4, "right": 3, "accuracy": 0.75, "low": pytest.approx(0.3006, abs=1e-4),
+        "high": pytest.approx(0.9544, abs=1e-4), "no_answer": 0,
+    }  # fmt: skip
+    assert (summary["boolq"]["right"], summary["boolq"]["no_answer"]) == (1, 1)
+    lines = result.stdout.splitlines()
+    assert lines[1].split() == ["gsm8k", "4", "3", "75.00", "30.06", "-", "95.44", "0"]
+    assert lines[3].split() == ["mean", "of", "tasks", "62.50"]
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert samples[1] == {
+        "task": "gsm8k", "id": "1", "prompt": "", "output": "The answer is: 4", "extracted": "4", "reference": "3",
+        "right": False,
+    }  # fmt: skip
+    # The samples are predictions too, and give themselves again.
+    again = call_tool(evaluate.main, "--predictions", tmp_path / "out", "--data", data, "--output", tmp_path / "again")
+    assert again.stdout == result.stdout
+    for name in ("samples.jsonl", "summary.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_two_systems_are_compared(data: Path, tmp_path: Path):
+    for name, answers in (("ours", ["18", "3", "70000", "0"]), ("theirs", ["18", "0", "0", "-5"])):
+        predictions = write_lines(tmp_path / f"{name}.jsonl", outputs(answers))
+        arguments = ["--predictions", predictions, "--data", data, "--output", tmp_path / name]
+        result = call_tool(evaluate.main, *arguments, *(["--against", tmp_path / "ours"] if name == "theirs" else []))
+        assert result.returncode == 0, result.stderr
+    assert "gsm8k: against the other samples -25.00 points, 95% interval" in result.stdout
+    assert result.stdout.splitlines()[-1].endswith("on 4 problems; 1 gained, 2 lost")
+    against = json.loads((tmp_path / "theirs" / "summary.json").read_text())["tasks"]["gsm8k"]["against"]
+    assert (against["n"], against["difference"], against["gained"], against["lost"]) == (4, -0.25, 1, 2)
+
+
+def test_what_has_no_output_is_said_and_not_counted(data: Path, tmp_path: Path):
+    predictions = write_lines(tmp_path / "outputs.jsonl", outputs(["18"]))
+    result = call_tool(evaluate.main, "--predictions", predictions, "--data", data, "--output", tmp_path / "out")
+    assert "warning: gsm8k: 3 of 4 problems have no output, and are not counted" in result.stderr
+    assert result.stdout.splitlines()[1].split()[:4] == ["gsm8k", "1", "1", "100.00"]
+
+
+def test_a_file_of_ones_own(tmp_path: Path):
+    records = write_lines(tmp_path / "own.jsonl", [{"q": "2 + 2?", "a": "Sum: 4"}, {"q": "3 + 3?", "a": "Sum: 6"}])
+    rows = [{"task": "own", "id": i, "output": "Sum: 4"} for i in range(2)]
+    result = call_tool(
+        evaluate.main, "--predictions", write_lines(tmp_path / "outputs.jsonl", rows), "--records", records,
+        "--marker", "Sum:", "--prompt-field", "q", "--response-field", "a", "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert result.stdout.splitlines()[1].split()[:4] == ["own", "2", "1", "50.00"], result.stderr
+
+
+def test_gold_answers_of_gsm8k_are_all_right(shared_data: Path, tmp_path: Path):
+    path = shared_data / "gsm8k" / "test_query_response.jsonl"
+    golden = [json.loads(line)["response"] for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [{"task": "gsm8k", "id": i, "output": text} for i, text in enumerate(golden)]
+    predictions = write_lines(tmp_path / "outputs.jsonl", rows)
+    result = call_tool(evaluate.main, "--predictions", predictions, "--data", shared_data, "--output", tmp_path / "out")
+    assert result.stdout.splitlines()[1].split()[:4] == ["gsm8k", "1319", "1319", "100.00"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "message"),
+    [
+        (outputs(["1"]), ["--tasks", "gsm9k"], "--tasks: there is no task 'gsm9k'; known are gsm8k, math, boolq"),
+        (outputs(["1"], "gsm9k"), [], "--tasks: there is no task 'gsm9k'; known are gsm8k, math, boolq"),
+        (outputs(["1"]), ["--tasks", "own"], "--tasks: there is no task 'own'; name its file with --records"),
+        (outputs(["1"]), ["--limit", "0"], "--limit: must be a whole number above 0, not 0"),
+        (outputs(["1"]), ["--tasks", "hellaswag"], "--data: DATA has no file of hellaswag; looked for"),
+        (outputs(["1"]), ["--source", "gsm8k"], "--source: must be TASK=PATH, with one of gsm8k, not 'gsm8k'"),
+        (outputs(["1"]), ["--source", "gsm8k=no.jsonl"], "gsm8k: cannot read no.jsonl: No such file"),
+        (outputs(["1"]), ["--records", "own.jsonl"], "--marker: missing"),
+        (outputs(["1"]), ["--marker", "x"], "--marker: is for a file of your own"),
+        (outputs(["1"]), ["--against", "no.jsonl"], "--against: cannot read no.jsonl: No such file"),
+        (outputs(["1"] * 5), [], "outputs.jsonl:5: gsm8k has no problem '4'"),
+        (outputs(["1"]) * 2, [], "outputs.jsonl:2: gsm8k 0 was answered before"),
+        ([{"task": "gsm8k", "id": 1}], [], 'outputs.jsonl:1: needs "task", "id" and "output"; it has task, id'),
+    ],
+)
+def test_bad_input_is_one_line(rows: list[dict], arguments: list[str], message: str, data: Path, tmp_path: Path):
+    predictions = write_lines(tmp_path / "outputs.jsonl", rows)
+    fixed = ["--predictions", predictions, "--data", data, "--output", tmp_path / "out"]
+    (line,) = error_lines(call_tool(evaluate.main, *fixed, *arguments))
+    assert message.replace("DATA", str(data)) in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_predictions_and_no_file(data: Path, tmp_path: Path):
+    (line,) = error_lines(call_tool(evaluate.main, "--data", data, "--output", tmp_path / "out"))
+    assert "--predictions: missing" in line
+    arguments = ["--predictions", tmp_path / "none.jsonl", "--data", data, "--output", tmp_path / "out"]
+    (line,) = error_lines(call_tool(evaluate.main, *arguments))
+    assert "cannot read" in line
+    predictions = write_lines(tmp_path / "outputs.jsonl", outputs(["1"]))
+    (line,) = error_lines(call_tool(evaluate.main, "--predictions", predictions, "--output", tmp_path / "out"))
+    assert "--data: missing: the directory with the file of gsm8k" in line

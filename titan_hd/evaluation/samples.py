@@ -1,0 +1,83 @@
+"""Samples: what was answered to each problem and whether it was right, one JSON object a line.
+
+    {"task": "gsm8k", "id": "0", "prompt": "...", "output": "...", "extracted": "18", "reference": "18", "right": true}
+
+Outputs of other systems need "task", "id" and "output" alone, so that a file of samples can be scored again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from titan_hd.data.sources import Record, read_records
+from titan_hd.errors import UserError
+from titan_hd.evaluation.task import Problem, Task
+
+SAMPLES_FILE = "samples.jsonl"
+Key = tuple[str, str]  # task, id
+
+
+def sample(task: Task, problem: Problem, prompt: str, output: str) -> dict[str, Any]:
+    """The line of one answer.
+
+    prompt: as the model was given it; empty where that is not known.
+    """
+    score = task.score(problem, output)
+    return {
+        "task": task.name,
+        "id": problem.id,
+        "prompt": prompt,
+        "output": output,
+        "extracted": score.extracted,
+        "reference": problem.reference,
+        "right": score.right,
+        **score.also,
+    }
+
+
+def line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def read_outputs(path: Path, key: str) -> dict[Key, Record]:
+    """The records of a file of outputs (or of the samples.jsonl in a directory), by task and id, in their order.
+
+    Raises:
+        UserError: the file is missing, a record lacks a field, or answers a problem a second time.
+    """
+    path = path / SAMPLES_FILE if path.is_dir() else path
+    outputs: dict[Key, Record] = {}
+    for record in read_records(str(path), key):
+        task, name, output = (record.get(field) for field in ("task", "id", "output"))
+        if not isinstance(task, str) or not isinstance(name, (str, int)) or not isinstance(output, str):
+            raise UserError(f'{record.where}: needs "task", "id" and "output"; it has {", ".join(record)}')
+        if (task, str(name)) in outputs:
+            raise UserError(f"{record.where}: {task} {name} was answered before")
+        outputs[task, str(name)] = record
+    return outputs
+
+
+def score_outputs(
+    task: Task, problems: Iterable[Problem], outputs: Mapping[Key, Record], partial: bool = False
+) -> tuple[list[dict[str, Any]], int]:
+    """The samples of the problems that have an output, and how many have none.
+
+    partial: `problems` are only some of the task's; outputs of others are passed over.
+
+    Raises:
+        UserError: an output is of a problem that the task does not have.
+    """
+    known = {problem.id: problem for problem in problems}
+    for (name, problem_id), record in outputs.items():
+        if name == task.name and problem_id not in known and not partial:
+            raise UserError(f"{record.where}: {task.name} has no problem {problem_id!r}")
+    rows = []
+    for problem in known.values():
+        record = outputs.get((task.name, problem.id))
+        if record is not None:
+            prompt = record.get("prompt")
+            rows.append(sample(task, problem, prompt if isinstance(prompt, str) else "", record["output"]))
+    return rows, len(known) - len(rows)
