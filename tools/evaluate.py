@@ -22,6 +22,7 @@ from titan_hd.config import manager
 from titan_hd.data.sources import Record
 from titan_hd.errors import UserError
 from titan_hd.evaluation import report, samples
+from titan_hd.evaluation.code import open_sandbox
 from titan_hd.evaluation.math_answers import has_math_verify
 from titan_hd.evaluation.task import Problem, Task, find_source, load_problems
 from titan_hd.evaluation.tasks import TASKS, own_task
@@ -53,6 +54,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--limit", type=int, help="only the first so many problems of each task")
     add("--against", type=Path, metavar="SAMPLES", help="samples.jsonl of another evaluation, or its directory")
     add("--output", type=Path, required=True, help="the directory for samples.jsonl and summary.json")
+    add(
+        "--allow-unsandboxed",
+        action="store_true",
+        help="humaneval, mbpp: run programs even where the kernel cannot shut them in: as you, with your files",
+    )
     return parser.parse_args()
 
 
@@ -66,6 +72,8 @@ def run(args: argparse.Namespace) -> None:
     outputs = samples.read_outputs(args.predictions, "--predictions")
     tasks = chosen_tasks(args, tuple(dict.fromkeys(task for task, _ in outputs)))
     problems = read_problems(args, tasks)
+    if any(task.runs_programs for task in tasks.values()):
+        open_sandbox(args.allow_unsandboxed)
     rows = score_predictions(tasks, problems, outputs, args.limit)
     with disk_faults(args.output):
         args.output.mkdir(parents=True, exist_ok=True)

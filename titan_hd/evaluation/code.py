@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from titan_hd.evaluation.sandbox import Sandbox, Verdict
+from titan_hd.evaluation.task import Problem, Score
 
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.S | re.I)
-_CUTS = ("if __name__", "# Example usage", "assert")  # where the protocol has a program end
+_REQUEST = "Create a Python script for this problem:\n"
+# Where the protocol has a program end. The published script cuts at the first "assert" anywhere, even in the docstring
+# of a problem of HumanEval that has one, and so fails whoever repeats that problem's prompt.
+_END = re.compile(r"^(if __name__|# Example usage|assert\b)", re.M)
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,11 @@ class Job:
 
 
 def extract_program(output: str) -> str:
-    """The program in an output: the first fence of Python if there is one, cut before `if __name__`, "# Example usage"
-    and the first "assert", wherever it stands."""
+    """The program in an output: the first fence of Python if there is one, else all; cut before the first line that
+    begins with `if __name__`, "# Example usage" or `assert`."""
     fence = _FENCE.search(output)
     program = fence.group(1) if fence else output
-    for cut in _CUTS:
-        program = program.partition(cut)[0]
-    return program.rstrip()
+    return _END.split(program, maxsplit=1)[0].rstrip()
 
 
 def humaneval_job(record: Mapping[str, Any], output: str) -> Job:
@@ -61,14 +63,92 @@ def mbpp_job(record: Mapping[str, Any], output: str) -> Job:
     reference = ast.parse(record["code"])
     defined = {node.name for node in reference.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     imports = [ast.unparse(node) for node in reference.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    tests = "\n".join([record.get("test_setup_code", ""), *record["test_list"]])
+    tests = "\n".join([record.get("test_setup_code") or "", *record["test_list"]])
     used = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
     return Job(
         program=extract_program(output),
         tests=tests,
         names=sorted(defined & used),
-        prelude="\n".join([*imports, *record.get("test_imports", [])]),
+        prelude="\n".join([*imports, *(record.get("test_imports") or [])]),
     )
+
+
+# ---- the entries of the tasks ----------------------------------------------------------------------------------------
+
+
+def humaneval_instruction(question: str, record: Mapping[str, Any]) -> str:
+    """What a model is asked.
+
+    Raises:
+        ValueError: the record has no tests.
+    """
+    for column in ("test", "entry_point"):
+        if not isinstance(record.get(column), str):
+            raise ValueError(f"{column}: must be a text")
+    return f"{_REQUEST}{question}"
+
+
+def mbpp_instruction(question: str, record: Mapping[str, Any]) -> str:
+    """What a model is asked: the tests say the function's name.
+
+    Raises:
+        ValueError: the record has no tests.
+    """
+    tests = record.get("test_list")
+    if not tests or not all(isinstance(test, str) for test in tests):
+        raise ValueError("test_list: must be a list of texts")
+    python_source("\n".join([record.get("test_setup_code") or "", *tests]), "test_list: ")
+    return f"{_REQUEST}{question}\nTest examples:\n" + "\n".join(tests)
+
+
+def is_in_test_split(record: Mapping[str, Any]) -> bool:
+    """MBPP's file holds all splits; problems 11 to 510 are its test split. Records without such a number are kept."""
+    number = record.get("task_id")
+    return not isinstance(number, int) or 11 <= number <= 510
+
+
+def python_source(source: str, what: str = "") -> str:
+    """The source as it is.
+
+    Raises:
+        ValueError: it is no Python.
+    """
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{what}is no Python: {error}") from None
+    return source
+
+
+_open_sandboxes: list[Sandbox] = []
+
+
+def open_sandbox(allow_unsandboxed: bool = False) -> Sandbox:
+    """The sandbox in which answers are scored; the first call decides.
+
+    Raises:
+        UserError: the kernel refuses, and `allow_unsandboxed` is False.
+    """
+    if not _open_sandboxes:
+        _open_sandboxes.append(Sandbox(allow_unsandboxed=allow_unsandboxed))
+    return _open_sandboxes[0]
+
+
+def score_humaneval(problem: Problem, output: str) -> Score:
+    return _score(humaneval_job(problem.record, output), output)
+
+
+def score_mbpp(problem: Problem, output: str) -> Score:
+    return _score(mbpp_job(problem.record, output), output)
+
+
+def _score(job: Job, output: str) -> Score:
+    """The kind of verdict alone: what an exception says may hold addresses, which differ from run to run."""
+    [verdict] = run_jobs(open_sandbox(), [job], 1)
+    return Score(verdict.passed, extract_program(output) or None, {"verdict": verdict.result})
+
+
+# ---- many programs ---------------------------------------------------------------------------------------------------
 
 
 def run_jobs(sandbox: Sandbox, jobs: Iterable[Job], at_once: int | None = None) -> list[Verdict]:

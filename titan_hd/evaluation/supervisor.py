@@ -184,9 +184,7 @@ def _judge(verdict_writer: int, config: dict[str, Any], become_nobody: bool, fol
     os._exit(0)
 
 
-def _verdict(
-    verdict_writer: int, config: dict[str, Any], become_nobody: bool, folder: str | None
-) -> dict[str, Any]:
+def _verdict(verdict_writer: int, config: dict[str, Any], become_nobody: bool, folder: str | None) -> dict[str, Any]:
     confinement.die_with_parent()
     if folder is None:
         socket.sethostname("sandbox")

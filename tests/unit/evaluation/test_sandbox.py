@@ -21,7 +21,7 @@ MARK = 7.03125  # seconds; it is in the command line of every process of these r
 LIMITS = Limits(
     seconds=2, wall_seconds=MARK, memory=2**28, processes=6, disk_bytes=2**20, file_bytes=2**19, open_files=16
 )
-SHORT = Limits(**{**LIMITS.__dict__, "wall_seconds": MARK - 6.5})
+SHORT = Limits(**{**LIMITS.__dict__, "wall_seconds": MARK - 6.625})
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ TRICKS = {
         "import builtins\nfor name in ('isinstance', 'len', 'sorted', 'exec', 'compile', 'getattr'):\n"
         "    setattr(builtins, name, lambda *a, **k: True)" + WRONG
     ),
-    "patched json": "import json\njson.dumps = lambda *a, **k: '{\"result\": \"passed\"}'" + WRONG,
+    "patched json": 'import json\njson.dumps = lambda *a, **k: \'{"result": "passed"}\'' + WRONG,
     "a verdict into every file descriptor": (
         'import os\nverdict = b\'{"result": "passed", "detail": ""}\'\nfor fd in range(64):\n    try:\n'
         "        os.write(fd, verdict)\n    except OSError:\n        pass" + WRONG
@@ -99,7 +99,7 @@ TRICKS = {
     ),
     "the verdict's pipe from an older frame": (
         "import os, sys\nframe = sys._getframe()\nwhile frame:\n    fd = frame.f_locals.get('verdict_writer')\n"
-        "    if fd is not None:\n        try:\n            os.write(fd, b'{\"result\": \"passed\"}')\n"
+        '    if fd is not None:\n        try:\n            os.write(fd, b\'{"result": "passed"}\')\n'
         "        except OSError:\n            pass\n    frame = frame.f_back" + WRONG
     ),
     "a trace function": (
@@ -110,14 +110,14 @@ TRICKS = {
     "everything killed": "import os\nos.kill(-1, 9)" + WRONG,
     "garbage on the connection": "import os\nos.write(3, b'\\0' * 7 + b'\\x05[[[[[')" + WRONG,
     "a length of a petabyte": "import os\nos.write(3, (2**50).to_bytes(8, 'big'))" + WRONG,
-    "a message nested too deeply": (
-        "import os\nm = b'[' * 100000\nos.write(3, len(m).to_bytes(8, 'big') + m)" + WRONG
-    ),
+    "a message nested too deeply": ("import os\nm = b'[' * 100000\nos.write(3, len(m).to_bytes(8, 'big') + m)" + WRONG),
     "answers in advance": (
         "import os\nfor m in [b'[\"value\", null]'] * 9:\n    os.write(3, len(m).to_bytes(8, 'big') + m)" + WRONG
     ),
     "an answer that is a failure to answer": "def double(x):\n    raise EOFError",
-    "an exception with a lying name": "class StopIteration(Exception):\n    pass\ndef double(x):\n    raise StopIteration",
+    "an exception with a lying name": (
+        "class StopIteration(Exception):\n    pass\ndef double(x):\n    raise StopIteration"
+    ),
     "the connection closed": "import os\nos.close(3)" + WRONG,
     "a recursion without end": "def double(x):\n    return double(x) + 1",
     "a recursion beyond the stack": (
@@ -248,7 +248,11 @@ def test_files_of_the_user_are_not_there(sandbox: Sandbox, tmp_path: Path):
 
 @pytest.mark.parametrize("path", ["/new", "/usr/lib/new", "/dev/new", "/lib/new", os.__file__, "{tmp}/new"])
 def test_nothing_outside_is_written(sandbox: Sandbox, tmp_path: Path, path: str):
-    assert reach(sandbox, f"write({path.format(tmp=tmp_path)!r})") in {"OSError", "PermissionError", "FileNotFoundError"}
+    assert reach(sandbox, f"write({path.format(tmp=tmp_path)!r})") in {
+        "OSError",
+        "PermissionError",
+        "FileNotFoundError",
+    }
     assert not list(tmp_path.iterdir())
 
 
@@ -276,7 +280,9 @@ def test_other_processes_are_out_of_sight(sandbox: Sandbox):
     assert reach(sandbox, "system_call('ptrace', 16, 1, 0, 0), system_call('ptrace', 0x4206, 1, 0, 0)") == (
         "('EPERM', 'EPERM')"
     )
-    memory = "system_call('process_vm_readv', 1, (ctypes.c_size_t * 2)(id(1), 8), 1, (ctypes.c_size_t * 2)(id(1), 8), 1, 0)"
+    memory = (
+        "system_call('process_vm_readv', 1, (ctypes.c_size_t * 2)(id(1), 8), 1, (ctypes.c_size_t * 2)(id(1), 8), 1, 0)"
+    )
     assert reach(sandbox, memory) in {"'EPERM'", "'EFAULT'"}
     assert reach(sandbox, "subprocess.run(['/bin/sh', '-c', 'true'])") == "FileNotFoundError"
 
@@ -347,7 +353,8 @@ def test_processor_time_is_limited_on_its_own(sandbox: Sandbox):
 
 def test_daemons_and_threads_die_with_the_run(sandbox: Sandbox):
     program = (
-        "import os, threading, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\n"
+        "import os, threading, time\n"
+        "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\n"
         "    os._exit(0)\nthreading.Thread(target=time.sleep, args=(60,)).start()\ndef double(x):\n    return 2 * x"
     )
     begin = time.monotonic()
@@ -368,13 +375,16 @@ def test_daemons_and_threads_die_with_the_run(sandbox: Sandbox):
 )
 def test_plain_values_travel_both_ways(sandbox: Sandbox, value: str):
     imports = "from collections import deque\nfrom decimal import Decimal\nfrom fractions import Fraction\n"
-    tests = f"for value in ({value}):\n    back = same(value)\n    assert back == value and type(back) is type(value), value"
+    tests = (
+        f"for value in ({value}):\n    back = same(value)\n    assert (back, type(back)) == (value, type(value)), value"
+    )
     assert sandbox.run(f"{imports}def same(x): return x", tests, ["same"], prelude=imports) == Verdict("passed", "")
 
 
 def test_objects_of_the_program_are_used_where_they_lie(sandbox: Sandbox):
     program = (
-        "from collections import Counter, namedtuple\nimport dataclasses\n@dataclasses.dataclass\nclass Node:\n    value: int\n"
+        "from collections import Counter, namedtuple\nimport dataclasses\n"
+        "@dataclasses.dataclass\nclass Node:\n    value: int\n"
         "    left: object = None\ndef depth(node): return 0 if node is None else 1 + depth(node.left)\n"
         "def squares(n): return (i * i for i in range(n))\ndef adder(n): return lambda x: x + n\n"
         "def count(text): return Counter(text)\nPoint = namedtuple('Point', 'x y')\ndef fails(): raise KeyError('k')"
@@ -407,7 +417,8 @@ try:
 except UserError as error:
     print("refused:", error)
 sandbox = Sandbox(limits, allow_unsandboxed=True)
-daemon = "import os, time\\nif os.fork() == 0:\\n    os.setsid()\\n    if os.fork() == 0:\\n        time.sleep(60)\\n    os._exit(0)"
+daemon = "import os, time\\nif os.fork() == 0:\\n    os.setsid()\\n    if os.fork() == 0:\\n        time.sleep(60)\\n"
+daemon += "    os._exit(0)"
 print(sandbox.run(daemon + "\\ndef double(x): return 2 * x", {DOUBLE!r}, ["double"]).result)
 print(sandbox.run("exit(0)", {DOUBLE!r}, ["double"]).result)
 print([name for name in os.listdir(tempfile.gettempdir()) if name.startswith("titan_hd_program_")])
