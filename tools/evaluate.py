@@ -1,29 +1,43 @@
-"""Scores answers to benchmarks on local files, and says how sure the score is.
+"""Asks a model the questions of benchmarks on local files, scores its answers, and says how sure the score is.
 
-    python tools/evaluate.py --predictions FILE --data DIR --output DIR [--tasks gsm8k,boolq] [--against SAMPLES]
+    python tools/evaluate.py MODEL --tasks gsm8k,boolq --data DIR --output DIR
+    python tools/evaluate.py --predictions FILE --data DIR --output DIR [--against SAMPLES]
 
-FILE has one JSON object a line, {"task": "gsm8k", "id": "0", "output": "..."}, from any system. The output directory
-gets samples.jsonl (prompt, output, what was extracted, reference, right) and summary.json. docs/evaluation.md has the
-tasks, their files and their protocols.
+MODEL is a HF directory or a checkpoint of a run, .../step-N. The output directory gets samples.jsonl as the answers
+come (prompt, output, what was extracted, reference, right) and summary.json; the same command goes on where one was
+killed. --predictions scores the outputs of any system in place of a model: one JSON object a line, {"task": "gsm8k",
+"id": "0", "output": "..."}. docs/evaluation.md has the tasks, their files and their protocols.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+from generate import pick_device
+from tqdm import tqdm
+
+from titan_hd.checkpoint.pretrained import load_pretrained
 from titan_hd.config import manager
 from titan_hd.data.sources import Record
+from titan_hd.data.text.templates import load_template
+from titan_hd.data.text.tokenizer import load_tokenizer
+from titan_hd.data.text.tokenizer_base import Tokenizer
 from titan_hd.errors import UserError
-from titan_hd.evaluation import report, samples
+from titan_hd.evaluation import answering, report, samples
+from titan_hd.evaluation.backends import Backend, NativeBackend, TransformersBackend
 from titan_hd.evaluation.code import open_sandbox
 from titan_hd.evaluation.math_answers import has_math_verify
+from titan_hd.evaluation.prompts import Prompt, batches, fingerprint, write_prompts
 from titan_hd.evaluation.task import Problem, Task, find_source, load_problems
 from titan_hd.evaluation.tasks import TASKS, own_task
 from titan_hd.files import disk_faults, replace_file
@@ -31,9 +45,10 @@ from titan_hd.files import disk_faults, replace_file
 
 def main() -> None:
     args = parse_arguments()
+    logging.basicConfig(format="titan_hd: warning: %(message)s", level=logging.WARNING)
     try:
         run(args)
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:
         manager.exit_with(str(error).splitlines())
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -43,7 +58,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: manager.exit_with([message])
     add = parser.add_argument
-    add("--predictions", type=Path, help="outputs to score: JSONL of task, id and output")
+    add("model", type=Path, nargs="?", help="a HF directory, or a checkpoint's folder, .../step-N")
+    add("--predictions", type=Path, help="in place of a model, outputs to score: JSONL of task, id and output")
     add("--tasks", help=f"of {', '.join(TASKS)}, with commas between them; default: those of --predictions")
     add("--data", type=Path, help="the directory with the files of the tasks")
     add("--source", action="append", default=[], metavar="TASK=PATH", help="a task's file, where it is not in --data")
@@ -59,25 +75,39 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="humaneval, mbpp: run programs even where the kernel cannot shut them in: as you, with your files",
     )
+    asking = parser.add_argument_group("with a model")
+    add = asking.add_argument
+    add("--backend", choices=["native", "transformers"], default="native", help="who generates; default: native")
+    add("--prompts", metavar="TEMPLATE", help="alpaca, pissa, chat, none or a file with {prompt}; default: the task's")
+    add("--max-new-tokens", type=int, metavar="N", help="default: the task's")
+    add("--batch-size", type=int, default=8, metavar="N", help="default: 8")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer, and is no part of it; repeatable")
+    add("--assets", default="", help="for a checkpoint: the HF directory with config and tokenizer, if not the run's")
+    add("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--device", help="default: the GPU if there is one")
     return parser.parse_args()
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check what is cheap to check, score, report."""
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit: must be a whole number above 0, not {args.limit}")
-    if args.predictions is None:
-        raise UserError("--predictions: missing: a JSONL file of task, id and output")
+    """Check what is cheap to check, ask or read, score, report."""
+    for name in ("limit", "max_new_tokens", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}: must be a whole number above 0, not {value}")
+    if (args.model is None) == (args.predictions is None):
+        raise UserError("a model or --predictions, one of them, is needed: who answers?")
     others = samples.read_outputs(args.against, "--against") if args.against else {}
-    outputs = samples.read_outputs(args.predictions, "--predictions")
+    outputs = samples.read_outputs(args.predictions, "--predictions") if args.predictions else {}
     tasks = chosen_tasks(args, tuple(dict.fromkeys(task for task, _ in outputs)))
     problems = read_problems(args, tasks)
     if any(task.runs_programs for task in tasks.values()):
         open_sandbox(args.allow_unsandboxed)
-    rows = score_predictions(tasks, problems, outputs, args.limit)
-    with disk_faults(args.output):
-        args.output.mkdir(parents=True, exist_ok=True)
-        write(args.output / samples.SAMPLES_FILE, "".join(map(samples.line, (row for t in tasks for row in rows[t]))))
+    if args.predictions:
+        rows = score_predictions(tasks, problems, outputs, args.limit)
+        with disk_faults(args.output):
+            write_scores(args.output, rows)
+    else:
+        rows = ask(args, tasks, problems)
     finish(args, rows, others)
 
 
@@ -123,6 +153,81 @@ def read_problems(args: argparse.Namespace, tasks: Mapping[str, Task]) -> dict[s
     }
 
 
+def ask(
+    args: argparse.Namespace, tasks: Mapping[str, Task], problems: Mapping[str, list[Problem]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Samples of each task, by the model."""
+    for name in {args.prompts or task.template for task in tasks.values()}:
+        load_template(name)
+    backend, tokenizer = load_backend(args, next(iter(tasks.values())))
+    prompts = {
+        name: write_prompts(task, problems[name], load_template(args.prompts or task.template, tokenizer), tokenizer)
+        for name, task in tasks.items()
+    }
+    plan = [batch for name in tasks for batch in batches(prompts[name], args.batch_size)]
+    with disk_faults(args.output):
+        answering.agree_on_settings(args.output, settings(args, prompts))
+        show_progress(
+            answering.answer(args.output, plan, backend, tokenizer, args.max_new_tokens, args.stop), len(plan)
+        )
+    found = samples.read_outputs(args.output, "--output")
+    return {name: [dict(row) for (task, _), row in found.items() if task == name] for name in tasks}
+
+
+def load_backend(args: argparse.Namespace, task: Task) -> tuple[Backend, Tokenizer]:
+    """Who answers, and the tokenizer; the template says what ends an answer.
+
+    Raises:
+        UserError: the model or its tokenizer cannot be used.
+    """
+    device = pick_device(args.device)
+    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    if args.backend == "transformers":
+        if args.assets:
+            raise UserError("--assets: is for a checkpoint, which transformers cannot read")
+        tokenizer = load_tokenizer(args.model)
+        stop_ids = load_template(args.prompts or task.template, tokenizer).stop_ids(tokenizer)
+        return TransformersBackend(args.model, dtype, device, stop_ids, tokenizer.pad_id), tokenizer
+    model, assets = load_pretrained(args.model, args.assets, dtype, device)
+    tokenizer = load_tokenizer(assets)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        size = model.config.vocab_size
+        raise UserError(f"{assets}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {size}")
+    stop_ids = load_template(args.prompts or task.template, tokenizer).stop_ids(tokenizer)
+    return NativeBackend(model, device, stop_ids), tokenizer
+
+
+def settings(args: argparse.Namespace, prompts: Mapping[str, list[Prompt]]) -> dict[str, Any]:
+    """All that an answer depends on, for evaluation.json: an evaluation goes on only with the same."""
+    files = sorted(((path, path.stat()) for path in args.model.rglob("*") if path.is_file()), key=lambda file: file[0])
+    stamps = repr([(str(path), status.st_size, status.st_mtime_ns) for path, status in files])
+    return {
+        "model": str(args.model),
+        "model_files": hashlib.sha256(stamps.encode()).hexdigest()[:16],
+        **{key: getattr(args, key) for key in ("assets", "backend", "dtype", "device", "prompts", "stop")},
+        **{key: getattr(args, key) for key in ("limit", "max_new_tokens", "batch_size")},
+        "tasks": {name: fingerprint(own) for name, own in prompts.items()},
+    }
+
+
+def show_progress(progress: Iterator[answering.Progress], batches: int) -> None:
+    """A bar for each task, with problems per second and the time that is left, and tokens per second behind it."""
+    bar, last = None, None
+    for last in progress:
+        if bar is None or bar.desc != last.task:
+            if bar is not None:
+                bar.close()
+            bar = tqdm(total=last.total, desc=last.task, unit="problem", mininterval=1 if sys.stderr.isatty() else 30)
+        if last.tokens:
+            bar.set_postfix_str(f"{last.tokens / last.seconds:.1f} tokens/s", refresh=False)
+        bar.update(last.done - bar.n)
+    if bar is not None:
+        bar.close()
+    if last is not None and last.tokens:
+        rate = last.tokens / last.seconds
+        tell(f"{last.tokens} tokens in {last.seconds:.1f} s, {rate:.1f} tokens/s")
+
+
 def score_predictions(
     tasks: Mapping[str, Task],
     problems: Mapping[str, list[Problem]],
@@ -136,6 +241,13 @@ def score_predictions(
         if missing:
             tell(f"warning: {name}: {missing} of {len(problems[name])} problems have no output, and are not counted")
     return rows
+
+
+def write_scores(output: Path, rows: Mapping[str, list[dict[str, Any]]]) -> None:
+    if (output / answering.SETTINGS_FILE).exists():
+        raise UserError(f"--output: {output} has answers of a model; name another directory for these scores")
+    output.mkdir(parents=True, exist_ok=True)
+    write(output / samples.SAMPLES_FILE, "".join(samples.line(row) for own in rows.values() for row in own))
 
 
 def finish(

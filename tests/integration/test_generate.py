@@ -17,10 +17,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tests.kit import runs
-from tests.kit.commands import CPU_ONLY, REPOSITORY
+from tests.kit.commands import CPU_ONLY, REPOSITORY, call_tool
 from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.errors import UserError
-from tools import generate
+from tools import evaluate, generate
 
 WORDS = ["<unk>", "</s>", "<s>", "<e>", *(f"w{i}" for i in range(46))]
 CHAT = (
@@ -115,6 +115,19 @@ def test_assets_and_dtype(trained: Path, call):
     assert there[0] == 0
     assert there[1].strip()
     assert call(step, *options, "--assets", trained / "dump" / "hf")[:2] == there[:2]
+
+
+def test_an_evaluation_asks_a_checkpoint_as_its_export(trained: Path, tmp_path: Path):
+    records = [{"prompt": f"w{i} w{i + 1}", "response": "w9 w8"} for i in range(5)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = ["--records", tmp_path / "own.jsonl", "--marker", "w9", "--max-new-tokens", 6, "--batch-size", 2]
+    for model in ("hf", "checkpoint/step-2"):
+        output = tmp_path / model
+        result = call_tool(evaluate.main, trained / "dump" / model, *options, "--prompts", "none", "--output", output)
+        assert result.returncode == 0, result.stderr
+    samples = (tmp_path / "checkpoint" / "step-2" / "samples.jsonl").read_text()
+    assert samples == (tmp_path / "hf" / "samples.jsonl").read_text()
+    assert len(samples.splitlines()) == 5
 
 
 def test_prompts_from_anywhere_are_the_same_prompts(trained: Path, call, tmp_path: Path):

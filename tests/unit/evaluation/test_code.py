@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit.commands import call_tool, error_lines
 from titan_hd.errors import UserError
 from titan_hd.evaluation import code
 from titan_hd.evaluation.code import Job, extract_program, humaneval_job, mbpp_job, pass_at_k, run_jobs
 from titan_hd.evaluation.sandbox import Limits, Sandbox
 from titan_hd.evaluation.task import find_source, load_problems
 from titan_hd.evaluation.tasks import TASKS
+from tools import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +175,25 @@ def test_an_evaluation_without_a_sandbox_is_refused(monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError, match=r"cannot be shut in here: no namespaces; .* give --allow-unsandboxed"):
         code.open_sandbox()
     assert not code.open_sandbox(allow_unsandboxed=True).confined
+
+
+def test_the_tool(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Outputs are scored; without a sandbox there is one line before anything else is done."""
+    (tmp_path / "humaneval").mkdir()
+    (tmp_path / "humaneval" / "HumanEval.jsonl").write_text(json.dumps(PROBLEM) + "\n")
+    output = {"task": "humaneval", "id": PROBLEM["task_id"], "output": f"```python\n{WHOLE}```"}
+    (tmp_path / "outputs.jsonl").write_text(json.dumps(output) + "\n")
+    arguments = ("--predictions", tmp_path / "outputs.jsonl", "--data", tmp_path, "--output", tmp_path / "out")
+    result = call_tool(evaluate.main, *arguments)
+    assert result.returncode == 0, result.stderr
+    sample = json.loads((tmp_path / "out" / "samples.jsonl").read_text())
+    assert (sample["right"], sample["verdict"], sample["extracted"]) == (True, "passed", WHOLE.rstrip())
+    monkeypatch.setattr(code, "_open_sandboxes", [])
+    monkeypatch.setattr(Sandbox, "_start", lambda self, job: {"refused": "no namespaces"})
+    refused = call_tool(evaluate.main, *arguments)
+    assert refused.returncode == 2
+    [line] = error_lines(refused)
+    assert "no namespaces" in line
 
 
 # ---- pass@k ----------------------------------------------------------------------------------------------------------

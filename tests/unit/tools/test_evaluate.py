@@ -1,8 +1,9 @@
-"""tools/evaluate.py: outputs of any system scored, compared with others', and bad input."""
+"""tools/evaluate.py: a model asked, outputs of any system scored, compared with others', and bad input."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -124,12 +125,99 @@ def test_bad_input_is_one_line(rows: list[dict], arguments: list[str], message: 
     assert not (tmp_path / "out").exists()
 
 
-def test_no_predictions_and_no_file(data: Path, tmp_path: Path):
+def test_nobody_answers_or_nothing_can_be_read(data: Path, tmp_path: Path):
     (line,) = error_lines(call_tool(evaluate.main, "--data", data, "--output", tmp_path / "out"))
-    assert "--predictions: missing" in line
+    assert "a model or --predictions, one of them, is needed" in line
     arguments = ["--predictions", tmp_path / "none.jsonl", "--data", data, "--output", tmp_path / "out"]
     (line,) = error_lines(call_tool(evaluate.main, *arguments))
     assert "cannot read" in line
     predictions = write_lines(tmp_path / "outputs.jsonl", outputs(["1"]))
     (line,) = error_lines(call_tool(evaluate.main, "--predictions", predictions, "--output", tmp_path / "out"))
     assert "--data: missing: the directory with the file of gsm8k" in line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A model answers
+
+
+@pytest.fixture(scope="module")
+def stories(shared_data: Path) -> Path:
+    """A real model of 260,032 parameters."""
+    return shared_data / "stories260k-hf"
+
+
+def ask(model: Path, data: Path, output: Path, *arguments: object):
+    fixed = ["--data", data, "--output", output, "--batch-size", 5, "--dtype", "float32", "--device", "cpu"]
+    return call_tool(evaluate.main, model, *fixed, *arguments)
+
+
+@pytest.fixture(scope="module")
+def asked(stories: Path, shared_data: Path, tmp_path_factory) -> Path:
+    """Two tasks asked, natively."""
+    output = tmp_path_factory.mktemp("evaluate") / "native"
+    arguments = ["--tasks", "gsm8k,boolq", "--limit", 12, "--max-new-tokens", 24]
+    result = ask(stories, shared_data, output, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[:2] for line in result.stdout.splitlines()[1:3]] == [["gsm8k", "12"], ["boolq", "12"]]
+    assert "gsm8k: 100%" in result.stderr
+    assert "576 tokens in" in result.stderr
+    return output
+
+
+def test_prompts_are_those_of_the_protocol(asked: Path):
+    lines = (asked / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = {(row["task"], row["id"]): row for row in map(json.loads, lines)}
+    assert len(rows) == 24
+    assert rows["gsm8k", "0"]["prompt"].startswith(
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nJanet"
+    )
+    assert rows["gsm8k", "0"]["prompt"].endswith("?\n\n### Response: Let's think step by step.")
+    assert rows["boolq", "0"]["prompt"].endswith("Answer format: true/false\n\n### Response:")
+
+
+def test_transformers_answers_the_same(asked: Path, stories: Path, shared_data: Path, tmp_path: Path):
+    pytest.importorskip("transformers")
+    arguments = ["--tasks", "gsm8k", "--limit", 12, "--max-new-tokens", 24, "--backend", "transformers"]
+    result = ask(stories, shared_data, tmp_path / "out", *arguments)
+    assert result.returncode == 0, result.stderr
+    native = (asked / "samples.jsonl").read_bytes().splitlines()[:12]
+    assert (tmp_path / "out" / "samples.jsonl").read_bytes().splitlines() == native
+
+
+def test_a_torn_evaluation_goes_on_to_the_same_files(asked: Path, stories: Path, shared_data: Path, tmp_path: Path):
+    """Which is also: the same model twice gives the same files."""
+    shutil.copytree(asked, tmp_path / "out")
+    content = (asked / "samples.jsonl").read_bytes()
+    (tmp_path / "out" / "samples.jsonl").write_bytes(content[: len(content) // 2])
+    (tmp_path / "out" / "summary.json").unlink()
+    arguments = ["--tasks", "gsm8k,boolq", "--limit", 12, "--max-new-tokens", 24]
+    assert ask(stories, shared_data, tmp_path / "out", *arguments).returncode == 0
+    for name in ("samples.jsonl", "summary.json", "evaluation.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (asked / name).read_bytes()
+    (line,) = error_lines(ask(stories, shared_data, tmp_path / "out", *arguments[:-1], 25))
+    assert "has an evaluation with another max_new_tokens (24, not 25)" in line
+    predictions = ["--predictions", asked, "--data", shared_data, "--limit", 12, "--output", tmp_path / "out"]
+    (line,) = error_lines(call_tool(evaluate.main, *predictions))
+    assert "has answers of a model" in line
+
+
+def test_models_that_cannot_answer(stories: Path, data: Path, tmp_path: Path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(stories / name, model)
+    for place, arguments, message in [
+        (model, [], "holds no tokenizer.json and no tokenizer.model"),
+        (model, ["--backend", "transformers"], "holds no tokenizer.json and no tokenizer.model"),
+        (tmp_path / "none", [], "holds neither config.json"),
+        (stories, ["--prompts", "chat"], "chat template"),
+        (stories, ["--prompts", "nosuch"], "'nosuch' is neither alpaca, pissa, chat or none"),
+        (stories, ["--batch-size", "0"], "--batch-size: must be a whole number above 0, not 0"),
+        (stories, ["--predictions", "x.jsonl"], "one of them, is needed"),
+    ]:
+        (line,) = error_lines(ask(place, data, tmp_path / "out", "--tasks", "gsm8k", *arguments))
+        assert message in line
+    (line,) = error_lines(ask(stories, data, tmp_path / "out"))
+    assert "--tasks: missing" in line
+    assert not (tmp_path / "out").exists()

@@ -62,9 +62,9 @@ class Template:
         before = self.write(prompt, extra)
         return before, before + response + self.ending
 
-    def prompt_ids(self, tokenizer: Tokenizer, prompt: str, extra: str) -> list[int]:
-        """BOS (if the family has one) and the prompt: what generation starts from."""
-        return [*self._bos(tokenizer), *tokenizer.encode(self.write(prompt, extra), self._special)]
+    def prompt_ids(self, tokenizer: Tokenizer, prompt: str, extra: str, cue: str = "") -> list[int]:
+        """BOS (if the family has one), the prompt and what the response is to begin with: generation starts there."""
+        return [*self._bos(tokenizer), *tokenizer.encode(self.write(prompt, extra) + cue, self._special)]
 
     def encode(self, tokenizer: Tokenizer, prompt: str, extra: str, response: str) -> Trained:
         """Prompt, response and end. The ids begin with those of `prompt_ids`, and all behind them is trained on."""
