@@ -1,17 +1,19 @@
 """LoRA's adapters: sharded by FSDP2 with the weights that they stand beside, or whole on every worker.
 
     python -m benchmarks.bench_adapter_shards                    # spawns 2 gloo workers with one thread each
-    python -m benchmarks.bench_adapter_shards --micro-batches 1
+    python -m benchmarks.bench_adapter_shards --gather-once
 
-sharded: as a run has them. FSDP2 gathers them with every block, forward and backward, and reduce-scatters their
-gradients after every backward pass; each worker's optimizer works on its shards.
+sharded: FSDP2 gathers them with every block, forward and backward, and reduce-scatters their gradients after every
+backward pass; each worker's optimizer works on its shards.
+summed once: as a run has them. The same, but gradients are reduce-scattered after the last micro-batch alone; until
+then every worker holds them whole.
 replicated: FSDP2 leaves them alone. Their gradients are views of a flat tensor that one all-reduce sums after the last
 micro-batch; every worker's optimizer works on all of them.
 
 A step of shapes too small to compute, so that the host's time is what is seen. Both train the same: their losses are
 compared. CPU ms: processor time of the first worker, whole steps, medians over interleaved repetitions; the ratio is
 the median of ratios within a repetition. received: bytes that a worker receives in a step, all weights included. held:
-bytes of the adapters, their gradients and moments on a worker.
+bytes of the adapters, their summed gradients and moments on a worker.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ import argparse
 import os
 import tempfile
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,7 +44,7 @@ from titan_hd.models.head import Targets
 from titan_hd.models.registry import parse_hf_config
 from titan_hd.seeding import stable_seed
 
-VARIANTS = ("sharded", "replicated")
+VARIANTS = ("sharded", "summed once", "replicated")
 
 
 class Received(TorchDispatchMode):
@@ -100,6 +104,9 @@ def build(args: argparse.Namespace, variant: str) -> tuple[Callable[[], float], 
     whole = {getattr(layer, key) for layer, key in places} if variant == "replicated" else set()
     parallelize(model, dims, whole, torch.float32, "none", False)
     materialize(model, torch.device("cpu"))
+    fsdp = cast(FSDPModule, model)
+    if args.gather_once:
+        fsdp.set_reshard_after_forward(False)
     flat = None
     if whole:
         shapes = [tuple(getattr(layer, key).shape) for layer, key in places]
@@ -123,7 +130,12 @@ def build(args: argparse.Namespace, variant: str) -> tuple[Callable[[], float], 
     def step() -> float:
         optimizer.zero_grad(set_to_none=flat is None)
         losses = torch.zeros(())
-        for _ in range(args.micro_batches):
+        for m in range(args.micro_batches):
+            last = m == args.micro_batches - 1
+            if variant == "summed once":
+                fsdp.set_requires_gradient_sync(last)
+            if args.gather_once:
+                fsdp.set_reshard_after_backward(last)
             loss = model(ids, targets=targets) / total
             loss.backward()
             losses += loss.detach()
@@ -172,6 +184,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--micro-batches", type=int, default=4)
     parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--gather-once", action="store_true", help="keep W, with all variants, for the whole step")
     args = parser.parse_args()
     environment = common.environment(torch.device("cpu"), 1)
     common.print_header(

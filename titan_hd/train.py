@@ -47,7 +47,7 @@ from titan_hd.distributed.parallelize import parallelize
 from titan_hd.distributed.shards import init_weights, load_weights, materialize
 from titan_hd.distributed.tp.tensor_parallel import apply_tensor_parallel
 from titan_hd.distributed.watch import enter_phase
-from titan_hd.distributed.weight_gathers import WeightGathers, gathered_bytes
+from titan_hd.distributed.weight_gathers import WeightGathers, gathered_bytes, sums_gradients_once
 from titan_hd.errors import UserError
 from titan_hd.export.hf import export_hf
 from titan_hd.export.peft import export_peft
@@ -150,11 +150,13 @@ class Trainer:
             offload=c.training.enable_cpu_offload,
         )
         materialize(self.model, self.device, torch.device("cpu") if c.training.enable_cpu_offload else None)
+        gathered, micro_batches = [p for p in self.model.parameters() if p not in ignored], self.placement.micro_batches
+        learned = sum(p.numel() for p in gathered if p.requires_grad)
         self.gathers = WeightGathers(
             self.model,
             c.parallelism.fsdp_reshard_after_forward,
-            self.placement.micro_batches,
-            self.dims.dp_shard,
+            micro_batches,
+            sums_gradients_once(learned, sum(p.numel() for p in gathered), self.dims.dp_shard, micro_batches),
             gathered_bytes(self.model, self.dims, ignored, param_dtype),
             c.training.seq_len,
             self.device,

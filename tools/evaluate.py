@@ -159,7 +159,7 @@ def ask(
     """Samples of each task, by the model."""
     for name in {args.prompts or task.template for task in tasks.values()}:
         load_template(name)
-    backend, tokenizer = load_backend(args, next(iter(tasks.values())))
+    backend, tokenizer = load_backend(args)
     prompts = {
         name: write_prompts(task, problems[name], load_template(args.prompts or task.template, tokenizer), tokenizer)
         for name, task in tasks.items()
@@ -174,8 +174,8 @@ def ask(
     return {name: [dict(row) for (task, _), row in found.items() if task == name] for name in tasks}
 
 
-def load_backend(args: argparse.Namespace, task: Task) -> tuple[Backend, Tokenizer]:
-    """Who answers, and the tokenizer; the template says what ends an answer.
+def load_backend(args: argparse.Namespace) -> tuple[Backend, Tokenizer]:
+    """Who answers, and the tokenizer.
 
     Raises:
         UserError: the model or its tokenizer cannot be used.
@@ -186,15 +186,13 @@ def load_backend(args: argparse.Namespace, task: Task) -> tuple[Backend, Tokeniz
         if args.assets:
             raise UserError("--assets: is for a checkpoint, which transformers cannot read")
         tokenizer = load_tokenizer(args.model)
-        stop_ids = load_template(args.prompts or task.template, tokenizer).stop_ids(tokenizer)
-        return TransformersBackend(args.model, dtype, device, stop_ids, tokenizer.pad_id), tokenizer
+        return TransformersBackend(args.model, dtype, device, tokenizer.pad_id), tokenizer
     model, assets = load_pretrained(args.model, args.assets, dtype, device)
     tokenizer = load_tokenizer(assets)
     if tokenizer.vocab_size > model.config.vocab_size:
         size = model.config.vocab_size
         raise UserError(f"{assets}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {size}")
-    stop_ids = load_template(args.prompts or task.template, tokenizer).stop_ids(tokenizer)
-    return NativeBackend(model, device, stop_ids), tokenizer
+    return NativeBackend(model, device), tokenizer
 
 
 def settings(args: argparse.Namespace, prompts: Mapping[str, list[Prompt]]) -> dict[str, Any]:

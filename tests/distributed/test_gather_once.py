@@ -129,7 +129,7 @@ def test_default_decides_by_memory_and_all_workers_alike(workers, tmp_path: Path
 
 
 def counted_sums(argv: list[str]) -> tuple[int, int]:
-    """How often a step sums gradients over workers, and the FSDP2 groups that have any."""
+    """How often a step sums gradients over workers, and the FSDP2 groups that have something to sum."""
     run = runs.trainer(argv)
     run.train_step()
     with pytest.MonkeyPatch.context() as patch:
@@ -137,14 +137,20 @@ def counted_sums(argv: list[str]) -> tuple[int, int]:
         patch.setattr(_fsdp_param_group, "foreach_reduce", lambda *a, **k: calls.append(1) or original(*a, **k))
         run.train_step()
     run.close()
-    return len(calls), len(run.model.model.layers) + 2  # embedding; norm and head
+    layers = len(run.model.model.layers)
+    return len(calls), layers + 2 if run.model.lm_head.weight.requires_grad else layers  # embedding; norm and head
 
 
-@pytest.mark.parametrize(("world", "replicate"), [(1, 1), (2, 2), (2, 1)])
-def test_gradients_are_summed_once_where_they_are_whole(world, replicate, workers, tmp_path: Path):
-    """Where W is in shards, every micro-batch's are summed: else each worker would hold the whole gradient."""
-    changes = {"adapter__method": "full", "hdpissa__num_adapters": 0, "training__local_batch_size": 1}
+@pytest.mark.parametrize(
+    ("world", "replicate", "method", "once"),
+    [(1, 1, "full", True), (2, 2, "full", True), (2, 1, "full", False), (2, 1, "lora", True)],
+)
+def test_gradients_are_summed_once_where_that_costs_little(world, replicate, method, once, workers, tmp_path: Path):
+    """Of all of W in shards they are not: each worker would hold the whole gradient."""
+    changes = {"adapter__method": method, "hdpissa__num_adapters": 0, "training__local_batch_size": 1}
+    if method == "lora":
+        changes["adapter__target_modules"] = "q_proj"
     options = argv(tmp_path, "sums", parallelism__data_parallel_replicate_degree=replicate, **changes)
     micro_batches = 8 // world
     for calls, groups in workers.run(world, counted_sums, options):
-        assert calls == groups * (1 if world == replicate else micro_batches)
+        assert calls == groups * (1 if once else micro_batches)

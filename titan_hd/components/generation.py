@@ -94,13 +94,8 @@ def stream(
         FloatingPointError: logits of a row that goes on are not finite (on all workers).
     """
     lengths = [len(prompt) for prompt in prompts]
-    if not all(lengths):
-        raise UserError(f"prompt {first_index + lengths.index(0)}: is empty, and there is nothing to continue")
-    ends = torch.tensor(lengths, device=device)
-    ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
-    for row, prompt in zip(ids, prompts):
-        row[: len(prompt)] = torch.tensor(prompt)
-    ids, positions, select = ids.to(device), None, ends - 1
+    ids, ends = padded(prompts, device, first_index)
+    positions, select = None, ends - 1
     cache = KVCache(model.config.num_hidden_layers, max(lengths) + max_new_tokens)
     running = [True] * len(prompts)
     for step in range(max_new_tokens):
@@ -124,6 +119,21 @@ def stream(
         yield [token if goes_on else None for token, goes_on in zip(tokens, running)]
         # Rows that have ended go on unheeded, whatever they hold.
         ids, positions, select = chosen.clamp(min=0)[:, None], (ends + step)[:, None], None
+
+
+def padded(prompts: list[list[int]], device: torch.device, first_index: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts as ids [B, T], padded at the right, and their lengths [B].
+
+    Raises:
+        UserError: a prompt is empty; first_index is the number of the first one.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if not all(lengths):
+        raise UserError(f"prompt {first_index + lengths.index(0)}: is empty, and there is nothing to continue")
+    ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+    for row, prompt in zip(ids, prompts):
+        row[: len(prompt)] = torch.tensor(prompt)
+    return ids.to(device), torch.tensor(lengths, device=device)
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, draws: list[float]) -> torch.Tensor:

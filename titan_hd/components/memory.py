@@ -26,6 +26,7 @@ from titan_hd.distributed.parallelize import fsdp_groups
 from titan_hd.distributed.row_shards import chunk_rows
 from titan_hd.distributed.update.plan import UpdatePlan
 from titan_hd.distributed.update.routes import ROUTES
+from titan_hd.distributed.weight_gathers import sums_gradients_once
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import DecoderConfig
 
@@ -277,6 +278,10 @@ def _phases(sizes: Sizes, model: Decoder, local: DecoderConfig, groups: list[Gro
     if c.parallelism.fsdp_reshard_after_forward == "never":
         kept = {"activations": layers * block.kept, "gathered weights": element * sum(g.whole for g in groups)}
         weights, gathered_head = {}, 0
+    whole = sum(g.whole_trained for g in groups)
+    shards, micro_batches = sizes.mesh[1], _micro_batches(c, sizes.mesh)
+    if shards > 1 and sums_gradients_once(whole, sum(g.whole for g in groups), shards, micro_batches):
+        kept["gradients not summed yet"] = 4 * whole
     phases = {
         "forward": {**kept, **weights, "block at work": block.forward},
         "head": {**kept, "gathered head": gathered_head, **arriving},
@@ -294,6 +299,11 @@ def _phases(sizes: Sizes, model: Decoder, local: DecoderConfig, groups: list[Gro
             rows = (shard_elements(torch.empty(w.shape, device="meta"), sizes.mesh[1]) for w in sizes.updates.weights)
             phases["fold"]["a weight's rows from the host"] = sizes.master.itemsize * max(rows)
     return phases
+
+
+def _micro_batches(c: JobConfig, mesh: tuple[int, int, int]) -> int:
+    """Of a worker in a step, for a method without logical adapters."""
+    return max(1, c.training.global_batch_size // (c.training.local_batch_size * mesh[0] * mesh[1]))
 
 
 def _block_memory(c: JobConfig, local: DecoderConfig, tokens: tuple[int, int], compute: torch.dtype) -> BlockMemory:

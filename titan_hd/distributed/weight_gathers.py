@@ -6,8 +6,9 @@ it may stay from the first forward pass of a step to the last backward pass: 1 x
 and on one worker one cast of the masters instead of 2 M. The last backward pass frees it block by block, so that fold,
 optimizer, checkpoints and export meet shards, and the next step gathers what they have made of W.
 
-Where W is not split into shards (one worker, or replicas alone), gradients are summed over the micro-batches first and
-over the replicas then: that takes no memory there, for a shard of the gradient is all of it.
+Gradients are summed over the micro-batches first and over the workers then, where that costs little: where W is not in
+shards (one worker, or replicas alone), for there a shard of the gradient is all of it; and where what is trained is
+small beside W, as adapters are, so that each worker can hold its whole gradient. Else after every micro-batch.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ logger = logging.getLogger("titan_hd")
 
 GIB = 2**30
 CPU_SHARE = 4  # a host's memory has other users (data, page cache): a copy may take a quarter of what is available
+SMALL = 0.1  # of all elements: what is trained is small
 CUDA_MARGIN = 0.08  # of the device's memory, for fragmentation and the buffers of collectives
 
 
@@ -39,8 +41,8 @@ class WeightGathers:
 
     setting: parallelism.fsdp_reshard_after_forward. "default" keeps the copy if there is more than one micro-batch to
         keep it for, and memory for it beside what the first step took, which still gathers for every micro-batch.
-    dp_shard: shards of W. copy_bytes: of the gathered W, see `gathered_bytes`. seq_len: the longest row that a later
-        step may bring. device: where the copy would lie.
+    sums_once: see `sums_gradients_once`. copy_bytes: of the gathered W, see `gathered_bytes`. seq_len: the longest row
+        that a later step may bring. device: where the copy would lie.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class WeightGathers:
         model: Decoder,
         setting: str,
         micro_batches: int,
-        dp_shard: int,
+        sums_once: bool,
         copy_bytes: int,
         seq_len: int,
         device: torch.device,
@@ -57,7 +59,7 @@ class WeightGathers:
         self.device = device
         self.undecided = setting == "default" and micro_batches > 1
         self.kept = False
-        self.sums_once = micro_batches > 1 and dp_shard == 1
+        self.sums_once = sums_once
         self.allocated = 0  # bytes on the GPU before the first step
         if setting == "never":
             self._keep()
@@ -104,6 +106,14 @@ class WeightGathers:
         activations = (torch.cuda.max_memory_allocated(device) - self.allocated) * self.seq_len / longest
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + unused - activations - CUDA_MARGIN * total)
+
+
+def sums_gradients_once(trained: int, weights: int, dp_shard: int, micro_batches: int) -> bool:
+    """Whether gradients are summed over the workers after a step's last micro-batch alone.
+
+    trained: whole elements of what FSDP2 reduces gradients of; weights: of all that it gathers. dp_shard: shards of W.
+    """
+    return trained > 0 and micro_batches > 1 and (dp_shard == 1 or trained <= SMALL * weights)
 
 
 def gathered_bytes(model: Decoder, dims: ParallelDims, ignored: set[nn.Parameter], dtype: torch.dtype) -> int:

@@ -59,25 +59,26 @@ def agree_on_settings(output: Path, settings: Mapping[str, Any]) -> None:
             )
 
 
-def resume(output: Path, plan: Sequence[Sequence[Prompt]]) -> int:
-    """How many batches of the plan samples.jsonl has whole; what stands behind them is cut off.
+def resume(path: Path, plan: Sequence[Sequence[Any]], key: Callable[[dict[str, Any]], Any]) -> int:
+    """How many batches of the plan a file of lines has whole; what stands behind them is cut off.
+
+    plan: for each batch what `key` gives of its lines.
 
     Raises:
         UserError: a line is not what the plan has there.
     """
-    path = output / SAMPLES_FILE
     if not path.exists():
         return 0
     whole, size, place = 0, 0, 0
     with open(path, "rb") as file:
         for batch in plan:
-            for prompt in batch:
+            for expected in batch:
                 text = file.readline()
                 if not text.endswith(b"\n"):
                     break
                 place += len(text)
-                if _key(text) != (prompt.task.name, prompt.problem.id):
-                    raise UserError(f"{path}: the sample that ends at byte {place} is not of this evaluation")
+                if _key(text, key) != expected:
+                    raise UserError(f"{path}: the line that ends at byte {place} is not of this evaluation")
             else:
                 whole, size = whole + 1, place
                 continue
@@ -86,10 +87,9 @@ def resume(output: Path, plan: Sequence[Sequence[Prompt]]) -> int:
     return whole
 
 
-def _key(text: bytes) -> tuple[Any, Any] | None:
+def _key(text: bytes, key: Callable[[dict[str, Any]], Any]) -> Any:
     try:
-        row = json.loads(text)
-        return row["task"], row["id"]
+        return key(json.loads(text))
     except (ValueError, TypeError, KeyError):
         return None
 
@@ -107,7 +107,8 @@ def answer(
     max_new_tokens: in place of the tasks' own.
     stop: texts that end an answer, and are no part of it.
     """
-    whole = resume(output, plan)
+    keys = [[(prompt.task.name, prompt.problem.id) for prompt in batch] for batch in plan]
+    whole = resume(output / SAMPLES_FILE, keys, lambda row: (row["task"], row["id"]))
     totals: dict[str, int] = {}
     for batch in plan:
         totals[batch[0].task.name] = totals.get(batch[0].task.name, 0) + len(batch)
@@ -119,7 +120,8 @@ def answer(
             task = batch[0].task
             if number >= whole:
                 limit = max_new_tokens or task.max_new_tokens
-                rows = backend.generate([prompt.ids for prompt in batch], limit, task.beams, ended)
+                ids = [prompt.ids for prompt in batch]
+                rows = backend.generate(ids, batch[0].stop_ids, limit, task.beams, ended)
                 texts = [_until(tokenizer.decode(row), stop) for row in rows]
                 lines = [line(sample(task, prompt.problem, prompt.text, text)) for prompt, text in zip(batch, texts)]
                 file.write("".join(lines))

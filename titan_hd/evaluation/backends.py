@@ -2,49 +2,58 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from titan_hd.components.beam_search import beam_search
 from titan_hd.components.generation import stream
 from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
-
-logger = logging.getLogger("titan_hd")
 
 
 class Backend(Protocol):
     """Answers prompts with the most probable tokens."""
 
     def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, beams: int, ended: Callable[[list[int]], bool]
+        self,
+        prompts: list[list[int]],
+        stop_ids: Collection[int],
+        max_new_tokens: int,
+        beams: int,
+        ended: Callable[[list[int]], bool],
     ) -> list[list[int]]:
         """The new tokens of each prompt, without the stop token.
 
+        stop_ids: tokens that end an answer.
         beams: width of the beam search; 1: greedy.
-        ended: whether the new tokens of a row so far hold a text that ends it.
+        ended: whether the new tokens of a row so far hold a text that ends it. Only what saves time asks: the caller
+            cuts off what stands behind such a text.
         """
         ...
 
 
 class NativeBackend:
-    """Our decoder: one batch at a time with a key/value cache, greedily."""
+    """Our decoder: one batch at a time with a key/value cache."""
 
-    def __init__(self, model: Decoder, device: torch.device, stop_ids: Collection[int]):
-        self._model, self._device, self._stop_ids = model, device, stop_ids
+    def __init__(self, model: Decoder, device: torch.device):
+        self._model, self._device = model, device
 
     def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, beams: int, ended: Callable[[list[int]], bool]
+        self,
+        prompts: list[list[int]],
+        stop_ids: Collection[int],
+        max_new_tokens: int,
+        beams: int,
+        ended: Callable[[list[int]], bool],
     ) -> list[list[int]]:
         if beams > 1:
-            _warn_of_beams(beams)
+            return beam_search(self._model, prompts, stop_ids, max_new_tokens, self._device, beams)
         rows: list[list[int]] = [[] for _ in prompts]
         going = [True] * len(prompts)
-        for tokens in stream(self._model, prompts, self._stop_ids, max_new_tokens, self._device):
+        for tokens in stream(self._model, prompts, stop_ids, max_new_tokens, self._device):
             for index, token in enumerate(tokens):
                 if going[index] and token is not None:
                     rows[index].append(token)
@@ -54,20 +63,10 @@ class NativeBackend:
         return rows
 
 
-@functools.cache  # once in a process
-def _warn_of_beams(beams: int) -> None:
-    logger.warning(
-        "the protocol searches with %d beams; the native backend answers greedily (--backend transformers searches)",
-        beams,
-    )
-
-
 class TransformersBackend:
     """transformers' model of a HF directory, with its own generation."""
 
-    def __init__(
-        self, directory: Path, dtype: torch.dtype, device: torch.device, stop_ids: Collection[int], pad_id: int
-    ):
+    def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device, pad_id: int):
         """Raises:
         UserError: the library is not there, or cannot load the directory.
         """
@@ -83,13 +82,17 @@ class TransformersBackend:
             model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{directory}: transformers cannot load it: {' '.join(str(error).split())}") from None
-        self._model, self._device, self._stop_ids, self._pad_id = model.to(device).eval(), device, stop_ids, pad_id
+        self._model, self._device, self._pad_id = model.to(device).eval(), device, pad_id
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, beams: int, ended: Callable[[list[int]], bool]
+        self,
+        prompts: list[list[int]],
+        stop_ids: Collection[int],
+        max_new_tokens: int,
+        beams: int,
+        ended: Callable[[list[int]], bool],
     ) -> list[list[int]]:
-        """`ended` is not asked while it generates; what stands behind such a text is cut off by the caller."""
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), self._pad_id)
         mask = torch.zeros_like(ids)
@@ -105,11 +108,9 @@ class TransformersBackend:
             temperature=None,
             top_p=None,
             top_k=None,
-            eos_token_id=sorted(self._stop_ids),
+            eos_token_id=sorted(stop_ids),
             pad_token_id=self._pad_id,
         )
-        return [self._until_stop(row) for row in out[:, width:].tolist()]
-
-    def _until_stop(self, row: list[int]) -> list[int]:
-        end = next((place for place, token in enumerate(row) if token in self._stop_ids), len(row))
-        return row[:end]
+        rows = out[:, width:].tolist()
+        ends = [next((place for place, token in enumerate(row) if token in stop_ids), len(row)) for row in rows]
+        return [row[:end] for row, end in zip(rows, ends)]

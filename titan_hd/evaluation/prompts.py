@@ -15,12 +15,13 @@ from titan_hd.evaluation.task import Problem, Task
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem of a task as the model is given it."""
+    """A problem of a task as the model is given it, and the tokens that end an answer."""
 
     task: Task
     problem: Problem
     text: str
     ids: list[int]
+    stop_ids: frozenset[int] = frozenset()
 
 
 def write_prompts(
@@ -32,7 +33,7 @@ def write_prompts(
     Raises:
         UserError: a problem is no text that the tokenizer takes; names it.
     """
-    prompts = []
+    prompts, stop_ids = [], template.stop_ids(tokenizer)
     for problem in problems:
         try:
             if isinstance(template, ChatTurns):
@@ -43,7 +44,7 @@ def write_prompts(
                 ids = template.prompt_ids(tokenizer, problem.prompt, "", task.cue)
         except UserError as error:
             raise UserError(f"{task.name}: problem {problem.id}: {error}") from None
-        prompts.append(Prompt(task, problem, text, ids))
+        prompts.append(Prompt(task, problem, text, ids, stop_ids))
     return prompts
 
 

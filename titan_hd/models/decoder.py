@@ -66,6 +66,13 @@ class KVCache:
         self.slots = slots
         self.layers = [LayerCache(slots) for _ in range(layers)]
 
+    def take(self, rows: torch.Tensor) -> None:
+        """Keep these rows [B'] of the batch, in this order; one may be taken several times."""
+        for layer in self.layers:
+            assert layer.keys is not None, "filled by a pass"
+            assert layer.values is not None, "filled by a pass"
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
 
 class Attention(nn.Module):
     """Grouped-query attention with RoPE. `project` applies q_proj, k_proj and v_proj to their common input; an adapter

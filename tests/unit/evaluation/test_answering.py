@@ -32,7 +32,7 @@ class Echo:
         self.asked: list[list[str]] = []
         self._killed_at = killed_at
 
-    def generate(self, prompts, max_new_tokens, beams, ended):
+    def generate(self, prompts, stop_ids, max_new_tokens, beams, ended):
         if len(self.asked) == self._killed_at:
             raise KeyboardInterrupt
         self.asked.append(["".join(map(chr, prompt)) for prompt in prompts])
@@ -99,7 +99,7 @@ def test_samples_from_elsewhere_are_refused(tmp_path: Path):
     run(tmp_path, Echo())
     path = tmp_path / "samples.jsonl"
     path.write_text(path.read_text().replace('"id": "5"', '"id": "77"'))
-    with pytest.raises(UserError, match=r"samples.jsonl: the sample that ends at byte \d+ is not of this evaluation"):
+    with pytest.raises(UserError, match=r"samples.jsonl: the line that ends at byte \d+ is not of this evaluation"):
         run(tmp_path, Echo())
 
 
@@ -134,8 +134,8 @@ def test_the_decoder_stops_when_every_row_has_its_text(monkeypatch):
     ends = {row[index] for row, index in zip(free, (3, 5, 7))}
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))
-    backend = NativeBackend(model, torch.device("cpu"), ())
-    rows = backend.generate(asked, 24, 1, lambda row: row[-1] in ends)
+    backend = NativeBackend(model, torch.device("cpu"))
+    rows = backend.generate(asked, (), 24, 1, lambda row: row[-1] in ends)
     expected = [row[: next(i for i, token in enumerate(row) if token in ends) + 1] for row in free]
     assert rows == expected
     assert len(passes) == max(map(len, expected)) < 24
