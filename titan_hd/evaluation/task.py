@@ -6,7 +6,7 @@ A task is one entry of `titan_hd.evaluation.tasks.TASKS`. Nothing else knows a t
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,18 +104,18 @@ class Task:
         return Problem(default_id if own_id is None else str(own_id), prompt, reference, record)
 
 
-def find_source(task: Task, data: Path) -> str:
-    """The file, or pattern of files, of a task in a data directory.
+def find_source(name: str, files: Sequence[str], data: Path) -> str:
+    """The file, or pattern of files, of a task in a data directory: the first of `files` that is there.
 
     Raises:
         UserError: there is none; names those that were looked for.
     """
-    for name in task.files:
-        if glob.glob(str(data / name)):
-            return str(data / name)
+    for file in files:
+        if glob.glob(str(data / file)):
+            return str(data / file)
     if not data.is_dir():
         raise UserError(f"--data: no such directory: {data}")
-    raise UserError(f"--data: {data} has no file of {task.name}; looked for {', '.join(task.files)}")
+    raise UserError(f"--data: {data} has no file of {name}; looked for {', '.join(files)}")
 
 
 def load_problems(task: Task, source: str, limit: int | None = None) -> list[Problem]:

@@ -136,7 +136,9 @@ def test_all_solutions(sandbox: Sandbox, shared_data: Path, name: str, count: in
 
 def test_the_tasks(sandbox: Sandbox, shared_data: Path):
     """The table's entries read the published files, ask for a function by its tests, and score."""
-    humaneval, mbpp = (load_problems(TASKS[n], find_source(TASKS[n], shared_data)) for n in ("humaneval", "mbpp"))
+    humaneval, mbpp = (
+        load_problems(TASKS[name], find_source(name, TASKS[name].files, shared_data)) for name in ("humaneval", "mbpp")
+    )
     assert (len(humaneval), len(mbpp)) == (164, 500)
     assert humaneval[0].id == "HumanEval/0"
     assert humaneval[0].prompt.startswith("Create a Python script for this problem:\nfrom typing import List\n")
