@@ -36,6 +36,7 @@ from titan_hd.data.text.tokenizer_base import Tokenizer
 from titan_hd.errors import UserError
 from titan_hd.evaluation import answering, mt_bench, report, samples
 from titan_hd.evaluation.backends import Backend, NativeBackend, TransformersBackend
+from titan_hd.evaluation.code import open_sandbox
 from titan_hd.evaluation.math_answers import has_math_verify
 from titan_hd.evaluation.prompts import batches, fingerprint, write_prompts
 from titan_hd.evaluation.task import Problem, Task, find_source, load_problems
@@ -73,6 +74,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--limit", type=int, help="only the first so many problems of each task")
     add("--against", type=Path, metavar="SAMPLES", help="samples.jsonl of another evaluation, or its directory")
     add("--output", type=Path, required=True, help="the directory for samples.jsonl and summary.json")
+    add(
+        "--allow-unsandboxed",
+        action="store_true",
+        help="humaneval, mbpp: run programs even where the kernel cannot shut them in: as you, with your files",
+    )
     asking = parser.add_argument_group("with a model")
     add = asking.add_argument
     add("--backend", choices=["native", "transformers"], default="native", help="who generates; default: native")
@@ -100,6 +106,8 @@ def run(args: argparse.Namespace) -> None:
     sources = find_sources(args, tasks, with_mt_bench)
     problems = {name: load_problems(task, sources[name], args.limit) for name, task in tasks.items()}
     questions = mt_bench.read_questions(sources[mt_bench.NAME], args.limit) if with_mt_bench else []
+    if any(task.runs_programs for task in tasks.values()):
+        open_sandbox(args.allow_unsandboxed)
     if args.predictions:
         rows = score_predictions(tasks, problems, outputs, args.limit)
         with disk_faults(args.output):

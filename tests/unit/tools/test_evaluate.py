@@ -102,8 +102,8 @@ def test_gold_answers_of_gsm8k_are_all_right(shared_data: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("rows", "arguments", "message"),
     [
-        (outputs(["1"]), ["--tasks", "gsm9k"], "--tasks: there is no task 'gsm9k'; known are gsm8k, math, boolq"),
-        (outputs(["1"], "gsm9k"), [], "--tasks: there is no task 'gsm9k'; known are gsm8k, math, boolq"),
+        (outputs(["1"]), ["--tasks", "gsm9k"], "--tasks: there is no task 'gsm9k'; known are gsm8k, math, humaneval"),
+        (outputs(["1"], "gsm9k"), [], "--tasks: there is no task 'gsm9k'; known are gsm8k, math, humaneval"),
         (outputs(["1"]), ["--tasks", "own"], "--tasks: there is no task 'own'; name its file with --records"),
         (outputs(["1"]), ["--limit", "0"], "--limit: must be a whole number above 0, not 0"),
         (outputs(["1"]), ["--tasks", "hellaswag"], "--data: DATA has no file of hellaswag; looked for"),
