@@ -164,7 +164,7 @@ class ChatTurns:
     tokenizer: has the template beside it, which is looked for at the first use. joint: as ConversationEncoder has it.
     """
 
-    writes_system = True
+    writes_system = writes_input = True
 
     def __init__(self, tokenizer: Tokenizer | None, joint: bool = False):
         self._tokenizer, self._joint, self._system = tokenizer, joint, ""
