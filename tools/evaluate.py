@@ -29,14 +29,16 @@ from tqdm import tqdm
 from titan_hd.checkpoint.pretrained import load_pretrained
 from titan_hd.config import manager
 from titan_hd.data.sources import Record
+from titan_hd.data.text.chat import load_chat_template
 from titan_hd.data.text.templates import load_template
 from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.data.text.tokenizer_base import Tokenizer
 from titan_hd.errors import UserError
-from titan_hd.evaluation import answering, report, samples
+from titan_hd.evaluation import answering, mt_bench, report, samples
 from titan_hd.evaluation.backends import Backend, NativeBackend, TransformersBackend
+from titan_hd.evaluation.code import open_sandbox
 from titan_hd.evaluation.math_answers import has_math_verify
-from titan_hd.evaluation.prompts import Prompt, batches, fingerprint, write_prompts
+from titan_hd.evaluation.prompts import batches, fingerprint, write_prompts
 from titan_hd.evaluation.task import Problem, Task, find_source, load_problems
 from titan_hd.evaluation.tasks import TASKS, own_task
 from titan_hd.files import disk_faults, replace_file
@@ -59,7 +61,10 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("model", type=Path, nargs="?", help="a HF directory, or a checkpoint's folder, .../step-N")
     add("--predictions", type=Path, help="in place of a model, outputs to score: JSONL of task, id and output")
-    add("--tasks", help=f"of {', '.join(TASKS)}, with commas between them; default: those of --predictions")
+    add(
+        "--tasks",
+        help=f"of {', '.join((*TASKS, mt_bench.NAME))}, with commas between them; default: those of --predictions",
+    )
     add("--data", type=Path, help="the directory with the files of the tasks")
     add("--source", action="append", default=[], metavar="TASK=PATH", help="a task's file, where it is not in --data")
     add("--records", metavar="PATH", help='a file of your own: the task "own"; needs --marker')
@@ -69,6 +74,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--limit", type=int, help="only the first so many problems of each task")
     add("--against", type=Path, metavar="SAMPLES", help="samples.jsonl of another evaluation, or its directory")
     add("--output", type=Path, required=True, help="the directory for samples.jsonl and summary.json")
+    add(
+        "--allow-unsandboxed",
+        action="store_true",
+        help="humaneval, mbpp: run programs even where the kernel cannot shut them in: as you, with your files",
+    )
     asking = parser.add_argument_group("with a model")
     add = asking.add_argument
     add("--backend", choices=["native", "transformers"], default="native", help="who generates; default: native")
@@ -92,19 +102,23 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("a model or --predictions, one of them, is needed: who answers?")
     others = samples.read_outputs(args.against, "--against") if args.against else {}
     outputs = samples.read_outputs(args.predictions, "--predictions") if args.predictions else {}
-    tasks = chosen_tasks(args, tuple(dict.fromkeys(task for task, _ in outputs)))
-    problems = read_problems(args, tasks)
+    tasks, with_mt_bench = chosen_tasks(args, tuple(dict.fromkeys(task for task, _ in outputs)))
+    sources = find_sources(args, tasks, with_mt_bench)
+    problems = {name: load_problems(task, sources[name], args.limit) for name, task in tasks.items()}
+    questions = mt_bench.read_questions(sources[mt_bench.NAME], args.limit) if with_mt_bench else []
+    if any(task.runs_programs for task in tasks.values()):
+        open_sandbox(args.allow_unsandboxed)
     if args.predictions:
         rows = score_predictions(tasks, problems, outputs, args.limit)
         with disk_faults(args.output):
             write_scores(args.output, rows)
     else:
-        rows = ask(args, tasks, problems)
+        rows = ask(args, tasks, problems, questions)
     finish(args, rows, others)
 
 
-def chosen_tasks(args: argparse.Namespace, default: tuple[str, ...]) -> dict[str, Task]:
-    """The tasks by their names, in the order in which they are asked for.
+def chosen_tasks(args: argparse.Namespace, default: tuple[str, ...]) -> tuple[dict[str, Task], bool]:
+    """The tasks by their names, in the order in which they are asked for; and whether MT-Bench, which has no score, is.
 
     Raises:
         UserError: there is no such task; what the task "own" needs is missing.
@@ -120,50 +134,79 @@ def chosen_tasks(args: argparse.Namespace, default: tuple[str, ...]) -> dict[str
     names = [name.strip() for name in args.tasks.split(",")] if args.tasks else [*default]
     if args.records is not None and "own" not in names:
         names.append("own")
+    everything = ", ".join((*TASKS, mt_bench.NAME))
+    with_mt_bench = mt_bench.NAME in names
+    if with_mt_bench and args.predictions:
+        raise UserError("--tasks: mt_bench has no score of its own: a judge reads the answers of a model")
+    names = [name for name in names if name != mt_bench.NAME]
     for name in names:
         if name not in known:
-            hint = "; name its file with --records" if name == "own" else f"; known are {', '.join(TASKS)}"
+            hint = "; name its file with --records" if name == "own" else f"; known are {everything}"
             raise UserError(f"--tasks: there is no task {name!r}{hint}")
-    if not names:
-        raise UserError(f"--tasks: missing: some of {', '.join(TASKS)}, or a file of your own with --records")
-    return {name: known[name] for name in names}
+    if not names and not with_mt_bench:
+        raise UserError(f"--tasks: missing: some of {everything}, or a file of your own with --records")
+    return {name: known[name] for name in names}, with_mt_bench
 
 
-def read_problems(args: argparse.Namespace, tasks: Mapping[str, Task]) -> dict[str, list[Problem]]:
-    """The problems of each task, the first --limit of them."""
-    sources = {"own": args.records}
+def find_sources(args: argparse.Namespace, tasks: Mapping[str, Task], with_mt_bench: bool) -> dict[str, str]:
+    """Where the problems of each task are: as --source and --records say, else in --data."""
+    places = {name: task.files for name, task in tasks.items()} | (
+        {mt_bench.NAME: mt_bench.FILES} if with_mt_bench else {}
+    )
+    sources = {"own": args.records} if args.records is not None else {}
     for entry in args.source:
         name, equals, path = entry.partition("=")
-        if not equals or name not in tasks:
-            raise UserError(f"--source: must be TASK=PATH, with one of {', '.join(tasks)}, not {entry!r}")
+        if not equals or name not in places:
+            raise UserError(f"--source: must be TASK=PATH, with one of {', '.join(places)}, not {entry!r}")
         sources[name] = path
-    if args.data is None and (missing := [name for name in tasks if name not in sources]):
+    missing = [name for name in places if name not in sources]
+    if args.data is None and missing:
         raise UserError(f"--data: missing: the directory with the file of {missing[0]}")
-    return {
-        name: load_problems(task, sources.get(name) or find_source(task, args.data), args.limit)
-        for name, task in tasks.items()
-    }
+    return sources | {name: find_source(name, places[name], args.data) for name in missing}
 
 
 def ask(
-    args: argparse.Namespace, tasks: Mapping[str, Task], problems: Mapping[str, list[Problem]]
+    args: argparse.Namespace,
+    tasks: Mapping[str, Task],
+    problems: Mapping[str, list[Problem]],
+    questions: list[mt_bench.Question],
 ) -> dict[str, list[dict[str, Any]]]:
-    """Samples of each task, by the model."""
+    """Samples of each task, by the model; and a file with its answers to MT-Bench."""
     for name in {args.prompts or task.template for task in tasks.values()}:
         load_template(name)
     backend, tokenizer = load_backend(args)
+    if questions:
+        load_chat_template(tokenizer)  # refused before anything is asked
     prompts = {
         name: write_prompts(task, problems[name], load_template(args.prompts or task.template, tokenizer), tokenizer)
         for name, task in tasks.items()
     }
     plan = [batch for name in tasks for batch in batches(prompts[name], args.batch_size)]
     with disk_faults(args.output):
-        answering.agree_on_settings(args.output, settings(args, prompts))
-        show_progress(
-            answering.answer(args.output, plan, backend, tokenizer, args.max_new_tokens, args.stop), len(plan)
-        )
+        fingerprints = {name: fingerprint(own) for name, own in prompts.items()}
+        answering.agree_on_settings(args.output, settings(args, fingerprints, questions))
+        if plan:
+            show_progress(answering.answer(args.output, plan, backend, tokenizer, args.max_new_tokens, args.stop))
+        if questions:
+            ask_mt_bench(args, questions, backend, tokenizer)
+    if not plan:
+        return {}
     found = samples.read_outputs(args.output, "--output")
     return {name: [dict(row) for (task, _), row in found.items() if task == name] for name in tasks}
+
+
+def ask_mt_bench(
+    args: argparse.Namespace, questions: list[mt_bench.Question], backend: Backend, tokenizer: Tokenizer
+) -> None:
+    name = args.model.resolve().name
+    path = args.output / "mt_bench" / "model_answer" / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    limit = args.max_new_tokens or mt_bench.MAX_NEW_TOKENS
+    show_progress(mt_bench.answer(path, questions, name, backend, tokenizer, args.batch_size, limit))
+    tell(
+        f"mt_bench: {len(questions)} questions are answered in {path}; to judge them, copy it into FastChat's "
+        f"fastchat/llm_judge/data/mt_bench/model_answer and run there: python gen_judgment.py --model-list {name}"
+    )
 
 
 def load_backend(args: argparse.Namespace) -> tuple[Backend, Tokenizer]:
@@ -187,7 +230,9 @@ def load_backend(args: argparse.Namespace) -> tuple[Backend, Tokenizer]:
     return NativeBackend(model, device), tokenizer
 
 
-def settings(args: argparse.Namespace, prompts: Mapping[str, list[Prompt]]) -> dict[str, Any]:
+def settings(
+    args: argparse.Namespace, fingerprints: Mapping[str, str], questions: list[mt_bench.Question]
+) -> dict[str, Any]:
     """All that an answer depends on, for evaluation.json: an evaluation goes on only with the same."""
     files = sorted(((path, path.stat()) for path in args.model.rglob("*") if path.is_file()), key=lambda file: file[0])
     stamps = repr([(str(path), status.st_size, status.st_mtime_ns) for path, status in files])
@@ -196,18 +241,21 @@ def settings(args: argparse.Namespace, prompts: Mapping[str, list[Prompt]]) -> d
         "model_files": hashlib.sha256(stamps.encode()).hexdigest()[:16],
         **{key: getattr(args, key) for key in ("assets", "backend", "dtype", "device", "prompts", "stop")},
         **{key: getattr(args, key) for key in ("limit", "max_new_tokens", "batch_size")},
-        "tasks": {name: fingerprint(own) for name, own in prompts.items()},
+        "tasks": fingerprints,
+        "mt_bench": hashlib.sha256(repr(questions).encode()).hexdigest()[:16] if questions else None,
     }
 
 
-def show_progress(progress: Iterator[answering.Progress], batches: int) -> None:
+def show_progress(progress: Iterator[answering.Progress]) -> None:
     """A bar for each task, with problems per second and the time that is left, and tokens per second behind it."""
     bar, last = None, None
     for last in progress:
         if bar is None or bar.desc != last.task:
             if bar is not None:
                 bar.close()
-            bar = tqdm(total=last.total, desc=last.task, unit="problem", mininterval=1 if sys.stderr.isatty() else 30)
+            interval = 1 if sys.stderr.isatty() else 30
+            before = 0 if last.tokens else last.done  # answered by a process before this one
+            bar = tqdm(total=last.total, desc=last.task, unit="problem", mininterval=interval, initial=before)
         if last.tokens:
             bar.set_postfix_str(f"{last.tokens / last.seconds:.1f} tokens/s", refresh=False)
         bar.update(last.done - bar.n)
@@ -250,6 +298,8 @@ def finish(
             summary[name]["against"] = report.compare_samples(own, others, f"--against: {name}")
     if "math" in summary and not has_math_verify():
         tell("math: scored by Hendrycks' normalisation alone; math-verify is not installed (pip install math-verify)")
+    if not summary:
+        return
     with disk_faults(args.output):
         write(args.output / "summary.json", json.dumps({"tasks": summary}, indent=2) + "\n")
     print("\n".join(report.table(summary)))

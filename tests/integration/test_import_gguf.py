@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from tests.kit import gguf_files
-from tests.kit.commands import REPOSITORY
+from tests.kit.commands import REPOSITORY, call_tool
 from tests.kit.gguf_files import MODELS, gguf, transformers, write_gguf
 from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import read_hf_config
+from tools import evaluate
 from tools.import_gguf import import_gguf
 
 # The same fp32 weights in the same library: the two differ by nothing but the file in between.
@@ -201,3 +202,16 @@ class TestSmolLM2:
             for values in both:
                 loss = F.cross_entropy(values[:-1], labels[1:]).item()
                 assert loss == pytest.approx(example["nll_fp32_mean"], abs=self.NLL_TOLERANCE)
+
+    @pytest.mark.slow
+    def test_answers(self, folder: Path, shared_data: Path, tmp_path: Path):
+        """tools/evaluate.py: our decoder and transformers' answer 50 questions of GSM8K alike, in fp32."""
+        options = ["--tasks", "gsm8k", "--prompts", "chat", "--limit", 50, "--batch-size", 10, "--max-new-tokens", 24]
+        fixed = ["--data", shared_data, "--dtype", "float32", "--device", "cpu"]
+        for backend in ("native", "transformers"):
+            output = tmp_path / backend
+            result = call_tool(evaluate.main, folder, *options, *fixed, "--backend", backend, "--output", output)
+            assert result.returncode == 0, result.stderr
+        ours, theirs = (tmp_path / backend / "samples.jsonl" for backend in ("native", "transformers"))
+        assert ours.read_bytes() == theirs.read_bytes()
+        assert len(ours.read_bytes().splitlines()) == 50

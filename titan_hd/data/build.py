@@ -281,7 +281,8 @@ def _check_what_is_left(statistics: Statistics, seq_len: int) -> None:
     s = statistics
     log_unused(s.name, s.unused)
     for note, (count, where) in s.notes.items():
-        logger.warning("%s: %d of %d records %s; the first: %s", s.name, count, s.records, note, where)
+        total = s.records + s.unlabelled  # notes are of both
+        logger.warning("%s: %d of %d records %s; the first: %s", s.name, count, total, note, where)
     if s.bad:
         logger.info("%s: %d bad records are skipped; the first: %s", s.name, s.bad, s.first_bad)
     if s.unlabelled:

@@ -240,7 +240,7 @@ class InstructionFormat(QuestionFormat):
 
     def used(self, record: Record) -> set[str]:
         system = given_field(record, self._system_fields) if self._template.writes_system else ""
-        input_field = given_field(record, self._input_fields)
+        input_field = given_field(record, self._input_fields) if self._template.writes_input else ""
         return {self._prompt_field, self._response_field, input_field, system, "history"}
 
     def _conversation(self, question: list) -> Conversation | None:

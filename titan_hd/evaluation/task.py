@@ -6,7 +6,7 @@ A task is one entry of `titan_hd.evaluation.tasks.TASKS`. Nothing else knows a t
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,12 @@ class Score:
     """What became of one answer.
 
     extracted: the part of the output that was compared; None: none was found, which is wrong.
-    also: verdicts of other scorers, by name.
+    also: what else its line in samples.jsonl says: verdicts of other scorers, by name.
     """
 
     right: bool
     extracted: str | None
-    also: Mapping[str, bool] = field(default_factory=dict)
+    also: Mapping[str, bool | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class Task:
     cue: what the response begins with: it is written behind the template, and is no part of the output.
     max_new_tokens, beams: how the protocol generates; one beam is greedy.
     id_column: the column with the task's own name of a problem.
+    instruction: the prompt out of a question and its record, where the question alone is not it. Raises ValueError,
+        whose text says what is wrong with the record.
+    keep: which records are problems of the task.
+    runs_programs: `score` runs what the model wrote, in the sandbox.
     """
 
     name: str
@@ -70,6 +74,9 @@ class Task:
     max_new_tokens: int = 1024
     beams: int = 1
     id_column: str | None = None
+    instruction: Callable[[str, Mapping[str, Any]], str] | None = None
+    keep: Callable[[Mapping[str, Any]], bool] = lambda record: True
+    runs_programs: bool = False
 
     def problem(self, record: Record, default_id: str) -> Problem:
         """The problem that a record is.
@@ -89,22 +96,26 @@ class Task:
             reference = self.reference(answer)
         except ValueError as error:
             raise UserError(f"{record.where}: {pair[1]}: {error}") from None
+        try:
+            prompt = self.instruction(question, record) if self.instruction else question
+        except ValueError as error:
+            raise UserError(f"{record.where}: {error}") from None
         own_id = record.get(self.id_column) if self.id_column else None
-        return Problem(default_id if own_id is None else str(own_id), question, reference, record)
+        return Problem(default_id if own_id is None else str(own_id), prompt, reference, record)
 
 
-def find_source(task: Task, data: Path) -> str:
-    """The file, or pattern of files, of a task in a data directory.
+def find_source(name: str, files: Sequence[str], data: Path) -> str:
+    """The file, or pattern of files, of a task in a data directory: the first of `files` that is there.
 
     Raises:
         UserError: there is none; names those that were looked for.
     """
-    for name in task.files:
-        if glob.glob(str(data / name)):
-            return str(data / name)
+    for file in files:
+        if glob.glob(str(data / file)):
+            return str(data / file)
     if not data.is_dir():
         raise UserError(f"--data: no such directory: {data}")
-    raise UserError(f"--data: {data} has no file of {task.name}; looked for {', '.join(task.files)}")
+    raise UserError(f"--data: {data} has no file of {name}; looked for {', '.join(files)}")
 
 
 def load_problems(task: Task, source: str, limit: int | None = None) -> list[Problem]:
@@ -116,7 +127,7 @@ def load_problems(task: Task, source: str, limit: int | None = None) -> list[Pro
         UserError: what is wrong with a file, with its line; two problems have the same id.
     """
     problems: dict[str, Problem] = {}
-    for number, record in enumerate(_records(source, task.name)):
+    for number, record in enumerate(filter(task.keep, _records(source, task.name))):
         if limit is not None and number >= limit:
             break
         problem = task.problem(record, str(number))

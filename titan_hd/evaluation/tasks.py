@@ -1,14 +1,14 @@
 """The tasks. Adding one is an entry here.
 
-The protocols are those of PiSSA (GSM8K, MATH) and of LLM-Adapters (commonsense), by which the methods that are trained
-here have been compared in print; docs/evaluation.md says where each file comes from.
+The protocols are those of PiSSA (GSM8K, MATH, HumanEval, MBPP) and of LLM-Adapters (commonsense), by which the methods
+that are trained here have been compared in print; docs/evaluation.md says where each file comes from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from titan_hd.evaluation import extraction, math_answers
+from titan_hd.evaluation import code, extraction, math_answers
 from titan_hd.evaluation.task import Problem, Score, Task
 
 _STEP_BY_STEP = " Let's think step by step."
@@ -74,6 +74,30 @@ _ENTRIES = (
         reference=extraction.math_reference,
         score=_score_math,
         cue=_STEP_BY_STEP,
+    ),
+    Task(
+        name="humaneval",
+        files=(
+            *("humaneval/HumanEval.jsonl", "humaneval/HumanEval.jsonl.gz", "HumanEval.jsonl", "HumanEval.jsonl.gz"),
+            "humaneval/openai_humaneval/test-*.parquet",
+        ),
+        columns=(("prompt", "canonical_solution"),),
+        reference=str,
+        score=code.score_humaneval,
+        id_column="task_id",
+        instruction=code.humaneval_instruction,
+        runs_programs=True,
+    ),
+    Task(
+        name="mbpp",
+        files=("mbpp/mbpp.jsonl", "mbpp.jsonl", "mbpp/full/test-*.parquet", "mbpp/sanitized-mbpp.json"),
+        columns=(("text", "code"), ("prompt", "code")),
+        reference=code.python_source,
+        score=code.score_mbpp,
+        id_column="task_id",
+        instruction=code.mbpp_instruction,
+        keep=code.is_in_test_split,
+        runs_programs=True,
     ),
     _commonsense("boolq", "boolq", "true|false"),
     _commonsense("piqa", "piqa", "solution[12]"),

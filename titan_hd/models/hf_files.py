@@ -80,7 +80,7 @@ class WeightFiles:
         tensor that begins at (row, column). Only that block is read, in pieces of at most 16 MiB or one row.
 
         Raises:
-            UserError: it cannot be read, or holds a value that is NaN or infinite, also for being too large for `out`.
+            UserError: it cannot be read, or holds a value that is NaN, infinite or too large for `out`.
         """
         path, entry = self._places[name]
         item = DTYPES[entry.dtype].itemsize
@@ -107,9 +107,11 @@ class WeightFiles:
 
     def _check_values(self, name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
         """One pass at the speed of memory; a NaN is the smallest and the largest of its tensor."""
-        ends = torch.stack(torch.aminmax(values)).to(dtype)
+        stored = torch.stack(torch.aminmax(values))
+        ends = stored.to(dtype)
         if not ends.isfinite().all():
-            raise UserError(f"{self._places[name][0]}: {name}: holds a value that is NaN or infinite")
+            reason = f"too large for {dtype}" if stored.isfinite().all() else "NaN or infinite"
+            raise UserError(f"{self._places[name][0]}: {name}: holds a value that is {reason}")
         if ends.any():
             self.nonzero.add(name)
 

@@ -163,12 +163,13 @@ class TestInstructionRecords:
         assert records[1].labels == [IGNORE, IGNORE, IGNORE, 5, 2]
         assert records.statistics.notes == {SHARED: (1, f"{path}:2")}
 
-    def test_a_merge_that_leaves_fewer_ids_than_the_prompt(self, jsonl):
+    def test_a_merge_that_leaves_fewer_ids_than_the_prompt(self, jsonl, caplog):
         """<s> abcdef </s> as one text: all of it is the prompt's, so that there is nothing to train on."""
         path = jsonl({"prompt": "abcde", "response": "f"}, {"prompt": "a", "response": "b"})
         records = instruction(path, Words(), encoding="joint")
         assert [e.input_ids for e in records] == [[1, 3, 4, 2]]
         assert records.statistics.first_unlabelled == f"{path}:1"
+        assert f"1 of 2 records {SHARED}" in caplog.text
         assert [e.input_ids for e in instruction(path, Words())] == [[1, 3, 4, 5, 6, 7, 8, 2], [1, 3, 4, 2]]
 
     def test_the_input_field(self, jsonl):

@@ -133,6 +133,16 @@ class TestSystemTexts:
         assert instruction(path, chatml, template=str(template)).prompt(0) == "Q:fox {system}"
         assert "data.validation: fields that are not used: system" in caplog.text
 
+    def test_so_is_an_input(self, jsonl, tmp_path: Path, caplog):
+        template = tmp_path / "t.txt"
+        template.write_text("I:{input} Q:{prompt}")
+        path = jsonl({"prompt": "q", "response": "r", "context": "c"})
+        assert instruction(path, template=str(template)).prompt(0) == "I:c Q:q"
+        assert "not used" not in caplog.text
+        template.write_text("Q:{prompt}")
+        assert instruction(path, template=str(template)).prompt(0) == "Q:q"
+        assert "data.validation: fields that are not used: context" in caplog.text
+
     def test_a_turn_of_a_chat(self, jsonl, chatml: Tokenizer):
         rows = [{"system": "be lazy", "prompt": "the fox", "response": "dog"}, {"prompt": "a", "response": "b"}]
         records = instruction(jsonl(*rows), chatml, template="chat")

@@ -157,7 +157,7 @@ class TestChat:
             ([{"role": "user", "content": ["x"]}], "messages[0].content: must be a string"),
             (turns(USER, ("assistant", " ")), "messages[1].content: is empty"),
             ([{"from": "gtp", "value": "x"}], "messages[0].from: must be one of human, user, gpt, "),
-            (turns(USER), "holds no assistant turn, so that there is nothing to train on"),
+            (turns(USER), "holds no assistant turn, so that there is nothing to train on; its roles: user"),
             (turns(ANSWER, USER, ANSWER), "begins with an assistant turn; a system's or user's must come first"),
             (turns(USER, ("assistant", "\ud800")), "character "),
         ],

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from titan_hd.evaluation import extraction
+from titan_hd.evaluation.task import Problem
+from titan_hd.evaluation.tasks import TASKS
 
 
 @pytest.mark.parametrize(
@@ -82,3 +87,14 @@ def test_references():
             extraction.gsm8k_reference(bad)
     with pytest.raises(ValueError, match="boxed"):
         extraction.math_reference("Since.\nTherefore.")
+
+
+def test_outputs_of_a_real_model_are_read_as_by_hand():
+    """Sixty of SmolLM2-135M-Instruct. Few hold an answer in the protocol's words; the others nearly do: "The answer is
+    4 hours", "The answer is:" with nothing behind it, "True." for true, "Answer3"."""
+    lines = Path(__file__).with_name("smollm2_outputs.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 60
+    assert sum(row["extracted"] is not None for row in rows) == 4
+    for row in rows:
+        assert TASKS[row["task"]].score(Problem("0", "", ""), row["output"]).extracted == row["extracted"], row

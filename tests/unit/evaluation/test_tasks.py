@@ -38,7 +38,7 @@ def mutated(name: str, output: str) -> str:
 @pytest.mark.parametrize("name", SIZES)
 def test_gold_answers_are_right_and_mutated_ones_wrong(name: str, shared_data: Path):
     task = TASKS[name]
-    problems = load_problems(task, find_source(task, shared_data))
+    problems = load_problems(task, find_source(name, task.files, shared_data))
     assert len(problems) == SIZES[name]
     right = [task.score(problem, gold(name, problem)).right for problem in problems]
     wrong = [task.score(problem, mutated(name, gold(name, problem))).right for problem in problems]
@@ -57,7 +57,7 @@ MATH = [
 def test_math_by_solutions(question: str, answer: str, tmp_path: Path):
     rows = [json.dumps({question: text, answer: solution, "type": "Algebra"}) for text, solution, *_ in MATH]
     (tmp_path / "MATH_test.jsonl").write_text("\n".join(rows))
-    problems = load_problems(TASKS["math"], find_source(TASKS["math"], tmp_path))
+    problems = load_problems(TASKS["math"], find_source("math", TASKS["math"].files, tmp_path))
     for problem, (_, solution, right, wrong) in zip(problems, MATH):
         score = TASKS["math"].score(problem, f"{solution}\nThe answer is: {right}.\n")
         assert (score.right, score.extracted) == (True, right)
@@ -74,12 +74,12 @@ def test_math_as_it_was_published(tmp_path: Path):
         folder.mkdir(parents=True)
         record = {"problem": subject, "level": "Level 1", "type": subject, "solution": solution}
         (folder / f"{number}.json").write_text(json.dumps(record, indent=4))
-    problems = load_problems(TASKS["math"], find_source(TASKS["math"], tmp_path))
+    problems = load_problems(TASKS["math"], find_source("math", TASKS["math"].files, tmp_path))
     assert [(problem.id, problem.prompt, problem.reference) for problem in problems] == [
         ("0", "algebra", "3"),
         ("1", "geometry", r"\pi"),
     ]
-    assert len(load_problems(TASKS["math"], find_source(TASKS["math"], tmp_path), limit=1)) == 1
+    assert len(load_problems(TASKS["math"], find_source("math", TASKS["math"].files, tmp_path), limit=1)) == 1
 
 
 def test_a_file_of_ones_own(tmp_path: Path):
@@ -115,6 +115,6 @@ def test_bad_columns(name: str, rows: list[dict], message: str, tmp_path: Path):
 
 def test_missing_files(tmp_path: Path):
     with pytest.raises(UserError, match=r"has no file of hellaswag; looked for llm_adapters/hellaswag/test.json"):
-        find_source(TASKS["hellaswag"], tmp_path)
+        find_source("hellaswag", TASKS["hellaswag"].files, tmp_path)
     with pytest.raises(UserError, match="no such directory"):
-        find_source(TASKS["gsm8k"], tmp_path / "nowhere")
+        find_source("gsm8k", TASKS["gsm8k"].files, tmp_path / "nowhere")

@@ -102,8 +102,8 @@ def test_gold_answers_of_gsm8k_are_all_right(shared_data: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("rows", "arguments", "message"),
     [
-        (outputs(["1"]), ["--tasks", "gsm9k"], "--tasks: there is no task 'gsm9k'; known are gsm8k, math, boolq"),
-        (outputs(["1"], "gsm9k"), [], "--tasks: there is no task 'gsm9k'; known are gsm8k, math, boolq"),
+        (outputs(["1"]), ["--tasks", "gsm9k"], "--tasks: there is no task 'gsm9k'; known are gsm8k, math, humaneval"),
+        (outputs(["1"], "gsm9k"), [], "--tasks: there is no task 'gsm9k'; known are gsm8k, math, humaneval"),
         (outputs(["1"]), ["--tasks", "own"], "--tasks: there is no task 'own'; name its file with --records"),
         (outputs(["1"]), ["--limit", "0"], "--limit: must be a whole number above 0, not 0"),
         (outputs(["1"]), ["--tasks", "hellaswag"], "--data: DATA has no file of hellaswag; looked for"),
@@ -200,6 +200,31 @@ def test_a_torn_evaluation_goes_on_to_the_same_files(asked: Path, stories: Path,
     predictions = ["--predictions", asked, "--data", shared_data, "--limit", 12, "--output", tmp_path / "out"]
     (line,) = error_lines(call_tool(evaluate.main, *predictions))
     assert "has answers of a model" in line
+
+
+def test_mt_bench_is_written_for_a_judge(stories: Path, shared_data: Path, tmp_path: Path):
+    """A model with a chat template asks both turns; one without is refused."""
+    model = tmp_path / "model"
+    shutil.copytree(stories, model)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+    )
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (model / name).chmod(0o644)
+    arguments = ["--tasks", "mt_bench", "--limit", 2, "--max-new-tokens", 4]
+    result = ask(model, shared_data, tmp_path / "out", *arguments)
+    assert result.returncode == 0, result.stderr
+    path = tmp_path / "out" / "mt_bench" / "model_answer" / "model.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["question_id"], len(row["choices"][0]["turns"])) for row in rows] == [(81, 2), (82, 2)]
+    assert "run there: python gen_judgment.py --model-list model" in result.stderr
+    assert not (tmp_path / "out" / "summary.json").exists()
+    (line,) = error_lines(ask(stories, shared_data, tmp_path / "none", *arguments))
+    assert "chat template" in line
+    predictions = write_lines(tmp_path / "outputs.jsonl", outputs(["1"]))
+    fixed = ["--predictions", predictions, "--data", shared_data, "--output", tmp_path / "scores"]
+    (line,) = error_lines(call_tool(evaluate.main, *fixed, "--tasks", "mt_bench"))
+    assert "mt_bench has no score of its own" in line
 
 
 def test_models_that_cannot_answer(stories: Path, data: Path, tmp_path: Path):

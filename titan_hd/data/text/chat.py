@@ -89,7 +89,10 @@ class ChatTemplate:
                 spans.append((len(text), len(text) + len(piece)))
             text += piece
         if text != whole:
-            raise UserError(f"{template._where}: chat template: what {{% generation %}} marks cannot be found again")
+            raise UserError(
+                f"{template._where}: chat template: what {{% generation %}} marks cannot be found again; put the marks "
+                "around what is written, in no text that the template changes afterwards"
+            )
         return spans
 
     def _for(self, tools: list[Any] | None) -> ChatTemplate:

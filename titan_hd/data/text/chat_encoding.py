@@ -17,7 +17,7 @@ from typing import Any
 
 from titan_hd.data.text.borders import CUT, SHARED, Encoded, encode_with_borders
 from titan_hd.data.text.chat import ChatTemplate, load_chat_template
-from titan_hd.data.text.chat_spans import Turn, TurnFinder
+from titan_hd.data.text.chat_spans import LEFT_OUT, NOT_WRITTEN, Turn, TurnFinder, left_out
 from titan_hd.data.text.tokenizer_base import Tokenizer
 from titan_hd.errors import UserError
 
@@ -83,10 +83,11 @@ class ConversationEncoder:
         """Ids of a conversation that is trained on as a whole: cut as `encode` cuts it, where turns can be told."""
         try:
             trained = self.encode(messages, tools)
-            ids, notes = trained.ids, tuple(note for note in trained.notes if note in (CUT, SHARED))
+            ids, notes = trained.ids, [note for note in trained.notes if note in (CUT, SHARED, LEFT_OUT, NOT_WRITTEN)]
         except UserError:
-            ids, notes = self._tokenizer.encode(self._chat.render(messages, tools=tools), special=True), ()
-        return Trained(ids, [(0, len(ids))], notes)
+            whole = self._chat.render(messages, tools=tools)
+            ids, notes = self._tokenizer.encode(whole, special=True), left_out(messages, whole)
+        return Trained(ids, [(0, len(ids))], tuple(notes))
 
     def stop_ids(self) -> frozenset[int]:
         """What ends a generated response: the template's end-of-turn token, which a base model's stop_ids may lack."""
@@ -163,7 +164,7 @@ class ChatTurns:
     tokenizer: has the template beside it, which is looked for at the first use. joint: as ConversationEncoder has it.
     """
 
-    writes_system = True
+    writes_system = writes_input = True
 
     def __init__(self, tokenizer: Tokenizer | None, joint: bool = False):
         self._tokenizer, self._joint, self._system = tokenizer, joint, ""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,10 @@ Message = dict[str, Any]
 LEFT_OUT = (
     "hold an answer that the chat template does not write in full (those of reasoning models leave out what stands in "
     "front of </think>); what it leaves out is not trained"
+)
+NOT_WRITTEN = (
+    "hold a message (a system's, user's or tool's) that the chat template does not write, or not in full; the model "
+    "never sees what it leaves out"
 )
 OTHERWISE = (
     "hold an answer in the middle that the chat template writes otherwise than as the last, which is how the model "
@@ -70,12 +75,14 @@ class TurnFinder:
         """
         places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         if not places:
-            raise UserError("holds no assistant turn, so that there is nothing to train on")
-        if self._chat.has_marks(tools):
-            return self._marked(places, messages, tools, whole), []
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+            raise UserError(f"holds no assistant turn, so that there is nothing to train on; its roles: {roles}")
         notes: dict[str, None] = {}
-        turns = [self._turn(place, messages, tools, whole, controls, notes) for place in places]
-        return turns, list(notes)
+        if self._chat.has_marks(tools):
+            turns = self._marked(places, messages, tools, whole)
+        else:
+            turns = [self._turn(place, messages, tools, whole, controls, notes) for place in places]
+        return turns, list(notes | dict.fromkeys(left_out(messages, whole)))
 
     def _marked(self, places: list[int], messages: list[Message], tools: list | None, whole: str) -> list[Turn]:
         spans = self._chat.marks(messages, tools, whole)
@@ -102,7 +109,8 @@ class TurnFinder:
         if end is None:
             raise UserError(f"the chat template ends turn {place + 1} with no special token" + _WHAT_TO_DO)
         content = messages[place].get("content")
-        if isinstance(content, str) and content.strip() not in whole[start:end]:
+        # A generation prompt of "<think>" may be what it begins with.
+        if isinstance(content, str) and content.strip() not in whole[max(0, start - len(content)) : end]:
             notes[LEFT_OUT] = None
         return Turn(place, start, end)
 
@@ -178,6 +186,18 @@ class TurnFinder:
             if found:
                 return max(found)[1], alone[1][max(found)[0] :]
         return "", ""
+
+
+def left_out(messages: list[Message], whole: str) -> list[str]:
+    """What there is to say about messages whose text a conversation, as the template has written it, does not hold:
+    many a template passes over a system's message, or over roles that it does not know."""
+    notes: dict[str, None] = {}
+    for message in messages:
+        text = (message.get("content") or "").strip()
+        # Llama 3.1 writes what tools say as JSON.
+        if text not in whole and json.dumps(text, ensure_ascii=False)[1:-1] not in whole:
+            notes[LEFT_OUT if message["role"] == "assistant" else NOT_WRITTEN] = None
+    return list(notes)
 
 
 def _common_start(one: str, other: str) -> str:

@@ -42,7 +42,7 @@ class Template:
     ):
         self._text, self._text_with_input, self.ending = text, text_with_input, ending
         self._special, self._joint, self._heads, self._line = special, joint, heads, line
-        self.writes_system = "{system}" in text
+        self.writes_system, self.writes_input = "{system}" in text, "{input}" in text_with_input
 
     def under(self, system: str) -> Template:
         """The same template for a record with a system text; without one itself."""

@@ -12,7 +12,7 @@ from tests.kit.tokenizers import CHATML, pieces_directory
 from titan_hd.data.text.borders import CUT, SHARED
 from titan_hd.data.text.chat import load_chat_template
 from titan_hd.data.text.chat_encoding import ConversationEncoder
-from titan_hd.data.text.chat_spans import LEFT_OUT, OTHER_PROMPT, OTHERWISE
+from titan_hd.data.text.chat_spans import LEFT_OUT, NOT_WRITTEN, OTHER_PROMPT, OTHERWISE
 from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
 
 # As Qwen3's: an empty or filled <think> in front of answers behind the last question, none in front of earlier ones.
@@ -218,7 +218,8 @@ class TestMarks:
         template = "{% set text %}{% generation %}a{% endgeneration %}{% endset %}{{ text | length }}"
         _, encoder = load(tmp_path, template)
         assert message(encoder.encode, chat("a", "b")).endswith(
-            "chat template: what {% generation %} marks cannot be found again"
+            "chat template: what {% generation %} marks cannot be found again; put the marks around what is written, "
+            "in no text that the template changes afterwards"
         )
 
     def test_which_message_each_is_of(self, tmp_path: Path):
@@ -226,6 +227,39 @@ class TestMarks:
         assert encoder.encode(chat("a", "b", "c", "d")).places == [1, 3]
         _, encoder = load(tmp_path, self.TEMPLATES[3])
         assert encoder.encode(chat("a", "b")).places == [None, None]
+
+
+class TestMessagesThatAreNotWritten:
+    """Templates pass over a system's message, or over roles that they do not know, without a word."""
+
+    OTHERS = MARKED.replace("{% else %}", "{% elif m.role == 'user' %}")
+    PLAIN = CHATML.replace("for m in messages", "for m in messages if m.role in ('user', 'assistant')")
+
+    @pytest.mark.parametrize("template", [OTHERS, PLAIN])
+    @pytest.mark.parametrize("role", ["system", "developer", "tool"])
+    def test_is_said(self, tmp_path: Path, template: str, role: str):
+        _, encoder = load(tmp_path, template)
+        unwritten = {"role": role, "content": "Be kind."}
+        for messages in ([unwritten, *chat("a", "b")], [*chat("a", "b"), unwritten, *chat("c", "d")]):
+            assert encoder.encode(messages).notes == (NOT_WRITTEN,)
+            assert encoder.encode_all(messages).notes == (NOT_WRITTEN,)
+        assert encoder.encode(chat("a", "b")).notes == ()
+
+    def test_what_is_written_otherwise(self, tmp_path: Path):
+        """Without white space around it, or as JSON."""
+        json_of_tools = CHATML.replace("m.content", "(m.content | tojson if m.role == 'tool' else m.content | trim)")
+        _, encoder = load(tmp_path, json_of_tools)
+        messages = [*chat(" a\n", "b"), {"role": "tool", "content": 'a "b"\n\u00e9'}, *chat("c", " d ")]
+        assert encoder.encode(messages).notes == ()
+
+    def test_answers_of_a_template_with_marks(self, tmp_path: Path):
+        _, encoder = load(tmp_path, MARKED.replace("m.content", "m.content.split('</think>')[-1]"))
+        assert encoder.encode(chat("a", "x</think>b")).notes == (LEFT_OUT,)
+
+    def test_an_answer_that_begins_in_the_generation_prompt(self, tmp_path: Path):
+        """As R1's, whose prompt ends in <think>; the answer is written in full."""
+        _, encoder = load(tmp_path, CHATML.replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif"))
+        assert encoder.encode(chat("a", "<think>\nx</think>b")).notes == ()
 
 
 class TestToolTemplates:

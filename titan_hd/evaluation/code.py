@@ -1,0 +1,172 @@
+"""HumanEval and MBPP: the program in a model's output, and whether it passes the problem's tests."""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from titan_hd.evaluation.sandbox import Sandbox, Verdict
+from titan_hd.evaluation.task import Problem, Score
+
+_FENCE = re.compile(r"```(?:python|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.S | re.I)
+_REQUEST = "Create a Python script for this problem:\n"
+# Where the protocol has a program end. The published script cuts at the first "assert" anywhere, even in the docstring
+# of a problem of HumanEval that has one, and so fails whoever repeats that problem's prompt.
+_END = re.compile(r"^(if __name__|# Example usage|assert\b)", re.M)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A program and its tests, as `Sandbox.run` takes them."""
+
+    program: str
+    tests: str
+    names: Sequence[str]
+    prelude: str = ""
+
+
+def extract_program(output: str) -> str:
+    """The program in an output: the first fence of Python if there is one, else all; cut before the first line that
+    begins with `if __name__`, "# Example usage" or `assert`."""
+    fence = _FENCE.search(output)
+    program = fence.group(1) if fence else output
+    return _END.split(program, maxsplit=1)[0].rstrip()
+
+
+def humaneval_job(record: Mapping[str, Any], output: str) -> Job:
+    """A problem of HumanEval with an output: a whole function, or what follows the prompt.
+
+    record: prompt, entry_point, test.
+    """
+    program = extract_program(output)
+    prompt, entry_point = record["prompt"], record["entry_point"]
+    whole = re.search(rf"^def {re.escape(entry_point)}\b", program, re.M)
+    return Job(
+        program=f"{prompt}\n{program}" if whole else prompt + program,  # the prompt has imports and helpers
+        tests=f"{record['test']}\ncheck({entry_point})",
+        names=[entry_point],
+        prelude=prompt,
+    )
+
+
+def mbpp_job(record: Mapping[str, Any], output: str) -> Job:
+    """A problem of MBPP, either form, with an output.
+
+    record: test_list, code (a right solution: which names it defines), test_setup_code or test_imports.
+    """
+    reference = ast.parse(record["code"])
+    defined = {node.name for node in reference.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    imports = [ast.unparse(node) for node in reference.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    tests = "\n".join([record.get("test_setup_code") or "", *record["test_list"]])
+    used = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
+    return Job(
+        program=extract_program(output),
+        tests=tests,
+        names=sorted(defined & used),
+        prelude="\n".join([*imports, *(record.get("test_imports") or [])]),
+    )
+
+
+# ---- the entries of the tasks ----------------------------------------------------------------------------------------
+
+
+def humaneval_instruction(question: str, record: Mapping[str, Any]) -> str:
+    """What a model is asked.
+
+    Raises:
+        ValueError: the record has no tests.
+    """
+    for column in ("test", "entry_point"):
+        if not isinstance(record.get(column), str):
+            raise ValueError(f"{column}: must be a text")
+    return f"{_REQUEST}{question}"
+
+
+def mbpp_instruction(question: str, record: Mapping[str, Any]) -> str:
+    """What a model is asked: the tests say the function's name.
+
+    Raises:
+        ValueError: the record has no tests.
+    """
+    tests = record.get("test_list")
+    if not tests or not all(isinstance(test, str) for test in tests):
+        raise ValueError("test_list: must be a list of texts")
+    python_source("\n".join([record.get("test_setup_code") or "", *tests]), "test_list: ")
+    return f"{_REQUEST}{question}\nTest examples:\n" + "\n".join(tests)
+
+
+def is_in_test_split(record: Mapping[str, Any]) -> bool:
+    """MBPP's file holds all splits; problems 11 to 510 are its test split. Records without such a number are kept."""
+    number = record.get("task_id")
+    return not isinstance(number, int) or 11 <= number <= 510
+
+
+def python_source(source: str, what: str = "") -> str:
+    """The source as it is.
+
+    Raises:
+        ValueError: it is no Python.
+    """
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{what}is no Python: {error}") from None
+    return source
+
+
+_open_sandboxes: list[Sandbox] = []
+
+
+def open_sandbox(allow_unsandboxed: bool = False) -> Sandbox:
+    """The sandbox in which answers are scored; the first call decides.
+
+    Raises:
+        UserError: the kernel refuses, and `allow_unsandboxed` is False.
+    """
+    if not _open_sandboxes:
+        _open_sandboxes.append(Sandbox(allow_unsandboxed=allow_unsandboxed))
+    return _open_sandboxes[0]
+
+
+def score_humaneval(problem: Problem, output: str) -> Score:
+    return _score(humaneval_job(problem.record, output), output)
+
+
+def score_mbpp(problem: Problem, output: str) -> Score:
+    return _score(mbpp_job(problem.record, output), output)
+
+
+def _score(job: Job, output: str) -> Score:
+    """The kind of verdict alone: what an exception says may hold addresses, which differ from run to run."""
+    [verdict] = run_jobs(open_sandbox(), [job], 1)
+    return Score(verdict.passed, extract_program(output) or None, {"verdict": verdict.result})
+
+
+# ---- many programs ---------------------------------------------------------------------------------------------------
+
+
+def run_jobs(sandbox: Sandbox, jobs: Iterable[Job], at_once: int | None = None) -> list[Verdict]:
+    """The verdicts in the order of the jobs.
+
+    at_once: how many run at the same time; one for each processor by default.
+    """
+    with ThreadPoolExecutor(at_once or os.cpu_count()) as threads:
+        return list(threads.map(lambda job: sandbox.run(job.program, job.tests, job.names, job.prelude), jobs))
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """The probability that at least one of k programs passes, estimated without bias from `samples` programs of which
+    `right` passed: 1 - C(samples - right, k) / C(samples, k).
+
+    Raises:
+        ValueError: k is more than `samples`, or a number makes no sense.
+    """
+    if not 0 <= right <= samples or not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} cannot be estimated from {right} right of {samples} samples")
+    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
