@@ -52,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
     @property
     def live(self) -> int:
         """Asked of the storages each time: one may be emptied, and filled again, without an operator."""
-        storages = (ref() for ref in self._storages.values())
+        storages = [ref() for ref in [*self._storages.values()]]  # one may go in the middle of it
         return sum(storage.nbytes() for storage in storages if storage is not None)
 
     def __torch_dispatch__(self, func, types, args: tuple[Any, ...] = (), kwargs=None):

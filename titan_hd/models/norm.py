@@ -1,4 +1,4 @@
-"""The root-mean-square norm, computed in fp32 without a copy of its input in fp32."""
+"""The root-mean-square norm, computed in fp32, of which nothing in fp32 but a number a row is kept."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x.dtype))
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        wide = x.to(_wide(x.dtype))
+        inverse = torch.linalg.vecdot(wide, wide)[..., None].div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         return (x * inverse).to(x.dtype) * weight
 
