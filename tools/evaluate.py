@@ -254,8 +254,7 @@ def show_progress(progress: Iterator[answering.Progress]) -> None:
             if bar is not None:
                 bar.close()
             interval = 1 if sys.stderr.isatty() else 30
-            before = 0 if last.tokens else last.done  # answered by a process before this one
-            bar = tqdm(total=last.total, desc=last.task, unit="problem", mininterval=interval, initial=before)
+            bar = tqdm(total=last.total, desc=last.task, unit="problem", mininterval=interval, initial=last.done)
         if last.tokens:
             bar.set_postfix_str(f"{last.tokens / last.seconds:.1f} tokens/s", refresh=False)
         bar.update(last.done - bar.n)

@@ -102,7 +102,7 @@ def answer(
     max_new_tokens: int | None = None,
     stop: Sequence[str] = (),
 ) -> Iterator[Progress]:
-    """Ask what is not answered yet; reports after each batch, and first of all where it starts.
+    """Ask what is not answered yet; reports where each task starts, and after each batch.
 
     max_new_tokens: in place of the tasks' own.
     stop: texts that end an answer, and are no part of it.
@@ -119,6 +119,8 @@ def answer(
         for number, batch in enumerate(plan):
             task = batch[0].task
             if number >= whole:
+                if number == whole or not done[task.name]:
+                    yield Progress(task.name, done[task.name], totals[task.name], tokens, time.perf_counter() - started)
                 limit = max_new_tokens or task.max_new_tokens
                 ids = [prompt.ids for prompt in batch]
                 rows = backend.generate(ids, batch[0].stop_ids, limit, task.beams, ended)
@@ -128,7 +130,7 @@ def answer(
                 file.flush()
                 tokens += sum(map(len, rows))
             done[task.name] += len(batch)
-            if number >= whole - 1:
+            if number >= whole or number == len(plan) - 1:
                 yield Progress(task.name, done[task.name], totals[task.name], tokens, time.perf_counter() - started)
 
 

@@ -80,13 +80,15 @@ def answer(
     started, done = time.perf_counter(), 0
     with open(path, "a", encoding="utf-8", newline="\n") as file:
         for number, batch in enumerate(batches):
+            if number == whole:
+                yield Progress(NAME, done, len(questions), 0, time.perf_counter() - started)
             done += len(batch)
             if number >= whole:
                 answers = talk.answers(batch)
                 lines = [_line(question, model_name, turns) for question, turns in zip(batch, answers)]
                 file.write("".join(lines))
                 file.flush()
-            if number >= whole - 1:
+            if number >= whole or number == len(batches) - 1:
                 yield Progress(NAME, done, len(questions), talk.tokens, time.perf_counter() - started)
 
 

@@ -60,8 +60,8 @@ def test_batches_have_like_lengths_longest_first():
 def test_samples_come_with_each_batch(tmp_path: Path):
     progress = run(tmp_path, Echo())
     assert [(p.task, p.done, p.total) for p in progress] == [
-        *(("gsm8k", 2, 7), ("gsm8k", 4, 7), ("gsm8k", 6, 7), ("gsm8k", 7, 7)),
-        *(("boolq", 2, 3), ("boolq", 3, 3)),
+        *(("gsm8k", 0, 7), ("gsm8k", 2, 7), ("gsm8k", 4, 7), ("gsm8k", 6, 7), ("gsm8k", 7, 7)),
+        *(("boolq", 0, 3), ("boolq", 2, 3), ("boolq", 3, 3)),
     ]
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows if row["right"]] == ["3"]

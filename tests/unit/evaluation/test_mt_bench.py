@@ -39,7 +39,7 @@ def tokenizer(tmp_path: Path):
 def test_a_turn_sees_the_answer_before_it(tokenizer, tmp_path: Path):
     backend = Counting(tokenizer)
     progress = list(answer(tmp_path / "m.jsonl", QUESTIONS, "m", backend, tokenizer, 2, 9))
-    assert [(p.done, p.total) for p in progress] == [(2, 3), (3, 3)]
+    assert [(p.done, p.total) for p in progress] == [(0, 3), (2, 3), (3, 3)]
     rows = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
     assert [(row["question_id"], row["choices"]) for row in rows] == [
         (81, [{"index": 0, "turns": ["0", "2"]}]),
