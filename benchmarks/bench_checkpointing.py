@@ -37,8 +37,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from benchmarks import common
 from titan_hd.adapters.hdpissa import HDPissaLinear, project_together
-from titan_hd.adapters.inject import let_share, replace_linears
+from titan_hd.adapters.inject import replace_linears
 from titan_hd.adapters.lora import LoRA
+from titan_hd.adapters.shared_products import let_share
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import apply_activation_checkpointing, apply_fsdp
 from titan_hd.models.decoder import Decoder

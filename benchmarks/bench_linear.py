@@ -34,7 +34,7 @@ from torch import nn
 
 from benchmarks import common
 from titan_hd.adapters.hdpissa import HDPissaLinear, project_together
-from titan_hd.adapters.inject import let_share
+from titan_hd.adapters.shared_products import let_share
 from titan_hd.models.decoder import Block
 from titan_hd.models.registry import DecoderConfig, flavor_config
 from titan_hd.models.rope import RotaryEmbedding

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from titan_hd.adapters.frozen_linear import FoldingLinear
-from titan_hd.adapters.inject import let_share, replace_linears
+from titan_hd.adapters.inject import replace_linears
 from titan_hd.adapters.method import FoldingMethod
+from titan_hd.adapters.shared_products import by_layer, joined, let_share, outputs_in_order
 from titan_hd.config import job_config
 from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
@@ -45,7 +46,7 @@ class _ExactMute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, x_adapter, scale, *flat):
-        layers = _layers(flat)
+        layers = by_layer(flat, Operands, len(Operands._fields))
         ctx.save_for_backward(x_adapter, *(t for layer in layers for t in (layer.weight, layer.a, layer.b)))
         ctx.scale = scale
         return tuple(F.linear(x, layer.weight, layer.bias) for layer in layers)
@@ -63,8 +64,8 @@ class _ExactMute(torch.autograd.Function):
                 dx.addmm_(gy, weight)
             dx = dx.view(shape)
         gb = [gy @ factor.to(gy.dtype) for gy, factor in zip(gys, b)]  # [tokens, r] each
-        grad_da = _gradient(_cat(gb, 1).T, x, ctx.scale)
-        xa = (x @ _cat(a, 0).to(x.dtype).T).split([factor.shape[0] for factor in a], 1)
+        grad_da = _gradient(joined(gb, 1).T, x, ctx.scale)
+        xa = (x @ joined(a, 0).to(x.dtype).T).split([factor.shape[0] for factor in a], 1)
         grads = []
         for gy, part, da in zip(gys, xa, grad_da.split([factor.shape[0] for factor in a])):
             grads += [None, None, None, None, da, _gradient(part.T, gy, ctx.scale).T]
@@ -78,15 +79,6 @@ def _gradient(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Te
     else:
         product = (left @ right).float()
     return product if scale == 1.0 else product * scale
-
-
-def _layers(flat: tuple) -> list[Operands]:
-    width = len(Operands._fields)
-    return [Operands(*flat[i : i + width]) for i in range(0, len(flat), width)]
-
-
-def _cat(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
-    return torch.cat(tensors, dim) if len(tensors) > 1 else tensors[0]
 
 
 def exact_mute(
@@ -138,11 +130,11 @@ class HDPissaLinear(FoldingLinear):
 
 def project_together(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
     """Outputs of several linear layers of one input [..., in]; those that are adapted share their products with it."""
-    sharing = [layer for layer in layers if isinstance(layer, HDPissaLinear) and layer.shares_products]
-    if len(sharing) < 2 or not torch.is_grad_enabled():
-        return tuple(layer(x) for layer in layers)
-    outputs = iter(exact_mute(x, [layer.operands() for layer in sharing], sharing[0].scale))
-    return tuple(next(outputs) if layer in sharing else layer(x) for layer in layers)
+    learning = torch.is_grad_enabled()
+    sharing = [layer for layer in layers if isinstance(layer, HDPissaLinear) and layer.shares_products and learning]
+    return outputs_in_order(
+        x, layers, sharing, lambda shared: exact_mute(x, [layer.operands() for layer in shared], shared[0].scale)
+    )
 
 
 class HDPissa(FoldingMethod):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
 from torch import nn
 
 from titan_hd.adapters.frozen_linear import FrozenLinear
@@ -45,12 +44,3 @@ def replace_linears(
         layer.name = name
         setattr(parent, last, layer)
     return replaced
-
-
-def let_share(model: nn.Module, project: Callable[..., tuple[torch.Tensor, ...]]) -> None:
-    """Have `project` (x, *layers) compute the layers of one input, in the modules that let a method say so
-    (`models.decoder.Attention` and `MLP`)."""
-    for module in model.modules():
-        if hasattr(module, "project"):
-            # pyrefly: ignore[bad-argument-type]: a module takes any attribute; torch's __setattr__ says tensor or module
-            module.project = project

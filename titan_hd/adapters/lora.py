@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from titan_hd.adapters.adapter_linear import AdapterLinear, AdapterMethod
-from titan_hd.adapters.inject import let_share
+from titan_hd.adapters.shared_products import by_layer, joined, let_share, outputs_in_order
 from titan_hd.config.job_config import Adapter, JobConfig
 
 
@@ -36,8 +36,8 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, *flat):
-        layers, rows = _layers(flat), x.flatten(0, -2)
-        low = rows @ _cat([layer.a for layer in layers], 0).T
+        layers, rows = by_layer(flat, Operands, len(Operands._fields)), x.flatten(0, -2)
+        low = rows @ joined([layer.a for layer in layers], 0).T
         ctx.save_for_backward(x, low, *(t for layer in layers for t in (layer.weight, layer.a, layer.b)))
         ctx.scale = scale
         ys = []
@@ -52,26 +52,17 @@ class _LowRank(torch.autograd.Function):
         x, low, *saved = ctx.saved_tensors
         weights, a, b = saved[0::3], saved[1::3], saved[2::3]
         ranks, rows, gys = [factor.shape[0] for factor in a], x.flatten(0, -2), [gy.flatten(0, -2) for gy in gys]
-        g_low = _cat([gy @ factor for gy, factor in zip(gys, b)], 1).mul_(ctx.scale)
+        g_low = joined([gy @ factor for gy, factor in zip(gys, b)], 1).mul_(ctx.scale)
         dx = None
         if ctx.needs_input_grad[0]:  # the first block's input needs no gradient: the embedding is frozen
             dx = gys[0] @ weights[0]
             for gy, weight in zip(gys[1:], weights[1:]):
                 dx.addmm_(gy, weight)
-            dx = dx.addmm_(g_low, _cat(a, 0)).view(x.shape)
+            dx = dx.addmm_(g_low, joined(a, 0)).view(x.shape)
         grads = []
         for da, part, gy in zip((g_low.T @ rows).split(ranks), low.split(ranks, 1), gys):
             grads += [None, None, da, (part.T @ gy).T * ctx.scale]
         return dx, None, *grads
-
-
-def _layers(flat: tuple) -> list[Operands]:
-    width = len(Operands._fields)
-    return [Operands(*flat[i : i + width]) for i in range(0, len(flat), width)]
-
-
-def _cat(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
-    return torch.cat(tensors, dim) if len(tensors) > 1 else tensors[0]
 
 
 def low_rank(x: torch.Tensor, layers: list[Operands], scale: float) -> tuple[torch.Tensor, ...]:
@@ -130,10 +121,9 @@ def project_together(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor,
     """Outputs of several linear layers of one input [..., in]; those that are adapted share their products with it,
     unless dropout draws another mask for each."""
     sharing = [layer for layer in layers if isinstance(layer, LoRALinear) and not layer.drops]
-    if len(sharing) < 2:
-        return tuple(layer(x) for layer in layers)
-    outputs = iter(low_rank(x, [layer.operands() for layer in sharing], sharing[0].scale))
-    return tuple(next(outputs) if layer in sharing else layer(x) for layer in layers)
+    return outputs_in_order(
+        x, layers, sharing, lambda shared: low_rank(x, [layer.operands() for layer in shared], shared[0].scale)
+    )
 
 
 class OLoRALinear(LoRALinear):
