@@ -14,7 +14,8 @@
 Each is a process of its own with --threads threads; they take turns, step by step, in an order that rotates, so that
 what else the machine does meets all alike. Seconds are of processor time on a CPU (of the clock on a GPU), medians over
 the rounds; ratios are medians over the rounds of two steps of one round. Memory is the most that the process held
-during its steps, less what it held before it had a model.
+during its steps, less what it held before it had a model. With --profile each takes one step more under torch.profiler:
+the share of its time in matrix products and attention, which is what all have to compute.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ OURS = ["lora", "hdpissa", "full"]
 # (ours, theirs) -> at most, as wanted before it was measured
 WANTED = {("lora", "peft lora"): 0.95, ("hdpissa", "lora"): 0.97, ("full", "transformers full"): 1.00}
 LR = 1e-5
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,7 +60,7 @@ def ours(method: str, args: argparse.Namespace) -> Callable[[], float]:
         "optimizer.lr": LR,
     }
     argv = [f"--{key}={value}" for key, value in options.items() if value is not None]
-    steps = args.rounds + 1
+    steps = args.rounds + 2
     trainer = build_trainer(args.flavor, args.tokens, 1, args.micro_batches, args.labelled, steps, argv)
     return lambda: trainer.train_step().loss
 
@@ -158,7 +160,10 @@ def serve(args: argparse.Namespace) -> None:
     before = common.held_bytes(device)
     step = ours(args.arm, args) if args.arm in OURS else theirs(args.arm, args)
     common.reset_peak(device)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        if line.strip() == "profile":
+            print("RESULT " + json.dumps({"products": products_share(step)}), flush=True)
+            continue
         common.synchronize(device)
         wall, cpu = time.perf_counter(), time.process_time()
         loss = step()
@@ -170,6 +175,18 @@ def serve(args: argparse.Namespace) -> None:
         print("RESULT " + json.dumps(result), flush=True)
 
 
+def products_share(step: Callable[[], object]) -> float:
+    """Share of a step's time in matrix products and attention: on the host, or of the kernels' time on a GPU."""
+    with torch.profiler.profile() as profiler:
+        step()
+    total = products = 0.0
+    for event in profiler.key_averages():
+        spent = event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
+        total += spent
+        products += spent if event.key.startswith(PRODUCTS) else 0.0
+    return products / total
+
+
 class Arm:
     """The other end of `serve`."""
 
@@ -177,10 +194,10 @@ class Arm:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.bench_peers", *sys.argv[1:], "--arm", name]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def step(self) -> dict[str, float]:
+    def step(self, how: str = "") -> dict[str, float]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write("\n")
+        self.process.stdin.write(how + "\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith("RESULT "):
@@ -203,6 +220,9 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
                 result = arms[name].step()
                 if number:
                     rounds[name].append(result)
+        for name in args.arms if args.profile else ():
+            share = arms[name].step("profile")["products"]
+            print(f"{name}: {share:.1%} of a step in matrix products and attention", flush=True)
     finally:
         for arm in arms.values():
             arm.close()
@@ -238,6 +258,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--labelled", type=float, default=1.0, help="share of the tokens that are trained")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--arms", type=lambda text: text.split(","), default=[*PEERS, *OURS], help="comma-separated")
+    parser.add_argument("--profile", action="store_true", help="one step more of each, under torch.profiler")
     parser.add_argument("--arm", help=argparse.SUPPRESS)  # of the processes that this one starts
     args = parser.parse_args()
     unknown = [name for name in args.arms if name not in PEERS + OURS]

@@ -41,7 +41,7 @@ from titan_hd.evaluation.math_answers import has_math_verify
 from titan_hd.evaluation.prompts import batches, fingerprint, write_prompts
 from titan_hd.evaluation.task import Problem, Task, find_source, load_problems
 from titan_hd.evaluation.tasks import TASKS, own_task
-from titan_hd.files import disk_faults, replace_file
+from titan_hd.files import disk_faults, expand_home, replace_file, user_path
 
 
 def main() -> None:
@@ -59,21 +59,21 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: manager.exit_with([message])
     add = parser.add_argument
-    add("model", type=Path, nargs="?", help="a HF directory, or a checkpoint's folder, .../step-N")
-    add("--predictions", type=Path, help="in place of a model, outputs to score: JSONL of task, id and output")
+    add("model", type=user_path, nargs="?", help="a HF directory, or a checkpoint's folder, .../step-N")
+    add("--predictions", type=user_path, help="in place of a model, outputs to score: JSONL of task, id and output")
     add(
         "--tasks",
         help=f"of {', '.join((*TASKS, mt_bench.NAME))}, with commas between them; default: those of --predictions",
     )
-    add("--data", type=Path, help="the directory with the files of the tasks")
+    add("--data", type=user_path, help="the directory with the files of the tasks")
     add("--source", action="append", default=[], metavar="TASK=PATH", help="a task's file, where it is not in --data")
-    add("--records", metavar="PATH", help='a file of your own: the task "own"; needs --marker')
+    add("--records", type=expand_home, metavar="PATH", help='a file of your own: the task "own"; needs --marker')
     add("--marker", help='what stands in front of the final answer in your own file, for example "The answer is: "')
     add("--prompt-field", default="prompt", help="its column with the question; default: prompt")
     add("--response-field", default="response", help="its column with the answer; default: response")
     add("--limit", type=int, help="only the first so many problems of each task")
-    add("--against", type=Path, metavar="SAMPLES", help="samples.jsonl of another evaluation, or its directory")
-    add("--output", type=Path, required=True, help="the directory for samples.jsonl and summary.json")
+    add("--against", type=user_path, metavar="SAMPLES", help="samples.jsonl of another evaluation, or its directory")
+    add("--output", type=user_path, required=True, help="the directory for samples.jsonl and summary.json")
     add(
         "--allow-unsandboxed",
         action="store_true",
@@ -82,11 +82,21 @@ def parse_arguments() -> argparse.Namespace:
     asking = parser.add_argument_group("with a model")
     add = asking.add_argument
     add("--backend", choices=["native", "transformers"], default="native", help="who generates; default: native")
-    add("--prompts", metavar="TEMPLATE", help="alpaca, pissa, chat, none or a file with {prompt}; default: the task's")
+    add(
+        "--prompts",
+        type=expand_home,
+        metavar="TEMPLATE",
+        help="alpaca, pissa, chat, none or a file with {prompt}; default: the task's",
+    )
     add("--max-new-tokens", type=int, metavar="N", help="default: the task's")
     add("--batch-size", type=int, default=8, metavar="N", help="default: 8")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer, and is no part of it; repeatable")
-    add("--assets", default="", help="for a checkpoint: the HF directory with config and tokenizer, if not the run's")
+    add(
+        "--assets",
+        type=expand_home,
+        default="",
+        help="for a checkpoint: the HF directory with config and tokenizer, if not the run's",
+    )
     add("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--device", help="default: the GPU if there is one")
     return parser.parse_args()
@@ -158,7 +168,7 @@ def find_sources(args: argparse.Namespace, tasks: Mapping[str, Task], with_mt_be
         name, equals, path = entry.partition("=")
         if not equals or name not in places:
             raise UserError(f"--source: must be TASK=PATH, with one of {', '.join(places)}, not {entry!r}")
-        sources[name] = path
+        sources[name] = expand_home(path)
     missing = [name for name in places if name not in sources]
     if args.data is None and missing:
         raise UserError(f"--data: missing: the directory with the file of {missing[0]}")

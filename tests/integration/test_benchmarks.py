@@ -25,7 +25,8 @@ TINY = {
     "host": "--repetitions 1",
     "adapter_shards": "--layers 2 --hidden 16 --rank 2 --micro-batches 2 --repetitions 1",
     "step": "--flavor llama3/debugmodel --tokens 16 --rank 2 --steps 1 --methods hdpissa,lora,full",
-    "peers": "--flavor llama3/debugmodel --tokens 16 --rank 2 --micro-batches 2 --rounds 1 --arms authors,hdpissa",
+    "peers": "--flavor llama3/debugmodel --tokens 16 --rank 2 --micro-batches 2 --rounds 1 --profile "
+    "--arms authors,hdpissa",
     "svd": "--sizes 48x32 --count 8 --threads 1 --repetitions 1",
 }
 

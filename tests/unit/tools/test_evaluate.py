@@ -61,6 +61,22 @@ def test_predictions_are_scored(data: Path, tmp_path: Path):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
+def test_home_in_every_path(data: Path, tmp_path: Path, monkeypatch):
+    """Of options as --data=~/x the shell does not expand it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_lines(tmp_path / "outputs.jsonl", outputs(["18", "4", "70000", "-5"]))
+    (tmp_path / "elsewhere.jsonl").write_text((data / "gsm8k" / "test.jsonl").read_text())
+    for place in ("--data=~/data", "--source=gsm8k=~/elsewhere.jsonl"):
+        result = call_tool(evaluate.main, "--predictions=~/outputs.jsonl", place, "--output=~/out")
+        assert result.returncode == 0, result.stderr
+        assert json.loads((tmp_path / "out" / "summary.json").read_text())["tasks"]["gsm8k"]["right"] == 3
+    own = write_lines(tmp_path / "own.jsonl", [{"prompt": "q", "response": "The answer is: 18"}])
+    write_lines(tmp_path / "answers.jsonl", [{"task": "own", "id": 0, "output": "The answer is: 18"}])
+    options = [f"--records=~/{own.name}", "--marker=The answer is: ", "--output=~/other"]
+    result = call_tool(evaluate.main, "--predictions=~/answers.jsonl", *options)
+    assert result.returncode == 0, result.stderr
+
+
 def test_two_systems_are_compared(data: Path, tmp_path: Path):
     for name, answers in (("ours", ["18", "3", "70000", "0"]), ("theirs", ["18", "0", "0", "-5"])):
         predictions = write_lines(tmp_path / f"{name}.jsonl", outputs(answers))
