@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from titan_hd.adapters.frozen_linear import FoldingLinear
 from titan_hd.adapters.methods import build_method
 from titan_hd.components.flops import flops_per_token, peak_flops, trained_work
 from titan_hd.models.decoder import Decoder
@@ -38,12 +39,17 @@ class Durations:
         with torch.device("meta"):
             model = Decoder(plan.decoder)
         build_method(plan.config, plan.num_adapters).apply(model, plan.config.adapter.target_modules)
-        tokens = training.local_batch_size * training.seq_len
-        flops = flops_per_token(plan.decoder, training.seq_len, *trained_work(model, tokens))
+        layers = [layer for layer in model.modules() if isinstance(layer, FoldingLinear)]
+        if layers:  # whose deltas are made later
+            rank = plan.config.adapter.rank
+            work = (0, sum(4.0 * rank * (layer.in_features + layer.out_features) for layer in layers))
+        else:
+            work = trained_work(model, training.local_batch_size * training.seq_len)
+        flops = flops_per_token(plan.decoder, training.seq_len, *work)
         if training.steps is None:
             return _START_SECONDS, "and as long as its epochs take"
-        work = flops * training.steps * plan.global_batch_size * training.seq_len
-        return _START_SECONDS + work / (self.workers * _rate()), "at most, by its operations"
+        operations = flops * training.steps * plan.global_batch_size * training.seq_len
+        return _START_SECONDS + operations / (self.workers * _rate()), "at most, by its operations"
 
 
 def _rate() -> float:
