@@ -23,8 +23,8 @@ _RANDOMIZED_GAIN = 4.0
 
 @dataclass(frozen=True)
 class SvdSettings:
-    """algorithm: "exact", "randomized" or "auto"; niter: power iterations of the randomized one. smallest: directions of
-    the smallest singular values are wanted, not of the largest; the randomized algorithm cannot find them."""
+    """algorithm: "exact", "randomized" or "auto"; niter: power iterations of the randomized one. smallest: directions
+    of the smallest singular values are wanted, not of the largest; the randomized algorithm cannot find them."""
 
     algorithm: str = "exact"
     niter: int = 16

@@ -257,9 +257,9 @@ class HDPissa:
     aggregate: Literal["mean", "sum"] = "mean"
     """How the K updates are combined: mean is the paper's equation, sum its published script."""
     slices: Literal["orthogonal", "top", "random", "minor"] = "orthogonal"
-    """orthogonal: adapter i takes singular directions i*r to (i+1)*r. minor: the same, counted from the smallest singular
-    value. top: every adapter the first r. random: LoRA's initialisation with direct weight updates. The last two are the
-    paper's ablations."""
+    """orthogonal: adapter i takes singular directions i*r to (i+1)*r. minor: the same, counted from the smallest
+    singular value. top: every adapter the first r. random: LoRA's initialisation with direct weight updates. The last
+    two are the paper's ablations."""
     factor_scale: Literal["root", "unit"] = "root"
     """root: A and B carry the roots of the singular values, as in the paper. unit: they are orthonormal, times the mean
     of a weight's roots, so that Adam moves all directions alike."""
