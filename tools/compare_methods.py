@@ -56,7 +56,9 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--widen", type=int, default=4, metavar="N", help="rounds of further values at most; default: 4")
     add("--rank-by", metavar="METRIC", help="default: validation_loss with validation.enable, else loss")
     add("--baseline", metavar="ARM", help="the arm to which differences are taken; default: the first")
-    add("--match", choices=["rank", "parameters"], default="rank", help="what is alike: adapter.rank (default), or size")
+    add(
+        "--match", choices=["rank", "parameters"], default="rank", help="what is alike: adapter.rank (default), or size"
+    )
     add("--folder", type=user_path, default=user_path("outputs/comparison"), help="default: outputs/comparison")
     add("--workers", type=int, metavar="N", help="processes of each run; default: as run_train.sh")
     add("--parallel", type=int, metavar="N", help="runs at a time; default: as many as there are GPUs for, else 1")

@@ -95,7 +95,9 @@ def write_tables(folder: Path, rows: Mapping[Run, Row], keys: Sequence[str], pla
 
     keys: of the grid, each a column.
     """
-    heads = {run: {"arm": run.arm, **{key: dict(run.point).get(key, "") for key in keys}, "seed": run.seed} for run in rows}
+    heads = {
+        run: {"arm": run.arm, **{key: dict(run.point).get(key, "") for key in keys}, "seed": run.seed} for run in rows
+    }
     _write_csv(folder / "grid.csv", [{**heads[run], **row} for run, row in rows.items()])
     curves = (
         {**heads[run], **point}
