@@ -4,8 +4,8 @@
         --folder outputs/comparison --config train_configs/quickstart.toml [--section.key value ...]
 
 A method is a value of adapter.method; "+key=value" changes keys of [adapter] and [hdpissa] ("+optimizer.lr=1e-3" any
-other key) for this arm alone, "+optimizer.lr=1e-4:1.6e-3:6" gives it a range of its own in place of the grid's. All runs
-of a seed have the same records in the same order. A run that is complete is not repeated, one that was interrupted
+other key) for this arm alone, "+optimizer.lr=1e-4:1.6e-3:6" gives it a range of its own in place of the grid's. All
+runs of a seed have the same records in the same order. A run that is complete is not repeated, one that was interrupted
 resumes: give the same command again. The folder gets grid.csv, losses.csv, comparison.json, and the report made of
 them: table.md, table.csv, figures, index.html. docs/comparison.md has more.
 
@@ -33,7 +33,6 @@ from compare.schedule import Run, edges, rounds
 from compare.sizes import match_rank
 
 from titan_hd.config import manager
-from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
 from titan_hd.files import replace_file, user_path
 from titan_hd.preflight import decoder_config, plan_run
@@ -113,6 +112,8 @@ class Comparison:
         self.sign = -1 if "exact_match" in self.metric else 1  # a score is for less to be better
         self.workers = args.workers or int(os.environ.get("NGPU") or torch.cuda.device_count() or 2)
         self.parallel = args.parallel or max(1, torch.cuda.device_count() // self.workers)
+        if torch.cuda.is_available() and self.parallel * self.workers > torch.cuda.device_count():
+            raise UserError(f"--parallel: {self.parallel} runs of {self.workers} workers need more GPUs than there are")
         grid = parse_grid(args.grid)
         self.arms = parse_arms(args.methods, grid)
         self.keys = list(dict.fromkeys([*grid, *(key for arm in self.arms for key in arm.axes)]))

@@ -28,7 +28,7 @@ _STOPPED = (75, 130, 143)  # by a signal: neither finished nor failed
 _OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory")
 
 
-class Stopped(Exception):  # noqa: N818: not an error
+class Stopped(Exception):
     """A signal has ended a run, or this program is to end."""
 
 

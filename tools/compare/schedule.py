@@ -64,6 +64,10 @@ class Tuning:
         found = [point for point in self.points if _without(point, key) == rest]
         return sorted(found, key=lambda point: float(dict(point)[key]))
 
+    def best(self, score: Callable[[Point], float]) -> Point:
+        """The point with the least score; of equal ones, such as those that all failed, the one of the least values."""
+        return min(self.points, key=lambda point: (score(point), *(float(dict(point)[key]) for key in self.tuned())))
+
     def tuned(self) -> list[str]:
         return [key for key, axis in self.arm.axes.items() if axis.ratio is not None]
 
@@ -133,7 +137,7 @@ def rounds(arms: Sequence[Arm], seeds: Sequence[int], score: Score, widen: int, 
 
     yield Round("the grid", [Run(t.arm.name, point, seeds[0]) for t in tunings for point in t.points])
     for _ in range(widen):
-        bests = [min(t.points, key=first(t)) for t in tunings]
+        bests = [t.best(first(t)) for t in tunings]
         beyond = [t.outwards(best) for t, best in zip(tunings, bests)]
         if not any(beyond):
             break
@@ -145,7 +149,7 @@ def rounds(arms: Sequence[Arm], seeds: Sequence[int], score: Score, widen: int, 
         said = ", ".join(f"{t.arm.name} ({_text(best)})" for t, best, point in zip(tunings, bests, beyond) if point)
         runs = [Run(t.arm.name, point, seeds[0]) for t, point in zip(tunings, chosen) if point]
         yield Round(f"wider, for the best lies on the edge of what was tried: {said}", runs)
-    near = [t.around(min(t.points, key=first(t)), first(t)) for t in tunings]
+    near = [t.around(t.best(first(t)), first(t)) for t in tunings]
     again = [Run(t.arm.name, point, seed) for t, points in zip(tunings, near) for point in points for seed in seeds[1:]]
     if again:
         yield Round("the best of every arm and its neighbours with the other seeds", again)
