@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from compare.outcome import Arm, Outcome
 from compare.statistics import Summary
@@ -115,6 +115,25 @@ def is_wide(values: Iterable[float]) -> bool:
     return bool(values) and min(values) > 0 and max(values) > _WIDE * min(values)
 
 
+def is_wide_metric(outcome: Outcome, values: Iterable[float]) -> bool:
+    """The same of the ranking metric: losses are read by their ratios, shares of right answers are not."""
+    return outcome.better == "min" and is_wide(values)
+
+
+def set_log(axes: Axes, side: Literal["x", "y"]) -> None:
+    """Make an axis logarithmic, with numbers that are read at once: 0.3, not 3 x 10^-1."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""  # which ticks get a label is matplotlib's choice
+
+    axes.set(**{f"{side}scale": "log"})
+    axis = axes.xaxis if side == "x" else axes.yaxis
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain())
+
+
 def cross(
     picture: Picture, axes: Axes, index: int, x: tuple[float, float | None], y: tuple[float, float | None], text: str
 ) -> None:
@@ -133,8 +152,8 @@ def scatter(picture: Picture, axes: Axes, outcome: Outcome, column: str, label: 
             text = f"{arm.name}\n{label} {x:,.4g}\n{metric_text(outcome.rank_by, value)}"
             cross(picture, axes, index, (x, None), (value.mean, value.sd), text)
             means.append(value.mean)
-    if is_wide(means):
-        axes.set_yscale("log")
+    if is_wide_metric(outcome, means):
+        set_log(axes, "y")
     axes.set(xlabel=label, ylabel=outcome.rank_by)
 
 

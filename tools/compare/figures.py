@@ -12,7 +12,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compare.drawing import Picture, Series, cross, is_wide, mark_of, metric_text, new_picture, scatter, style_of
+from compare.drawing import (
+    Picture,
+    Series,
+    cross,
+    is_wide,
+    is_wide_metric,
+    mark_of,
+    metric_text,
+    new_picture,
+    scatter,
+    set_log,
+    style_of,
+)
 from compare.grid_figure import grid_picture
 from compare.outcome import Curve, Outcome
 
@@ -60,7 +72,7 @@ def _differences(outcome: Outcome) -> Picture | None:
         text = f"{arm.name}\n{difference.mean:+.3g} ({difference.n} pairs)\n{said}"
         cross(picture, axes, names.index(arm.name), (difference.mean, difference.half), (float(y), None), text)
     axes.set_yticks(range(len(rows)), [arm.name for arm, _ in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)  # the best above
     axes.set_xlabel(f"{outcome.rank_by} less that of {outcome.baseline}")
     return picture
 
@@ -77,7 +89,7 @@ def _moments(outcome: Outcome) -> Picture | None:
     )
     scatter(picture, axes, outcome, "moments_per_worker", "moments per worker")
     if is_wide(number for number in held if number is not None):
-        axes.set_xscale("log")
+        set_log(axes, "x")
     return picture
 
 
@@ -101,8 +113,8 @@ def _forgetting(outcome: Outcome) -> Picture | None:
                 text = f"{arm.name}\n{metric_text(outcome.rank_by, value)}\n{metric} {lost.mean:+.3g}"
                 cross(picture, axes, index, (value.mean, value.sd), (lost.mean, lost.sd), text)
                 means.append(value.mean)
-        if is_wide(means):
-            axes.set_xscale("log")
+        if is_wide_metric(outcome, means):
+            set_log(axes, "x")
         axes.set(xlabel=outcome.rank_by, ylabel=f"{metric}: after - before")
     return picture
 
@@ -208,5 +220,5 @@ def _draw_curves(
         ]
         picture.series.append(Series(index, axes, xs[::stride], curve.losses[::stride], texts[::stride]))
     if is_wide(loss for curve in curves.values() for loss in curve.losses):
-        axes.set_yscale("log")
+        set_log(axes, "y")
     axes.set(xlabel=label, ylabel="training loss" if column == "loss" else "validation loss")

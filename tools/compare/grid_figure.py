@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from compare.drawing import Picture, Series, is_wide, mark_of, new_picture, style_of
+from compare.drawing import Picture, Series, is_wide_metric, mark_of, new_picture, set_log, style_of
 from compare.outcome import FAILURES, Arm, Outcome, Point, show_value
 
 if TYPE_CHECKING:
@@ -62,13 +62,9 @@ class _Plot:
         return [run.numbers[metric] for arm in arms for point in arm.points for run in arm.complete(point)]
 
     @cached_property
-    def log_y(self) -> bool:
-        return is_wide(self.numbers)
-
-    @cached_property
     def window(self) -> tuple[float, float] | None:
         """The range of the metric in which the bests lie, with some room; None where nearly all values lie there."""
-        scale, back = (math.log, math.exp) if self.log_y else (float, float)
+        scale, back = (math.log, math.exp) if is_wide_metric(self.outcome, self.numbers) else (float, float)
         metric = self.outcome.rank_by
         bests = [scale(y) for arm in self.outcome.arms.values() for y in arm.by_seed(arm.best, metric).values()]
         if not bests:
@@ -93,9 +89,11 @@ def grid_picture(outcome: Outcome, place: int) -> Picture:
         list(outcome.arms.values()),
         4.6 + 0.16 * rows,
     )
-    for axes in panels:
+    for axes, shown in zip(panels, (plot.numbers, plot.window)):
         axes.set(xlabel=plot.key, ylabel=outcome.rank_by)
-        _set_scales(plot, axes)
+        _set_x_axis(plot, axes)
+        if is_wide_metric(outcome, shown or ()):
+            set_log(axes, "y")
         for index, arm in enumerate(outcome.arms.values()):
             _draw_arm(plot, picture, axes, index, arm)
     if plot.window:
@@ -116,12 +114,10 @@ def _caption(plot: _Plot, failures: int) -> str:
     return text
 
 
-def _set_scales(plot: _Plot, axes: Axes) -> None:
+def _set_x_axis(plot: _Plot, axes: Axes) -> None:
     places = list(plot.ticks)
     if not plot.words and places[0] > 0 and places[-1] > 3 * places[0]:
-        axes.set_xscale("log")
-    if plot.log_y:
-        axes.set_yscale("log")
+        set_log(axes, "x")
     if plot.words or len(places) <= _MOST_TICKS:
         axes.set_xticks(places, plot.ticks.values())
         axes.set_xticks([], minor=True)

@@ -137,13 +137,13 @@ def svg(picture: Picture) -> tuple[str, list[dict]]:
     figure = picture.figure
     with matplotlib.rc_context({"svg.hashsalt": picture.name, "svg.fonttype": "none"}):
         figure.dpi = 72  # the unit of an SVG file: what the layout is now is what it is there
-        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(written, format="svg")
     text = written.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r'\bid="(arm\d+)"', r'class="arm \1"', text)
     text = re.sub(r'\bid="', f'id="{picture.name}-', text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{picture.name}-", text)
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)  # has the time
     label = html.escape(picture.title, quote=True)
     text = text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
     return text.strip(), _points(picture)

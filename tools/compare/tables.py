@@ -43,14 +43,15 @@ class Table:
 
 
 def tables_of(outcome: Outcome) -> list[Table]:
-    """What table.md shows, the best arm first."""
+    """What table.md shows, the best arm first; a table of which nothing was measured is left out."""
     arms = outcome.ranked
     unit = unit_arm(outcome)
-    return [
-        Table(f"{outcome.rank_by} at the best point of each arm", [_ranking(outcome, arm) for arm in arms]),
-        Table("What else was measured there (mean over the seeds)", [_metrics(outcome, arm) for arm in arms]),
+    found = [
+        Table(f"{outcome.rank_by} at the best point of each arm", _filled([_ranking(outcome, arm) for arm in arms])),
+        Table("What else was measured there (mean over the seeds)", _filled([_metrics(outcome, arm) for arm in arms])),
         Table("Sizes, speed and the change of the weights", _filled([_costs(arm, unit) for arm in arms])),
     ]
+    return [table for table in found if len(table.rows[0]) > 1]
 
 
 def points_table(outcome: Outcome) -> Table:
