@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from titan_hd.components.validation import Sharers, check_references, exact_match, final_answer, validation_sets
-from titan_hd.config.job_config import Validation
+from titan_hd.config.job_config import Checkpoint, JobConfig, Validation
 from titan_hd.data.tokens.statistics import Statistics
 from titan_hd.errors import UserError
 
@@ -82,28 +82,42 @@ def test_references_without_the_marker(caplog):
     )
 
 
+def comparing(samples: int, marker: str = "the answer: ", **checkpoint) -> JobConfig:
+    settings = Validation(exact_match_samples=samples, answer_marker=marker)
+    return JobConfig(validation=settings, checkpoint=Checkpoint(**checkpoint))
+
+
 class TestNamedSets:
     def test_the_first_is_the_main_one(self):
         """Its metrics have no name; one without records to compare with has a loss alone."""
-        settings = Validation(exact_match_samples=5, answer_marker="the answer: ")
+        config = comparing(5)
         datasets = {"math": Numbers("data.validation[math]"), "more": Numbers("data.validation[more]")}
-        sets = validation_sets({**datasets, "plain": Numbers("data.validation[plain]", answerable=False)}, settings)
+        sets = validation_sets({**datasets, "plain": Numbers("data.validation[plain]", answerable=False)}, config)
         assert [(one.suffix, one.answers) for one in sets] == [("", 5), ("/more", 5), ("/plain", 0)]
-        settings.exact_match_samples = 0
-        assert [one.answers for one in validation_sets(datasets, settings)] == [0, 0]
+        config.validation.exact_match_samples = 0
+        assert [one.answers for one in validation_sets(datasets, config)] == [0, 0]
 
     def test_why_another_set_has_no_exact_match(self, caplog):
         caplog.set_level("INFO", "titan_hd")
-        settings = Validation(exact_match_samples=7, answer_marker="the answer: ")
-        validation_sets({"math": Numbers(), "plain": Numbers("data.validation[plain]", answerable=False)}, settings)
+        config = comparing(7)
+        validation_sets({"math": Numbers(), "plain": Numbers("data.validation[plain]", answerable=False)}, config)
         assert caplog.messages[-1] == (
             "data.validation[plain]: its loss is measured, but no exact match (validation.exact_match_samples: needs "
             "records with a prompt and a response)"
         )
-        validation_sets({"math": Numbers(), "more": Numbers("data.validation[more]")}, settings)
+        validation_sets({"math": Numbers(), "more": Numbers("data.validation[more]")}, config)
         assert "1 of the 7 responses of data.validation[more] to compare with lack" in caplog.messages[-1]
 
     def test_the_main_set_must_be_comparable(self):
-        settings = Validation(exact_match_samples=7, answer_marker="The answer is: ")
+        config = comparing(7, "The answer is: ")
         with pytest.raises(UserError, match=r"validation\.answer_marker: none of the 7 responses to compare with"):
-            validation_sets({"math": Numbers(), "more": Numbers()}, settings)
+            validation_sets({"math": Numbers(), "more": Numbers()}, config)
+
+    def test_the_best_is_not_by_what_cannot_be_measured(self):
+        config = comparing(7, keep_best="validation_exact_match/plain")
+        with pytest.raises(UserError) as caught:
+            validation_sets({"math": Numbers(), "plain": Numbers(answerable=False)}, config)
+        assert str(caught.value) == (
+            "checkpoint.keep_best: validation_exact_match/plain cannot be measured: validation.exact_match_samples: "
+            "needs records with a prompt and a response"
+        )
