@@ -207,7 +207,7 @@ class Trainer:
             c.checkpoint.async_mode == "async",
             c.comm.init_timeout_seconds,
         )
-        self.best = BestValidation(c)
+        self.best = BestValidation(c, self.validator.measured_on() if self.validator else {})
         self.step = (self.checkpointer.choose(c.checkpoint.load_step) or 0) if c.checkpoint.enable else 0
         if self.step > self.total_steps:
             raise UserError(

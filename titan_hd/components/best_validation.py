@@ -23,14 +23,17 @@ class BestValidation:
     """Compares the validations of a run by one metric, the same on every worker. The validation before the first step
     is none of them: there is no checkpoint of it.
 
+    measured_on: what each metric is measured on, by `Validator.measured_on`: only values of equal texts compare.
+
     Attributes:
         metric: checkpoint.keep_best, or validation_loss: of a loss the least is best, of an exact match the most.
         best: None as long as there is none.
         without_gain: how many validations in a row have not been better since.
     """
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: JobConfig, measured_on: dict[str, str]):
         self.metric = config.checkpoint.keep_best or "validation_loss"
+        self._measured_on = measured_on.get(self.metric, "")  # "": this run does not validate
         self._keep, self._patience = config.checkpoint.keep_best != "", config.validation.patience
         self.best: Best | None = None
         self.without_gain = 0
@@ -62,17 +65,21 @@ class BestValidation:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"metric": self.metric, "best": self.best, "without_gain": self.without_gain}
+        measure = {"metric": self.metric, "measured_on": self._measured_on}
+        return {**measure, "best": self.best, "without_gain": self.without_gain}
 
     def go_on_from(self, state: dict[str, Any] | None) -> None:
         """Take over the `state` in a checkpoint; None: it has none, being older than this."""
         if state is None:
             return
-        if state["metric"] == self.metric:
+        if not self._measured_on:  # for a later run
+            self.metric, self._measured_on = state["metric"], state["measured_on"]
+        if state["metric"] == self.metric and state["measured_on"] == self._measured_on:
             self.best, self.without_gain = Best(*state["best"]) if state["best"] else None, state["without_gain"]
         elif state["best"]:
-            line = "checkpoint.keep_best: the checkpoint's best validation is by %s; the best by %s counts from here on"
-            logger.warning(line, state["metric"], self.metric)
+            other = f"by {state['metric']}" if state["metric"] != self.metric else "on other records or settings"
+            line = "the checkpoint's best validation is %s; the best by %s, and validation.patience, count from here on"
+            logger.warning(line, other, self.metric)
 
     def tell_of_early_stop(self, step: int, total_steps: int, resumed: bool) -> None:
         """Log why the run ends after `step`, if it is not the last one. resumed: it had ended there before."""

@@ -165,6 +165,18 @@ class Validator:
         dist.broadcast(agreed, src=0)
         return dict(zip(values, agreed.tolist()))
 
+    def measured_on(self) -> dict[str, str]:
+        """By the name of each metric, a text that tells whether its values compare with those of another run."""
+        s, texts = self.settings, {}
+        for one in self.sets:
+            size, summary = len(one.dataset), one.dataset.summary()
+            read = size if s.steps < 0 else min(size, s.steps * self.batch_size * self.dims.dp_size)
+            texts[f"validation_loss{one.suffix}"] = f"{read} of {summary}"
+            if one.answers:
+                answers = f"{min(size, one.answers)} answers of up to {s.max_new_tokens} tokens, {s.answer_marker!r}"
+                texts[f"validation_exact_match{one.suffix}"] = f"{answers}, of {summary}"
+        return texts
+
     def _measure(self, model: Decoder, one: ValidationSet) -> dict[str, float]:
         s, rank, size = self.settings, self.dims.dp_rank, self.dims.dp_size
         sharers = Sharers(rank, size, self.dims.dp_mesh.get_group(), self.device)

@@ -12,8 +12,9 @@ from titan_hd.config.job_config import Checkpoint, JobConfig, Validation
 NAN = float("nan")
 
 
-def best_by(metric: str, patience: int = 0) -> BestValidation:
-    return BestValidation(JobConfig(checkpoint=Checkpoint(keep_best=metric), validation=Validation(patience=patience)))
+def best_by(metric: str, patience: int = 0, measured_on: str = "all records") -> BestValidation:
+    config = JobConfig(checkpoint=Checkpoint(keep_best=metric), validation=Validation(patience=patience))
+    return BestValidation(config, {metric or "validation_loss": measured_on})
 
 
 @pytest.mark.parametrize(
@@ -67,19 +68,30 @@ def test_a_resumed_run_knows_it_all():
         assert after.to_keep == Best(3, "validation_loss", 4.1)
 
 
-def test_another_metric_or_an_old_checkpoint(caplog):
-    before, after = best_by("validation_loss", 2), best_by("validation_exact_match", 2)
-    after.go_on_from(None)
-    after.go_on_from(before.state())
+def test_a_run_that_validates_otherwise_begins_anew(caplog):
+    """By another metric, or with a value that does not compare with the checkpoint's. An old checkpoint has none."""
+    before = best_by("validation_loss", 2)
+    for metric, measured_on, other in (
+        ("validation_exact_match", "all records", "by validation_loss"),
+        ("validation_loss", "half of them", "on other records or settings"),
+    ):
+        before.best, after = None, best_by(metric, 2, measured_on)
+        after.go_on_from(None)
+        after.go_on_from(before.state())
+        assert not caplog.text
+        before.add(1, {"validation_loss": 5})
+        before.add(2, {"validation_loss": 5})
+        after.go_on_from(before.state())
+        assert (after.best, after.without_gain) == (None, 0)
+        assert caplog.messages == [
+            f"the checkpoint's best validation is {other}; the best by {metric}, and validation.patience, count from "
+            "here on"
+        ]
+        caplog.clear()
+    without = best_by("", 0, "")
+    without.go_on_from(before.state())
     assert not caplog.text
-    before.add(1, {"validation_loss": 5})
-    before.add(2, {"validation_loss": 5})
-    after.go_on_from(before.state())
-    assert (after.best, after.without_gain) == (None, 0)
-    assert caplog.messages == [
-        "checkpoint.keep_best: the checkpoint's best validation is by validation_loss; the best by "
-        "validation_exact_match counts from here on"
-    ]
+    assert without.state() == before.state(), "a run that does not validate hands it on"
 
 
 def test_what_is_said_of_an_early_stop(caplog):

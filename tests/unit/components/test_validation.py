@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from titan_hd.components.validation import Sharers, check_references, exact_match, final_answer, validation_sets
+from titan_hd.components.validation import (
+    Sharers,
+    Validator,
+    check_references,
+    exact_match,
+    final_answer,
+    validation_sets,
+)
 from titan_hd.config.job_config import Checkpoint, JobConfig, Validation
 from titan_hd.data.tokens.statistics import Statistics
 from titan_hd.errors import UserError
@@ -41,6 +51,9 @@ class Numbers:
 
     def prompt_ids(self, index: int) -> list[int]:
         return [index]
+
+    def summary(self) -> str:
+        return self.statistics.name
 
     def response(self, index: int) -> str:
         return "unknown" if index == 6 else f"the answer: {index}"
@@ -121,3 +134,22 @@ class TestNamedSets:
             "checkpoint.keep_best: validation_exact_match/plain cannot be measured: validation.exact_match_samples: "
             "needs records with a prompt and a response"
         )
+
+    def test_what_the_metrics_are_measured_on(self):
+        """Values compare where the text is the same: the same records, as many of them, answered in the same way."""
+
+        def measured_on(name: str = "a", workers: int = 2, **settings) -> dict[str, str]:
+            config = comparing(5)
+            config.validation = dataclasses.replace(config.validation, **settings)
+            sets = validation_sets({"m": Numbers(name), "plain": Numbers(answerable=False)}, config)
+            dims = SimpleNamespace(dp_size=workers)
+            return Validator(config, dims, torch.device("cpu"), sets, None).measured_on()
+
+        usual = measured_on()
+        assert usual.keys() == {"validation_loss", "validation_exact_match", "validation_loss/plain"}
+        assert usual["validation_loss"] == "7 of a"
+        assert measured_on(workers=3, batch_size=4, freq=9) == usual
+        assert measured_on(steps=2, batch_size=1)["validation_loss"] == "4 of a"
+        assert measured_on(steps=2, batch_size=1, workers=4) == usual
+        for change in ({"exact_match_samples": 6}, {"max_new_tokens": 7}, {"name": "b"}):
+            assert measured_on(**change)["validation_exact_match"] != usual["validation_exact_match"]
