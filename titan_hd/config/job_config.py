@@ -262,9 +262,13 @@ class HDPissa:
     """K, the number of logical adapters (each trains another slice). 0: the number of data-parallel workers."""
     aggregate: Literal["mean", "sum"] = "mean"
     """How the K updates are combined: mean is the paper's equation, sum its published script."""
-    slices: Literal["orthogonal", "top", "random"] = "orthogonal"
-    """orthogonal: adapter i takes singular directions i*r to (i+1)*r. top: every adapter the first r. random: LoRA's
-    initialisation with direct weight updates. The last two are the paper's ablations."""
+    slices: Literal["orthogonal", "top", "random", "minor"] = "orthogonal"
+    """orthogonal: adapter i takes singular directions i*r to (i+1)*r. minor: the same, counted from the smallest
+    singular value. top: every adapter the first r. random: LoRA's initialisation with direct weight updates. The last
+    two are the paper's ablations."""
+    factor_scale: Literal["root", "unit"] = "root"
+    """root: A and B carry the roots of the singular values, as in the paper. unit: they are orthonormal, times the mean
+    of a weight's roots, so that Adam moves all directions alike."""
     mute_scalar: float = 0.0
     """0: exact mute (the limit, no extra forward work). Otherwise the paper's scalar g in Y = X(W + g A B)."""
     exchange: Literal["auto", "factors", "dense"] = "auto"
