@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,34 @@ def test_home_in_every_path(data: Path, tmp_path: Path, monkeypatch):
     options = [f"--records=~/{own.name}", "--marker=The answer is: ", "--output=~/other"]
     result = call_tool(evaluate.main, "--predictions=~/answers.jsonl", *options)
     assert result.returncode == 0, result.stderr
+
+
+def test_data_sets_of_the_hub(data: Path, tmp_path: Path, monkeypatch):
+    """By a stand-in for the package `datasets`: the name, the config and the split that are asked for, and its rows."""
+    calls, rows = [], [json.loads(line) for line in (data / "gsm8k" / "test.jsonl").read_text().splitlines()]
+
+    def load_dataset(name: str, config: str | None, split: str) -> list[dict]:
+        calls.append((name, config, split))
+        if name != "openai/gsm8k":
+            raise FileNotFoundError(f"Dataset '{name}' doesn't exist\non the Hub")
+        return rows
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    write_lines(tmp_path / "outputs.jsonl", outputs(["18", "4", "70000", "-5"]))
+    fixed = ["--predictions", tmp_path / "outputs.jsonl", "--output", tmp_path / "out"]
+    result = call_tool(evaluate.main, *fixed, "--source", "gsm8k=openai/gsm8k:main:test")
+    assert result.stdout.splitlines()[1].split()[:3] == ["gsm8k", "4", "3"], result.stderr
+    (line,) = error_lines(call_tool(evaluate.main, *fixed, "--source", "gsm8k=openai/gsm9k:test"))
+    assert (
+        line == "titan_hd: error: gsm8k: cannot read openai/gsm9k:test: Dataset 'openai/gsm9k' doesn't exist on the Hub"
+    )
+    assert calls == [("openai/gsm8k", "main", "test"), ("openai/gsm9k", None, "test")]
+    rows[1] = {"problem": "q"}
+    (line,) = error_lines(call_tool(evaluate.main, *fixed, "--source", "gsm8k=openai/gsm8k:main:test"))
+    assert "openai/gsm8k:main:test: row 2: gsm8k needs the columns question and answer" in line
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (line,) = error_lines(call_tool(evaluate.main, *fixed, "--source", "gsm8k=openai/gsm8k:main:test"))
+    assert "as a data set of the Hub it needs the package datasets: pip install datasets, or titan_hd[hub]" in line
 
 
 def test_two_systems_are_compared(data: Path, tmp_path: Path):
