@@ -14,7 +14,7 @@ from titan_hd.checkpoint.weights import CheckpointWeights
 from titan_hd.distributed.shards import materialize
 from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_files import open_model_weights, read_model_config
+from titan_hd.models.hf_files import WeightFiles, open_model_weights, read_model_config
 from titan_hd.models.registry import DecoderConfig, flavor_config
 
 
@@ -29,20 +29,33 @@ def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.d
     Raises:
         UserError: one line for everything that is wrong with the files.
     """
+    config, weights, directory = open_pretrained(path, assets)
+    model = _empty_model(config, dtype, device)
+    with warnings.catch_warnings():  # that this is one process
+        warnings.simplefilter("ignore")
+        for name, parameter in model.named_parameters():
+            weights.read_into(name, parameter)
+    return model, directory
+
+
+def open_pretrained(path: Path, assets: str) -> tuple[DecoderConfig, WeightFiles | CheckpointWeights, Path]:
+    """What `load_pretrained` reads, without reading a weight: `read_into(name, tensor)` of the second reads one.
+
+    Raises:
+        UserError: as `load_pretrained`.
+    """
     if (path / STATE_FILE).is_file():
-        return _load_checkpoint(path, assets, dtype, device)
+        return _open_checkpoint(path, assets)
     if not (path / "config.json").is_file():
         steps = sorted(p.parent.name for p in path.glob(f"step-*/{STATE_FILE}"))
         hint = f"; it has {', '.join(steps)}: name one of them" if steps else ""
+        if (path / "adapter_config.json").is_file():
+            hint = "; it is an adapter without its model: name the run's checkpoint, or export with export.format hf"
         raise UserError(f"{path}: holds neither config.json (a HF directory) nor {STATE_FILE} (a checkpoint){hint}")
     if assets:
         raise UserError(f"--assets: {path} is a HF directory and has its own; only a checkpoint needs them")
     config = read_model_config(path)
-    files = open_model_weights(path, config)
-    model = _empty_model(config, dtype, device)
-    for name, parameter in model.named_parameters():
-        files.read_into(name, parameter)
-    return model, path
+    return config, open_model_weights(path, config), path
 
 
 def _empty_model(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
@@ -58,7 +71,7 @@ def _empty_model(config: DecoderConfig, dtype: torch.dtype, device: torch.device
 # Checkpoints
 
 
-def _load_checkpoint(folder: Path, assets: str, dtype: torch.dtype, device: torch.device) -> tuple[Decoder, Path]:
+def _open_checkpoint(folder: Path, assets: str) -> tuple[DecoderConfig, CheckpointWeights, Path]:
     state = read_train_state(folder)
     settings, identity = state["settings"].get("model", {}), state["identity"]
     directory = assets or settings.get("hf_assets_path", "")
@@ -73,10 +86,4 @@ def _load_checkpoint(folder: Path, assets: str, dtype: torch.dtype, device: torc
         config = read_model_config(directory)
     if not same_model(identity.get("model"), repr(config)):
         raise UserError(f"--assets: {directory}: its config.json is not that of the checkpoint's model")
-    weights = CheckpointWeights(CheckpointReader(folder), state, config, directory)
-    model = _empty_model(config, dtype, device)
-    with warnings.catch_warnings():  # that this is one process
-        warnings.simplefilter("ignore")
-        for name, parameter in model.named_parameters():
-            weights.read_into(name, parameter)
-    return model, Path(directory)
+    return config, CheckpointWeights(CheckpointReader(folder), state, config, directory), Path(directory)

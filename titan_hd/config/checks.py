@@ -7,9 +7,10 @@ number of workers is `titan_hd.preflight`'s.
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
-from titan_hd.config.job_config import JobConfig
+from titan_hd.config.job_config import DataSource, JobConfig
 
 _AT_LEAST = {
     "data.max_skipped": 0,
@@ -42,6 +43,7 @@ _AT_LEAST = {
     "checkpoint.load_step": -1,
     "metrics.log_freq": 1,
     "validation.freq": 1,
+    "validation.patience": 0,
     "validation.exact_match_samples": 0,
     "validation.batch_size": 0,
     "validation.max_new_tokens": 1,
@@ -119,7 +121,27 @@ def check_combinations(config: JobConfig) -> list[str]:
         "checkpoint.base: delta needs a base model in model.hf_assets_path (and no model.flavor), and a method that "
         "leaves some of its weights alone",
     )
-    return errors + _check_sources(config)
+    return errors + _check_sources(config) + _check_best(config)
+
+
+def _check_best(config: JobConfig) -> list[str]:
+    """Faults of checkpoint.keep_best and validation.patience: the metric must be one that the validation logs."""
+    best, validation, errors = config.checkpoint.keep_best, config.validation, []
+    if best and not (validation.enable and config.checkpoint.enable):
+        errors.append("checkpoint.keep_best: needs validation.enable and checkpoint.enable")
+    elif best and best not in (known := _validation_metrics(config)):
+        errors.append(f"checkpoint.keep_best: must be {' or '.join(known)} (what the validation logs), not {best!r}")
+    if validation.patience > 0 and not validation.enable:
+        errors.append("validation.patience: needs validation.enable")
+    return errors
+
+
+def _validation_metrics(config: JobConfig) -> list[str]:
+    """Names of the metrics that the validation can log: the first set's, then those of the others under their names."""
+    others = config.data.validation[1:] if isinstance(config.data.validation, list) else []
+    suffixes = ["", *(f"/{entry.name}" for entry in others if entry.name)]
+    kinds = ["validation_loss"] + ["validation_exact_match"] * (config.validation.exact_match_samples > 0)
+    return [kind + suffix for suffix in suffixes for kind in kinds]
 
 
 def _check_sources(config: JobConfig) -> list[str]:
@@ -141,8 +163,25 @@ def _check_sources(config: JobConfig) -> list[str]:
                 errors.append(f"{name}.weight: must be above 0, not {weight}")
             if samples is not None and samples < 1:
                 errors.append(f"{name}.samples: must be at least 1, not {samples}")
+            if key == "train" and source.name is not None:
+                errors.append(f"{name}.name: only validation sets have names; leave it out")
     if streaming and config.data.pack:
         errors.append("data.pack: needs the lengths of all records, which data.streaming does not know; unset one")
     if streaming and config.training.epochs is not None:
         errors.append("training.epochs: data.streaming knows no length of an epoch; give training.steps")
+    return errors + _check_names(config.data.validation)
+
+
+def _check_names(validation: str | list[DataSource]) -> list[str]:
+    """Faults of the names of validation sets."""
+    names = [entry.name for entry in validation] if isinstance(validation, list) else []
+    errors = []
+    for place, name in enumerate(names if any(name is not None for name in names) else []):
+        key = f"data.validation[{place}].name"
+        if name is None:
+            errors.append(f"{key}: is missing; give every entry a name, or none")
+        elif not re.fullmatch("[A-Za-z0-9_-]+", name):
+            errors.append(f"{key}: must be of letters, digits, _ and -, not {name!r}")
+        elif name in names[:place]:
+            errors.append(f"{key}: {name!r} is the name of data.validation[{names.index(name)}] already")
     return errors
