@@ -130,7 +130,7 @@ class AdapterRegistry:
 
     @torch.no_grad()
     def factors_changed(self) -> None:
-        """After `start`, `set_factors` has given the layers other fixed factors: bind these."""
+        """After `start`, `set_factors` has given every layer other fixed factors: bind these from now on."""
         self._bound_factors.copy_(self.factors)  # nothing to do where they are the same tensor
 
     def activate(self, slot: int) -> None:
