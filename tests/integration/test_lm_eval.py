@@ -65,7 +65,8 @@ def model(request, shared_data: Path, tmp_path_factory) -> Path:
     options = {
         "model.hf_assets_path": stories, "data.train": records, "job.dump_folder": folder / "run",
         "training.steps": 2, "training.global_batch_size": 2, "optimizer.lr": 1e-3, "adapter.method": "lora",
-        "export.dtype": "float32", "training.mixed_precision_param": "float32", "adapter.rank": 4, "export.enable": "true",
+        "training.mixed_precision_param": "float32", "adapter.rank": 4, "export.enable": "true",
+        "export.dtype": "float32",
     }  # fmt: skip
     result = run_train(*(str(word) for key, value in options.items() for word in (f"--{key}", value)), workers=1)
     assert result.returncode == 0, result.stderr
