@@ -32,7 +32,7 @@ from titan_hd.components.metrics import (
 from titan_hd.components.profiling import build_profiler
 from titan_hd.components.rates import Rates, StepResult
 from titan_hd.components.update import build_update
-from titan_hd.components.validation import Validator, check_references
+from titan_hd.components.validation import Validator, validation_sets
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
 from titan_hd.data.build import DatasetBuilder
@@ -174,24 +174,20 @@ class Trainer:
         with raise_on_all("reading the data"):
             dataset = builder.training()
             self.answering = builder.answering()
-            validation = builder.validation() if c.validation.enable else None
-            if validation is not None and c.validation.exact_match_samples:
-                check_references(validation, c.validation.exact_match_samples, c.validation.answer_marker)
+            sets = validation_sets(builder.validation(), c.validation) if c.validation.enable else []
         # A node with a file of its own that differs would end its steps, or its validation, at another time.
         self.data_summary = dataset.summary(order_settings.pack_to)
         check_equal_on_all_ranks("data.train", self.data_summary)
-        if validation is not None:
-            check_equal_on_all_ranks("data.validation", validation.summary())
-        rows = dataset.rows + (validation.rows if validation is not None else [])
+        for one in sets:
+            check_equal_on_all_ranks(one.dataset.statistics.name, one.dataset.summary())
+        rows = dataset.rows + [row for one in sets for row in one.dataset.rows]
         if rows:
             logger.info("%s", statistics_table(rows))
         # Compiled blocks want few shapes, and attention to packs on a GPU, which is always compiled, wants one; else
         # padding to the longest row of a micro-batch is enough.
         one_length = c.data.pack and (c.compile.enable or self.device.type == "cuda")
         pad_to = (seq_len,) if one_length else length_buckets(seq_len) if c.compile.enable else ()
-        self.validator = None
-        if validation is not None:
-            self.validator = Validator(c, self.dims, self.device, validation, tokenizer)
+        self.validator = Validator(c, self.dims, self.device, sets, tokenizer) if sets else None
         batch, order = self.plan.global_batch_size, dataset.order(order_settings)
         micro_batches = [self.placement.samples(m) for m in range(self.placement.micro_batches)]
         batches = GlobalBatches(dataset, order, batch, pad_to, c.data.pack)

@@ -43,10 +43,11 @@ def precompute(config: JobConfig, share: int, shares: int) -> None:
     # What the run decomposes is the master; one that is chosen automatically is exact.
     said = config.training.master_dtype
     master = torch.float32 if said == "auto" else getattr(torch, said)
+    settings = SvdSettings(a.svd, a.svd_niter, method.smallest)
     for name in tqdm(names, unit="weight"):
         rows = files.read_rows(f"{name}.weight", 0, shapes[f"{name}.weight"][0])
         weight = rows.to(device, master).float()
-        *_, report = cached_factors(weight, method.directions, SvdSettings(a.svd, a.svd_niter), name, a.svd_cache)
+        *_, report = cached_factors(weight, method.directions, settings, name, a.svd_cache)
         print(json.dumps(report))
 
 

@@ -6,6 +6,7 @@ two, four                2, 4     =  1  K = workers, rows that do not divide, em
 virtual-1, virtual-2     1, 2     4  1  K > workers: adapters dealt to micro-batches
 groups                   4        2  1  K < workers: an adapter shared by two workers
 sum, top, alpha, decay                  the other settings of the update
+minor, unit              2        2  1  the smallest directions; orthonormal factors
 hsdp, hsdp-groups        4        4, 2  replicas of the shards, flattened for the adapters
 tied                     2        2  1  the embedding is the head
 gqa                      2        2  2  two key/value heads for four query heads
@@ -51,6 +52,8 @@ CASES = {
     "groups": (4, 2, {}),
     "sum": (2, 2, {"hdpissa__aggregate": "sum", "optimizer__lr": 3e-3}),
     "top": (2, 2, {"hdpissa__slices": "top", "adapter__rank": 2}),
+    "minor": (2, 2, {"hdpissa__slices": "minor"}),
+    "unit": (2, 2, {"hdpissa__factor_scale": "unit"}),
     "alpha": (2, 2, {"adapter__alpha": 0.5, "optimizer__eps": 1e-3}),
     "decay": (2, 2, {"optimizer__weight_decay": 0.3}),
     "hsdp": (4, 4, {"parallelism__data_parallel_replicate_degree": 2}),
@@ -126,6 +129,7 @@ def test_weights_equal_the_oracle(case, request, tmp_path):
         lrs=[overrides.get("optimizer__lr", 1e-2)] * STEPS,
         aggregate=overrides.get("hdpissa__aggregate", "mean"),
         slices=overrides.get("hdpissa__slices", "orthogonal"),
+        factor_scale=overrides.get("hdpissa__factor_scale", "root"),
         alpha=overrides.get("adapter__alpha"),
         weight_decay=overrides.get("optimizer__weight_decay", 0.0),
         eps=overrides.get("optimizer__eps", 1e-8),

@@ -233,11 +233,17 @@ def test_validation_leaves_no_trace(method, tied, workers, setup, tmp_path):
     validation = {
         "validation__enable": "true",
         "validation__freq": 2,
-        "data__validation": tmp_path / "records.jsonl",
+        "data__validation": json.dumps(
+            [{"name": n, "path": str(tmp_path / "records.jsonl")} for n in ("main", "again")]
+        ),
     }
     plain = workers.run(2, runs.train, setup("plain", **changes))[0]
     validated = workers.run(2, runs.train, setup("validated", **changes, **validation))[0]
     assert validated == plain
+    lines = [json.loads(line) for line in (tmp_path / "validated" / "metrics.jsonl").read_text().splitlines()]
+    measured = [(r["validation_loss"], r["validation_loss/again"]) for r in lines if "validation_loss" in r]
+    assert len(measured) == 4
+    assert all(main == again for main, again in measured), "two sets of the same records"
     got, want = runs.exported(tmp_path / "validated"), runs.exported(tmp_path / "plain")
     assert all(torch.equal(got[name], want[name]) for name in want)
     again = setup("validated", **changes, **validation, checkpoint__load_step=4)

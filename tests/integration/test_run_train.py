@@ -164,9 +164,12 @@ def test_a_killed_worker_ends_the_run_with_its_signal(setup, tmp_path):
 
 
 def test_the_quick_start_shortened(tmp_path):
-    """`./run_train.sh --quickstart`, cut to a few steps: from any folder, validation, accuracy, export."""
+    """`./run_train.sh --quickstart`, cut to a few steps: from any folder, validation of two sets, accuracy, export."""
+    plain = {"name": "plain", "path": str(tmp_path / "plain.jsonl"), "format": "text"}
+    (tmp_path / "plain.jsonl").write_text('{"text": "Rosa has 87 coins."}\n')
     result = run_train(
         "--quickstart",
+        "--data.validation=" + json.dumps([{"name": "problems", "path": "assets/quickstart/validation.jsonl"}, plain]),
         "--training.steps=3",
         "--validation.exact_match_samples=8",
         "--validation.batch_size=5",
@@ -177,6 +180,10 @@ def test_the_quick_start_shortened(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "quickstart" / "metrics.jsonl").read_text().splitlines()]
     validations = [r for r in records if "validation_exact_match" in r]
     assert [r["step"] for r in validations] == [0, 3]
+    assert [[*r] for r in validations] == [
+        ["step", "validation_loss", "validation_exact_match", "validation_loss/plain"]
+    ] * 2
+    assert "data.validation[plain]: its loss is measured, but no exact match" in result.stderr
     assert {p.name for p in (tmp_path / "quickstart" / "hf").iterdir()} >= {"config.json", "model.safetensors"}
 
 

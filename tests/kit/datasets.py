@@ -16,4 +16,4 @@ def build_dataset(
 ) -> Dataset:
     """The dataset of data.train or data.validation (`key` is "train" or "validation")."""
     builder = DatasetBuilder(data, vocab_size, seq_len, tokenizer)
-    return builder.training() if key == "train" else builder.validation()
+    return builder.training() if key == "train" else builder.validation()[""]

@@ -93,6 +93,7 @@ class Settings:
     lrs: list[float]
     aggregate: str = "mean"
     slices: str = "orthogonal"
+    factor_scale: str = "root"
     alpha: float | None = None
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -110,10 +111,13 @@ def train(
     factors = {}
     for n in names:
         u, sigma, vh = torch.linalg.svd(weights[n], full_matrices=False)
+        if s.slices == "minor":
+            u, sigma, vh = u.flip(1), sigma.flip(0), vh.flip(0)
+        mean = sigma[: s.num_adapters * s.rank].sqrt().mean()
         for i in range(s.num_adapters):
             first = 0 if s.slices == "top" else i * s.rank
             part = slice(first, first + s.rank)
-            root = sigma[part].sqrt()
+            root = sigma[part].sqrt() if s.factor_scale == "root" else mean.expand(s.rank)
             factors[n, i] = root[:, None] * vh[part], u[:, part] * root
     adams = {(n, i, x): Adam(*s.betas, s.eps) for n, i in factors for x in "AB"}
     scale, share = (s.alpha or s.rank) / s.rank, s.global_batch_size // s.num_adapters

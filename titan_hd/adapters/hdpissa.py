@@ -149,6 +149,7 @@ class HDPissa(FoldingMethod):
         "adapter.alpha",
         "adapter.dropout",
         "hdpissa.slices",
+        "hdpissa.factor_scale",
         "hdpissa.aggregate",
         "hdpissa.mute_scalar",
     )
@@ -172,13 +173,27 @@ class HDPissa(FoldingMethod):
         self.dropout, self.mute_scalar, self.slices = dropout, mute_scalar, slices
         self.scale = (rank if alpha is None else alpha) / rank
         # "top" and "random" give every adapter directions of its own choice, of which the weight needs r.
-        self._needed = num_adapters * rank if slices == "orthogonal" else rank
+        self._needed = rank if slices in ("top", "random") else num_adapters * rank
+        self.smallest = slices == "minor"
         self.directions = 0 if slices == "random" else self._needed
 
     @classmethod
     def from_config(cls, config: JobConfig, num_adapters: int = 1) -> HDPissa:
         a, h = config.adapter, config.hdpissa
         return cls(num_adapters, a.rank, a.alpha, a.dropout, h.mute_scalar, h.slices)
+
+    @classmethod
+    def config_errors(cls, config: JobConfig) -> list[str]:
+        h = config.hdpissa
+        faults = {
+            'adapter.svd: randomized finds the leading directions, slices = "minor" wants the last; use exact': (
+                h.slices == "minor" and config.adapter.svd == "randomized"
+            ),
+            "hdpissa.factor_scale: unit is for singular directions, and random slices have none; use root": (
+                h.slices == "random" and h.factor_scale == "unit"
+            ),
+        }
+        return [line for line, fault in faults.items() if fault]
 
     @classmethod
     def adapters_for(cls, config: JobConfig, workers: int) -> int:

@@ -36,7 +36,8 @@ class Method(abc.ABC):
     Facts of a run:
         num_adapters: K, the number of logical adapters; each has its own share of the global batch. 1 for every method
             in which all workers train the same parameters.
-        directions: leading singular directions of each weight that the first values need; 0 for none.
+        directions: singular directions of each weight that the first values need; 0 for none.
+        smallest: they are those of the smallest singular values, not the leading ones.
         changes_base: the base weights that it trains beside are not the model directory's.
         lr_ratios: last part of a parameter's name -> factor on optimizer.lr, where that is not 1.
     """
@@ -58,6 +59,7 @@ class Method(abc.ABC):
 
     num_adapters: int = 1
     directions: int = 0
+    smallest: bool = False
     changes_base: bool = False
 
     def __init__(self) -> None:

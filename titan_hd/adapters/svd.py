@@ -1,4 +1,4 @@
-"""Principal slices of a weight: the fixed factors A_i, B_i of HD-PiSSA's logical adapters.
+"""Slices of a weight's singular directions: the fixed factors A_i, B_i of HD-PiSSA's logical adapters.
 
 Pure functions of one whole weight on one device; who computes them and who receives them is decided in
 `distributed.factor_init`, whether they are read from an earlier run in `svd_cache`.
@@ -6,7 +6,7 @@ Pure functions of one whole weight on one device; who computes them and who rece
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +23,17 @@ _RANDOMIZED_GAIN = 4.0
 
 @dataclass(frozen=True)
 class SvdSettings:
-    """algorithm: "exact", "randomized" or "auto"; niter: power iterations of the randomized one."""
+    """algorithm: "exact", "randomized" or "auto"; niter: power iterations of the randomized one. smallest: directions
+    of the smallest singular values are wanted, not of the largest; the randomized algorithm cannot find them."""
 
     algorithm: str = "exact"
     niter: int = 16
+    smallest: bool = False
 
     def resolve(self, shape: Sequence[int], count: int) -> str:
-        """The algorithm for the first `count` directions of a weight [out, in]: a function of the sizes alone."""
+        """The algorithm for `count` directions of a weight [out, in]: a function of the sizes alone."""
+        if self.smallest:
+            return "exact"
         if self.algorithm != "auto":
             return self.algorithm
         gain = exact_cost(shape) / randomized_cost(shape, count, self.niter)
@@ -55,30 +59,41 @@ def principal_factors(
     Returns A = S^1/2 V^T [count, in] and B = U S^1/2 [out, count] in fp32, so that B A is the best approximation of
     rank `count` (nearly so for the randomized algorithm). The sign of each pair, which a decomposition leaves open, is
     fixed: the largest element of each row of A is positive.
+
+    With `settings.smallest` the last `count` directions, the smallest singular value first. Where it is below fp32's
+    resolution of the largest, W has no such direction: A and B are zero there.
     """
     if settings.resolve(weight.shape, count) == "randomized":
         u, s, vh = _randomized_svd(weight.float(), count, settings.niter, seed)
     else:
-        u, s, vh = _gram_svd(weight.double(), count)
+        u, s, vh = _gram_svd(weight.double(), count, settings.smallest)
     largest = vh.gather(1, vh.abs().argmax(dim=1, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0)
     root = s.sqrt()[:, None]
     return (vh * sign * root).float(), (u * (sign * root).T).float()
 
 
-def _gram_svd(w: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Leading singular triplets of a float64 W from the eigenvectors of W^T W or W W^T, whichever is smaller.
+def _gram_svd(w: torch.Tensor, count: int, smallest: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Leading (or smallest) singular triplets of a float64 W from the eigenvectors of W^T W or W W^T, whichever is
+    smaller.
 
     Measured against torch.linalg.svd in fp32 (`benchmarks/bench_svd.py`): no slower, and closer to the float64 SVD.
     """
     tall = w.shape[0] >= w.shape[1]
     gram = w.T @ w if tall else w @ w.T
     values, vectors = torch.linalg.eigh(gram)
-    s = values[-count:].flip(0).clamp(min=0).sqrt()
-    if s[-1] <= _GRAM_LIMIT * s[0]:
-        u, s, vh = torch.linalg.svd(w, full_matrices=False)
-        return u[:, :count], s[:count], vh[:count]
-    near = vectors[:, -count:].flip(1)
+    largest = values[-1].clamp(min=0).sqrt()
+    if smallest:
+        values, near = values[:count], vectors[:, :count]
+    else:
+        values, near = values[-count:].flip(0), vectors[:, -count:].flip(1)
+    s = values.clamp(min=0).sqrt()
+    if s.min() <= _GRAM_LIMIT * largest:
+        u, s, vh = torch.linalg.svd(w, full_matrices=False)  # descending
+        if not smallest:
+            return u[:, :count], s[:count], vh[:count]
+        s = torch.where(s <= torch.finfo(torch.float32).eps * s[0], 0.0, s)
+        return u[:, -count:].flip(1), s[-count:].flip(0), vh[-count:].flip(0)
     far = (w @ near if tall else w.T @ near) / s
     return (far, s, near.T) if tall else (near, s, far.T)
 
@@ -145,11 +160,27 @@ def random_factors(
 def cut_slices(
     a: torch.Tensor, b: torch.Tensor, num_adapters: int, rank: int, slices: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors of all K adapters, A [K, r, in] and B [K, out, r], from principal ones, a [count, in] and b [out, count].
+    """Factors of all K adapters, A [K, r, in] and B [K, out, r], from a [count, in] and b [out, count] of a weight.
 
     slices = "orthogonal": adapter i has directions i*r to (i+1)*r - 1 (HD-PiSSA; count = K*r);
+    slices = "minor": the same of the smallest directions, counted from the smallest one;
     slices = "top": every adapter has the first r (the ablation without orthogonal slices; count = r).
     """
     if slices == "top":
         return a.expand(num_adapters, -1, -1), b.expand(num_adapters, -1, -1)
     return a.unflatten(0, (num_adapters, rank)), b.unflatten(1, (num_adapters, rank)).transpose(0, 1)
+
+
+def unit_factors(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormal directions times one number: from a = S^1/2 V^T [count, in] and b = U S^1/2 [out, count], the mean of
+    S^1/2 over the count directions times V^T, and times U. Directions without a singular value stay zero."""
+    root = a.double().norm(dim=1)
+    ratio = torch.where(root > 0, root.mean() / root, 0.0)
+    return (a * ratio[:, None]).float(), (b * ratio).float()
+
+
+# hdpissa.factor_scale: what becomes of a [count, in] and b [out, count], each with the root of the singular values.
+FACTOR_SCALES: dict[str, Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {
+    "root": lambda a, b: (a, b),
+    "unit": unit_factors,
+}

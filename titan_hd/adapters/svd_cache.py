@@ -33,7 +33,7 @@ def cache_key(weight: torch.Tensor, count: int, settings: SvdSettings) -> str:
     """Hash of W's fp32 content and everything else that decides its factors."""
     algorithm = settings.resolve(weight.shape, count)
     niter = settings.niter if algorithm == "randomized" else 0
-    header = f"{_VERSION}/{list(weight.shape)}/{count}/{algorithm}/{niter}/"
+    header = f"{_VERSION}/{list(weight.shape)}/{count}/{algorithm}/{niter}/" + "smallest/" * settings.smallest
     digest = hashlib.sha256(header.encode())
     digest.update(weight.detach().float().cpu().contiguous().numpy().data.cast("B"))
     return digest.hexdigest()

@@ -32,7 +32,7 @@ def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.d
     Raises:
         UserError: one line for everything that is wrong with the files.
     """
-    config, weights, directory = _open(path, assets)
+    config, weights, directory = open_pretrained(path, assets)
     model = _empty_model(config, dtype)
     materialize(model, device)
     for name, parameter in model.named_parameters():
@@ -48,7 +48,7 @@ def load_sharded(
     Of a HF directory each process reads its own rows. Of a checkpoint each reads one weight after the other as a whole,
     onto the host: adapters are merged into whole matrices.
     """
-    config, weights, directory = _open(path, assets)
+    config, weights, directory = open_pretrained(path, assets)
     dims = ParallelDims(1, dist.get_world_size(), device.type)
     model = _empty_model(config, dtype)
     parallelize(model, dims, set(), dtype, "none", compile_blocks=False)
@@ -64,13 +64,19 @@ def load_sharded(
     return model, directory, dims.dp_mesh.get_group()
 
 
-def _open(path: Path, assets: str) -> tuple[DecoderConfig, WeightFiles | CheckpointWeights, Path]:
-    """The configuration, what reads the weights, and the directory that has the tokenizer."""
+def open_pretrained(path: Path, assets: str) -> tuple[DecoderConfig, WeightFiles | CheckpointWeights, Path]:
+    """What `load_pretrained` reads, without reading a weight: `read_into(name, tensor)` of the second reads one.
+
+    Raises:
+        UserError: as `load_pretrained`.
+    """
     if (path / STATE_FILE).is_file():
         return _open_checkpoint(path, assets)
     if not (path / "config.json").is_file():
         steps = sorted(p.parent.name for p in path.glob(f"step-*/{STATE_FILE}"))
         hint = f"; it has {', '.join(steps)}: name one of them" if steps else ""
+        if (path / "adapter_config.json").is_file():
+            hint = "; it is an adapter without its model: name the run's checkpoint, or export with export.format hf"
         raise UserError(f"{path}: holds neither config.json (a HF directory) nor {STATE_FILE} (a checkpoint){hint}")
     if assets:
         raise UserError(f"--assets: {path} is a HF directory and has its own; only a checkpoint needs them")

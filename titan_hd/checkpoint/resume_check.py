@@ -29,6 +29,8 @@ _WHY = {
     "hdpissa.num_adapters": "each adapter has its own slice and its own moments, so K stays; with "
     "hdpissa.num_adapters = 0, K is the number of data-parallel workers",
 }
+# What a checkpoint means that was saved before there was a key.
+_BEFORE = {"hdpissa.factor_scale": "root"}
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
@@ -61,7 +63,7 @@ def check_resumable(state: dict[str, Any], current: dict[str, Any], allowed: lis
     Raises:
         UserError: one line for each other one.
     """
-    saved, errors, accepted = state["identity"], [], []
+    saved, errors, accepted = _BEFORE | state["identity"], [], []
     if state["base"] == "delta":  # half of the model is the base model's
         allowed = [key for key in allowed if key != "weights"]
     for key, value in current.items():

@@ -238,8 +238,9 @@ class FoldUpdate(Update):
         return len(self.registry.entries)
 
     def first_values(self) -> Iterator[Reports]:
-        a, seed = self.config.adapter, self.config.training.seed
-        settings = SliceSettings(self.config.hdpissa.slices, seed, SvdSettings(a.svd, a.svd_niter), a.svd_cache)
+        a, h, seed = self.config.adapter, self.config.hdpissa, self.config.training.seed
+        svd = SvdSettings(a.svd, a.svd_niter, self.method.smallest)
+        settings = SliceSettings(h.slices, h.factor_scale, seed, svd, a.svd_cache)
         return compute_factors(self.registry, self.dims, settings)
 
     def state(self, changed_only: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from titan_hd.components.generation import generate
-from titan_hd.config.job_config import JobConfig
+from titan_hd.config.job_config import JobConfig, Validation
 from titan_hd.data.dataset import FiniteDataset
 from titan_hd.data.loader import Batch, validation_batches
 from titan_hd.data.text.answers import final_answer
@@ -77,8 +77,10 @@ def exact_match(
     return total.item() / samples
 
 
-def check_references(dataset: FiniteDataset, samples: int, marker: str) -> None:
+def check_references(dataset: FiniteDataset, samples: int, marker: str, of: str = "") -> None:
     """See that generated answers can be compared with the first `samples` records, and warn of those that cannot.
+
+    of: " of NAME" where messages shall name the records.
 
     Raises:
         UserError: with none of them: the score would be 0 whatever the model says.
@@ -90,12 +92,43 @@ def check_references(dataset: FiniteDataset, samples: int, marker: str) -> None:
     missing = answers.count(None)
     if missing == count:
         raise UserError(
-            f"validation.answer_marker: none of the {count} responses to compare with holds {marker!r}; the first is "
-            f"{dataset.response(0)[:80]!r}"
+            f"validation.answer_marker: none of the {count} responses{of} to compare with holds {marker!r}; the first "
+            f"is {dataset.response(0)[:80]!r}"
         )
     if missing:
-        line = "validation.answer_marker: %d of the %d responses to compare with lack %r; no answer to them is right"
-        logger.warning(line, missing, count, marker)
+        line = "validation.answer_marker: %d of the %d responses%s to compare with lack %r; no answer to them is right"
+        logger.warning(line, missing, count, of, marker)
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """suffix: what the names of its metrics end in: "" for the main set, "/NAME" for another. answers: how many of its
+    first records are answered and scored; 0: none, it has a loss alone."""
+
+    dataset: FiniteDataset
+    suffix: str
+    answers: int
+
+
+def validation_sets(datasets: dict[str, FiniteDataset], settings: Validation) -> list[ValidationSet]:
+    """datasets: by name, the main one first. The log says which of the others cannot have an exact match, and why.
+
+    Raises:
+        UserError: exact match is asked for, and the main set cannot have it.
+    """
+    sets: list[ValidationSet] = []
+    for name, dataset in datasets.items():
+        answers, called = settings.exact_match_samples, dataset.statistics.name
+        try:
+            if answers:
+                check_references(dataset, answers, settings.answer_marker, f" of {called}" if sets else "")
+        except UserError as error:
+            if not sets:
+                raise
+            answers = 0
+            logger.info("%s: its loss is measured, but no exact match (%s)", called, error)
+        sets.append(ValidationSet(dataset, f"/{name}" if sets else "", answers))
+    return sets
 
 
 class Validator:
@@ -109,34 +142,41 @@ class Validator:
         config: JobConfig,
         dims: ParallelDims,
         device: torch.device,
-        dataset: FiniteDataset,
+        sets: list[ValidationSet],
         tokenizer: Callable[[], Tokenizer],
     ):
-        self.settings, self.dims, self.device, self.dataset = config.validation, dims, device, dataset
+        self.settings, self.dims, self.device, self.sets = config.validation, dims, device, sets
         self.batch_size = config.validation.batch_size or config.training.local_batch_size
         self.tokenizer = tokenizer
 
     def run(self, model: Decoder) -> dict[str, float]:
-        """validation_loss and, if asked for, validation_exact_match. Collective; leaves the model as for training."""
-        s, rank, size = self.settings, self.dims.dp_rank, self.dims.dp_size
-        sharers = Sharers(rank, size, self.dims.dp_mesh.get_group(), self.device)
-        batches = validation_batches(self.dataset, rank, size, self.batch_size, s.steps)
+        """validation_loss and, if asked for, validation_exact_match of the main set, then those of the others under
+        their names. Collective; leaves the model as for training."""
         model.eval()
-        values = {"validation_loss": validation_loss(model, batches, sharers)}
-        if s.exact_match_samples:
-            answer = functools.partial(self._answer, model)
-            values["validation_exact_match"] = exact_match(
-                self.dataset, s.exact_match_samples, s.answer_marker, answer, self.batch_size, sharers
-            )
+        values: dict[str, float] = {}
+        for one in self.sets:
+            values |= self._measure(model, one)
         model.train()
         reshard(model)
         return values
 
-    def _answer(self, model: Decoder, prompts: list[list[int]]) -> list[str]:
+    def _measure(self, model: Decoder, one: ValidationSet) -> dict[str, float]:
+        s, rank, size = self.settings, self.dims.dp_rank, self.dims.dp_size
+        sharers = Sharers(rank, size, self.dims.dp_mesh.get_group(), self.device)
+        batches = validation_batches(one.dataset, rank, size, self.batch_size, s.steps)
+        values = {f"validation_loss{one.suffix}": validation_loss(model, batches, sharers)}
+        if one.answers:
+            answer = functools.partial(self._answer, model, one.dataset.stop_ids())
+            values[f"validation_exact_match{one.suffix}"] = exact_match(
+                one.dataset, one.answers, s.answer_marker, answer, self.batch_size, sharers
+            )
+        return values
+
+    def _answer(self, model: Decoder, stop_ids: frozenset[int], prompts: list[list[int]]) -> list[str]:
         answers = generate(
             model,
             prompts,
-            self.dataset.stop_ids(),
+            stop_ids,
             self.settings.max_new_tokens,
             self.device,
             group=dist.group.WORLD,

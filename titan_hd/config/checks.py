@@ -7,9 +7,10 @@ number of workers is `titan_hd.preflight`'s.
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
-from titan_hd.config.job_config import JobConfig
+from titan_hd.config.job_config import DataSource, JobConfig
 
 _AT_LEAST = {
     "data.max_skipped": 0,
@@ -141,8 +142,25 @@ def _check_sources(config: JobConfig) -> list[str]:
                 errors.append(f"{name}.weight: must be above 0, not {weight}")
             if samples is not None and samples < 1:
                 errors.append(f"{name}.samples: must be at least 1, not {samples}")
+            if key == "train" and source.name is not None:
+                errors.append(f"{name}.name: only validation sets have names; leave it out")
     if streaming and config.data.pack:
         errors.append("data.pack: needs the lengths of all records, which data.streaming does not know; unset one")
     if streaming and config.training.epochs is not None:
         errors.append("training.epochs: data.streaming knows no length of an epoch; give training.steps")
+    return errors + _check_names(config.data.validation)
+
+
+def _check_names(validation: str | list[DataSource]) -> list[str]:
+    """Faults of the names of validation sets."""
+    names = [entry.name for entry in validation] if isinstance(validation, list) else []
+    errors = []
+    for place, name in enumerate(names if any(name is not None for name in names) else []):
+        key = f"data.validation[{place}].name"
+        if name is None:
+            errors.append(f"{key}: is missing; give every entry a name, or none")
+        elif not re.fullmatch("[A-Za-z0-9_-]+", name):
+            errors.append(f"{key}: must be of letters, digits, _ and -, not {name!r}")
+        elif name in names[:place]:
+            errors.append(f"{key}: {name!r} is the name of data.validation[{names.index(name)}] already")
     return errors

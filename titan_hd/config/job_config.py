@@ -42,6 +42,10 @@ class DataSource:
 
     path: str = ""
     """As data.train."""
+    name: str | None = None
+    """Of data.validation only: a validation set of its own, for which the metrics are logged as validation_loss/NAME;
+    the first set is the main one, whose metrics have no name. Letters, digits, _ and -; all entries have one or none.
+    """
     weight: float | None = None
     """Of data.train only: every epoch takes round(weight * its records). Not set: 1, every record once."""
     samples: int | None = None
@@ -74,7 +78,9 @@ class Data:
     round(weight * records) of a source, each record equally often, or exactly `samples`; a partial pass goes on where
     the last epoch's ended, so the counts of two records never differ by more than one."""
     validation: str | list[DataSource] = ""
-    """Validation records, as data.train; of a list all records are read, in its order."""
+    """Validation records, as data.train; of a list all records are read, in its order. Tables with a `name` are sets of
+    their own: [{name = "math", path = "..."}, {name = "plain", path = "...", format = "text"}]. The metrics of the
+    first keep their names, those of every other one end in /NAME (validation_loss/plain)."""
     format: Literal["auto", "instruction", "chat", "text", "tokens"] = "auto"
     """instruction: a prompt and a response field. chat: messages [{role, content}, ...] or ShareGPT's conversations
     [{from, value}, ...], as the model's own chat template writes them; loss on every assistant turn and its end. text:
@@ -256,9 +262,13 @@ class HDPissa:
     """K, the number of logical adapters (each trains another slice). 0: the number of data-parallel workers."""
     aggregate: Literal["mean", "sum"] = "mean"
     """How the K updates are combined: mean is the paper's equation, sum its published script."""
-    slices: Literal["orthogonal", "top", "random"] = "orthogonal"
-    """orthogonal: adapter i takes singular directions i*r to (i+1)*r. top: every adapter the first r. random: LoRA's
-    initialisation with direct weight updates. The last two are the paper's ablations."""
+    slices: Literal["orthogonal", "top", "random", "minor"] = "orthogonal"
+    """orthogonal: adapter i takes singular directions i*r to (i+1)*r. minor: the same, counted from the smallest
+    singular value. top: every adapter the first r. random: LoRA's initialisation with direct weight updates. The last
+    two are the paper's ablations."""
+    factor_scale: Literal["root", "unit"] = "root"
+    """root: A and B carry the roots of the singular values, as in the paper. unit: they are orthonormal, times the mean
+    of a weight's roots, so that Adam moves all directions alike."""
     mute_scalar: float = 0.0
     """0: exact mute (the limit, no extra forward work). Otherwise the paper's scalar g in Y = X(W + g A B)."""
     exchange: Literal["auto", "factors", "dense"] = "auto"
@@ -407,7 +417,8 @@ class Validation:
     """Records per worker and batch of a validation. 0: training.local_batch_size. There is no backward pass, so it may
     be larger."""
     exact_match_samples: int = 0
-    """Records to answer by greedy generation, scored by exact match of the final answer. 0: off."""
+    """Records to answer by greedy generation, scored by exact match of the final answer; of further named sets those
+    whose responses have a marker. 0: off."""
     answer_marker: str = "The answer is: "
     """The final answer is the text after the last of these markers, up to the end of its line."""
     max_new_tokens: int = 64

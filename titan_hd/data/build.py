@@ -48,12 +48,14 @@ logger = logging.getLogger("titan_hd")
 class Source:
     """One path of data.train or data.validation.
 
-    config: the [data] section as it is for this path. name: what messages call it: data.train, data.train[1], ...
+    config: the [data] section as it is for this path. name: what messages call it: data.train, data.train[1],
+        data.validation[math] (of a named set), ... set_name: of a validation set that has one, else "".
     """
 
     config: Data
     path: str
     name: str
+    set_name: str = ""
 
 
 def sources(config: Data, key: str) -> list[Source]:
@@ -61,7 +63,10 @@ def sources(config: Data, key: str) -> list[Source]:
     value, name = getattr(config, key), f"data.{key}"
     if isinstance(value, str):
         return [Source(config, value, name)] if value else []
-    return [Source(_with_own(config, entry), entry.path, f"{name}[{i}]") for i, entry in enumerate(value)]
+    return [
+        Source(_with_own(config, entry), entry.path, f"{name}[{entry.name or i}]", entry.name or "")
+        for i, entry in enumerate(value)
+    ]
 
 
 def _with_own(config: Data, entry: DataSource) -> Data:
@@ -151,14 +156,19 @@ class DatasetBuilder:
         parts = [self._tokenized(source) for source in sources(config, "train")]
         return parts[0] if isinstance(config.train, str) else Mixture("data.train", parts, config.train)
 
-    def validation(self) -> FiniteDataset:
-        """The dataset of data.validation; of a list, all records of all its sources.
+    def validation(self) -> dict[str, FiniteDataset]:
+        """The datasets of data.validation by their names, the main one first. Without names it is one, under "": of a
+        list, all records of all its sources.
 
         Blocks while another process tokenizes the same into the cache.
         """
-        value = self.config.validation
-        parts = [self._tokenized(source, keep_questions=True) for source in sources(self.config, "validation")]
-        return parts[0] if isinstance(value, str) else Concatenation("data.validation", parts)
+        found = sources(self.config, "validation")
+        parts = [self._tokenized(source, keep_questions=True) for source in found]
+        if isinstance(self.config.validation, str):
+            return {"": parts[0]}
+        if found[0].set_name:
+            return {source.set_name: part for source, part in zip(found, parts)}
+        return {"": Concatenation("data.validation", parts)}
 
     def answering(self) -> Answering:
         """How the answers of the training records ended, and who wrote their chats; after `training`."""

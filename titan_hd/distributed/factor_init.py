@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from titan_hd.adapters.svd import SvdSettings, cut_slices, exact_cost, random_factors
+from titan_hd.adapters.svd import FACTOR_SCALES, SvdSettings, cut_slices, exact_cost, random_factors
 from titan_hd.adapters.svd_cache import cached_factors
 from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
 from titan_hd.distributed.collectives import exchange_lists
@@ -24,9 +24,11 @@ from titan_hd.distributed.regroup import Sharded, collect, waves
 
 @dataclass(frozen=True)
 class SliceSettings:
-    """slices: "orthogonal", "top" (both from the SVD of the current W) or "random" (no SVD); see `adapters.svd`."""
+    """slices: "orthogonal", "minor", "top" (these from the SVD of the current W) or "random" (no SVD); factor_scale:
+    "root" or "unit"; see `adapters.svd`."""
 
     slices: str = "orthogonal"
+    factor_scale: str = "root"
     seed: int = 0
     svd: SvdSettings = field(default_factory=SvdSettings)
     cache: str = ""
@@ -53,6 +55,7 @@ def compute_factors(
             a, b, report = cached_factors(
                 weight, registry.method.directions, settings.svd, wave[dims.rank], settings.cache
             )
+            a, b = FACTOR_SCALES[settings.factor_scale](a, b)
             factors = cut_slices(a, b, registry.num_adapters, registry.rank, settings.slices)
             del weight, a, b
         _deal(registry, dims, wave, factors)

@@ -93,6 +93,15 @@ def test_inherited_keys_without_a_meaning_are_named_once():
     assert ignored_keys(load([*NEEDED, "--adapter.method", "full", "--adapter.rank", "8"])) == []
 
 
+def test_combinations_of_the_folding_family_that_make_no_sense():
+    minor, unit = ["--hdpissa.slices", "minor"], ["--hdpissa.factor_scale", "unit"]
+    assert errors_of(*minor, *unit) == errors_of(*minor, "--adapter.svd", "exact") == []
+    (line,) = errors_of(*minor, "--adapter.svd", "randomized")
+    assert line.startswith("adapter.svd: randomized finds the leading directions")
+    (line,) = errors_of(*unit, "--hdpissa.slices", "random")
+    assert line.startswith("hdpissa.factor_scale: unit is for singular directions")
+
+
 def test_full_has_no_adapters_to_drop_out_or_leave_alone():
     full = ["--adapter.method", "full"]
     assert errors_of(*full) == []

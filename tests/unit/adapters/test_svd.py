@@ -12,6 +12,7 @@ from titan_hd.adapters.svd import (
     orthogonality_error,
     principal_factors,
     random_factors,
+    unit_factors,
 )
 
 # Factors are rounded to fp32 once; singular values reach about 10, so this is a few units in the last place.
@@ -101,6 +102,19 @@ class TestPrincipalFactors:
             found = (a.norm(dim=1) * b.norm(dim=0)).double()
             torch.testing.assert_close(found, values.double(), rtol=0, atol=2e-7)  # w itself was rounded to fp32
             close(b @ a, w)
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("last", [-1, -6])
+    def test_the_smallest_directions_smallest_first(self, shape: tuple[int, int], last: int):
+        """With either algorithm: a spectrum that falls to 1e-6 is too wide for a Gram matrix."""
+        u, _, vh = torch.linalg.svd(weight(*shape).double(), full_matrices=False)
+        values = torch.logspace(0, last, len(vh), dtype=torch.float64)
+        a, b = principal_factors((u * values) @ vh, 3, SvdSettings("auto", smallest=True))
+        assert (a.shape, b.shape) == ((3, shape[1]), (shape[0], 3))
+        root = values.flip(0)[:3].sqrt()
+        close((a @ vh.T.flip(1)[:, :3].float()).abs() / root, torch.eye(3))
+        close((b.T @ u.flip(1)[:, :3].float()).abs() / root, torch.eye(3))
+        close((b / root) @ (a / root[:, None]), u[:, -3:] @ vh[-3:])
 
     def test_a_weight_of_zeros(self):
         a, b = principal_factors(torch.zeros(6, 4), 3)
@@ -217,6 +231,33 @@ class TestSlices:
         for i in range(K):
             assert torch.equal(a[i], first_a)
             assert torch.equal(b[i], first_b)
+
+    def test_minor_slices_are_cut_from_the_smallest(self):
+        w = weight(8, 8)
+        a, b = principal_factors(w, K * R, SvdSettings(smallest=True))
+        sliced_a, sliced_b = cut_slices(a, b, K, R, "minor")
+        for i in range(K):
+            assert torch.equal(sliced_a[i], a[i * R : (i + 1) * R])
+            assert torch.equal(sliced_b[i], b[:, i * R : (i + 1) * R])
+
+
+class TestUnitFactors:
+    def test_orthonormal_times_the_mean_root(self):
+        w = weight(12, 7)
+        a, b = unit_factors(*principal_factors(w, 4))
+        u, values, vh = torch.linalg.svd(w.double(), full_matrices=False)
+        mean = values[:4].sqrt().mean()
+        assert a.dtype == b.dtype == torch.float32
+        close(a @ a.T, mean**2 * torch.eye(4))
+        close(b.T @ b, mean**2 * torch.eye(4))
+        close(b @ a, mean**2 * u[:, :4] @ vh[:4])
+
+    def test_directions_without_a_singular_value_stay_zero(self):
+        a, b = torch.zeros(3, 5), torch.zeros(4, 3)
+        a[0, 1], b[2, 0] = 2.0, -2.0
+        unit_a, unit_b = unit_factors(a, b)
+        close(unit_a, a / 3)
+        close(unit_b, b / 3)
 
 
 class TestRandomFactors:

@@ -61,6 +61,7 @@ def test_the_name_is_all_that_the_factors_depend_on():
         cache_key(weight(), 5, EXACT),
         cache_key(weight(), 4, SvdSettings("randomized", 2)),
         cache_key(weight(), 4, SvdSettings("randomized", 3)),
+        cache_key(weight(), 4, SvdSettings("exact", smallest=True)),
     ]
     assert len(set(keys)) == len(keys)
     one_bit = weight()
@@ -119,3 +120,10 @@ def test_directions_that_a_weight_does_not_have(algorithm: str):
     low = torch.randn(12, 3, generator=generator) @ torch.randn(3, 10, generator=generator)
     assert factors("", low, settings=settings)[2]["zero_directions"] == 1
     assert factors("", settings=settings)[2]["zero_directions"] == 0
+    smallest = SvdSettings(algorithm, smallest=True)
+    for whole, missing in ((low, 7), (weight(), 0)):  # of 10; W has no smallest direction but noise
+        a, b, report = factors("", whole, 8, smallest)
+        assert report["zero_directions"] == missing
+        assert not a[:missing].any()
+        assert not b[:, :missing].any()
+        assert a[missing:].all()

@@ -72,6 +72,9 @@ class TestCheckResumable:
         with pytest.raises(UserError, match=r"training.seed: the checkpoint has None, this run 42"):
             compare({}, {"training.seed": 42})
         assert compare({**IDENTITY, "of.old": 1}, IDENTITY) == []
+        assert compare({}, {"hdpissa.factor_scale": "root"}) == [], "saved before there was the key"
+        with pytest.raises(UserError, match=r"factor_scale: the checkpoint has 'root', this run 'unit'"):
+            compare({}, {"hdpissa.factor_scale": "unit"})
 
     def test_the_base_model(self):
         """Not needed for a full checkpoint, if it is not at hand; never another one for a delta."""

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from titan_hd.components.validation import Sharers, check_references, exact_match, final_answer
+from titan_hd.components.validation import Sharers, check_references, exact_match, final_answer, validation_sets
+from titan_hd.config.job_config import Validation
+from titan_hd.data.tokens.statistics import Statistics
 from titan_hd.errors import UserError
 
 
@@ -31,7 +33,8 @@ def test_final_answer(text: str, answer: str | None):
 class Numbers:
     """Seven records, the last of which has no answer; prompt i is the id i, and so is its answer."""
 
-    answerable = True
+    def __init__(self, name: str = "data.validation", answerable: bool = True):
+        self.statistics, self.answerable = Statistics(name, "instruction"), answerable
 
     def __len__(self) -> int:
         return 7
@@ -77,3 +80,30 @@ def test_references_without_the_marker(caplog):
         "validation.answer_marker: none of the 3 responses to compare with holds 'The answer is: '; the first is "
         "'the answer: 0'"
     )
+
+
+class TestNamedSets:
+    def test_the_first_is_the_main_one(self):
+        """Its metrics have no name; one without records to compare with has a loss alone."""
+        settings = Validation(exact_match_samples=5, answer_marker="the answer: ")
+        datasets = {"math": Numbers("data.validation[math]"), "more": Numbers("data.validation[more]")}
+        sets = validation_sets({**datasets, "plain": Numbers("data.validation[plain]", answerable=False)}, settings)
+        assert [(one.suffix, one.answers) for one in sets] == [("", 5), ("/more", 5), ("/plain", 0)]
+        settings.exact_match_samples = 0
+        assert [one.answers for one in validation_sets(datasets, settings)] == [0, 0]
+
+    def test_why_another_set_has_no_exact_match(self, caplog):
+        caplog.set_level("INFO", "titan_hd")
+        settings = Validation(exact_match_samples=7, answer_marker="the answer: ")
+        validation_sets({"math": Numbers(), "plain": Numbers("data.validation[plain]", answerable=False)}, settings)
+        assert caplog.messages[-1] == (
+            "data.validation[plain]: its loss is measured, but no exact match (validation.exact_match_samples: needs "
+            "records with a prompt and a response)"
+        )
+        validation_sets({"math": Numbers(), "more": Numbers("data.validation[more]")}, settings)
+        assert "1 of the 7 responses of data.validation[more] to compare with lack" in caplog.messages[-1]
+
+    def test_the_main_set_must_be_comparable(self):
+        settings = Validation(exact_match_samples=7, answer_marker="The answer is: ")
+        with pytest.raises(UserError, match=r"validation\.answer_marker: none of the 7 responses to compare with"):
+            validation_sets({"math": Numbers(), "more": Numbers()}, settings)

@@ -99,6 +99,50 @@ def test_validation_reads_all():
     assert line == "data.validation[0].weight: validation reads every record once; leave it out"
 
 
+class TestNamedValidationSets:
+    NAMED = '[{name = "math", path = "a"}, {name = "plain-1", path = "b", format = "text", text_field = "t"}]'
+    SETS = (DataSource("a", name="math"), DataSource("b", name="plain-1", format="text", text_field="t"))
+
+    def test_toml(self, tmp_path: Path):
+        path = tmp_path / "c.toml"
+        path.write_text(TOML + f'[data]\ntrain = "t"\nvalidation = {self.NAMED}\n')
+        config = manager.load(["--config", str(path)])
+        assert config.data.validation == [*self.SETS]
+        path.write_text(manager.to_toml(config))
+        assert manager.load(["--config", str(path)]) == config, "written and read again"
+
+    def test_json_on_the_command_line(self):
+        text = '[{"name": "math", "path": "a"}, {"name": "plain-1", "path": "b", "format": "text", "text_field": "t"}]'
+        assert load("--data.train", "t", "--data.validation", text).data.validation == [*self.SETS]
+
+    @pytest.mark.parametrize(
+        ("value", "says"),
+        [
+            (
+                '[{"path": "a", "name": "m"}, "b"]',
+                "data.validation[1].name: is missing; give every entry a name, or none",
+            ),
+            (
+                '[{"path": "a", "name": "m"}, {"path": "b", "name": "m"}]',
+                "data.validation[1].name: 'm' is the name of data.validation[0] already",
+            ),
+            (
+                '[{"path": "a", "name": "m/x"}]',
+                "data.validation[0].name: must be of letters, digits, _ and -, not 'm/x'",
+            ),
+            ('[{"path": "a", "name": ""}]', "data.validation[0].name: must be of letters, digits, _ and -, not ''"),
+            ('[{"path": "a", "name": 3}]', "data.validation[0].name: must be a string, not 3 (command line)"),
+            ('[{"name": "m"}]', "data.validation[0].path: is missing (command line)"),
+        ],
+    )
+    def test_faults(self, value: str, says: str):
+        assert errors_of("--data.train", "t", "--data.validation", value) == [says]
+
+    def test_training_records_have_none(self):
+        (line,) = errors_of("--data.train", '[{"path": "a", "name": "m"}]')
+        assert line == "data.train[0].name: only validation sets have names; leave it out"
+
+
 def test_streaming_has_no_epochs():
     words = ["--data.train", '[{"path": "a", "samples": 2}, {"path": "b"}]', "--data.streaming"]
     assert errors_of(*words) == ["data.train[0].samples: data.streaming reads all in order; leave it out"]

@@ -295,6 +295,24 @@ class TestWhatIsLeftOut:
         assert row.split() == ["data.validation", "instruction", "3", "15", "6", "2", "2", "0", "13"]
 
 
+def test_named_validation_sets(jsonl, tmp_path: Path):
+    """Each is a data set of its own, read as its entry says, and known by its name."""
+    path = jsonl({"prompt": "ab", "response": "cd"}, {"prompt": "b", "response": "d"})
+    (tmp_path / "plain.jsonl").write_text('{"text": "abc"}\n')
+    plain = DataSource(str(tmp_path / "plain.jsonl"), name="plain", format="text")
+    data = Data(validation=[DataSource(path, name="math"), plain], format="instruction", template="none")
+    sets = DatasetBuilder(data, 30, 64, Letters).validation()
+    assert [(name, len(records), records.answerable) for name, records in sets.items()] == [
+        ("math", 2, True),
+        ("plain", 1, False),
+    ]
+    assert [row.name for records in sets.values() for row in records.rows] == [
+        "data.validation[math]",
+        "data.validation[plain]",
+    ]
+    assert sets["plain"][0].input_ids == [1, 3, 4, 5, 2]
+
+
 class TestChatRecords:
     """data.template = "chat", with a real tokenizer and a template in the manner of ChatML."""
 
