@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def data(tmp_path: Path) -> Path:
     write_lines(folder / "math" / "test.jsonl", rows)
     rows = [
         {
-            "task_id": f"HumanEval/{i}", "prompt": f"def f{i}(x):\n", "entry_point": f"f{i}",
+            "task_id": f"HumanEval/{i}", "prompt": f"def f{i}(x):\n    \"\"\"The same.\"\"\"\n", "entry_point": f"f{i}",
             "canonical_solution": "    return x\n", "test": "def check(f):\n    assert f(3) == 3\n",
         }
         for i in range(2)
@@ -57,7 +58,7 @@ def test_means_and_majorities(data: Path, tmp_path: Path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())["tasks"]["math"]
     assert (summary["n"], summary["right"], summary["samples"], summary["no_answer"]) == (3, 5, 4, 3)
     assert summary["accuracy"] == pytest.approx((2 / 4 + 2 / 4 + 1 / 4) / 3)
-    assert (summary["low"], summary["high"]) == pytest.approx((0.1023, 0.8340), abs=1e-4)  # Wilson's of 1.25 in 3
+    assert (summary["low"], summary["high"]) == pytest.approx((0.09108, 0.83583), abs=1e-4)  # Wilson's of 1.25 in 3
     assert summary["majority"]["accuracy"] == 1.0
     assert "math: the most frequent of 4 answers 100.00% (43.85 - 100.00)" in result.stdout
     lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
@@ -177,4 +178,7 @@ def test_scores_go_to_wandb(data: Path, tmp_path: Path, monkeypatch):
     (first, _) = json.loads(table.read_text())["data"]
     assert first == ["math", "0", 0, "", "The answer is: 3", "3", "3", True]
     (record,) = run.glob("run-*.wandb")
-    assert b"math/majority/accuracy" in record.read_bytes()
+    until = time.monotonic() + 30  # wandb's own process writes the last of it when the run has been finished
+    while b"math/majority/accuracy" not in record.read_bytes():
+        assert time.monotonic() < until
+        time.sleep(0.05)
