@@ -49,7 +49,7 @@ def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{key}/")
-        else:
+        elif isinstance(value, int | float):
             yield f"{prefix}{key}", value
 
 
