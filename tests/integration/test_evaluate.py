@@ -13,7 +13,7 @@ import pytest
 from tests.kit.commands import CPU_ONLY, REPOSITORY, call_tool
 from tools import evaluate
 
-SETTINGS = ["--limit", "7", "--max-new-tokens", "12", "--batch-size", "2", "--dtype", "float32"]
+SETTINGS = ["--limit", "4", "--max-new-tokens", "6", "--batch-size", "1", "--dtype", "float32"]
 
 
 def start(*arguments: object) -> subprocess.CompletedProcess:
@@ -58,7 +58,7 @@ def test_two_processes_go_on_with_what_one_began(model: Path, alone: Path, share
     result = start(model, *arguments(shared_data, output))
     assert result.returncode == 0, result.stderr
     assert files_of(output) == files_of(alone)
-    assert [line.split()[:2] for line in result.stdout.splitlines()[1:3]] == [["gsm8k", "7"], ["boolq", "7"]]
+    assert [line.split()[:2] for line in result.stdout.splitlines()[1:3]] == [["gsm8k", "4"], ["boolq", "4"]]
     assert result.stderr.count("gsm8k: 100%") == 1  # one bar
 
 

@@ -77,6 +77,7 @@ def beam_search(
     positions, select, rows = None, ends - 1, ids
     keep = max(2, 1 + len(stop_ids)) * beams  # so many that `beams` of them go on, whichever end
     for step in range(max_new_tokens):
+        cache.look_at(ids.shape[1] + step)
         with torch.compiler.set_stance("force_eager"):  # shapes that change in every pass are not worth compiling
             logits = model(rows, positions, cache=cache, select=select)[:, 0].float()
         width, vocabulary = scores.shape[1], logits.shape[-1]

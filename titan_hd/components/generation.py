@@ -110,6 +110,7 @@ def stream(
     in_batch = list(range(len(lengths)))  # the rows, in the order of the batch
     texts: list[list[int]] = [[] for _ in lengths]
     for step in range(max_new_tokens):
+        cache.look_at(max(lengths[row] for row in in_batch) + step)
         with torch.compiler.set_stance("force_eager"):  # shapes that change in every pass are not worth compiling
             logits = model(ids, positions, cache=cache, select=select)[:, 0]
         draws = [draw(sampling.seed, keys[row], step) if running[row] else 0.0 for row in in_batch]
