@@ -61,7 +61,27 @@ def _metrics(folder: Path) -> Row:
     before: Row = {}
     after: Row = {}
     for record in records:
-        return {f"dw_{name}": getattr(ranks, name) for name in ("above", "entropy", "stable", "relative_norm")}
+        found = {key: value for key, value in record.items() if key.startswith("validation_")}
+        if record["step"] == 0:
+            before |= {f"before:{key}": value for key, value in found.items()}
+        else:
+            after |= found
+    return {
+        "loss": statistics.mean(last),
+        **after,
+        **before,
+        "exchange_gb": steps[-1]["exchange_gb"],
+        "step_seconds": statistics.median(record["step_seconds"] for record in timed),
+        "seconds": sum(record["step_seconds"] for record in steps),
+        "tokens_per_second": statistics.median(record["tokens_per_second"] for record in timed),
+        "peak_memory_gib": max(record["peak_memory_gib"] for record in steps),
+    }
+
+
+def _ranks(run: PlannedRun, threshold: float) -> Row:
+    base = Path(run.config.model.hf_assets_path)
+    ranks = delta_ranks(base, run.folder / "hf", run.plan.decoder, threshold)["all"]
+    return {f"dw_{name}": getattr(ranks, name) for name in ("above", "entropy", "stable", "relative_norm")}
 
 
 def remove_weights(folder: Path) -> None:
