@@ -26,7 +26,7 @@ from titan_hd.config import manager
 from titan_hd.distributed.update.plan import UpdatePlan, plan_update
 from titan_hd.distributed.update.route import Collective
 from titan_hd.distributed.update.routes import ROUTES
-from titan_hd.distributed.update.topology import Topology
+from titan_hd.distributed.update.topology import WIRE_BYTES, Topology
 from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import DecoderConfig, flavor_config
@@ -78,13 +78,15 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Work:
-    """The model and what a GPU does in a step: tokens per micro-batch, in sequences of `length`."""
+    """The model and what a GPU does in a step: tokens per micro-batch, in sequences of `length`; wire_bytes: of an
+    element of an update on its way."""
 
     config: DecoderConfig
     rank: int = 16
     tokens: int = 8192
     length: int = 8192
     micro_batches: int = 1
+    wire_bytes: int = 4
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Every linear layer of the blocks under its full name."""
@@ -247,7 +249,7 @@ def best(work: Work, gpus: int, num_adapters: int, exchange: str, cluster: Clust
     least. Where none fits, the smallest one in memory."""
     shards = [s for s in range(min(gpus, cluster.node), gpus + 1) if gpus % s == 0 and s % min(gpus, cluster.node) == 0]
     rows = [
-        estimate(work, Topology(num_adapters, work.rank, gpus // s, s), exchange, cluster)
+        estimate(work, Topology(num_adapters, work.rank, gpus // s, s, work.wire_bytes), exchange, cluster)
         for s in shards
         if (s & (s - 1)) == 0
     ]
@@ -300,6 +302,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="per GPU and micro-batch")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a sequence")
     parser.add_argument("--micro-batches", type=int, default=1)
+    parser.add_argument(
+        "--exchange-dtype", default="float32", choices=list(WIRE_BYTES), help="as hdpissa.exchange_dtype"
+    )
     parser.add_argument("--nvlink", type=float, default=450, help="GB/s per GPU inside a node")
     parser.add_argument("--network", type=float, default=50, help="GB/s per GPU between nodes")
     parser.add_argument("--peak", type=float, default=989, help="TFLOP/s of a GPU in bf16")
@@ -307,7 +312,8 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=75, help="usable GB of a GPU")
     args = parser.parse_args()
     try:
-        work = Work(flavor_config(args.model, args.flavor), args.rank, args.tokens, args.length, args.micro_batches)
+        config, wire_bytes = flavor_config(args.model, args.flavor), WIRE_BYTES[args.exchange_dtype]
+        work = Work(config, args.rank, args.tokens, args.length, args.micro_batches, wire_bytes)
     except UserError as error:
         manager.exit_with(str(error).splitlines())
     cluster = Cluster(

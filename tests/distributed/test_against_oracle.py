@@ -15,6 +15,9 @@ recompute, selective     2        2  1  activation checkpointing
 compiled                 2        2  1  torch.compile, one graph per block
 mute                     2        2  1  the paper's mute scalar instead of the exact mute
 dense, clip              4        =  1  the other route; clipping that does not bind
+int8                     2        4  1  dA and dB in int8, with what it leaves; two adapters on each worker
+int8-one, int8-hsdp      1, 4     2  2  ... on one worker, where nothing travels; over replicas, shared by two workers
+int8-tp                  4        2  1  ... with rows and columns that two ranks share
 tp                       2        2  1  tensor parallelism alone: both adapters on one pair of ranks
 tp-fsdp, tp-virtual      4        =  1  tensor parallelism x FSDP, uneven shards of tp-local matrices
 tp-groups, tp-mute       4        1, 2  ... with an adapter that two workers share; with the mute scalar
@@ -43,6 +46,8 @@ TP = {
     "model": {"num_key_value_heads": 2, "intermediate_size": 38},
 }
 
+INT8 = {"hdpissa__exchange_dtype": "int8"}
+
 CASES = {
     "one": (1, 1, {"adapter__rank": 2}),
     "two": (2, 2, {}),
@@ -67,6 +72,10 @@ CASES = {
     "mute": (2, 2, {"hdpissa__mute_scalar": 1e-16}),
     "dense": (4, 2, {"hdpissa__exchange": "dense"}),
     "clip": (4, 4, {"training__max_norm": 1e9}),
+    "int8": (2, 4, {**INT8}),
+    "int8-one": (1, 2, {**INT8, "adapter__rank": 2}),
+    "int8-hsdp": (4, 2, {**INT8, "adapter__rank": 2, "parallelism__data_parallel_replicate_degree": 2}),
+    "int8-tp": (4, 2, {**TP, **INT8}),
     "tp": (2, 2, {**TP}),
     "tp-fsdp": (4, 2, {**TP}),
     "tp-virtual": (4, 4, {**TP}),
@@ -130,6 +139,7 @@ def test_weights_equal_the_oracle(case, request, tmp_path):
         aggregate=overrides.get("hdpissa__aggregate", "mean"),
         slices=overrides.get("hdpissa__slices", "orthogonal"),
         factor_scale=overrides.get("hdpissa__factor_scale", "root"),
+        exchange_dtype=overrides.get("hdpissa__exchange_dtype", "float32"),
         alpha=overrides.get("adapter__alpha"),
         weight_decay=overrides.get("optimizer__weight_decay", 0.0),
         eps=overrides.get("optimizer__eps", 1e-8),

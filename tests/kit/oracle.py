@@ -5,6 +5,9 @@ Each logical adapter i has its own part of the global batch, its own dense gradi
     grad(dB_i) = s G_i A_i^T,   grad(dA_i) = s B_i^T G_i          (s = alpha / r)
 
 which its own AdamW turns into dA_i and dB_i. Then W <- W + c sum_i [(B_i + dB_i)(A_i + dA_i) - B_i A_i].
+
+With exchange_dtype = "int8" each row of dA_i and column of dB_i, plus what the step before has left of it, is rounded to
+multiples of a 127th of its largest magnitude; the difference is left for the next step.
 """
 
 from __future__ import annotations
@@ -83,6 +86,12 @@ class Adam:
         return -lr * m / (v.sqrt() + self.eps)
 
 
+def in_127_steps(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Rounded to multiples of a 127th of the largest magnitude along dim."""
+    scale = x.abs().amax(dim, keepdim=True) / 127
+    return torch.where(scale > 0, (x / scale).round() * scale, 0.0)
+
+
 @dataclass
 class Settings:
     """What the reference run needs to know; `lrs` has the learning rate of every step."""
@@ -94,6 +103,7 @@ class Settings:
     aggregate: str = "mean"
     slices: str = "orthogonal"
     factor_scale: str = "root"
+    exchange_dtype: str = "float32"
     alpha: float | None = None
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -120,6 +130,7 @@ def train(
             root = sigma[part].sqrt() if s.factor_scale == "root" else mean.expand(s.rank)
             factors[n, i] = root[:, None] * vh[part], u[:, part] * root
     adams = {(n, i, x): Adam(*s.betas, s.eps) for n, i in factors for x in "AB"}
+    residuals: dict[tuple, torch.Tensor | float] = dict.fromkeys(adams, 0.0)
     scale, share = (s.alpha or s.rank) / s.rank, s.global_batch_size // s.num_adapters
     c, losses = 1.0 / s.num_adapters if s.aggregate == "mean" else 1.0, []
     for step, lr in enumerate(s.lrs):
@@ -133,6 +144,10 @@ def train(
                 a, b = factors[n, i]
                 da = adams[n, i, "A"].update(scale * b.T @ gradients[n], lr)
                 db = adams[n, i, "B"].update(scale * gradients[n] @ a.T, lr)
+                if s.exchange_dtype == "int8":
+                    whole_a, whole_b = da + residuals[n, i, "A"], db + residuals[n, i, "B"]
+                    da, db = in_127_steps(whole_a, 1), in_127_steps(whole_b, 0)
+                    residuals[n, i, "A"], residuals[n, i, "B"] = whole_a - da, whole_b - db
                 update[n] += (b + db) @ (a + da) - b @ a
         losses.append(total / labels)
         for n in names:
