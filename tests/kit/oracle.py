@@ -6,8 +6,8 @@ Each logical adapter i has its own part of the global batch, its own dense gradi
 
 which its own AdamW turns into dA_i and dB_i. Then W <- W + c sum_i [(B_i + dB_i)(A_i + dA_i) - B_i A_i].
 
-With exchange_dtype = "int8" each row of dA_i and column of dB_i, plus what the step before has left of it, is rounded to
-multiples of a 127th of its largest magnitude; the difference is left for the next step.
+With exchange_dtype = "int8" each row of dA_i and column of dB_i, plus what the step before has left of it, is rounded
+to multiples of a 127th of its largest magnitude; the difference is left for the next step.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 With at most `chunk` = ceil(out / dp_shard) rows of W per worker, a worker receives (dp_shard - 1) chunk in elements of
 the reduce-scatter, and of the all-reduce over the replicas 2 (dp_replicate - 1) / dp_replicate chunk in: cheaper than
-factors only where K*r comes near min(out, in). What was rounded to int8 is summed in fp32. `dense_exchange.py` has the steps.
+factors only where K*r comes near min(out, in). Sums travel in fp32 where dA and dB were rounded to int8.
+`dense_exchange.py` has the steps.
 """
 
 from __future__ import annotations
