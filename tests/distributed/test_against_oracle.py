@@ -35,7 +35,8 @@ from tests.kit import oracle, runs
 # fp32 against float64. Measured errors are 2e-6 to 1.1e-5. They grow where the problem itself is ill-conditioned (two
 # singular values nearly equal, or a gradient element near zero, which Adam divides by its own size): with model seed 0,
 # tied, a relative perturbation of 6e-8 of the start weights moves the float64 oracle's own dW by 9e-4. Seeds are chosen
-# so that the oracle's answer is stable.
+# so that the oracle's answer is stable; those of int8 so that no value lies on the border of two multiples, where fp32
+# may round to the other one (relative errors of 2e-4 in the one weight).
 DELTA_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 1e-5
 STEPS = 4
@@ -73,9 +74,9 @@ CASES = {
     "dense": (4, 2, {"hdpissa__exchange": "dense"}),
     "clip": (4, 4, {"training__max_norm": 1e9}),
     "int8": (2, 4, {**INT8}),
-    "int8-one": (1, 2, {**INT8, "adapter__rank": 2}),
+    "int8-one": (1, 2, {**INT8, "adapter__rank": 2, "model": {"seed": 4}}),
     "int8-hsdp": (4, 2, {**INT8, "adapter__rank": 2, "parallelism__data_parallel_replicate_degree": 2}),
-    "int8-tp": (4, 2, {**TP, **INT8}),
+    "int8-tp": (4, 2, {**TP, **INT8, "model": {**TP["model"], "seed": 6}}),
     "tp": (2, 2, {**TP}),
     "tp-fsdp": (4, 2, {**TP}),
     "tp-virtual": (4, 4, {**TP}),
