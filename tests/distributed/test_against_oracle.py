@@ -7,6 +7,9 @@ virtual-1, virtual-2     1, 2     4  1  K > workers: adapters dealt to micro-bat
 groups                   4        2  1  K < workers: an adapter shared by two workers
 sum, top, alpha, decay                  the other settings of the update
 minor, unit              2        2  1  the smallest directions; orthonormal factors
+refresh, refresh-one     4, 1     4  1  slices anew every second step; with minor slices on the dense route
+refresh-merge            4        1  2  ... merge and restart, on replicas of the shards
+refresh-tp               4        2  1  ... unit factors, uneven shards of tp-local matrices
 hsdp, hsdp-groups        4        4, 2  replicas of the shards, flattened for the adapters
 tied                     2        2  1  the embedding is the head
 gqa                      2        2  2  two key/value heads for four query heads
@@ -16,7 +19,8 @@ compiled                 2        2  1  torch.compile, one graph per block
 mute                     2        2  1  the paper's mute scalar instead of the exact mute
 dense, clip              4        =  1  the other route; clipping that does not bind
 int8                     2        4  1  dA and dB in int8, with what it leaves; two adapters on each worker
-int8-one, int8-hsdp      1, 4     2  2  ... on one worker, where nothing travels; over replicas, shared by two workers
+int8-refresh             1        2  2  ... on one worker, where nothing travels; other directions leave nothing
+int8-hsdp                4        2  2  ... over replicas, shared by two workers
 int8-tp                  4        2  1  ... with rows and columns that two ranks share
 tp                       2        2  1  tensor parallelism alone: both adapters on one pair of ranks
 tp-fsdp, tp-virtual      4        =  1  tensor parallelism x FSDP, uneven shards of tp-local matrices
@@ -47,6 +51,7 @@ TP = {
     "model": {"num_key_value_heads": 2, "intermediate_size": 38},
 }
 
+REFRESH = {"hdpissa__refresh_steps": 2, "hdpissa__aggregate": "sum"}
 INT8 = {"hdpissa__exchange_dtype": "int8"}
 
 CASES = {
@@ -60,6 +65,10 @@ CASES = {
     "top": (2, 2, {"hdpissa__slices": "top", "adapter__rank": 2}),
     "minor": (2, 2, {"hdpissa__slices": "minor"}),
     "unit": (2, 2, {"hdpissa__factor_scale": "unit"}),
+    "refresh-one": (1, 4, {**REFRESH, "hdpissa__slices": "minor", "hdpissa__exchange": "dense"}),
+    "refresh": (4, 4, {**REFRESH, "hdpissa__exchange": "factors"}),
+    "refresh-merge": (4, 1, {**REFRESH, "adapter__rank": 2, "parallelism__data_parallel_replicate_degree": 2}),
+    "refresh-tp": (4, 2, {**TP, **REFRESH, "hdpissa__factor_scale": "unit"}),
     "alpha": (2, 2, {"adapter__alpha": 0.5, "optimizer__eps": 1e-3}),
     "decay": (2, 2, {"optimizer__weight_decay": 0.3}),
     "hsdp": (4, 4, {"parallelism__data_parallel_replicate_degree": 2}),
@@ -74,7 +83,7 @@ CASES = {
     "dense": (4, 2, {"hdpissa__exchange": "dense"}),
     "clip": (4, 4, {"training__max_norm": 1e9}),
     "int8": (2, 4, {**INT8}),
-    "int8-one": (1, 2, {**INT8, "adapter__rank": 2, "model": {"seed": 4}}),
+    "int8-refresh": (1, 2, {**INT8, **REFRESH, "adapter__rank": 2, "model": {"seed": 9}}),
     "int8-hsdp": (4, 2, {**INT8, "adapter__rank": 2, "parallelism__data_parallel_replicate_degree": 2}),
     "int8-tp": (4, 2, {**TP, **INT8, "model": {**TP["model"], "seed": 6}}),
     "tp": (2, 2, {**TP}),
@@ -140,6 +149,7 @@ def test_weights_equal_the_oracle(case, request, tmp_path):
         aggregate=overrides.get("hdpissa__aggregate", "mean"),
         slices=overrides.get("hdpissa__slices", "orthogonal"),
         factor_scale=overrides.get("hdpissa__factor_scale", "root"),
+        refresh_steps=overrides.get("hdpissa__refresh_steps", 0),
         exchange_dtype=overrides.get("hdpissa__exchange_dtype", "float32"),
         alpha=overrides.get("adapter__alpha"),
         weight_decay=overrides.get("optimizer__weight_decay", 0.0),

@@ -4,10 +4,11 @@ Each logical adapter i has its own part of the global batch, its own dense gradi
 
     grad(dB_i) = s G_i A_i^T,   grad(dA_i) = s B_i^T G_i          (s = alpha / r)
 
-which its own AdamW turns into dA_i and dB_i. Then W <- W + c sum_i [(B_i + dB_i)(A_i + dA_i) - B_i A_i].
+which its own AdamW turns into dA_i and dB_i. Then W <- W + c sum_i [(B_i + dB_i)(A_i + dA_i) - B_i A_i]. Every
+refresh_steps steps A_i and B_i are taken from the W of that time, and AdamW begins anew.
 
 With exchange_dtype = "int8" each row of dA_i and column of dB_i, plus what the step before has left of it, is rounded
-to multiples of a 127th of its largest magnitude; the difference is left for the next step.
+to multiples of a 127th of its largest magnitude; the difference is left for the next step with these A_i and B_i.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ class Settings:
     aggregate: str = "mean"
     slices: str = "orthogonal"
     factor_scale: str = "root"
+    refresh_steps: int = 0
     exchange_dtype: str = "float32"
     alpha: float | None = None
     weight_decay: float = 0.0
@@ -111,14 +113,11 @@ class Settings:
     targets: tuple[str, ...] = LINEARS
 
 
-def train(
-    weights: dict[str, torch.Tensor], config: dict, records: list[dict], settings: Settings
-) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Weights after len(lrs) steps over records in their order (wrapping round), and the loss of every step."""
-    s = settings
-    weights = {n: w.double().clone() for n, w in weights.items()}
-    names = [n for n in weights if n.split(".")[-2] in s.targets]
-    factors = {}
+def fixed_factors(
+    weights: dict[str, torch.Tensor], names: list[str], settings: Settings
+) -> dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]:
+    """A_i [r, in] and B_i [out, r] of every weight and adapter."""
+    s, factors = settings, {}
     for n in names:
         u, sigma, vh = torch.linalg.svd(weights[n], full_matrices=False)
         if s.slices == "minor":
@@ -129,11 +128,23 @@ def train(
             part = slice(first, first + s.rank)
             root = sigma[part].sqrt() if s.factor_scale == "root" else mean.expand(s.rank)
             factors[n, i] = root[:, None] * vh[part], u[:, part] * root
-    adams = {(n, i, x): Adam(*s.betas, s.eps) for n, i in factors for x in "AB"}
-    residuals: dict[tuple, torch.Tensor | float] = dict.fromkeys(adams, 0.0)
+    return factors
+
+
+def train(
+    weights: dict[str, torch.Tensor], config: dict, records: list[dict], settings: Settings
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Weights after len(lrs) steps over records in their order (wrapping round), and the loss of every step."""
+    s = settings
+    weights = {n: w.double().clone() for n, w in weights.items()}
+    names = [n for n in weights if n.split(".")[-2] in s.targets]
     scale, share = (s.alpha or s.rank) / s.rank, s.global_batch_size // s.num_adapters
     c, losses = 1.0 / s.num_adapters if s.aggregate == "mean" else 1.0, []
     for step, lr in enumerate(s.lrs):
+        if step % (s.refresh_steps or len(s.lrs)) == 0:
+            factors = fixed_factors(weights, names, s)
+            adams = {(n, i, x): Adam(*s.betas, s.eps) for n, i in factors for x in "AB"}
+            residuals: dict[tuple, torch.Tensor | float] = dict.fromkeys(adams, 0.0)
         update, total, labels = {n: torch.zeros_like(weights[n]) for n in names}, 0.0, 0
         for i in range(s.num_adapters):
             first = step * s.global_batch_size + i * share
