@@ -6,7 +6,7 @@
 MODEL is a HF directory or a checkpoint of a run, .../step-N. The output directory gets samples.jsonl as the answers
 come (prompt, output, what was extracted, reference, right) and summary.json; the same command goes on where one was
 killed. --predictions scores the outputs of any system in place of a model: one JSON object a line, {"task": "gsm8k",
-"id": "0", "output": "..."}. docs/evaluation.md has the tasks, their files and their protocols.
+"id": "0", "output": "..."}. docs/evaluation.md has the tasks, their files and their protocols, and MT-Bench's judge.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import judging
 import torch
 from generate import pick_device
 from tqdm import tqdm
@@ -99,32 +100,51 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--device", help="default: the GPU if there is one")
+    judging.add_arguments(parser)
     return parser.parse_args()
 
 
 def run(args: argparse.Namespace) -> None:
     """Check what is cheap to check, ask or read, score, report."""
-    for name in ("limit", "max_new_tokens", "batch_size"):
+    for name in ("limit", "max_new_tokens", "batch_size", "judge_requests"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be a whole number above 0, not {value}")
-    if (args.model is None) == (args.predictions is None):
-        raise UserError("a model or --predictions, one of them, is needed: who answers?")
+    if [args.model, args.predictions, args.judge_answers].count(None) != 2:
+        raise UserError(
+            "a model or --predictions, one of them, is needed: who answers? (for mt_bench: --judge-answers)"
+        )
+    if args.judge_answers:
+        judge_answers(args)
+        return
     others = samples.read_outputs(args.against, "--against") if args.against else {}
     outputs = samples.read_outputs(args.predictions, "--predictions") if args.predictions else {}
     tasks, with_mt_bench = chosen_tasks(args, tuple(dict.fromkeys(task for task, _ in outputs)))
     sources = find_sources(args, tasks, with_mt_bench)
     problems = {name: load_problems(task, sources[name], args.limit) for name, task in tasks.items()}
     questions = mt_bench.read_questions(sources[mt_bench.NAME], args.limit) if with_mt_bench else []
+    judge = judging.prepare(args, questions)
     if any(task.runs_programs for task in tasks.values()):
         open_sandbox(args.allow_unsandboxed)
+    judged = None
     if args.predictions:
         rows = score_predictions(tasks, problems, outputs, args.limit)
         with disk_faults(args.output):
             write_scores(args.output, rows)
     else:
-        rows = ask(args, tasks, problems, questions)
-    finish(args, rows, others)
+        rows, judged = ask(args, tasks, problems, questions, judge)
+    finish(args, rows, others, judged)
+
+
+def judge_answers(args: argparse.Namespace) -> None:
+    """Have another system's answers to MT-Bench judged."""
+    if args.tasks not in (None, mt_bench.NAME) or args.against:
+        raise UserError("--judge-answers: has answers to mt_bench alone")
+    source = find_sources(args, {}, True)[mt_bench.NAME]
+    questions = mt_bench.read_questions(source, args.limit)
+    judge = judging.prepare(args, questions)
+    assert judge, "prepare refuses answers without a service"
+    finish(args, {}, {}, judge.judge(args.output, questions, args.judge_answers, show_progress))
 
 
 def chosen_tasks(args: argparse.Namespace, default: tuple[str, ...]) -> tuple[dict[str, Task], bool]:
@@ -180,8 +200,9 @@ def ask(
     tasks: Mapping[str, Task],
     problems: Mapping[str, list[Problem]],
     questions: list[mt_bench.Question],
-) -> dict[str, list[dict[str, Any]]]:
-    """Samples of each task, by the model; and a file with its answers to MT-Bench."""
+    judge: judging.Judging | None,
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any] | None]:
+    """Samples of each task, by the model; a file with its answers to MT-Bench, and what the judge gives them."""
     for name in {args.prompts or task.template for task in tasks.values()}:
         load_template(name)
     backend, tokenizer = load_backend(args)
@@ -197,26 +218,35 @@ def ask(
         answering.agree_on_settings(args.output, settings(args, fingerprints, questions))
         if plan:
             show_progress(answering.answer(args.output, plan, backend, tokenizer, args.max_new_tokens, args.stop))
-        if questions:
-            ask_mt_bench(args, questions, backend, tokenizer)
+        judged = ask_mt_bench(args, questions, backend, tokenizer, judge) if questions else None
     if not plan:
-        return {}
+        return {}, judged
     found = samples.read_outputs(args.output, "--output")
-    return {name: [dict(row) for (task, _), row in found.items() if task == name] for name in tasks}
+    return {name: [dict(row) for (task, _), row in found.items() if task == name] for name in tasks}, judged
 
 
 def ask_mt_bench(
-    args: argparse.Namespace, questions: list[mt_bench.Question], backend: Backend, tokenizer: Tokenizer
-) -> None:
+    args: argparse.Namespace,
+    questions: list[mt_bench.Question],
+    backend: Backend,
+    tokenizer: Tokenizer,
+    judge: judging.Judging | None,
+) -> dict[str, Any] | None:
+    """Its answers in a file, and what the judge gives them; without one, what to run."""
     name = args.model.resolve().name
     path = args.output / "mt_bench" / "model_answer" / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     limit = args.max_new_tokens or mt_bench.MAX_NEW_TOKENS
     show_progress(mt_bench.answer(path, questions, name, backend, tokenizer, args.batch_size, limit))
+    tell(f"mt_bench: {len(questions)} questions are answered in {path}")
+    if judge:
+        return judge.judge(args.output, questions, path, show_progress)
     tell(
-        f"mt_bench: {len(questions)} questions are answered in {path}; to judge them, copy it into FastChat's "
-        f"fastchat/llm_judge/data/mt_bench/model_answer and run there: python gen_judgment.py --model-list {name}"
+        "mt_bench: to judge them give the same command with --judge-url URL --judge-model NAME; or copy the file into "
+        "FastChat's fastchat/llm_judge/data/mt_bench/model_answer and run there: "
+        f"python gen_judgment.py --model-list {name}"
     )
+    return None
 
 
 def load_backend(args: argparse.Namespace) -> tuple[Backend, Tokenizer]:
@@ -298,7 +328,10 @@ def write_scores(output: Path, rows: Mapping[str, list[dict[str, Any]]]) -> None
 
 
 def finish(
-    args: argparse.Namespace, rows: Mapping[str, list[dict[str, Any]]], others: Mapping[samples.Key, Record]
+    args: argparse.Namespace,
+    rows: Mapping[str, list[dict[str, Any]]],
+    others: Mapping[samples.Key, Record],
+    judged: dict[str, Any] | None,
 ) -> None:
     """summary.json, and the table."""
     summary = {name: report.summarise(own) for name, own in rows.items()}
@@ -307,11 +340,12 @@ def finish(
             summary[name]["against"] = report.compare_samples(own, others, f"--against: {name}")
     if "math" in summary and not has_math_verify():
         tell("math: scored by Hendrycks' normalisation alone; math-verify is not installed (pip install math-verify)")
-    if not summary:
+    if not summary and judged is None:
         return
+    content = {"tasks": summary} | ({mt_bench.NAME: judged} if judged else {})
     with disk_faults(args.output):
-        write(args.output / "summary.json", json.dumps({"tasks": summary}, indent=2) + "\n")
-    print("\n".join(report.table(summary)))
+        write(args.output / "summary.json", json.dumps(content, indent=2) + "\n")
+    print("\n".join([*(report.table(summary) if summary else []), *(report.judged_table(judged) if judged else [])]))
 
 
 def write(path: Path, text: str) -> None:

@@ -63,6 +63,22 @@ def table(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [*_aligned(rows), *_remarks(tasks)]
 
 
+def judged_table(summary: Mapping[str, Any]) -> list[str]:
+    """The lines of MT-Bench's ratings: a row for each category, and one of all."""
+    rows: list[tuple[str, ...]] = [(f"mt_bench by {summary['judge']}", "turn 1", "turn 2", "mean")]
+    for name, means in (*summary["categories"].items(), ("all", summary)):
+        ratings = (means[key] for key in ("turn_1", "turn_2", "score"))
+        rows.append((name or "-", *("-" if value is None else f"{value:.2f}" for value in ratings)))
+    lines = _aligned(rows)
+    if summary["low"] is not None:
+        interval = f"{summary['low']:.2f} - {summary['high']:.2f}"
+        lines.append(f"mt_bench: 95% interval of the mean {interval}, {summary['questions']} questions")
+    if summary["no_rating"]:
+        count = f"{summary['no_rating']} of {summary['judgments']}"
+        lines.append(f"mt_bench: {count} judgments hold no rating, and are not counted")
+    return lines
+
+
 def _remarks(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = []
     for name, summary in tasks.items():

@@ -23,6 +23,13 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of a mean of independent numbers, by the normal distribution; of one number that number."""
+    mean = sum(values) / len(values)
+    half = _Z * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return mean - half, mean + half
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Two systems on the same n problems.
