@@ -79,7 +79,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Work:
-    """The model and what a GPU does in a step: tokens per micro-batch, in sequences of `length`. records: an epoch's."""
+    """The model, and a step of a GPU: tokens per micro-batch, in sequences of `length`. records: of an epoch."""
 
     config: DecoderConfig
     rank: int = 16
