@@ -7,7 +7,7 @@ A method is a value of adapter.method; "+key=value" changes keys of [adapter] an
 other key) for this arm alone, "+optimizer.lr=1e-4:1.6e-3:6" gives it a range of its own in place of the grid's. All
 runs of a seed have the same records in the same order. A run that is complete is not repeated, one that was interrupted
 resumes: give the same command again. The folder gets grid.csv, losses.csv, comparison.json, and the report made of
-them: table.md, table.csv, figures, index.html. docs/comparison.md has more.
+them: table.md, table.csv, figures, comparison.html. docs/comparison.md has more.
 
     python tools/compare_methods.py --report FOLDER [--output DIR]     makes the report again, from these files alone
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from compare import results
+from compare import report, results
 from compare.arms import Arm, Axis, parse_arms, parse_grid
 from compare.durations import Durations
 from compare.running import COMPLETE, PlannedRun, Runner, Stopped, check_started
@@ -75,21 +75,16 @@ def main() -> None:
     keep_streams()  # the tables are in files, too, and a comparison takes hours
     args, argv = parse_arguments()
     try:
-        status = report(args) if args.report else Comparison(args, argv).run()
+        if args.report:
+            print(report.write(args.report, args.output))
+            return
+        status = Comparison(args, argv).run()
     except UserError as error:
         manager.exit_with(str(error).splitlines())
     except Stopped:
         print("titan_hd: stopped; the same command goes on", file=sys.stderr)
         status = _RESUME
     raise SystemExit(status)
-
-
-def report(args: argparse.Namespace) -> int:
-    """Write the report of what is in a folder, and print its table."""
-    from compare import report  # with libraries of the extra `plots`
-
-    print(report.write(args.report, args.output or args.report))
-    return 0
 
 
 class Comparison:
@@ -181,7 +176,7 @@ class Comparison:
         for reason, runs in rounds(self.arms, self.seeds, self._score, self.args.widen, self.args.budget == "equal"):
             self._make(runner, reason, runs)
             self._write()
-        self._report()
+        print(report.write(self.folder))
         failed = [arm.name for arm in self.arms if not self._complete(arm)]
         if failed:
             print(f"titan_hd: no run was completed of {', '.join(failed)}", file=sys.stderr)
@@ -263,14 +258,6 @@ class Comparison:
         """For sorting: numbers by size, other values as they are written; then the seed."""
         values = (dict(run.point).get(key, "") for key in self.keys)
         return (*((0, float(value), "") if _is_number(value) else (1, 0.0, value) for value in values), run.seed)
-
-    def _report(self) -> None:
-        try:
-            from compare import report
-        except ImportError as error:
-            print(f"titan_hd: warning: no report: {error.name} is missing (the extra `plots`)", file=sys.stderr)
-            return
-        print(report.write(self.folder, self.folder))
 
     def _dry_run(self) -> str:
         """The runs of the grid with their estimated times, and what may follow."""

@@ -228,17 +228,17 @@ def test_a_full_disk_costs_nothing_that_was_there(workers, tmp_path: Path, small
 
 def start_wandb(argv: list[str]) -> list[str | None]:
     """Train on rank 0 with a stand-in for wandb; the identifiers that it was started with."""
-    import titan_hd.components.metrics as metrics
+    from titan_hd.components.wandb_run import WandbRun
 
     starts = []
 
-    def start(_, config, run_id, mode):
+    def start(_, folder, run_id, mode, words):
         starts.append(run_id)
         nothing = lambda *args, **kwargs: None  # noqa: E731
         return types.SimpleNamespace(id=run_id or "abc", log=nothing, finish=nothing)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics._Wandb, "_start", start)
+        patch.setattr(WandbRun, "_start", start)
         runs.train(argv)
     return starts
 

@@ -34,6 +34,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 _PASSING = (408, 409, 425, 429)  # and 500 to 599
 _LONGEST_PAUSE = 120.0  # seconds; whatever a server asks for
 _SHOWN = 300  # letters of what a server says
+_SHORTEST_KEY = 8  # letters; what is shorter is no secret (EMPTY, for a server of one's own), but may be in any text
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -75,7 +76,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 class Endpoint:
     """Where a model answers.
 
-    url: as OpenAI's clients have it, .../v1; a query (?...) goes with every request, and is not shown.
+    url: as OpenAI's clients have it, .../v1. Options are logged, so nothing secret can stand in it.
     key: of the service; it is not shown.
     attempts: of one request before it is given up; pause: seconds before the second one, then twice as long each time.
     timeout: seconds without a sign of the server.
@@ -86,7 +87,7 @@ class Endpoint:
         UserError: this is no URL of http or https, or a key stands in it.
     """
 
-    url: str = field(repr=False)
+    url: str
     model: str
     key: str = field(repr=False, default="")
     attempts: int = 8
@@ -237,7 +238,7 @@ class Endpoint:
             return True
 
     def _cleared(self, text: str) -> str:
-        return text.replace(self.key, "[key]") if self.key else text
+        return text.replace(self.key, "[key]") if len(self.key) >= _SHORTEST_KEY else text
 
 
 def _split(url: str) -> SplitResult:
@@ -249,8 +250,8 @@ def _split(url: str) -> SplitResult:
         raise UserError(example) from None
     if not host or parts.scheme not in ("http", "https") or not re.fullmatch(r"[!-~]+", url):
         raise UserError(example)
-    if parts.username or parts.password:
-        raise UserError(f"--judge-url: has a name or a key in it; put the key into {KEY_VARIABLE}")
+    if parts.username or parts.password or not re.fullmatch(r"(api-version=[\w.-]{1,30})?", parts.query):
+        raise UserError(f"--judge-url: has a name or a key in it (or ?...); put the key into {KEY_VARIABLE}")
     return parts
 
 
