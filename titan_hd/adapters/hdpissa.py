@@ -150,6 +150,7 @@ class HDPissa(FoldingMethod):
         "adapter.dropout",
         "hdpissa.slices",
         "hdpissa.factor_scale",
+        "hdpissa.refresh_steps",
         "hdpissa.aggregate",
         "hdpissa.mute_scalar",
     )

@@ -269,6 +269,10 @@ class HDPissa:
     factor_scale: Literal["root", "unit"] = "root"
     """root: A and B carry the roots of the singular values, as in the paper. unit: they are orthonormal, times the mean
     of a weight's roots, so that Adam moves all directions alike."""
+    refresh_steps: int = 0
+    """T: every T steps the slices are taken from the weights as they are then, and the optimizer's moments begin anew.
+    Costs the start's decompositions each time (refresh_seconds in the metrics). 0: the slices of the start stay, as in
+    the paper."""
     mute_scalar: float = 0.0
     """0: exact mute (the limit, no extra forward work). Otherwise the paper's scalar g in Y = X(W + g A B)."""
     exchange: Literal["auto", "factors", "dense"] = "auto"

@@ -116,6 +116,7 @@ class AdapterRegistry:
         """
         self.deltas.grad = torch.zeros_like(self.deltas)
         factors = self.factors if self.method.mute_scalar else self.factors.to(compute_dtype)
+        self._bound_factors = factors
         self._bound: list[list[tuple[FoldingLinear, tuple[torch.Tensor, ...]]]] = [[] for _ in range(self.hosted)]
         for entry in self.entries.values():
             for key, gradient in zip(_DELTAS, self._views(self.deltas.grad, entry)):
@@ -126,6 +127,11 @@ class AdapterRegistry:
                 for key, leaf in zip(_DELTAS, leaves):
                     leaf.grad = entry.pieces[key].of(self.deltas.grad)[slot]
                 bound.append((entry.layer, (*fixed, *leaves)))
+
+    @torch.no_grad()
+    def factors_changed(self) -> None:
+        """After `start`, `set_factors` has given every layer other fixed factors: bind these from now on."""
+        self._bound_factors.copy_(self.factors)  # nothing to do where they are the same tensor
 
     def activate(self, slot: int) -> None:
         """Bind hosted adapter `slot` to every layer: the next forward and backward pass trains it."""
