@@ -79,8 +79,8 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Work:
-    """The model, and a step of a GPU: tokens per micro-batch, in sequences of `length`. records: of an epoch; wire_bytes:
-    of an element of an update on its way."""
+    """The model, and a step of a GPU: tokens per micro-batch, in sequences of `length`. records: of an epoch.
+    wire_bytes: of an element of an update on its way."""
 
     config: DecoderConfig
     rank: int = 16
