@@ -33,6 +33,7 @@ logger = logging.getLogger("titan_hd")
 KEY_VARIABLE = "OPENAI_API_KEY"
 _PASSING = (408, 409, 425, 429)  # and 500 to 599
 _LONGEST_PAUSE = 120.0  # seconds; whatever a server asks for
+_CHECK_TIMEOUT = 30.0  # seconds
 _SHOWN = 300  # letters of what a server says
 _SHORTEST_KEY = 8  # letters; what is shorter is no secret (EMPTY, for a server of one's own), but may be in any text
 _LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -150,7 +151,8 @@ class Endpoint:
     def _request(self, path: str, body: Mapping[str, Any] | None) -> bytes:
         """What the service replies. Exceptions go on without those that they come from: these may hold headers."""
         try:
-            with self._opener.open(self._to(path, body), timeout=self.timeout) as response:
+            timeout = min(self.timeout, _CHECK_TIMEOUT) if body is None else self.timeout
+            with self._opener.open(self._to(path, body), timeout=timeout) as response:
                 content = response.read()
             self._reached = True
             return content
@@ -173,7 +175,7 @@ class Endpoint:
         """There was no reply, or only a part of one."""
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         reason = self._cleared(" ".join(str(cause).split())) or type(cause).__name__
-        if not self._reached and isinstance(error, urllib.error.URLError) and not isinstance(cause, TimeoutError):
+        if not self._reached and isinstance(error, urllib.error.URLError):  # no connection, not even at first
             return UserError(f"--judge-url: {self._shown} cannot be reached: {reason}")
         return _Passing(reason)
 

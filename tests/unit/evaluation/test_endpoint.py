@@ -6,6 +6,8 @@ import logging
 import time
 import traceback
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request
 
 import pytest
 
@@ -116,6 +118,19 @@ def test_nobody_is_there():
         pass
     assert refusal(Endpoint(service.url, "m", KEY)).startswith(f"--judge-url: {service.url} cannot be reached: ")
     assert "cannot be reached" in message(Endpoint(service.url, "m", KEY).check)
+
+
+def test_an_address_that_swallows_everything(monkeypatch):
+    """A firewall answers nothing: the connection itself times out, within half a minute, before a model is asked."""
+    endpoint, timeouts = Endpoint("http://127.0.0.1:9/v1", "m", KEY), []
+
+    def swallow(request: Request, timeout: float) -> None:
+        timeouts.append(timeout)
+        raise URLError(TimeoutError("timed out"))
+
+    monkeypatch.setattr(endpoint._opener, "open", swallow)
+    assert message(endpoint.check) == "--judge-url: http://127.0.0.1:9/v1 cannot be reached: timed out"
+    assert timeouts == [30]
 
 
 def test_a_refused_key_shows_before_anything_is_asked():

@@ -83,3 +83,12 @@ def test_command_line_and_its_faults():
         assert done.returncode == 2
         assert done.stderr.startswith(f"titan_hd: error: {line}")
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_hours_of_an_epoch():
+    """Two records of 512 tokens in each of 8 micro-batches on 8 GPUs are the paper's 128 records a step."""
+    work = Work(LLAMA_8B.config, tokens=1024, length=512, micro_batches=8, records=395_000)
+    assert work.epoch_hours(8, 24.88) == pytest.approx(395_000 / 128 * 24.88 / 3600)
+    (row,) = (line.split() for line in table(work, [8], [8], CLUSTER).splitlines() if "factors" in line)
+    assert float(row[-1]) == pytest.approx(work.epoch_hours(8, best(work, 8, 8, "factors", CLUSTER).step), abs=0.06)
+    assert "hours" not in table(LLAMA_8B, [8], [8], CLUSTER)
