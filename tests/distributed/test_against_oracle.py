@@ -25,7 +25,7 @@ int8-tp                  4        2  1  ... with rows and columns that two ranks
 tp                       2        2  1  tensor parallelism alone: both adapters on one pair of ranks
 tp-fsdp, tp-virtual      4        =  1  tensor parallelism x FSDP, uneven shards of tp-local matrices
 tp-groups, tp-mute       4        1, 2  ... with an adapter that two workers share; with the mute scalar
-tp-all                   4        2  1  ... with compile (traced only), recomputation, the dense route, weight decay
+tp-all                   4        2  1  ... with compile (traced), slices anew, recomputation, dense route, weight decay
 tp-whole                 4        2  1  ... without sequence and loss parallelism
 tp-selective             4        2  1  ... with selective checkpointing, a tied head
 cube, cube-all           8        4  1  2 replicas x 2 shards x 2 tp ranks; with all of tp-all, compiled (slow)
@@ -96,6 +96,7 @@ CASES = {
         2,
         {
             **TP,
+            **REFRESH,
             "compile__enable": "true",
             "activation_checkpoint__mode": "full",
             "hdpissa__exchange": "dense",

@@ -9,10 +9,10 @@ In words, for the weights of one bucket, K adapters dealt to n holders, and W's 
 3. when all have arrived, every worker adds  c * [dB | B + dB] [A ; dA]  to its rows of each weight: one product of
    inner size 2*K*r per weight.
 
-A of all adapters and rows_m of every B never change: they travel once, by the same functions, if they are cached,
-and else after dA and dB in every step. Where K < W, the workers with the same index in their sharing group are a set of
-n = K holders that exchanges on its own. Under HSDP each worker asks for the rows of its own shard, so replicas need no
-step of their own.
+A of all adapters and rows_m of every B stay the same for many steps: if they are cached, they travel by the same
+functions when they are new, and else after dA and dB in every step. Where K < W, the workers with the same index in
+their sharing group are a set of n = K holders that exchanges on its own. Under HSDP each worker asks for the rows of
+its own shard, so replicas need no step of their own.
 """
 
 from __future__ import annotations
