@@ -27,7 +27,7 @@ from titan_hd.config import manager
 from titan_hd.distributed.update.plan import UpdatePlan, plan_update
 from titan_hd.distributed.update.route import Collective
 from titan_hd.distributed.update.routes import ROUTES
-from titan_hd.distributed.update.topology import Topology
+from titan_hd.distributed.update.topology import WIRE_BYTES, Topology
 from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import DecoderConfig, flavor_config
@@ -79,7 +79,8 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Work:
-    """The model, and a step of a GPU: tokens per micro-batch, in sequences of `length`. records: of an epoch."""
+    """The model, and a step of a GPU: tokens per micro-batch, in sequences of `length`. records: of an epoch.
+    wire_bytes: of an element of an update on its way."""
 
     config: DecoderConfig
     rank: int = 16
@@ -87,6 +88,7 @@ class Work:
     length: int = 8192
     micro_batches: int = 1
     records: int = 0
+    wire_bytes: int = 4
 
     def epoch_hours(self, gpus: int, step: float) -> float:
         """Of an epoch's records, with steps of so many seconds."""
@@ -253,7 +255,7 @@ def best(work: Work, gpus: int, num_adapters: int, exchange: str, cluster: Clust
     least. Where none fits, the smallest one in memory."""
     shards = [s for s in range(min(gpus, cluster.node), gpus + 1) if gpus % s == 0 and s % min(gpus, cluster.node) == 0]
     rows = [
-        estimate(work, Topology(num_adapters, work.rank, gpus // s, s), exchange, cluster)
+        estimate(work, Topology(num_adapters, work.rank, gpus // s, s, work.wire_bytes), exchange, cluster)
         for s in shards
         if (s & (s - 1)) == 0
     ]
@@ -308,6 +310,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192, help="tokens of a sequence")
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--records", type=int, default=0, help="of an epoch, each of --length tokens: adds its hours")
+    parser.add_argument(
+        "--exchange-dtype", default="float32", choices=list(WIRE_BYTES), help="as hdpissa.exchange_dtype"
+    )
     parser.add_argument("--nvlink", type=float, default=450, help="GB/s per GPU inside a node")
     parser.add_argument("--network", type=float, default=50, help="GB/s per GPU between nodes")
     parser.add_argument("--peak", type=float, default=989, help="TFLOP/s of a GPU in bf16")
@@ -315,8 +320,8 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=75, help="usable GB of a GPU")
     args = parser.parse_args()
     try:
-        config = flavor_config(args.model, args.flavor)
-        work = Work(config, args.rank, args.tokens, args.length, args.micro_batches, args.records)
+        config, sizes = flavor_config(args.model, args.flavor), (args.tokens, args.length, args.micro_batches)
+        work = Work(config, args.rank, *sizes, args.records, WIRE_BYTES[args.exchange_dtype])
     except UserError as error:
         manager.exit_with(str(error).splitlines())
     cluster = Cluster(

@@ -18,6 +18,10 @@ recompute, selective     2        2  1  activation checkpointing
 compiled                 2        2  1  torch.compile, one graph per block
 mute                     2        2  1  the paper's mute scalar instead of the exact mute
 dense, clip              4        =  1  the other route; clipping that does not bind
+int8                     2        4  1  dA and dB in int8, with what it leaves; two adapters on each worker
+int8-refresh             1        2  2  ... on one worker, where nothing travels; other directions leave nothing
+int8-hsdp                4        2  2  ... over replicas, shared by two workers
+int8-tp                  4        2  1  ... with rows and columns that two ranks share
 tp                       2        2  1  tensor parallelism alone: both adapters on one pair of ranks
 tp-fsdp, tp-virtual      4        =  1  tensor parallelism x FSDP, uneven shards of tp-local matrices
 tp-groups, tp-mute       4        1, 2  ... with an adapter that two workers share; with the mute scalar
@@ -35,7 +39,8 @@ from tests.kit import oracle, runs
 # fp32 against float64. Measured errors are 2e-6 to 1.1e-5. They grow where the problem itself is ill-conditioned (two
 # singular values nearly equal, or a gradient element near zero, which Adam divides by its own size): with model seed 0,
 # tied, a relative perturbation of 6e-8 of the start weights moves the float64 oracle's own dW by 9e-4. Seeds are chosen
-# so that the oracle's answer is stable.
+# so that the oracle's answer is stable; those of int8 so that no value lies on the border of two multiples, where fp32
+# may round to the other one (relative errors of 2e-4 in the one weight).
 DELTA_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 1e-5
 STEPS = 4
@@ -47,6 +52,7 @@ TP = {
 }
 
 REFRESH = {"hdpissa__refresh_steps": 2, "hdpissa__aggregate": "sum"}
+INT8 = {"hdpissa__exchange_dtype": "int8"}
 
 CASES = {
     "one": (1, 1, {"adapter__rank": 2}),
@@ -76,6 +82,10 @@ CASES = {
     "mute": (2, 2, {"hdpissa__mute_scalar": 1e-16}),
     "dense": (4, 2, {"hdpissa__exchange": "dense"}),
     "clip": (4, 4, {"training__max_norm": 1e9}),
+    "int8": (2, 4, {**INT8}),
+    "int8-refresh": (1, 2, {**INT8, **REFRESH, "adapter__rank": 2, "model": {"seed": 9}}),
+    "int8-hsdp": (4, 2, {**INT8, "adapter__rank": 2, "parallelism__data_parallel_replicate_degree": 2}),
+    "int8-tp": (4, 2, {**TP, **INT8, "model": {**TP["model"], "seed": 6}}),
     "tp": (2, 2, {**TP}),
     "tp-fsdp": (4, 2, {**TP}),
     "tp-virtual": (4, 4, {**TP}),
@@ -141,6 +151,7 @@ def test_weights_equal_the_oracle(case, request, tmp_path):
         slices=overrides.get("hdpissa__slices", "orthogonal"),
         factor_scale=overrides.get("hdpissa__factor_scale", "root"),
         refresh_steps=overrides.get("hdpissa__refresh_steps", 0),
+        exchange_dtype=overrides.get("hdpissa__exchange_dtype", "float32"),
         alpha=overrides.get("adapter__alpha"),
         weight_decay=overrides.get("optimizer__weight_decay", 0.0),
         eps=overrides.get("optimizer__eps", 1e-8),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -63,6 +64,16 @@ def test_the_authors_scheme_grows_with_the_gpus():
     assert "impossible: K * r = 2048 singular directions, the smallest weight has 1024" in table(
         LLAMA_8B, [128], [8], CLUSTER
     )
+
+
+def test_int8_on_the_way_is_a_quarter_of_the_bytes():
+    slow = Cluster(node=1, network=0.125e9)
+    whole, rounded = (best(replace(LLAMA_8B, wire_bytes=size), 8, 8, "factors", slow) for size in (4, 1))
+    assert whole.exchanged / rounded.exchanged == pytest.approx(4, rel=0.01)
+    assert whole.exchange / rounded.exchange == pytest.approx(4, rel=0.01)
+    sharing = [best(replace(LLAMA_8B, wire_bytes=size), 16, 8, "factors", slow).exchanged for size in (4, 1)]
+    hosted = 4 * 16 * sum(sum(shape) for shape in LLAMA_8B.shapes().values())
+    assert sharing[1] > hosted, "what two workers sum of an adapter's gradients stays in fp32"
 
 
 def test_a_model_that_fits_nowhere_is_said_to():

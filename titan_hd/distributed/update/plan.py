@@ -69,7 +69,7 @@ class UpdatePlan:
         t = self.topology
         lines = [
             f"update of {len(self.weights)} weights, K = {t.num_adapters}, r = {t.rank}, "
-            f"{t.dp_replicate} x {t.dp_shard} workers, {t.wire_bytes} bytes per element; received per worker and step:",
+            f"{t.dp_replicate} x {t.dp_shard} workers, {_wire(t)}; received per worker and step:",
             f"  {'layer':<12}{'[out, in]':<18}{'count':>5}  {'route':<9}{'static':<10}"
             + "".join(f"{name + ' MB':>12}" for name in ROUTES),
         ]
@@ -119,6 +119,12 @@ def _plan_weight(name: str, shape: Shape, t: Topology, exchange: str, budget: in
     }
     chosen = min(received, key=received.__getitem__) if exchange == "auto" else exchange
     return WeightPlan(name, shape, chosen, 0 < cache[chosen] <= budget, cache[chosen], received)
+
+
+def _wire(t: Topology) -> str:
+    if not t.scale_bytes:
+        return f"{t.wire_bytes} bytes per element"
+    return f"{t.wire_bytes} byte per element and {t.scale_bytes} per row (dense: {t.sum_bytes} per element)"
 
 
 def _buckets(weights: list[WeightPlan]) -> tuple[Bucket, ...]:
