@@ -15,6 +15,13 @@ recompute, selective     2        2  1  activation checkpointing
 compiled                 2        2  1  torch.compile, one graph per block
 mute                     2        2  1  the paper's mute scalar instead of the exact mute
 dense, clip              4        =  1  the other route; clipping that does not bind
+all-one                  1        4  1  every adapter learns from all samples: nothing travels
+all                      2        4  1  ... of a batch that four shares could not have; slices travel; clipping
+all-hsdp                 4        4  1  ... over replicas; accumulation; recomputation; orthonormal factors
+all-groups               4        2  1  ... K < workers: two sets of holders
+all-tp                   4        2  1  ... tensor parallelism x FSDP, the dense route
+all-tp-groups, all-cube  4, 8     1, 2  ... more of it (slow)
+all-compiled             2        2  2  ... torch.compile (slow)
 tp                       2        2  1  tensor parallelism alone: both adapters on one pair of ranks
 tp-fsdp, tp-virtual      4        =  1  tensor parallelism x FSDP, uneven shards of tp-local matrices
 tp-groups, tp-mute       4        1, 2  ... with an adapter that two workers share; with the mute scalar
@@ -43,6 +50,8 @@ TP = {
     "model": {"num_key_value_heads": 2, "intermediate_size": 38},
 }
 
+ALL = {"hdpissa__samples": "all"}
+
 CASES = {
     "one": (1, 1, {"adapter__rank": 2}),
     "two": (2, 2, {}),
@@ -67,6 +76,34 @@ CASES = {
     "mute": (2, 2, {"hdpissa__mute_scalar": 1e-16}),
     "dense": (4, 2, {"hdpissa__exchange": "dense"}),
     "clip": (4, 4, {"training__max_norm": 1e9}),
+    "all-one": (1, 4, ALL),
+    "all": (2, 4, {**ALL, "training__global_batch_size": 6, "training__max_norm": 1e9}),
+    "all-hsdp": (
+        4,
+        4,
+        {
+            **ALL,
+            "parallelism__data_parallel_replicate_degree": 2,
+            "training__global_batch_size": 12,
+            "activation_checkpoint__mode": "full",
+            "hdpissa__factor_scale": "unit",
+            "hdpissa__exchange_in_flight": 1,
+        },
+    ),
+    "all-groups": (
+        4,
+        2,
+        {
+            **ALL,
+            "adapter__alpha": 0.5,
+            "optimizer__eps": 1e-3,
+            "optimizer__weight_decay": 0.3,
+            "hdpissa__offload_moments": "true",
+        },
+    ),
+    "all-tp": (4, 2, {**ALL, **TP, "hdpissa__exchange": "dense"}),
+    "all-tp-groups": (4, 1, {**ALL, **TP, "adapter__rank": 2}),
+    "all-compiled": (2, 2, {**ALL, "compile__enable": "true", "adapter__rank": 2}),
     "tp": (2, 2, {**TP}),
     "tp-fsdp": (4, 2, {**TP}),
     "tp-virtual": (4, 4, {**TP}),
@@ -100,7 +137,8 @@ CASES = {
 }
 CASES["cube"] = (8, 4, {**TP, "parallelism__data_parallel_replicate_degree": 2})
 CASES["cube-all"] = (8, 4, {**CASES["tp-all"][2], "parallelism__data_parallel_replicate_degree": 2})
-SLOW = ("cube", "cube-all")
+CASES["all-cube"] = (8, 2, {**ALL, **CASES["cube"][2]})
+SLOW = ("cube", "cube-all", "all-tp-groups", "all-compiled", "all-cube")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])
@@ -130,6 +168,7 @@ def test_weights_equal_the_oracle(case, request, tmp_path):
         aggregate=overrides.get("hdpissa__aggregate", "mean"),
         slices=overrides.get("hdpissa__slices", "orthogonal"),
         factor_scale=overrides.get("hdpissa__factor_scale", "root"),
+        samples=overrides.get("hdpissa__samples", "own"),
         alpha=overrides.get("adapter__alpha"),
         weight_decay=overrides.get("optimizer__weight_decay", 0.0),
         eps=overrides.get("optimizer__eps", 1e-8),
@@ -146,3 +185,14 @@ def test_weights_equal_the_oracle(case, request, tmp_path):
     for name, weight in got.items():
         if name not in errors:
             assert torch.equal(weight, start[name]), f"{name} is frozen and has changed"
+
+
+def test_all_samples_of_the_oracle_are_one_adapter_of_all_directions(tmp_path):
+    """The definition: the trajectory is that of K = 1 with rank K r."""
+    config, start = runs.write_model(tmp_path)
+    records = runs.write_records(tmp_path / "records.jsonl", count=4)
+    one = oracle.train(start, config, records, oracle.Settings(1, 4, 4, [1e-2] * 2))
+    dealt = oracle.train(start, config, records, oracle.Settings(2, 2, 4, [1e-2] * 2, samples="all"))
+    assert dealt[1] == pytest.approx(one[1], rel=1e-12)
+    for name, weight in one[0].items():
+        torch.testing.assert_close(dealt[0][name], weight, rtol=0, atol=1e-12)

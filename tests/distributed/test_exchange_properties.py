@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.kit import runs
 from tests.kit.exchange import SHAPES, build, draw, prepared
 from titan_hd.distributed.collectives import TRAFFIC
 from titan_hd.distributed.flat import square_sum
@@ -244,6 +245,38 @@ def test_layers_are_views_of_the_flat_tensors(workers):
         assert all(fixed)
         assert views
         assert total == 30 + 2 * 8
+
+
+# -- gradients of all samples -----------------------------------------------------------------------------------------
+
+
+def order_of_gradients(argv: list[str]) -> list[str]:
+    """What happens in a step to the gradients of adapters that learn from all samples."""
+    run, log = runs.trainer(argv), []
+    update, samples = run.update, run.update.registry._samples
+    for owner, name in ((update, "bind"), (samples, "_send"), (samples, "_receive"), (update, "finish_gradients")):
+
+        def logged(*args, original=getattr(owner, name), name=name, **kwargs):
+            log.append(f"{name} {kwargs.get('last', '')}".strip())
+            return original(*args, **kwargs)
+
+        setattr(owner, name, logged)
+    run.train_step()
+    run.close()
+    return log
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_gradients_travel_beside_the_last_backward_pass(in_flight, workers, tmp_path):
+    """Those of two blocks, in a step of two micro-batches: each starts when it is complete, and few are under way."""
+    runs.write_model(tmp_path / "model")
+    runs.write_records(tmp_path / "records.jsonl")
+    changes = {"hdpissa__samples": "all", "hdpissa__exchange_in_flight": in_flight, "training__global_batch_size": 4}
+    argv = runs.options(tmp_path / "model", tmp_path / "records.jsonl", tmp_path / "out", **changes)
+    travel = {1: ["_send", "_send", "_receive", "finish_gradients", "_receive"]}
+    travel[2] = ["_send", "_send", "finish_gradients", "_receive", "_receive"]
+    for log in workers.run(2, order_of_gradients, argv):
+        assert log == ["bind False", "bind True", *travel[in_flight]]
 
 
 # -- bf16 masters -----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ MAY_DIFFER = (
     "adapter.dropout",
     "hdpissa.aggregate",
     "hdpissa.mute_scalar",
+    "hdpissa.samples",
     "training.global_batch_size",
     "training.seed",
     "training.master_dtype",
@@ -30,7 +31,7 @@ _WHY = {
     "hdpissa.num_adapters = 0, K is the number of data-parallel workers",
 }
 # What a checkpoint means that was saved before there was a key.
-_BEFORE = {"hdpissa.factor_scale": "root"}
+_BEFORE = {"hdpissa.factor_scale": "root", "hdpissa.samples": "own"}
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 

@@ -113,8 +113,8 @@ class Update:
             group["lr"] = lr * group["lr_ratio"]
         self._zero_gradients()
 
-    def bind(self, slot: int) -> None:
-        """The next forward and backward pass trains hosted adapter `slot`."""
+    def bind(self, slot: int, last: bool) -> None:
+        """The next forward and backward pass trains slot `slot` of this worker. last: it is the step's last one."""
 
     def finish_gradients(self) -> torch.Tensor:
         """After the last backward pass of a step: sum what workers have in parts, and clip. Collective.
@@ -250,8 +250,8 @@ class FoldUpdate(Update):
         return {**super().state(changed_only), **factors}
 
     def start(self) -> None:
-        self.registry.start(getattr(torch, self.config.training.mixed_precision_param))
         c, h = self.config, self.config.hdpissa
+        self.registry.start(getattr(torch, c.training.mixed_precision_param), h.exchange_in_flight)
         shapes = {name: entry.local_shape for name, entry in self.registry.entries.items()}
         plan = fold_plan(c, self.method.num_adapters, (self.dims.dp_replicate, self.dims.dp_shard), shapes)
         logger.info("%s", plan.table())
@@ -261,8 +261,8 @@ class FoldUpdate(Update):
         self.fold = Fold(self.registry, self.dims, plan, settings)
         self.fold.prepare()
 
-    def bind(self, slot: int) -> None:
-        self.registry.activate(slot)
+    def bind(self, slot: int, last: bool) -> None:
+        self.registry.activate(slot, last)
 
     def finish_gradients(self) -> torch.Tensor:
         self.registry.finish_gradients()
@@ -334,5 +334,5 @@ def fold_plan(
     model's order.
     """
     h, wire_bytes = config.hdpissa, {"float32": 4, "bfloat16": 2}[config.hdpissa.exchange_dtype]
-    topology = Topology(num_adapters, config.adapter.rank, *mesh, wire_bytes)
+    topology = Topology(num_adapters, config.adapter.rank, *mesh, wire_bytes, h.samples)
     return plan_update(shapes, topology, h.exchange, h.factor_cache_gb)

@@ -16,14 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from titan_hd.adapters.frozen_linear import FoldingLinear
 from titan_hd.adapters.method import FoldingMethod
-from titan_hd.distributed.collectives import all_reduce
+from titan_hd.distributed.adapter_samples import SAMPLES, sum_in_place
 from titan_hd.distributed.flat import Piece, lay_out
 from titan_hd.distributed.parallel_dims import local_part
 
@@ -56,8 +55,9 @@ class AdapterRegistry:
     """Owns the adapters of a model whose layers were replaced by a method that folds.
 
     Life: construct (the parameters exist on the meta device and can be given to FSDP2 as ignored), give the model
-    memory, `materialize`, `set_factors` for every layer (or let a checkpoint fill them), `start`; then per micro-batch
-    `activate`, per step `zero_grad` and `finish_gradients`.
+    memory, `materialize`, `set_factors` for every layer (or let a checkpoint fill them), `start`; then per step
+    `zero_grad`, per micro-batch `activate`, and `finish_gradients`. What these do depends on which samples an adapter
+    learns from (`adapter_samples`).
 
     deltas: all of this worker's trainable elements, the one parameter that the optimizer gets; its gradient is there
     after `start`. factors: the fixed ones, in the same places.
@@ -105,35 +105,24 @@ class AdapterRegistry:
             local_part(view).copy_(values)
 
     @torch.no_grad()
-    def start(self, compute_dtype: torch.dtype = torch.float32) -> None:
-        """All factors are there: allocate the gradients, and what `activate` binds.
+    def start(self, compute_dtype: torch.dtype = torch.float32, in_flight: int = 2) -> None:
+        """All factors are there: allocate the gradients, and what `activate` binds. Collective where the samples are.
 
-        compute_dtype: of the forward pass. Where it is less than fp32 and the products need the fixed factors alone
-        (the exact mute), they are copied to it once.
-
-        A hosted adapter's da and db are leaves that share the memory of `deltas`, and their gradients that of its
-        gradient: backward accumulates where the optimizer reads.
+        compute_dtype: of the forward pass, and of the fixed factors in it. in_flight: buckets of gradients that travel
+        at the same time.
         """
         self.deltas.grad = torch.zeros_like(self.deltas)
-        factors = self.factors if self.method.mute_scalar else self.factors.to(compute_dtype)
-        self._bound: list[list[tuple[FoldingLinear, tuple[torch.Tensor, ...]]]] = [[] for _ in range(self.hosted)]
         for entry in self.entries.values():
             for key, gradient in zip(_DELTAS, self._views(self.deltas.grad, entry)):
                 getattr(entry.layer, key).grad = gradient
-            for slot, bound in enumerate(self._bound):
-                fixed = [entry.pieces[key].of(factors)[slot] for key in _DELTAS]
-                leaves = [entry.pieces[key].of(self.deltas.detach())[slot].requires_grad_(True) for key in _DELTAS]
-                for key, leaf in zip(_DELTAS, leaves):
-                    leaf.grad = entry.pieces[key].of(self.deltas.grad)[slot]
-                bound.append((entry.layer, (*fixed, *leaves)))
+        self._samples = SAMPLES[self.method.samples](self, compute_dtype, in_flight)
 
-    def activate(self, slot: int) -> None:
-        """Bind hosted adapter `slot` to every layer: the next forward and backward pass trains it."""
-        for layer, tensors in self._bound[slot]:
-            layer.bind(*tensors)
+    def activate(self, slot: int, last: bool = False) -> None:
+        """Bind slot `slot` to every layer: the next forward and backward pass trains it. last: it is the last one."""
+        self._samples.activate(slot, last)
 
     def zero_grad(self) -> None:
-        self.gradients.zero_()
+        self._samples.zero_grad()
 
     @torch.no_grad()
     def zero_deltas(self) -> None:
@@ -154,13 +143,12 @@ class AdapterRegistry:
     def finish_gradients(self) -> None:
         """After the last backward pass of a step: sum what workers have in parts, undo the mute scalar.
 
-        Workers that share an adapter have its gradient of their samples; tp ranks have parts of the gradient of the
-        factor that is not split.
+        Data-parallel workers have the gradients of their samples; tp ranks have parts of the gradient of the factor
+        that is not split.
         """
-        if self.mesh.size(1) > 1:
-            _sum_in_place(self.gradients, self.mesh.get_group("adapter_group"))
+        self._samples.finish()
         if self.mesh.size(2) > 1:
-            _sum_in_place(self.gradients[self._split : self._whole], self.mesh.get_group("tp"))
+            sum_in_place(self.gradients[self._split : self._whole], self.mesh.get_group("tp"))
         if self.method.mute_scalar:
             self.gradients.div_(self.method.mute_scalar)
 
@@ -212,7 +200,3 @@ class AdapterRegistry:
         splits: dict[tuple[str, int | None], Placement] = {("delta_A", 1): Shard(2), ("delta_B", 0): Shard(1)}
         split = splits.get((key, entry.split), Replicate())
         return DTensor.from_local(local, self.mesh, (Shard(0), Replicate(), split), run_check=False)
-
-
-def _sum_in_place(flat: torch.Tensor, group: dist.ProcessGroup) -> None:
-    all_reduce(flat, dist.get_world_size(group), group).wait()
