@@ -254,13 +254,18 @@ def order_of_gradients(argv: list[str]) -> list[str]:
     """What happens in a step to the gradients of adapters that learn from all samples."""
     run, log = runs.trainer(argv), []
     update, samples = run.update, run.update.registry._samples
-    for owner, name in ((update, "bind"), (samples, "_send"), (samples, "_receive"), (update, "finish_gradients")):
 
-        def logged(*args, original=getattr(owner, name), name=name, **kwargs):
+    def watch(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def logged(*args, **kwargs):
             log.append(f"{name} {kwargs.get('last', '')}".strip())
             return original(*args, **kwargs)
 
         setattr(owner, name, logged)
+
+    for owner, name in ((update, "bind"), (samples, "_send"), (samples, "_receive"), (update, "finish_gradients")):
+        watch(owner, name)
     run.train_step()
     run.close()
     return log

@@ -115,7 +115,7 @@ def test_two_shards(method: str, argv, workers):
 
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_all_adapters_side_by_side(size: int, argv, workers):
-    together = {"hdpissa__samples": "all", "hdpissa__num_adapters": 8}
+    together = {"hdpissa__samples": "all", "hdpissa__num_adapters": 8, "adapter__rank": 24}
     compare(argv(training__mixed_precision_param="bfloat16", **together), workers, size)
 
 
