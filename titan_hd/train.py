@@ -22,13 +22,9 @@ from titan_hd.adapters.adapter_linear import untouched_parameters
 from titan_hd.adapters.methods import ignored_keys
 from titan_hd.checkpoint.checkpointer import Checkpointer
 from titan_hd.checkpoint.resume_check import check_resumable, run_identity, weights_fingerprint
+from titan_hd.components.best_validation import BestValidation
 from titan_hd.components.lr_scheduler import lr_factor
-from titan_hd.components.metrics import (
-    MetricsLogger,
-    NoMetrics,
-    peak_memory_gib,
-    write_svd_report,
-)
+from titan_hd.components.metrics import MetricsLogger, NoMetrics, peak_memory_gib, write_svd_report
 from titan_hd.components.profiling import build_profiler
 from titan_hd.components.rates import Rates, StepResult
 from titan_hd.components.update import build_update
@@ -174,7 +170,7 @@ class Trainer:
         with raise_on_all("reading the data"):
             dataset = builder.training()
             self.answering = builder.answering()
-            sets = validation_sets(builder.validation(), c.validation) if c.validation.enable else []
+            sets = validation_sets(builder.validation(), c) if c.validation.enable else []
         # A node with a file of its own that differs would end its steps, or its validation, at another time.
         self.data_summary = dataset.summary(order_settings.pack_to)
         check_equal_on_all_ranks("data.train", self.data_summary)
@@ -211,6 +207,7 @@ class Trainer:
             c.checkpoint.async_mode == "async",
             c.comm.init_timeout_seconds,
         )
+        self.best = BestValidation(c, self.validator.measured_on() if self.validator else {})
         self.step = (self.checkpointer.choose(c.checkpoint.load_step) or 0) if c.checkpoint.enable else 0
         if self.step > self.total_steps:
             raise UserError(
@@ -232,6 +229,7 @@ class Trainer:
         for line in check_resumable(state, self.identity, c.checkpoint.allow_mismatch):
             logger.warning("%s; checkpoint.allow_mismatch accepts it", line)
         self.wandb_id = state.get("wandb_id")
+        self.best.go_on_from(state.get("best"))
         if state["base"] == "delta":
             self._load_base()
         reader = self.checkpointer.reader(step)
@@ -274,7 +272,7 @@ class Trainer:
         c = self.config
         rank = dist.get_rank()
         if c.checkpoint.enable:
-            self.checkpointer.leave_behind(self.step)
+            self.checkpointer.leave_behind(self.step, self.best.to_keep)
         with raise_on_all("opening metrics.jsonl"), disk_faults(Path(c.job.dump_folder)):
             self.metrics: NoMetrics = NoMetrics()
             if rank == 0:
@@ -400,11 +398,15 @@ class Trainer:
             enter_phase("finishing", timed=False)
             failure = self.checkpointer.wait()
         gc.enable()
-        stopped = self.step < self.total_steps
+        stopped = self.step < self.total_steps and not self.best.exhausted
         if stopped:
             resumes = "the same command goes on" if self.config.checkpoint.enable else "checkpoint.enable is not set"
             logger.warning("stopped after step %d of %d; %s", self.step, self.total_steps, resumes)
-        elif self.config.export.enable:
+        else:
+            self.best.tell_of_early_stop(self.step, self.total_steps, resumed=self.step == first_step)
+            if self.best.to_keep:
+                self.checkpointer.tell_of_best(self.step)
+        if self.config.export.enable and not stopped:
             self.update.settle()
             export = export_peft if self.config.export.format == "peft" else export_hf
             export(self.model, self.dims, self.config, self.answering)
@@ -413,8 +415,8 @@ class Trainer:
         return self.stop_status if stopped else 0
 
     def _train_steps(self, first_step: int) -> None:
-        """Until the last step, or the first one after a signal."""
-        while self.step < self.total_steps and not self.stop_status:
+        """Until the last step, the end of validation.patience, or the first step after a signal."""
+        while self.step < self.total_steps and not self.best.exhausted and not self.stop_status:
             start = time.perf_counter()
             result = self.train_step()
             self.rates.add(result, time.perf_counter() - start)
@@ -434,10 +436,14 @@ class Trainer:
         self.metrics.log(self.step, values)
 
     def validate(self) -> None:
-        """Validation loss and, if asked for, exact match of generated answers; logged under this step."""
+        """Validation loss and, if asked for, exact match of generated answers, logged under this step; the best is
+        saved."""
         enter_phase(f"validation after step {self.step}")
         assert self.validator is not None
-        self.metrics.log(self.step, self.validator.run(self.model))
+        values = self.validator.run(self.model)
+        self.metrics.log(self.step, values)
+        if self.best.add(self.step, values):
+            self.save()
 
     def save(self) -> None:
         """Save a checkpoint of this step, if there is none yet."""
@@ -450,11 +456,12 @@ class Trainer:
             "base": base,
             "wandb_id": self.metrics.wandb_id or self.wandb_id,
             "identity": self.identity,
+            "best": self.best.state(),
             "answering": dataclasses.asdict(self.answering),
             "config": manager.to_toml(self.config),
         }
         self.metrics.sync()
-        self.checkpointer.save(self.step, self.update.state(changed_only=base == "delta"), state)
+        self.checkpointer.save(self.step, self.update.state(changed_only=base == "delta"), state, self.best.to_keep)
 
     def _identity(self) -> dict[str, object]:
         c, plan = self.config, self.plan

@@ -1,147 +1,312 @@
-"""Trains one configuration by several methods and lays the results side by side.
+"""Trains one configuration by several methods, each tuned alike much, and lays the results side by side.
 
-    python tools/compare_methods.py --methods full,lora,hdpissa+slices=top --folder outputs/comparison \
-        --config train_configs/quickstart.toml [--section.key value ...]
+    python tools/compare_methods.py --methods full,lora,pissa,hdpissa --grid optimizer.lr=1e-4:3.2e-3:6 --seeds 3 \\
+        --folder outputs/comparison --config train_configs/quickstart.toml [--section.key value ...]
 
 A method is a value of adapter.method; "+key=value" changes keys of [adapter] and [hdpissa] ("+optimizer.lr=1e-3" any
-other key) for this run alone. `--methods all` is every method, `--methods ablations` HD-PiSSA's own variants. All runs
-have the same records in the same order. Options:
+other key) for this arm alone, "+optimizer.lr=1e-4:1.6e-3:6" gives it a range of its own in place of the grid's. All
+runs of a seed have the same records in the same order. A run that is complete is not repeated, one that was interrupted
+resumes: give the same command again. The folder gets grid.csv, losses.csv, comparison.json, and the report made of
+them: table.md, table.csv, figures, index.html. docs/comparison.md has more.
 
-    --match rank          adapter.rank for all (for bone and bat the size of a block); the default
-    --match parameters    the rank or block whose number of trained parameters is nearest to that of lora at
-                          adapter.rank (hdpissa: of one logical adapter)
-    --workers N           worker processes (default: as run_train.sh)
-    --threshold T         singular values of dW that count, relative to the largest (default 1e-3)
-
-A run that is complete is not repeated, one that was interrupted resumes. The folder gets table.md, table.csv,
-losses.csv and, with matplotlib (the extra `plots`), losses.png and bars.png.
+    python tools/compare_methods.py --report FOLDER [--output DIR]     makes the report again, from these files alone
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
-import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from compare.comparison import match_rank, parse_methods, plot, read_result, write_tables
+import torch
+from compare import results
+from compare.arms import Arm, Axis, parse_arms, parse_grid
+from compare.durations import Durations
+from compare.running import COMPLETE, PlannedRun, Runner, Stopped, check_started
+from compare.schedule import Run, edges, rounds
+from compare.sizes import match_rank
 
 from titan_hd.config import manager
-from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
-from titan_hd.files import user_path
-from titan_hd.preflight import RunPlan, decoder_config, plan_run
+from titan_hd.files import replace_file, user_path
+from titan_hd.preflight import decoder_config, plan_run
 from titan_hd.process.streams import keep_streams
 
-_RUN_TRAIN = Path(__file__).resolve().parent.parent / "run_train.sh"
-_OPTIONS = {
-    "--methods": "all",
-    "--match": "rank",
-    "--folder": "outputs/comparison",
-    "--workers": "",
-    "--threshold": "1e-3",
-}
+_RESUME = 75  # the exit status of a run that was stopped, too: the same command goes on
 
 
-class ComparedRun(NamedTuple):
-    """One run: options of run_train.sh, and what they come to."""
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """The tool's options, and those of the runs."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.error = lambda message: manager.exit_with([message])
+    add = parser.add_argument
+    add("--methods", default="all", help='arms with commas between them; "all" methods (default) or "ablations"')
+    add("--grid", action="append", default=[], metavar="KEY=VALUES", help="low:high:number or a,b,c; repeatable")
+    add("--seeds", type=int, default=1, metavar="N", help="for each arm's best value and its neighbours; default: 1")
+    add("--budget", choices=["equal", "needed"], default="equal", help="equal: as many runs for every arm; default")
+    add("--widen", type=int, default=4, metavar="N", help="rounds of further values at most; default: 4")
+    add("--rank-by", metavar="METRIC", help="default: validation_loss with validation.enable, else loss")
+    add("--baseline", metavar="ARM", help="the arm to which differences are taken; default: the first")
+    add(
+        "--match", choices=["rank", "parameters"], default="rank", help="what is alike: adapter.rank (default), or size"
+    )
+    add("--folder", type=user_path, default=user_path("outputs/comparison"), help="default: outputs/comparison")
+    add("--workers", type=int, metavar="N", help="processes of each run; default: as run_train.sh")
+    add("--parallel", type=int, metavar="N", help="runs at a time; default: as many as there are GPUs for, else 1")
+    add("--keep-weights", choices=["none", "best", "all"], default="best", help="of the complete runs; default: best")
+    add("--threshold", type=float, default=1e-3, help="singular values of dW that count, of the largest; default: 1e-3")
+    add("--retry-failed", action="store_true", help="make runs again that ran out of memory or failed otherwise")
+    add("--dry-run", action="store_true", help="list the runs and how long they may take")
+    add("--title", default="Methods compared", help="of the report")
+    add("--report", type=user_path, metavar="FOLDER", help="no runs: the report of an earlier comparison")
+    add("--output", type=user_path, metavar="DIR", help="where to write it; default: FOLDER")
+    return parser.parse_known_args()
 
-    name: str
-    folder: Path
-    options: list[str]
-    config: JobConfig
-    plan: RunPlan
+
+def main() -> None:
+    keep_streams()  # the tables are in files, too, and a comparison takes hours
+    args, argv = parse_arguments()
+    try:
+        status = report(args) if args.report else Comparison(args, argv).run()
+    except UserError as error:
+        manager.exit_with(str(error).splitlines())
+    except Stopped:
+        print("titan_hd: stopped; the same command goes on", file=sys.stderr)
+        status = _RESUME
+    raise SystemExit(status)
 
 
-def plan(methods: str, match: str, folder: Path, argv: list[str], workers: int) -> list[ComparedRun]:
-    """Every run with its whole command line; UserError with one line for every fault of any of them."""
-    runs, errors = [], []
-    for name, changes in parse_methods(methods).items():
+def report(args: argparse.Namespace) -> int:
+    """Write the report of what is in a folder, and print its table."""
+    from compare import report  # with libraries of the extra `plots`
+
+    print(report.write(args.report, args.output or args.report))
+    return 0
+
+
+class Comparison:
+    """All runs of one comparison.
+
+    argv: options of every run.
+    """
+
+    def __init__(self, args: argparse.Namespace, argv: list[str]):
+        self.args, self.folder = args, args.folder
+        for name in ("seeds", "workers", "parallel"):
+            value = getattr(args, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name}: must be a whole number above 0, not {value}")
+        config = manager.load(argv)
+        if config.model.flavor:
+            raise UserError("model.flavor: random weights are no base to compare changes of; give hf_assets_path")
+        self.argv, self.first_seed = argv, config.training.seed
+        self.metric = args.rank_by or ("validation_loss" if config.validation.enable else "loss")
+        self.sign = -1 if "exact_match" in self.metric else 1  # a score is for less to be better
+        self.workers = args.workers or int(os.environ.get("NGPU") or torch.cuda.device_count() or 2)
+        self.parallel = args.parallel or max(1, torch.cuda.device_count() // self.workers)
+        if torch.cuda.is_available() and self.parallel * self.workers > torch.cuda.device_count():
+            raise UserError(f"--parallel: {self.parallel} runs of {self.workers} workers need more GPUs than there are")
+        grid = parse_grid(args.grid)
+        self.arms = parse_arms(args.methods, grid)
+        self.keys = list(dict.fromkeys([*grid, *(key for arm in self.arms for key in arm.axes)]))
+        self.baseline = args.baseline or self.arms[0].name
+        if self.baseline not in {arm.name for arm in self.arms}:
+            raise UserError(f"--baseline: {self.baseline!r} is none of {', '.join(arm.name for arm in self.arms)}")
+        self.seeds = [self.first_seed + i for i in range(args.seeds)]
+        self.rows: dict[Run, results.Row] = {}
+        self.planned = self._plan_grid()
+        self.durations = Durations(self.workers)
+
+    # ------------------------------------------------------------------------------------------------ what to run
+
+    def _plan_grid(self) -> dict[Run, PlannedRun]:
+        """The runs of the grid; UserError with one line for every fault of any of them."""
+        runs, errors = {}, []
+        grid = next(rounds(self.arms, self.seeds, lambda run: 0.0, 0)).runs
+        for run in grid:
+            try:
+                runs[run] = self._plan(run)
+            except UserError as error:
+                errors += [f"{line} (method {run.arm})" for line in str(error).splitlines()]
+        if errors:
+            raise UserError("\n".join(dict.fromkeys(errors)))
+        return runs
+
+    def _plan(self, run: Run) -> PlannedRun:
+        """A run with its whole command line.
+
+        Raises:
+            UserError: what the configuration comes to cannot be trained.
+        """
+        arm = next(arm for arm in self.arms if arm.name == run.arm)
+        folder = self.folder / run.name
         options = [
-            *argv,
-            *(f"--{key}={value}" for key, value in changes.items()),
-            f"--job.dump_folder={folder / name}",
+            *self.argv,
+            *(f"--{key}={value}" for key, value in {**arm.changes, **dict(run.point)}.items()),
+            f"--training.seed={run.seed}",
+            f"--job.dump_folder={folder}",
             "--checkpoint.enable=true",
+            "--checkpoint.folder=checkpoint",
             "--checkpoint.keep_latest_k=1",
             "--export.enable=true",
             "--export.format=hf",
             "--export.folder=hf",
             "--export.dtype=float32",
             "--metrics.log_freq=1",
-            f"--metrics.wandb_group={folder.name}",
-            f"--metrics.wandb_name={name}",
+            f"--metrics.wandb_group={self.folder.name}",
+            f"--metrics.wandb_name={run.name}",
         ]
-        try:
+        config = manager.load(options)
+        if self.args.match == "parameters":
+            options.append(f"--adapter.rank={match_rank(config, decoder_config(config))}")
             config = manager.load(options)
-            if config.model.flavor:
-                raise UserError("model.flavor: random weights are no base to compare changes of; give hf_assets_path")
-            if match == "parameters":
-                options.append(f"--adapter.rank={match_rank(config, decoder_config(config))}")
-                config = manager.load(options)
-            runs.append(ComparedRun(name, folder / name, options, config, plan_run(config, workers)))
-        except UserError as error:
-            errors += [f"{line} (method {name})" for line in str(error).splitlines()]
-    if errors:
-        raise UserError("\n".join(errors))
-    return runs
+        return PlannedRun(run.name, folder, options, config, plan_run(config, self.workers))
 
+    # ---------------------------------------------------------------------------------------------------- running
 
-def finish(run: ComparedRun, workers: int) -> int:
-    """Run, resume or pass over; the exit status."""
-    marker, said = run.folder / "complete", manager.to_toml(run.config)
-    started = run.folder / "comparison.toml"
-    if started.exists() and started.read_text(encoding="utf-8") != said:
-        raise UserError(f"--folder: {run.folder} holds a run with other settings; name another folder, or remove it")
-    if marker.exists():
-        return 0
-    run.folder.mkdir(parents=True, exist_ok=True)
-    started.write_text(said, encoding="utf-8")
-    print(f"== {run.name}", flush=True)
-    status = subprocess.run(
-        [str(_RUN_TRAIN), *run.options], env={**os.environ, "NGPU": str(workers)}, check=False
-    ).returncode
-    if status == 0:
-        marker.touch()
-    return status
+    def run(self) -> int:
+        """Make what is missing and report; the exit status: 1 where an arm has no complete run."""
+        if self.args.dry_run:
+            print(self._dry_run())
+            return 0
+        runner = Runner(self.workers, self.parallel)
+        for reason, runs in rounds(self.arms, self.seeds, self._score, self.args.widen, self.args.budget == "equal"):
+            self._make(runner, reason, runs)
+            self._write()
+        self._report()
+        failed = [arm.name for arm in self.arms if not self._complete(arm)]
+        if failed:
+            print(f"titan_hd: no run was completed of {', '.join(failed)}", file=sys.stderr)
+        return 1 if failed else 0
 
-
-def default_workers() -> int:
-    import torch
-
-    return int(os.environ.get("NGPU") or torch.cuda.device_count() or 2)
-
-
-def main() -> None:
-    keep_streams()  # the tables are in files, too, and a comparison takes hours
-    options, argv = dict(_OPTIONS), sys.argv[1:]
-    while argv and argv[0].partition("=")[0] in options:
-        key, equals, value = argv[0].partition("=")
-        options[key], argv = (value, argv[1:]) if equals else (argv[1] if len(argv) > 1 else "", argv[2:])
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    try:
-        if options["--match"] not in ("rank", "parameters"):
-            raise UserError(f"--match: must be rank or parameters, not {options['--match']!r}")
-        folder, workers = user_path(options["--folder"]), int(options["--workers"] or default_workers())
-        runs = plan(options["--methods"], options["--match"], folder, argv, workers)
-        failed = [run.name for run in runs if finish(run, workers)]
-        threshold, results = float(options["--threshold"]), []
+    def _make(self, runner: Runner, reason: str, runs: Sequence[Run]) -> None:
+        """The runs of one round that are not there yet."""
+        missing: dict[str, Run] = {}
         for run in runs:
-            if run.name not in failed:
-                p = run.plan
-                results.append(read_result(run.name, run.folder, run.config, p.decoder, p.num_adapters, threshold))
-        if results:
-            print(write_tables(folder, results, threshold))
-            plot(folder, results)
-    except UserError as error:
-        manager.exit_with(str(error).splitlines())
-    if failed:
-        print(f"titan_hd: failed: {', '.join(failed)}", file=sys.stderr)
-        raise SystemExit(1)
+            planned = self.planned.get(run) or self._plan(run)
+            self.planned[run] = planned
+            check_started(planned)
+            row = results.read_row(planned.folder)
+            if row is None or (self.args.retry_failed and row["status"] in ("out_of_memory", "failed")):
+                missing[planned.name] = run
+            else:
+                self._note(run, row)
+        print(f"== {reason}: {len(runs)} runs, {len(missing)} of them to make", flush=True)
+        start = time.monotonic()
+
+        def done(planned: PlannedRun, status: str) -> None:
+            run = missing[planned.name]
+            self._note(run, results.write_row(planned, status, self.args.threshold))
+            made = sum(other in self.rows for other in missing.values())
+            left = (time.monotonic() - start) / made * (len(missing) - made) / 60
+            print(f"{made}/{len(missing)} {run.name}: {self._said(run)}; {left:.0f} min left", flush=True)
+
+        runner.make([self.planned[run] for run in missing.values()], done)
+
+    def _note(self, run: Run, row: results.Row) -> None:
+        """Keep a row, and of its arm's weights those of the best run."""
+        if row["status"] == COMPLETE and self.metric not in row:
+            known = ", ".join(key for key in row if key == "loss" or key.startswith("validation_"))
+            raise UserError(f"--rank-by: no metric {self.metric!r} in {run.name}; there are {known}")
+        self.rows[run] = row
+        self.durations.add(run.arm, row)
+        keep = self.args.keep_weights
+        if keep == "all":
+            return
+        mine = [other for other in self.rows if other.arm == run.arm]
+        best = min(mine, key=self._score) if keep == "best" else None
+        for other in mine:
+            if other != best and self.rows[other]["status"] == COMPLETE:
+                results.remove_weights(self.planned[other].folder)
+
+    def _score(self, run: Run) -> float:
+        """The metric, so that less is better; infinity for a run that failed, and for one whose metric is no number."""
+        value = self.rows[run].get(self.metric)
+        return float("inf") if value is None or value != value else self.sign * value
+
+    def _said(self, run: Run) -> str:
+        row = self.rows[run]
+        return f"{self.metric} {row[self.metric]:.4g}" if row["status"] == COMPLETE else row["status"]
+
+    def _complete(self, arm: Arm) -> list[Run]:
+        return [run for run, row in self.rows.items() if run.arm == arm.name and row["status"] == COMPLETE]
+
+    # ---------------------------------------------------------------------------------------------------- results
+
+    def _write(self) -> None:
+        """grid.csv, losses.csv and comparison.json: all that the report needs."""
+        order = {arm.name: place for place, arm in enumerate(self.arms)}
+        rows = dict(sorted(self.rows.items(), key=lambda item: (order[item[0].arm], *self._place(item[0]))))
+        places = {run: self.planned[run].folder for run in rows}
+        results.write_tables(self.folder, rows, self.keys, places)
+        best = {arm.name: min(self._complete(arm), key=self._score).point for arm in self.arms if self._complete(arm)}
+        facts = {
+            "title": self.args.title,
+            "grid": self.keys,
+            "rank_by": self.metric,
+            "better": "max" if self.sign < 0 else "min",
+            "baseline": self.baseline,
+            "edges": edges(self.arms, [*rows], best),
+        }
+        text = json.dumps(facts, indent=1)
+        replace_file(self.folder / "comparison.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+
+    def _place(self, run: Run) -> tuple:
+        """For sorting: numbers by size, other values as they are written; then the seed."""
+        values = (dict(run.point).get(key, "") for key in self.keys)
+        return (*((0, float(value), "") if _is_number(value) else (1, 0.0, value) for value in values), run.seed)
+
+    def _report(self) -> None:
+        try:
+            from compare import report
+        except ImportError as error:
+            print(f"titan_hd: warning: no report: {error.name} is missing (the extra `plots`)", file=sys.stderr)
+            return
+        print(report.write(self.folder, self.folder))
+
+    def _dry_run(self) -> str:
+        """The runs of the grid with their estimated times, and what may follow."""
+        for run, planned in self.planned.items():
+            row = results.read_row(planned.folder)
+            if row is not None:
+                self.rows[run] = row
+                self.durations.add(run.arm, row)
+        lines, total = [], 0.0
+        for run, planned in self.planned.items():
+            seconds, how = self.durations.of(run.arm, planned.plan)
+            total += seconds
+            lines.append(f"{run.name}: {self.rows[run]['status'] if run in self.rows else f'{seconds:.0f} s, {how}'}")
+        tuned = [arm for arm in self.arms if any(axis.ratio for axis in arm.axes.values())]
+        more = self.args.widen * len(self.arms) if tuned else 0
+        again = sum(_around(arm) for arm in self.arms) * (len(self.seeds) - 1)
+        mean = total / len(self.planned)
+        most = (total + mean * (more + again)) / self.parallel
+        lines.append(
+            f"{len(self.planned)} runs of the grid, at most {more} more where the best lies on an edge, {again} with "
+            f"other seeds; {total / self.parallel / 60:.0f} min for the grid, at most {most / 60:.0f} min for all"
+        )
+        return "\n".join(lines)
+
+
+def _around(arm: Arm) -> int:
+    """Points that are repeated with other seeds."""
+    return 1 + 2 * sum(isinstance(axis, Axis) and axis.ratio is not None for axis in arm.axes.values())
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

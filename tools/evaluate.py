@@ -2,17 +2,17 @@
 
     python tools/evaluate.py MODEL --tasks gsm8k,boolq --data DIR --output DIR
     python tools/evaluate.py --predictions FILE --data DIR --output DIR [--against SAMPLES]
+    NGPU=4 python tools/evaluate.py MODEL ...        on four GPUs, each with the whole model (or --shard-weights)
 
 MODEL is a HF directory or a checkpoint of a run, .../step-N. The output directory gets samples.jsonl as the answers
 come (prompt, output, what was extracted, reference, right) and summary.json; the same command goes on where one was
 killed. --predictions scores the outputs of any system in place of a model: one JSON object a line, {"task": "gsm8k",
-"id": "0", "output": "..."}. docs/evaluation.md has the tasks, their files and their protocols.
+"id": "0", "output": "..."}. docs/evaluation.md has the tasks, their files and their protocols, and MT-Bench's judge.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import sys
@@ -22,23 +22,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-from generate import pick_device
+import evaluation_backends as backends
+import evaluation_tracking as tracking
+import evaluation_workers as workers
+import judging
 from tqdm import tqdm
 
-from titan_hd.checkpoint.pretrained import load_pretrained
 from titan_hd.config import manager
 from titan_hd.data.sources import Record
 from titan_hd.data.text.chat import load_chat_template
 from titan_hd.data.text.templates import load_template
-from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.data.text.tokenizer_base import Tokenizer
 from titan_hd.errors import UserError
 from titan_hd.evaluation import answering, mt_bench, report, samples
-from titan_hd.evaluation.backends import Backend, NativeBackend, TransformersBackend
+from titan_hd.evaluation.backends import Backend
 from titan_hd.evaluation.code import open_sandbox
 from titan_hd.evaluation.math_answers import has_math_verify
-from titan_hd.evaluation.prompts import batches, fingerprint, write_prompts
+from titan_hd.evaluation.prompts import batches, fingerprint, several, write_prompts
 from titan_hd.evaluation.task import Problem, Task, find_source, load_problems
 from titan_hd.evaluation.tasks import TASKS, own_task
 from titan_hd.files import disk_faults, expand_home, replace_file, user_path
@@ -46,7 +46,10 @@ from titan_hd.files import disk_faults, expand_home, replace_file, user_path
 
 def main() -> None:
     args = parse_arguments()
-    logging.basicConfig(format="titan_hd: warning: %(message)s", level=logging.WARNING)
+    rank = workers.rank()
+    logging.basicConfig(format="titan_hd: warning: %(message)s", level=logging.ERROR if rank else logging.WARNING)
+    if workers.is_worker():
+        workers.run_worker(lambda: run(args))
     try:
         run(args)
     except (UserError, FloatingPointError) as error:
@@ -79,52 +82,59 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="humaneval, mbpp: run programs even where the kernel cannot shut them in: as you, with your files",
     )
-    asking = parser.add_argument_group("with a model")
-    add = asking.add_argument
-    add("--backend", choices=["native", "transformers"], default="native", help="who generates; default: native")
-    add(
-        "--prompts",
-        type=expand_home,
-        metavar="TEMPLATE",
-        help="alpaca, pissa, chat, none or a file with {prompt}; default: the task's",
-    )
-    add("--max-new-tokens", type=int, metavar="N", help="default: the task's")
-    add("--batch-size", type=int, default=8, metavar="N", help="default: 8")
-    add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer, and is no part of it; repeatable")
-    add(
-        "--assets",
-        type=expand_home,
-        default="",
-        help="for a checkpoint: the HF directory with config and tokenizer, if not the run's",
-    )
-    add("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, float32 on a CPU")
-    add("--device", help="default: the GPU if there is one")
+    backends.add_arguments(parser)
+    judging.add_arguments(parser)
+    tracking.add_arguments(parser)
     return parser.parse_args()
 
 
 def run(args: argparse.Namespace) -> None:
     """Check what is cheap to check, ask or read, score, report."""
-    for name in ("limit", "max_new_tokens", "batch_size"):
+    for name in ("limit", "max_new_tokens", "batch_size", "samples", "judge_requests"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be a whole number above 0, not {value}")
-    if (args.model is None) == (args.predictions is None):
-        raise UserError("a model or --predictions, one of them, is needed: who answers?")
+    if [args.model, args.predictions, args.judge_answers].count(None) != 2:
+        raise UserError(
+            "a model or --predictions, one of them, is needed: who answers? (for mt_bench: --judge-answers)"
+        )
+    tracking.check(args)
+    if args.judge_answers:
+        judge_answers(args)
+        return
+    backends.check(args)
     others = samples.read_outputs(args.against, "--against") if args.against else {}
     outputs = samples.read_outputs(args.predictions, "--predictions") if args.predictions else {}
-    tasks, with_mt_bench = chosen_tasks(args, tuple(dict.fromkeys(task for task, _ in outputs)))
+    tasks, with_mt_bench = chosen_tasks(args, tuple(dict.fromkeys(task for task, *_ in outputs)))
     sources = find_sources(args, tasks, with_mt_bench)
     problems = {name: load_problems(task, sources[name], args.limit) for name, task in tasks.items()}
     questions = mt_bench.read_questions(sources[mt_bench.NAME], args.limit) if with_mt_bench else []
+    judge = judging.prepare(args, questions)
     if any(task.runs_programs for task in tasks.values()):
         open_sandbox(args.allow_unsandboxed)
+    judged = None
     if args.predictions:
         rows = score_predictions(tasks, problems, outputs, args.limit)
         with disk_faults(args.output):
             write_scores(args.output, rows)
+    elif not workers.is_worker() and backends.processes(args) > 1:
+        workers.start(backends.processes(args), args.device, args.output, sys.argv[1:])  # which come here again
+        return
     else:
-        rows = ask(args, tasks, problems, questions)
-    finish(args, rows, others)
+        rows, judged = ask(args, tasks, problems, questions, judge)
+    if workers.rank() == 0:
+        finish(args, tasks, rows, others, judged)
+
+
+def judge_answers(args: argparse.Namespace) -> None:
+    """Have another system's answers to MT-Bench judged."""
+    if args.tasks not in (None, mt_bench.NAME) or args.against:
+        raise UserError("--judge-answers: has answers to mt_bench alone")
+    source = find_sources(args, {}, True)[mt_bench.NAME]
+    questions = mt_bench.read_questions(source, args.limit)
+    judge = judging.prepare(args, questions)
+    assert judge, "prepare refuses answers without a service"
+    finish(args, {}, {}, {}, judge.judge(args.output, questions, args.judge_answers, show_progress))
 
 
 def chosen_tasks(args: argparse.Namespace, default: tuple[str, ...]) -> tuple[dict[str, Task], bool]:
@@ -180,80 +190,58 @@ def ask(
     tasks: Mapping[str, Task],
     problems: Mapping[str, list[Problem]],
     questions: list[mt_bench.Question],
-) -> dict[str, list[dict[str, Any]]]:
-    """Samples of each task, by the model; and a file with its answers to MT-Bench."""
+    judge: judging.Judging | None,
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any] | None]:
+    """Samples of each task, by the model; a file with its answers to MT-Bench, and what the judge gives them."""
     for name in {args.prompts or task.template for task in tasks.values()}:
         load_template(name)
-    backend, tokenizer = load_backend(args)
+    backend, tokenizer, crew = backends.load(args)
     if questions:
         load_chat_template(tokenizer)  # refused before anything is asked
     prompts = {
         name: write_prompts(task, problems[name], load_template(args.prompts or task.template, tokenizer), tokenizer)
         for name, task in tasks.items()
     }
-    plan = [batch for name in tasks for batch in batches(prompts[name], args.batch_size)]
+    plan = [batch for name in tasks for batch in batches(several(prompts[name], args.samples), args.batch_size)]
+    fingerprints = {name: fingerprint(own) for name, own in prompts.items()}
+    settings = backends.settings(args, fingerprints, questions)
     with disk_faults(args.output):
-        fingerprints = {name: fingerprint(own) for name, own in prompts.items()}
-        answering.agree_on_settings(args.output, settings(args, fingerprints, questions))
+        crew.agree(lambda: answering.agree_on_settings(args.output, settings))
         if plan:
-            show_progress(answering.answer(args.output, plan, backend, tokenizer, args.max_new_tokens, args.stop))
-        if questions:
-            ask_mt_bench(args, questions, backend, tokenizer)
-    if not plan:
-        return {}
+            limit, sampling = args.max_new_tokens, backends.sampling_of(args)
+            show_progress(answering.answer(args.output, plan, backend, tokenizer, limit, args.stop, sampling, crew))
+        judged = None
+        with crew.led(backend) as leading:
+            if questions and leading:
+                judged = ask_mt_bench(args, questions, leading, tokenizer, judge)
+    if not plan or not crew.writes:
+        return {}, judged
     found = samples.read_outputs(args.output, "--output")
-    return {name: [dict(row) for (task, _), row in found.items() if task == name] for name in tasks}
+    return {name: [dict(row) for (task, *_), row in found.items() if task == name] for name in tasks}, judged
 
 
 def ask_mt_bench(
-    args: argparse.Namespace, questions: list[mt_bench.Question], backend: Backend, tokenizer: Tokenizer
-) -> None:
+    args: argparse.Namespace,
+    questions: list[mt_bench.Question],
+    backend: Backend,
+    tokenizer: Tokenizer,
+    judge: judging.Judging | None,
+) -> dict[str, Any] | None:
+    """Its answers in a file, and what the judge gives them; without one, what to run."""
     name = args.model.resolve().name
     path = args.output / "mt_bench" / "model_answer" / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     limit = args.max_new_tokens or mt_bench.MAX_NEW_TOKENS
     show_progress(mt_bench.answer(path, questions, name, backend, tokenizer, args.batch_size, limit))
+    tell(f"mt_bench: {len(questions)} questions are answered in {path}")
+    if judge:
+        return judge.judge(args.output, questions, path, show_progress)
     tell(
-        f"mt_bench: {len(questions)} questions are answered in {path}; to judge them, copy it into FastChat's "
-        f"fastchat/llm_judge/data/mt_bench/model_answer and run there: python gen_judgment.py --model-list {name}"
+        "mt_bench: to judge them give the same command with --judge-url URL --judge-model NAME; or copy the file into "
+        "FastChat's fastchat/llm_judge/data/mt_bench/model_answer and run there: "
+        f"python gen_judgment.py --model-list {name}"
     )
-
-
-def load_backend(args: argparse.Namespace) -> tuple[Backend, Tokenizer]:
-    """Who answers, and the tokenizer.
-
-    Raises:
-        UserError: the model or its tokenizer cannot be used.
-    """
-    device = pick_device(args.device)
-    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    if args.backend == "transformers":
-        if args.assets:
-            raise UserError("--assets: is for a checkpoint, which transformers cannot read")
-        tokenizer = load_tokenizer(args.model)
-        return TransformersBackend(args.model, dtype, device, tokenizer.pad_id), tokenizer
-    model, assets = load_pretrained(args.model, args.assets, dtype, device)
-    tokenizer = load_tokenizer(assets)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        size = model.config.vocab_size
-        raise UserError(f"{assets}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {size}")
-    return NativeBackend(model, device), tokenizer
-
-
-def settings(
-    args: argparse.Namespace, fingerprints: Mapping[str, str], questions: list[mt_bench.Question]
-) -> dict[str, Any]:
-    """All that an answer depends on, for evaluation.json: an evaluation goes on only with the same."""
-    files = sorted(((path, path.stat()) for path in args.model.rglob("*") if path.is_file()), key=lambda file: file[0])
-    stamps = repr([(str(path), status.st_size, status.st_mtime_ns) for path, status in files])
-    return {
-        "model": str(args.model),
-        "model_files": hashlib.sha256(stamps.encode()).hexdigest()[:16],
-        **{key: getattr(args, key) for key in ("assets", "backend", "dtype", "device", "prompts", "stop")},
-        **{key: getattr(args, key) for key in ("limit", "max_new_tokens", "batch_size")},
-        "tasks": fingerprints,
-        "mt_bench": hashlib.sha256(repr(questions).encode()).hexdigest()[:16] if questions else None,
-    }
+    return None
 
 
 def show_progress(progress: Iterator[answering.Progress]) -> None:
@@ -298,20 +286,26 @@ def write_scores(output: Path, rows: Mapping[str, list[dict[str, Any]]]) -> None
 
 
 def finish(
-    args: argparse.Namespace, rows: Mapping[str, list[dict[str, Any]]], others: Mapping[samples.Key, Record]
+    args: argparse.Namespace,
+    tasks: Mapping[str, Task],
+    rows: Mapping[str, list[dict[str, Any]]],
+    others: Mapping[samples.Key, Record],
+    judged: dict[str, Any] | None,
 ) -> None:
-    """summary.json, and the table."""
-    summary = {name: report.summarise(own) for name, own in rows.items()}
+    """summary.json, the table, and wandb if it is asked for."""
+    summary = {name: report.summarise(tasks[name], own) for name, own in rows.items()}
     if args.against:
         for name, own in rows.items():
             summary[name]["against"] = report.compare_samples(own, others, f"--against: {name}")
     if "math" in summary and not has_math_verify():
         tell("math: scored by Hendrycks' normalisation alone; math-verify is not installed (pip install math-verify)")
-    if not summary:
+    if not summary and judged is None:
         return
+    content = {"tasks": summary} | ({mt_bench.NAME: judged} if judged else {})
     with disk_faults(args.output):
-        write(args.output / "summary.json", json.dumps({"tasks": summary}, indent=2) + "\n")
-    print("\n".join(report.table(summary)))
+        write(args.output / "summary.json", json.dumps(content, indent=2) + "\n")
+    print("\n".join([*(report.table(summary) if summary else []), *(report.judged_table(judged) if judged else [])]))
+    tracking.log(args, summary | ({mt_bench.NAME: judged} if judged else {}), rows)
 
 
 def write(path: Path, text: str) -> None:
@@ -319,7 +313,7 @@ def write(path: Path, text: str) -> None:
 
 
 def tell(line: str) -> None:
-    print(f"titan_hd: {line}", file=sys.stderr)
+    workers.say_on_rank_zero(line)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Two commands remake everything, from the repository root:
 The first one writes
 
     assets/quickstart/{train,validation}.jsonl   two-step problems: what the quick start fine-tunes on
+    assets/quickstart/one_step.jsonl             one-step problems of validation: what fine-tuning may forget
     assets/quickstart/template.txt               the prompt, a newline, then the response
     outputs/quickstart_pretrain/data/*.jsonl     one-step problems and bare equations: what the model is pretrained on
     outputs/quickstart_pretrain/init/            the model before that: config, random weights, tokenizer files
@@ -236,7 +237,7 @@ def main() -> None:
     write_jsonl(ASSETS / "validation.jsonl", problems(two_steps, rng, 500, held_out=True))
     easy = problems(one_step, rng, 150_000, held_out=False) + problems(made_up, rng, 50_000, held_out=False)
     write_jsonl(PRETRAIN / "data" / "train.jsonl", easy)
-    write_jsonl(PRETRAIN / "data" / "validation.jsonl", problems(one_step, rng, 500, held_out=True))
+    write_jsonl(ASSETS / "one_step.jsonl", problems(one_step, rng, 500, held_out=True))
     train_tokenizer(easy[::10], PRETRAIN / "init" / "tokenizer.model")
     write_random_model(PRETRAIN / "init")
 

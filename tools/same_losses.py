@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from compare.comparison import parse_methods
+from compare.arms import parse_methods
 from safetensors.numpy import load_file
 
 from tests.kit import runs

@@ -17,6 +17,7 @@ from tests.kit import runs
 from tests.kit.recovery import records, tiny_run
 from titan_hd.checkpoint.folder import CheckpointFolder
 from titan_hd.checkpoint.pretrained import load_pretrained
+from titan_hd.components.validation import Validator
 from titan_hd.errors import UserError
 
 # Sums over other numbers of workers, in fp32, through Adam: relative to the change of W.
@@ -227,17 +228,17 @@ def test_a_full_disk_costs_nothing_that_was_there(workers, tmp_path: Path, small
 
 def start_wandb(argv: list[str]) -> list[str | None]:
     """Train on rank 0 with a stand-in for wandb; the identifiers that it was started with."""
-    import titan_hd.components.metrics as metrics
+    from titan_hd.components.wandb_run import WandbRun
 
     starts = []
 
-    def start(_, config, run_id, mode):
+    def start(_, folder, run_id, mode, words):
         starts.append(run_id)
         nothing = lambda *args, **kwargs: None  # noqa: E731
         return types.SimpleNamespace(id=run_id or "abc", log=nothing, finish=nothing)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics._Wandb, "_start", start)
+        patch.setattr(WandbRun, "_start", start)
         runs.train(argv)
     return starts
 
@@ -253,3 +254,65 @@ def test_wandb_goes_on_with_the_same_run(workers, tmp_path: Path):
     assert [record["step"] for record in records(tmp_path / "dump")] == list(range(1, 13))
     state = json.loads((tmp_path / "dump" / "checkpoint" / "step-12" / "train_state.json").read_text())
     assert state["wandb_id"] == "abc"
+
+
+def train_on_losses(argv: list[str], losses: list[float], fails_after: int = -1) -> tuple[list[int], int]:
+    """Train with these validation losses after steps 0, 1, ..., of which rank 1 sees the opposite; the steps that were
+    trained, and the exit status. A run that fails has what it had saved."""
+    from titan_hd.train import Trainer
+
+    steps, now = [], 0
+    train_step, validate = Trainer.train_step, Trainer.validate
+
+    def stepping(self):
+        if self.step == fails_after:
+            raise FloatingPointError("this run is to fail")
+        steps.append(self.step + 1)
+        return train_step(self)
+
+    def validating(self):
+        nonlocal now
+        now = self.step
+        validate(self)
+
+    def measured(self, model, one):
+        return {f"validation_loss{one.suffix}": losses[now] if self.dims.rank == 0 else -losses[now]}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stepping)
+        patch.setattr(Trainer, "validate", validating)
+        patch.setattr(Validator, "_measure", measured)
+        run = runs.trainer(argv)
+        try:
+            status = run.train()
+        except FloatingPointError:
+            status = 1
+        run.close()
+    return steps, status
+
+
+def test_the_best_checkpoint_and_an_early_stop(workers, tmp_path: Path):
+    """By a second set; the same after a failure between two checkpoints. What is kept is the run of two steps."""
+    validation = {
+        "validation__enable": "true",
+        "validation__freq": 1,
+        "validation__patience": 3,
+        "data__validation": json.dumps([{"name": n, "path": str(tmp_path / "records.jsonl")} for n in ("a", "b")]),
+        "checkpoint__keep_best": "validation_loss/b",
+        "checkpoint__keep_latest_k": 1,
+    }
+    losses = [1.0, 3.0, 2.0, 2.5, 2.0, 2.25, 1.0, 1.0, 1.0, 1.0]
+    argv = tiny_run(tmp_path, "dump", training__steps=9, **validation)
+    folder = tmp_path / "dump" / "checkpoint"
+    assert workers.run(2, train_on_losses, argv, losses, 4) == [([1, 2, 3, 4], 1)] * 2
+    assert sorted(path.name for path in folder.iterdir()) == ["best.json", "step-2", "step-3"]
+    assert workers.run(2, train_on_losses, argv, losses) == [([4, 5], 0)] * 2
+    assert sorted(path.name for path in folder.iterdir()) == ["best.json", "step-2", "step-5"]
+    assert json.loads((folder / "best.json").read_text()) == {"step": 2, "metric": "validation_loss/b", "value": 2.0}
+    assert runs.exported(tmp_path / "dump").keys(), "an early end is an end"
+    assert workers.run(2, train_on_losses, argv, losses) == [([], 0)] * 2, "it has ended"
+    assert [record["step"] for record in records(tmp_path / "dump") if "loss" in record] == [1, 2, 3, 4, 5]
+    workers.run(2, runs.train, tiny_run(tmp_path, "two", training__steps=2, checkpoint__enable="false"))
+    model, _ = load_pretrained(folder / "step-2", "", torch.float32, torch.device("cpu"))
+    two_steps = runs.exported(tmp_path / "two")
+    assert all(torch.equal(p, two_steps[name]) for name, p in model.named_parameters())

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tests.kit import runs
+from titan_hd.components.beam_search import beam_search
 from titan_hd.components.generation import Sampling, generate
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import parallelize
@@ -75,6 +76,29 @@ def test_the_tokens_of_one_process(workers, tmp_path, world_size: int, replicate
         assert all(by_rank[rank] == by_rank[rank - rank % tp] for rank in range(world_size))
         rows = [row for rank in range(0, world_size, tp) for row in by_rank[rank]]
         assert rows == want[number][: len(rows)]
+
+
+def generate_by_the_second(folder: Path, stop: int) -> tuple[list[list[int]], list[list[int]], int]:
+    """The first worker has no prompts: it passes as often, and is given no tokens. Greedily, and with two beams."""
+    model, device = wrapped(folder, ParallelDims(1, dist.get_world_size(), "cpu")), torch.device("cpu")
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    prompts, group = PROMPTS[:4] if dist.get_rank() else [], dist.group.WORLD
+    greedy = generate(model, prompts, {stop}, NEW, device, group=group)
+    return greedy, beam_search(model, prompts, {stop}, NEW, device, 2, group), len(passes)
+
+
+def test_a_worker_without_prompts_takes_part(workers, tmp_path):
+    runs.write_model(tmp_path, num_key_value_heads=2, intermediate_size=38)
+    alone = Decoder(read_hf_config(tmp_path)).eval()
+    alone.load_state_dict(runs.load_file(tmp_path / "model.safetensors"))
+    device = torch.device("cpu")
+    stop = generate(alone, PROMPTS[:1], (), NEW, device)[0][6]
+    first, second = workers.run(2, generate_by_the_second, tmp_path, stop)
+    assert first[:2] == ([], [])
+    assert second[0] == generate(alone, PROMPTS[:4], {stop}, NEW, device)
+    assert second[1] == beam_search(alone, PROMPTS[:4], {stop}, NEW, device, 2)
+    assert first[2] == second[2] > 1
 
 
 def generate_with_noise(folder: Path) -> list[list[int]]:

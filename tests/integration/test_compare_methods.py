@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -35,26 +36,41 @@ def compare(tmp_path):
     return call
 
 
-def started(done: subprocess.CompletedProcess) -> list[str]:
+def made(done: subprocess.CompletedProcess) -> list[str]:
+    """The runs that were made, by the lines that say how they ended."""
     assert done.returncode == 0, done.stderr[-3000:]
-    return [line.removeprefix("== ") for line in done.stdout.splitlines() if line.startswith("== ")]
+    return [line.split(" ")[1].rstrip(":") for line in done.stdout.splitlines() if "min left" in line]
 
 
-def test_two_methods_side_by_side(compare, tmp_path):
-    names, folder = ["lora", "bone+optimizer.lr=1e-3"], tmp_path / "all"
-    assert started(compare(",".join(names), "--match", "parameters")) == names
-    rows = list(csv.DictReader((folder / "table.csv").open()))
-    assert [row["run"] for row in rows] == names
-    assert [row["rank"] for row in rows] == ["1", "2"], "bone's nearest block"
-    assert rows[0]["step time / lora"] == "1.00"
-    assert all(float(row["dW: entropy rank"]) >= 1 for row in rows)
-    records = {n: (folder / n / "metrics.jsonl").read_text().splitlines() for n in names}
-    first = {n: json.loads(lines[0]) for n, lines in records.items()}
-    assert first["lora"]["loss"] == pytest.approx(first[names[1]]["loss"], rel=1e-6), "the same records"
+def test_two_tuned_methods(compare, tmp_path):
+    """Two rates, one of which diverges; what is complete is kept, what is gone or was cut off is made again, alike."""
+    folder = tmp_path / "all"
+    options = ["--match", "parameters", "--grid", "optimizer.lr=1e-3,1e30", "--parallel", "2", "--keep-weights", "all"]
+    names = [f"{arm}/optimizer.lr={rate},seed=42" for arm in ("lora", "bone") for rate in ("1e-3", "1e30")]
+    first = compare("lora,bone", *options)
+    assert sorted(made(first)) == sorted(names)
+    rows = list(csv.DictReader((folder / "grid.csv").open()))
+    assert [(row["arm"], row["optimizer.lr"], row["status"]) for row in rows] == [
+        ("lora", "1e-3", "complete"),
+        ("lora", "1e30", "diverged"),
+        ("bone", "1e-3", "complete"),
+        ("bone", "1e30", "diverged"),
+    ]
+    assert [row["rank"] for row in rows] == ["1", "1", "2", "2"], "bone's nearest block"
+    assert all(float(row["dw_entropy"]) >= 1 for row in rows[::2])
+    assert json.loads((folder / "comparison.json").read_text())["rank_by"] == "loss"
+    curves = list(csv.DictReader((folder / "losses.csv").open()))
+    starts = [float(row["loss"]) for row in curves if row["step"] == "1"]
+    assert starts[0] == pytest.approx(starts[1], rel=1e-6), "the same records"
 
-    (folder / "lora" / "complete").unlink()  # as if it had been cut off after its last checkpoint
-    assert started(compare(",".join(names), "--match", "parameters")) == ["lora"]
-    assert (folder / "lora" / "metrics.jsonl").read_text().splitlines() == records["lora"]
+    (folder / names[0] / "result.json").unlink()  # as if it had been killed after its last checkpoint
+    shutil.rmtree(folder / names[2])
+    assert sorted(made(compare("lora,bone", *options))) == sorted([names[0], names[2]])
+    timed = {"step_seconds", "seconds", "tokens_per_second", "peak_memory_gib"}
+    again = list(csv.DictReader((folder / "grid.csv").open()))
+    assert [{k: v for k, v in row.items() if k not in timed} for row in again] == [
+        {k: v for k, v in row.items() if k not in timed} for row in rows
+    ]
 
 
 def test_faults_of_all_runs_come_before_any(compare, tmp_path):
@@ -64,3 +80,10 @@ def test_faults_of_all_runs_come_before_any(compare, tmp_path):
     assert any("adapter.rank: method bat cuts weights" in line and line.endswith("(method bat)") for line in lines)
     assert any("singular directions" in line and "num_adapters=999)" in line for line in lines)
     assert not (tmp_path / "all").exists()
+
+
+def test_a_grid_of_a_key_that_there_is_not(compare):
+    done = compare("lora", "--grid", "optimizer.lrate=1:2:3")
+    assert done.returncode == 2
+    assert "optimizer.lrate" in done.stderr
+    assert "Traceback" not in done.stderr

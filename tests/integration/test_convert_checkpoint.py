@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from tests.kit import runs
 from tests.kit.commands import CPU_ONLY, REPOSITORY, call_tool, error_lines
 from tests.kit.tokenizers import llama3_directory
-from tools import convert_checkpoint
+from tools import convert_checkpoint, rank_analysis
 
 
 def convert(*arguments) -> subprocess.CompletedProcess:
@@ -21,6 +22,19 @@ def convert(*arguments) -> subprocess.CompletedProcess:
 def convert_as_a_user(*arguments) -> subprocess.CompletedProcess:
     tool = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py"), *map(str, arguments)]
     return subprocess.run(tool, capture_output=True, text=True, env=CPU_ONLY, timeout=120, check=False)
+
+
+def assert_same_spectra(base: Path, step: Path, export: Path, folder: Path) -> None:
+    """dW is read from a checkpoint, with its adapter merged in, as from the fp32 export of its run."""
+    names = (f"checkpoint={step}", f"export={export}")
+    result = call_tool(rank_analysis.main, base, *names, "--output", folder, "--threshold", "1e-6")
+    assert result.returncode == 0, result.stderr
+    spectra: dict[str, list[str]] = {"checkpoint": [], "export": []}
+    for row in (folder / "spectrum.csv").read_text().splitlines()[1:]:
+        name, _, rest = row.partition(",")
+        spectra[name].append(rest)
+    assert spectra["checkpoint"] == spectra["export"]
+    assert any(not rest.endswith(",0.0000000000e+00") for rest in spectra["export"])
 
 
 @pytest.fixture(params=["hdpissa", pytest.param("dora", marks=pytest.mark.slow)])
@@ -48,6 +62,7 @@ def test_a_checkpoint_becomes_the_export_of_its_run(run, request, tmp_path):
     card = (out / "README.md").read_text()
     assert f"| adapter.method | {request.node.callspec.params['run']} |" in card
     assert "| step | 2 |" in card
+    assert_same_spectra(tmp_path / "model", step, run / "hf", tmp_path / "ranks")
 
     # Again, over itself, in bf16 and small files.
     result = convert(
@@ -95,6 +110,7 @@ def test_what_was_trained_on_chats_can_be_asked(format: str, workers, tmp_path):
         result = convert("dcp-to-hf", step, tmp_path / "out", "--assets", tmp_path / "model")
         assert result.returncode == 0, result.stderr
         folders.append(tmp_path / "out")
+        assert_same_spectra(tmp_path / "model", step, tmp_path / "dump" / "hf", tmp_path / "ranks")
     for folder in folders:
         assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": [1, 4]}
         assert "<|start_header_id|>" in (folder / "chat_template.jinja").read_text()

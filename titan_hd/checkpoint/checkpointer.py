@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 from titan_hd.checkpoint.folder import CheckpointFolder, Files, damage, read_manifest, read_train_state
 from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.checkpoint.writer import CheckpointWriter
+from titan_hd.components.best_validation import Best
 from titan_hd.distributed.collectives import on_rank_zero
 from titan_hd.distributed.watch import enter_phase
 from titan_hd.errors import UserError
@@ -94,18 +95,19 @@ class Checkpointer:
 
     # -------------------------------------------------------------------------------------------------------- saving
 
-    def save(self, step: int, tensors: dict[str, Any], train_state: dict[str, Any]) -> None:
-        """Save `step-N`, or begin to. `wait` and `warn_of_failure` say how it went."""
+    def save(self, step: int, tensors: dict[str, Any], train_state: dict[str, Any], best: Best | None = None) -> None:
+        """Save `step-N`, or begin to. `wait` and `warn_of_failure` say how it went. best: as for
+        `CheckpointFolder.publish`."""
         start = time.perf_counter()
         self.wait()
         self.warn_of_failure()
         self.last_step = step
         if not self._executor:
-            self._failure = self._write(step, tensors, train_state, start)
+            self._failure = self._write(step, tensors, train_state, best, start)
             return
         staged = self._host.take(tensors)
         logger.info("checkpoint of step %d: training stopped for %.3f s", step, time.perf_counter() - start)
-        self._pending = self._executor.submit(self._write, step, staged, train_state, start)
+        self._pending = self._executor.submit(self._write, step, staged, train_state, best, start)
 
     def wait(self) -> str | None:
         """Wait for the save that is under way. Returns why the last one failed, None if it did not."""
@@ -125,7 +127,9 @@ class Checkpointer:
         if self._executor:
             self._executor.shutdown()
 
-    def _write(self, step: int, tensors: dict[str, Any], train_state: dict[str, Any], start: float) -> str | None:
+    def _write(
+        self, step: int, tensors: dict[str, Any], train_state: dict[str, Any], best: Best | None, start: float
+    ) -> str | None:
         """Everything after the copy. Returns the line that says what the disk refused, the same on every rank."""
         final, partial = self.files.path(step), self.files.partial(step)
         written: Files = {}
@@ -139,7 +143,7 @@ class Checkpointer:
             else:
                 for part in self._gather(writer.checksums):
                     written |= part
-                fault = self._on_rank_zero(lambda: self.files.publish(step, train_state, written))
+                fault = self._on_rank_zero(lambda: self.files.publish(step, train_state, written, best))
         if fault:
             self._on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))
             return f"{final}: the checkpoint cannot be saved: {fault}; earlier ones are untouched"
@@ -199,14 +203,24 @@ class Checkpointer:
             raise UserError("\n".join(f"{line} ({advice})" for line in faults))
         return None
 
-    def leave_behind(self, step: int) -> None:
+    def leave_behind(self, step: int, best: Best | None = None) -> None:
         """Rename the checkpoints after `step` to abandoned-N. This run drops the lines after `step` from metrics.jsonl,
         so a later start must not resume beyond it: the lines between would be missing.
+
+        best: the best checkpoint up to `step`; None if the run knows of none.
 
         Raises:
             UserError: the disk refuses it.
         """
-        fault = self._on_rank_zero(lambda: self.files.set_aside(step + 1))
+
+        def leave() -> None:
+            self.files.set_aside(step + 1)
+            self.files.name_best(best)
+            if best and not self.files.path(best.step).is_dir():
+                line = "checkpoint.keep_best: the best so far, %s %.4g of step %d, is not there any more"
+                logger.warning(line, best.metric, best.value, best.step)
+
+        fault = self._on_rank_zero(leave)
         if fault:
             raise UserError(f"{self.files.folder}: the checkpoints after step {step} cannot be set aside: {fault}")
 
@@ -222,6 +236,14 @@ class Checkpointer:
         mine = sorted(files)[dist.get_rank() :: dist.get_world_size()]
         found = [line for name in mine if (line := damage(folder / name, files[name]))]
         return [fault] if fault else [line for lines in self._gather(found) for line in lines]
+
+    def tell_of_best(self, step: int) -> None:
+        """Log which checkpoint is the best. step: the last one, whose weights are exported."""
+        best = self.files.best() if dist.get_rank() == 0 else None
+        if best:
+            path = self.files.path(best.step)
+            exported = "" if best.step == step else f"; an export has the weights of step {step}"
+            logger.info("best checkpoint by %s: %s (%.4g)%s", best.metric, path, best.value, exported)
 
     def train_state(self, step: int) -> dict[str, Any]:
         return read_train_state(self.files.path(step))

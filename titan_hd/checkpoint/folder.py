@@ -3,7 +3,8 @@ and no communication.
 
 `step-N` is a checkpoint. A folder gets this name only when every file in it is on the disk, and listed with size and
 checksum in its manifest. `step-N.partial` is a checkpoint that is being written or removed. `abandoned-N` is one that a
-later run did not resume from: it went back to an earlier step.
+later run did not resume from: it went back to an earlier step. `best.json` says which checkpoint is the best so far:
+that one is not purged.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from titan_hd.components.best_validation import Best
 from titan_hd.errors import UserError
 from titan_hd.files import read_small_text
 
@@ -30,6 +32,7 @@ else:
 logger = logging.getLogger("titan_hd")
 STATE_FILE = "train_state.json"  # what a run's checkpoint has beside DCP's files
 MANIFEST = "manifest.json"
+BEST = "best.json"
 Files = dict[str, dict[str, Any]]  # name -> {"size": bytes, "crc32": of the content}
 
 _BLOCK = 2**20
@@ -78,8 +81,10 @@ class CheckpointFolder:
         partial.mkdir(parents=True)
         return partial
 
-    def publish(self, step: int, state: dict[str, Any], files: Files) -> None:
+    def publish(self, step: int, state: dict[str, Any], files: Files, best: Best | None = None) -> None:
         """Complete `step-N.partial`, whose other `files` are on the disk, and give it its name; then purge.
+
+        best: the best checkpoint from now on, this one or an earlier one; None leaves it as it is.
 
         Raises:
             OSError: the disk is full or fails, or a file that a rank wrote is not there; nothing but the partial folder
@@ -96,10 +101,36 @@ class CheckpointFolder:
         self.set_aside(step)
         partial.rename(self.path(step))
         sync_folder(self.folder)
+        tidy = {
+            f"{BEST} cannot be written": lambda: self.name_best(best),
+            "an old checkpoint cannot be removed": self._purge,
+        }
+        for fault, action in tidy.items():
+            try:
+                action()
+            except OSError as error:  # the checkpoint is there: its save has not failed
+                logger.warning("%s: %s: %s", self.folder, fault, error)
+
+    def best(self) -> Best | None:
+        """The best checkpoint, as best.json names it; None if there is no such file, or the checkpoint is not there."""
         try:
-            self._purge()
-        except OSError as error:  # the checkpoint is there: its save has not failed
-            logger.warning("%s: an old checkpoint cannot be removed: %s", self.folder, error)
+            found = Best(**json.loads(read_small_text(self.folder / BEST)))
+            return found if isinstance(found.step, int) and self.path(found.step).is_dir() else None
+        except (OSError, ValueError, TypeError, RecursionError):
+            return None
+
+    def name_best(self, best: Best | None) -> None:
+        """Write best.json, if that checkpoint is there: its save may have failed, or a later best one have replaced it
+        before the run went back. A best.json of a checkpoint that is gone is removed."""
+        path = self.folder / BEST
+        if best and self.path(best.step).is_dir():
+            if best != self.best():
+                partial = path.with_name(f"{BEST}.partial")
+                write_text(partial, json.dumps(best._asdict()) + "\n")
+                partial.replace(path)
+                sync_folder(self.folder)
+        elif path.exists() and not self.best():
+            path.unlink()
 
     def set_aside(self, step: int) -> None:
         """Rename the checkpoints from `step` on: the run has gone back to an earlier step, so they are not its own."""
@@ -110,11 +141,13 @@ class CheckpointFolder:
             logger.warning("%s is of a run that was left behind; kept as %s", f"step-{later}", aside)
 
     def _purge(self) -> None:
-        """Leave the latest checkpoints, and as many of the abandoned ones (those that were written last)."""
+        """Leave the latest checkpoints, the best, and as many of the abandoned ones (those that were written last)."""
         if not self.keep_latest_k:
             return
+        best = self.best()
+        old = [step for step in self.steps()[: -self.keep_latest_k] if not best or step != best.step]
         abandoned = sorted(self.folder.glob("abandoned-*"), key=lambda path: path.stat().st_mtime)
-        for path in [*map(self.path, self.steps()[: -self.keep_latest_k]), *abandoned[: -self.keep_latest_k]]:
+        for path in [*map(self.path, old), *abandoned[: -self.keep_latest_k]]:
             # Under another name first: a folder that is half removed is no checkpoint.
             removed = self.folder / f"step-{path.name}.partial"
             shutil.rmtree(removed, ignore_errors=True)

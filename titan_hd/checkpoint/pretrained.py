@@ -1,4 +1,4 @@
-"""A whole model in one process: from a Hugging Face directory, or from a checkpoint of a run."""
+"""A model from a Hugging Face directory, or from a checkpoint of a run: whole in one process, or in shards."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from titan_hd.checkpoint.folder import STATE_FILE, read_train_state
 from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.checkpoint.resume_check import same_model
 from titan_hd.checkpoint.weights import CheckpointWeights
-from titan_hd.distributed.shards import materialize
+from titan_hd.distributed.parallel_dims import ParallelDims, local_part, owned_block
+from titan_hd.distributed.parallelize import parallelize
+from titan_hd.distributed.shards import load_weights, materialize
 from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_files import open_model_weights, read_model_config
+from titan_hd.models.hf_files import WeightFiles, open_model_weights, read_model_config
 from titan_hd.models.registry import DecoderConfig, flavor_config
 
 
@@ -29,36 +32,76 @@ def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.d
     Raises:
         UserError: one line for everything that is wrong with the files.
     """
+    config, weights, directory = open_pretrained(path, assets)
+    model = _empty_model(config, dtype)
+    materialize(model, device)
+    for name, parameter in model.named_parameters():
+        _read_into(weights, name, parameter)
+    return model, directory
+
+
+def load_sharded(
+    path: Path, assets: str, dtype: torch.dtype, device: torch.device
+) -> tuple[Decoder, Path, dist.ProcessGroup]:
+    """The same with every weight sharded over all processes, and the process group that has the shards. Collective.
+
+    Of a HF directory each process reads its own rows. Of a checkpoint each reads one weight after the other as a whole,
+    onto the host: adapters are merged into whole matrices.
+    """
+    config, weights, directory = open_pretrained(path, assets)
+    dims = ParallelDims(1, dist.get_world_size(), device.type)
+    model = _empty_model(config, dtype)
+    parallelize(model, dims, set(), dtype, "none", compile_blocks=False)
+    materialize(model, device)
+    if isinstance(weights, WeightFiles):
+        load_weights(model, dims, str(directory))
+        return model, directory, dims.dp_mesh.get_group()
+    for name, parameter in model.named_parameters():
+        whole = torch.empty(parameter.shape, dtype=dtype)
+        _read_into(weights, name, whole)
+        block = owned_block(tuple(parameter.shape), None, dims.place(dims.rank), dims)
+        local_part(parameter).copy_(whole[block.row : block.row + block.rows])
+    return model, directory, dims.dp_mesh.get_group()
+
+
+def open_pretrained(path: Path, assets: str) -> tuple[DecoderConfig, WeightFiles | CheckpointWeights, Path]:
+    """What `load_pretrained` reads, without reading a weight: `read_into(name, tensor)` of the second reads one.
+
+    Raises:
+        UserError: as `load_pretrained`.
+    """
     if (path / STATE_FILE).is_file():
-        return _load_checkpoint(path, assets, dtype, device)
+        return _open_checkpoint(path, assets)
     if not (path / "config.json").is_file():
         steps = sorted(p.parent.name for p in path.glob(f"step-*/{STATE_FILE}"))
         hint = f"; it has {', '.join(steps)}: name one of them" if steps else ""
+        if (path / "adapter_config.json").is_file():
+            hint = "; it is an adapter without its model: name the run's checkpoint, or export with export.format hf"
         raise UserError(f"{path}: holds neither config.json (a HF directory) nor {STATE_FILE} (a checkpoint){hint}")
     if assets:
         raise UserError(f"--assets: {path} is a HF directory and has its own; only a checkpoint needs them")
     config = read_model_config(path)
-    files = open_model_weights(path, config)
-    model = _empty_model(config, dtype, device)
-    for name, parameter in model.named_parameters():
-        files.read_into(name, parameter)
-    return model, path
+    return config, open_model_weights(path, config), path
 
 
-def _empty_model(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """A model without values. It is made when the files have been found to have the sizes that the configuration says:
-    a wrong configuration may ask for any amount of memory."""
+def _empty_model(config: DecoderConfig, dtype: torch.dtype) -> Decoder:
+    """A model without memory. It is given some when the files have been found to have the sizes that the configuration
+    says: a wrong configuration may ask for any amount."""
     with torch.device("meta"):
-        model = Decoder(config).to(dtype).requires_grad_(False).eval()
-    materialize(model, device)
-    return model
+        return Decoder(config).to(dtype).requires_grad_(False).eval()
+
+
+def _read_into(weights: WeightFiles | CheckpointWeights, name: str, weight: torch.Tensor) -> None:
+    with warnings.catch_warnings():  # that a checkpoint is read by one process
+        warnings.simplefilter("ignore")
+        weights.read_into(name, weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
-def _load_checkpoint(folder: Path, assets: str, dtype: torch.dtype, device: torch.device) -> tuple[Decoder, Path]:
+def _open_checkpoint(folder: Path, assets: str) -> tuple[DecoderConfig, CheckpointWeights, Path]:
     state = read_train_state(folder)
     settings, identity = state["settings"].get("model", {}), state["identity"]
     directory = assets or settings.get("hf_assets_path", "")
@@ -73,10 +116,4 @@ def _load_checkpoint(folder: Path, assets: str, dtype: torch.dtype, device: torc
         config = read_model_config(directory)
     if not same_model(identity.get("model"), repr(config)):
         raise UserError(f"--assets: {directory}: its config.json is not that of the checkpoint's model")
-    weights = CheckpointWeights(CheckpointReader(folder), state, config, directory)
-    model = _empty_model(config, dtype, device)
-    with warnings.catch_warnings():  # that this is one process
-        warnings.simplefilter("ignore")
-        for name, parameter in model.named_parameters():
-            weights.read_into(name, parameter)
-    return model, Path(directory)
+    return config, CheckpointWeights(CheckpointReader(folder), state, config, directory), Path(directory)

@@ -83,6 +83,12 @@ class CheckpointReader(dcp.FileSystemReader):
     def holds(self, key: str) -> bool:
         return key in self._table.state_dict_metadata
 
+    def tensor_dtype(self, key: str) -> torch.dtype:
+        """Of a tensor that is known to be there."""
+        entry = self._table.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata)
+        return entry.properties.dtype
+
     def tensor_dtypes(self, shapes: dict[str, torch.Size], prefix: str = "model.") -> set[torch.dtype]:
         """The dtypes of the weights, which are named "model." and the HF name, or of the tensors of another prefix.
 

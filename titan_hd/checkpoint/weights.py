@@ -64,6 +64,14 @@ class CheckpointWeights:
             raise UserError(f"--assets: {directory}: its weights are not those that the checkpoint {folder} builds on")
         return {name for name in self.shapes if not self._reader.holds(f"model.{name}")}
 
+    def dtype(self, name: str) -> torch.dtype:
+        """What a weight was last rounded to: its storage's dtype, or float32 where an adapter is merged in."""
+        if name in self.merged:
+            return torch.float32
+        if self._files is not None and name in self._base:
+            return self._files.dtype(name)
+        return self._reader.tensor_dtype(f"model.{name}")
+
     def read_into(self, name: str, weight: torch.Tensor) -> None:
         """Fill `weight`, rounded once to its dtype."""
         layer = self._layers.get(name)

@@ -5,8 +5,8 @@ In words: of every prompt some continuations, its beams, are kept. In each pass 
 and the extensions are ranked by the sum of their log-probabilities. Those among the first `beams` that end (at a stop
 token, or at the limit) are finished, with their mean log-probability; the best that go on are the next beams. A prompt
 is done when it has `beams` finished continuations and its best beam is, by its mean so far, no better than the worst of
-them. These are the rules of the transformers library (length_penalty 1, early_stopping false), which published figures
-were made with.
+them; then its beams leave the batch. These are the rules of the transformers library (length_penalty 1, early_stopping
+false), which published figures were made with.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
+import torch.distributed as dist
 
-from titan_hd.components.generation import padded
+from titan_hd.components.generation import agree_on_end, padded
 from titan_hd.models.decoder import Decoder, KVCache
 
 
@@ -58,38 +59,45 @@ def beam_search(
     max_new_tokens: int,
     device: torch.device,
     beams: int,
+    group: dist.ProcessGroup | None = None,
 ) -> list[list[int]]:
-    """The new tokens of every prompt, without the stop token. For a model that one process has whole.
+    """The new tokens of every prompt, without the stop token.
+
+    group: all workers that share the model, as for `generation.stream`; one without prompts calls this, too.
 
     Raises:
         UserError: a prompt is empty.
-        FloatingPointError: logits are not finite.
+        FloatingPointError: logits are not finite (on all workers).
     """
-    ids, ends = padded(prompts, device)
+    ids, ends = padded(prompts or [[0]], device)  # without prompts: a row that nobody heeds
     cache = KVCache(model.config.num_hidden_layers, ids.shape[1] + max_new_tokens)
-    searches = [_Search(beams, stop_ids) for _ in prompts]
-    scores = torch.zeros(len(prompts), 1, device=device)
+    searches = [_Search(beams, stop_ids) for _ in ends]
+    in_batch = list(searches)
+    scores = torch.zeros(len(searches), 1, device=device)
     positions, select, rows = None, ends - 1, ids
     keep = max(2, 1 + len(stop_ids)) * beams  # so many that `beams` of them go on, whichever end
     for step in range(max_new_tokens):
+        cache.look_at(ids.shape[1] + step)
         with torch.compiler.set_stance("force_eager"):  # shapes that change in every pass are not worth compiling
             logits = model(rows, positions, cache=cache, select=select)[:, 0].float()
-        if not logits.amax().isfinite():
-            raise FloatingPointError(f"new token {step + 1}: the logits are not finite, so there is no next token")
         width, vocabulary = scores.shape[1], logits.shape[-1]
-        totals = (scores[..., None] + logits.log_softmax(-1).view(len(prompts), width, vocabulary)).flatten(1)
+        totals = (scores[..., None] + logits.log_softmax(-1).view(len(in_batch), width, vocabulary)).flatten(1)
         best, places = totals.topk(min(keep, totals.shape[1]))
         beams_of, tokens = (places // vocabulary).tolist(), (places % vocabulary).tolist()
         last = step + 1 == max_new_tokens
         going = [
             search.extend(list(zip(*ranked)), last)
-            for search, *ranked in zip(searches, best.tolist(), beams_of, tokens)
+            for search, *ranked in zip(in_batch, best.tolist(), beams_of, tokens)
         ]
-        if last or all(search.done for search in searches):
+        broken = bool(prompts) and not logits.amax().isfinite()
+        done = last or not prompts or all(search.done for search in searches)
+        if agree_on_end(broken, done, device, group, step):
             break
-        # Prompts that are done go on unheeded.
-        cache.take(torch.tensor([n * width + beam for n, own in enumerate(going) for _, beam, _ in own], device=device))
-        scores = torch.tensor([[score for score, _, _ in own] for own in going], device=device)
-        rows = torch.tensor([[token] for own in going for _, _, token in own], device=device)
+        # Others may go on where no prompt does here: then one stays, so that there is something to pass.
+        staying = [n for n, search in enumerate(in_batch) if not search.done] or [0]
+        cache.take(torch.tensor([n * width + beam for n in staying for _, beam, _ in going[n]], device=device))
+        scores = torch.tensor([[score for score, _, _ in going[n]] for n in staying], device=device)
+        rows = torch.tensor([[token] for n in staying for _, _, token in going[n]], device=device)
+        in_batch, ends = [in_batch[n] for n in staying], ends[torch.tensor(staying, device=device)]
         positions, select = (ends + step).repeat_interleave(beams)[:, None], None
-    return [search.best() for search in searches]
+    return [search.best() for search in searches[: len(prompts)]]

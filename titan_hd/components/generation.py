@@ -1,7 +1,8 @@
 """Continues prompts token by token, greedily or by sampling, with a key/value cache.
 
 In words: one forward pass over a batch of prompts, padded at the right, fills the cache and gives every row its first
-new token; each further pass takes one token per row. Rows end by themselves, at a stop token.
+new token; each further pass takes one token per row. Rows end by themselves, at a stop token or where the caller says
+so, and leave the batch and the cache: what has ended costs nothing.
 
 The model may be the wrapped one of a run. Its forward passes gather shards, so all workers must make the same number of
 them, whatever their prompts: after each pass they agree whether anybody goes on. Workers that hold the same prompts
@@ -13,7 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ from titan_hd.seeding import stable_seed
 logger = logging.getLogger("titan_hd")
 
 _DONE, _RUNNING, _BROKEN = range(3)  # a worker's state after a pass; the largest counts
+# Rows leave when an eighth of the batch has ended: the cache is copied for it, which must stay rare in large batches.
+_LEAVING_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -80,44 +83,63 @@ def stream(
     first_index: int = 0,
     group: dist.ProcessGroup | None = None,
     tp_group: dist.ProcessGroup | None = None,
+    keys: Sequence[object] | None = None,
+    ended: Callable[[list[int]], bool] | None = None,
 ) -> Iterator[list[int | None]]:
     """Tokens as they come: for every step a list with the new token of each row, None where the row has ended.
 
     model: in eval mode, if it has dropout.
     prompts: token ids, at least one in each.
     first_index: number of prompts[0] among all prompts; sampled tokens depend on it and not on the batch.
-    group: all workers that share the model. All of them call this, with equal max_new_tokens, and go on to the end.
+    group: all workers that share the model. All of them call this, with equal max_new_tokens, and go on to the end; one
+        that has no prompts, too.
     tp_group: those of them that have the same prompts.
+    keys: what the sampled tokens of each prompt depend on, by its text, in place of its number.
+    ended: whether a row ends after these, its new tokens so far; asked after each of them.
 
     Raises:
         UserError: a prompt is empty.
         FloatingPointError: logits of a row that goes on are not finite (on all workers).
     """
-    lengths = [len(prompt) for prompt in prompts]
-    ids, ends = padded(prompts, device, first_index)
+    keys = range(first_index, first_index + len(prompts)) if keys is None else keys
+    running = [True] * len(prompts) or [False]
+    ids, ends = padded(prompts or [[0]], device, first_index)  # without prompts: a row that nobody heeds
+    lengths = ends.tolist()
     positions, select = None, ends - 1
     cache = KVCache(model.config.num_hidden_layers, max(lengths) + max_new_tokens)
-    running = [True] * len(prompts)
+    in_batch = list(range(len(lengths)))  # the rows, in the order of the batch
+    texts: list[list[int]] = [[] for _ in lengths]
     for step in range(max_new_tokens):
+        cache.look_at(max(lengths[row] for row in in_batch) + step)
         with torch.compiler.set_stance("force_eager"):  # shapes that change in every pass are not worth compiling
             logits = model(ids, positions, cache=cache, select=select)[:, 0]
-        draws = [_draw(sampling.seed, first_index + row, step) for row in range(len(prompts))]
+        draws = [draw(sampling.seed, keys[row], step) if running[row] else 0.0 for row in in_batch]
         chosen = choose(logits, sampling, draws)
         if tp_group is not None:
             dist.broadcast(chosen, group=tp_group, group_src=0)
-        tokens = chosen.tolist()
-        broken = any(token < 0 and goes_on for token, goes_on in zip(tokens, running))
-        running = [goes_on and token not in stop_ids for token, goes_on in zip(tokens, running)]
-        state = _agree(_BROKEN if broken else _RUNNING if any(running) else _DONE, device, group)
-        if state == _BROKEN:
-            raise FloatingPointError(f"new token {step + 1}: the logits are not finite, so there is no next token")
-        if state == _DONE:
-            return
-        new_length = max((n + step + 1 for n, goes_on in zip(lengths, running) if goes_on), default=0)
+        came: list[int | None] = [None] * len(lengths)
+        broken = False
+        for row, token in zip(in_batch, chosen.tolist()):
+            broken = broken or (running[row] and token < 0)
+            running[row] = running[row] and token not in stop_ids
+            if running[row]:
+                came[row] = token
+                texts[row].append(token)
+                running[row] = ended is None or not ended(texts[row])
+        over = agree_on_end(broken, not any(running), device, group, step)
+        new_length = max((lengths[row] + step + 1 for row, token in enumerate(came) if token is not None), default=0)
         if new_length > model.config.max_position_embeddings:
             _warn_of_length(model.config.max_position_embeddings)
-        yield [token if goes_on else None for token, goes_on in zip(tokens, running)]
-        # Rows that have ended go on unheeded, whatever they hold.
+        if any(token is not None for token in came) or not over:
+            yield came[: len(prompts)]
+        if over:
+            return
+        # Others may go on where no row does here: then one stays, so that there is something to pass.
+        staying = [place for place, row in enumerate(in_batch) if running[row]] or [0]
+        if len(in_batch) - len(staying) >= len(in_batch) * _LEAVING_SHARE:
+            kept = torch.tensor(staying, device=device)
+            cache.take(kept)
+            chosen, ends, in_batch = chosen[kept], ends[kept], [in_batch[place] for place in staying]
         ids, positions, select = chosen.clamp(min=0)[:, None], (ends + step)[:, None], None
 
 
@@ -158,18 +180,25 @@ def choose(logits: torch.Tensor, sampling: Sampling, draws: list[float]) -> torc
     return torch.where(finite, ids.gather(-1, place)[:, 0], -1)
 
 
-def _draw(seed: int, index: int, step: int) -> float:
+def draw(seed: int, key: object, step: int) -> float:
     """A number in [0, 1): the upper 53 bits of a hash."""
-    return (stable_seed("generate", seed, index, step) >> 11) * 2.0**-53
+    return (stable_seed("generate", seed, key, step) >> 11) * 2.0**-53
 
 
-def _agree(state: int, device: torch.device, group: dist.ProcessGroup | None) -> int:
-    """The largest state of any worker."""
-    if group is None:
-        return state
-    states = torch.tensor(state, device=device)
-    dist.all_reduce(states, op=dist.ReduceOp.MAX, group=group)
-    return int(states.item())
+def agree_on_end(broken: bool, done: bool, device: torch.device, group: dist.ProcessGroup | None, step: int) -> bool:
+    """Whether all workers of the group are done after this pass; all of them call it.
+
+    Raises:
+        FloatingPointError: on all, if one of them has logits that are not finite.
+    """
+    state = _BROKEN if broken else _DONE if done else _RUNNING
+    if group is not None:
+        states = torch.tensor(state, device=device)
+        dist.all_reduce(states, op=dist.ReduceOp.MAX, group=group)
+        state = int(states.item())
+    if state == _BROKEN:
+        raise FloatingPointError(f"new token {step + 1}: the logits are not finite, so there is no next token")
+    return state == _DONE
 
 
 class TextStream:

@@ -11,12 +11,12 @@ import os
 import resource
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
-from titan_hd.components.source_code import repository
+from titan_hd.components.wandb_run import WandbRun
 from titan_hd.config.job_config import JobConfig
 from titan_hd.files import replace_file
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger("titan_hd")
-
-_WANDB_START_SECONDS = 30
 
 
 class TqdmHandler(logging.StreamHandler):
@@ -55,60 +53,18 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class _Wandb:
-    """wandb that never stops the training: without its server it goes offline, and a failure ends it with a warning."""
-
-    def __init__(self, config: JobConfig, run_id: str | None):
-        self.run, self.run_id = None, run_id
-        for mode in (None, "offline"):  # None: what WANDB_MODE says, online by default
-            try:
-                self.run = self._start(config, run_id, mode)
-                self.run_id = self.run.id
-                return
-            except Exception as error:
-                reason = " ".join(str(error).split())
-                outcome = "logging offline, `wandb sync` uploads later" if mode is None else "going on without it"
-                logger.warning("wandb cannot start (%s); %s", reason, outcome)
-
-    def _start(self, config: JobConfig, run_id: str | None, mode: Literal["offline"] | None):
-        import wandb
-
-        m, source = config.metrics, repository()
-        # Not of the folder that the run was started in: its repository is somebody's project, and not what trains.
-        git: dict[str, Any] = {"disable_git": True} if source is None else {"git_root": str(source)}
-        return wandb.init(
-            project=m.wandb_project,
-            entity=m.wandb_entity or None,
-            name=m.wandb_name or None,
-            group=m.wandb_group or None,
-            id=run_id,
-            resume="allow" if run_id else None,
-            notes=config.job.description or None,
-            dir=config.job.dump_folder,
-            config=dataclasses.asdict(config),
-            mode=mode,
-            settings=wandb.Settings(init_timeout=_WANDB_START_SECONDS, **git),
-        )
-
-    def log(self, values: dict[str, Any], step: int) -> None:
-        if self.run is None:
-            return
-        try:
-            self.run.log(values, step=step)
-        except Exception as error:
-            self._give_up(error)
-
-    def finish(self) -> None:
-        if self.run is None:
-            return
-        try:
-            self.run.finish()
-        except Exception as error:
-            self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        self.run = None
-        logger.warning("wandb failed (%s); going on without it", " ".join(str(error).split()))
+def _start_wandb(config: JobConfig, run_id: str | None) -> WandbRun:
+    m = config.metrics
+    return WandbRun(
+        config.job.dump_folder,
+        run_id,
+        project=m.wandb_project,
+        entity=m.wandb_entity,
+        name=m.wandb_name,
+        group=m.wandb_group,
+        notes=config.job.description,
+        config=dataclasses.asdict(config),
+    )
 
 
 def finish_failed_run() -> None:
@@ -162,7 +118,7 @@ class MetricsLogger(NoMetrics):
         self._bar = None
         if config.metrics.progress_bar and sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
-        self._wandb = _Wandb(config, wandb_id) if config.metrics.enable_wandb else None
+        self._wandb = _start_wandb(config, wandb_id) if config.metrics.enable_wandb else None
         self._tensorboard = _tensorboard(folder / "tb", first_step) if config.metrics.enable_tensorboard else None
 
     @property

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from titan_hd.components.generation import generate
-from titan_hd.config.job_config import JobConfig, Validation
+from titan_hd.config.job_config import JobConfig
 from titan_hd.data.dataset import FiniteDataset
 from titan_hd.data.loader import Batch, validation_batches
 from titan_hd.data.text.answers import final_answer
@@ -110,13 +110,14 @@ class ValidationSet:
     answers: int
 
 
-def validation_sets(datasets: dict[str, FiniteDataset], settings: Validation) -> list[ValidationSet]:
+def validation_sets(datasets: dict[str, FiniteDataset], config: JobConfig) -> list[ValidationSet]:
     """datasets: by name, the main one first. The log says which of the others cannot have an exact match, and why.
 
     Raises:
-        UserError: exact match is asked for, and the main set cannot have it.
+        UserError: exact match is asked for, and the main set cannot have it, or the one of checkpoint.keep_best.
     """
     sets: list[ValidationSet] = []
+    settings, best = config.validation, config.checkpoint.keep_best
     for name, dataset in datasets.items():
         answers, called = settings.exact_match_samples, dataset.statistics.name
         try:
@@ -125,6 +126,8 @@ def validation_sets(datasets: dict[str, FiniteDataset], settings: Validation) ->
         except UserError as error:
             if not sets:
                 raise
+            if best == f"validation_exact_match/{name}":
+                raise UserError(f"checkpoint.keep_best: {best} cannot be measured: {error}") from None
             answers = 0
             logger.info("%s: its loss is measured, but no exact match (%s)", called, error)
         sets.append(ValidationSet(dataset, f"/{name}" if sets else "", answers))
@@ -151,14 +154,28 @@ class Validator:
 
     def run(self, model: Decoder) -> dict[str, float]:
         """validation_loss and, if asked for, validation_exact_match of the main set, then those of the others under
-        their names. Collective; leaves the model as for training."""
+        their names; rank 0's, so that all agree what is best. Collective; leaves the model as for training."""
         model.eval()
         values: dict[str, float] = {}
         for one in self.sets:
             values |= self._measure(model, one)
         model.train()
         reshard(model)
-        return values
+        agreed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        dist.broadcast(agreed, src=0)
+        return dict(zip(values, agreed.tolist()))
+
+    def measured_on(self) -> dict[str, str]:
+        """By the name of each metric, a text that tells whether its values compare with those of another run."""
+        s, texts = self.settings, {}
+        for one in self.sets:
+            size, summary = len(one.dataset), one.dataset.summary()
+            read = size if s.steps < 0 else min(size, s.steps * self.batch_size * self.dims.dp_size)
+            texts[f"validation_loss{one.suffix}"] = f"{read} of {summary}"
+            if one.answers:
+                answers = f"{min(size, one.answers)} answers of up to {s.max_new_tokens} tokens, {s.answer_marker!r}"
+                texts[f"validation_exact_match{one.suffix}"] = f"{answers}, of {summary}"
+        return texts
 
     def _measure(self, model: Decoder, one: ValidationSet) -> dict[str, float]:
         s, rank, size = self.settings, self.dims.dp_rank, self.dims.dp_size

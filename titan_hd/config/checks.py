@@ -43,6 +43,7 @@ _AT_LEAST = {
     "checkpoint.load_step": -1,
     "metrics.log_freq": 1,
     "validation.freq": 1,
+    "validation.patience": 0,
     "validation.exact_match_samples": 0,
     "validation.batch_size": 0,
     "validation.max_new_tokens": 1,
@@ -120,7 +121,27 @@ def check_combinations(config: JobConfig) -> list[str]:
         "checkpoint.base: delta needs a base model in model.hf_assets_path (and no model.flavor), and a method that "
         "leaves some of its weights alone",
     )
-    return errors + _check_sources(config)
+    return errors + _check_sources(config) + _check_best(config)
+
+
+def _check_best(config: JobConfig) -> list[str]:
+    """Faults of checkpoint.keep_best and validation.patience: the metric must be one that the validation logs."""
+    best, validation, errors = config.checkpoint.keep_best, config.validation, []
+    if best and not (validation.enable and config.checkpoint.enable):
+        errors.append("checkpoint.keep_best: needs validation.enable and checkpoint.enable")
+    elif best and best not in (known := _validation_metrics(config)):
+        errors.append(f"checkpoint.keep_best: must be {' or '.join(known)} (what the validation logs), not {best!r}")
+    if validation.patience > 0 and not validation.enable:
+        errors.append("validation.patience: needs validation.enable")
+    return errors
+
+
+def _validation_metrics(config: JobConfig) -> list[str]:
+    """Names of the metrics that the validation can log: the first set's, then those of the others under their names."""
+    others = config.data.validation[1:] if isinstance(config.data.validation, list) else []
+    suffixes = ["", *(f"/{entry.name}" for entry in others if entry.name)]
+    kinds = ["validation_loss"] + ["validation_exact_match"] * (config.validation.exact_match_samples > 0)
+    return [kind + suffix for suffix in suffixes for kind in kinds]
 
 
 def _check_sources(config: JobConfig) -> list[str]:

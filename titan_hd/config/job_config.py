@@ -360,6 +360,11 @@ class Checkpoint:
     """Steps between two checkpoints; the last step is always saved, and the one at which a signal stops the run."""
     keep_latest_k: int = 2
     """Checkpoints to keep, and those of a run that was left behind. 0: all."""
+    keep_best: str = ""
+    """Metric of the validation by which the best checkpoint is kept beside the latest ones: validation_loss (the least
+    is best), validation_exact_match (the most), or those of another named set (validation_loss/NAME). Every validation
+    that is the best so far saves a checkpoint; best.json beside them names it. The export is of the last step all the
+    same; docs/checkpoints.md says how to export the best. Empty: off."""
     load_step: int = -1
     """Step to resume from. -1: the latest whose files are whole; 0: do not resume."""
     async_mode: Literal["disabled", "async"] = "disabled"
@@ -415,6 +420,9 @@ class Validation:
     """Validate on data.validation before the first step, every freq steps and at the end."""
     freq: int = 100
     """Steps between two validations."""
+    patience: int = 0
+    """Early stopping: end the run, with its last checkpoint and its export, after so many validations in a row without
+    gain of checkpoint.keep_best (if that is empty, of validation_loss). 0: off."""
     steps: int = -1
     """Batches per worker and validation. -1: every record."""
     batch_size: int = 0

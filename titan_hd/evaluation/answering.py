@@ -2,19 +2,22 @@
 
 In words: the batches and their order depend on the problems alone. The samples of a batch are written together, so what
 a kill leaves is some whole batches and perhaps a piece of one. The piece is cut off and its batch asked again as a
-whole: with the same neighbours, and so with the same answers to the last bit.
+whole: with the same neighbours, and so with the same answers to the last bit. Several processes share the batches out,
+whatever their number; one of them writes, in the order of the plan.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from titan_hd.components.generation import GREEDY, Sampling
 from titan_hd.data.text.tokenizer_base import Tokenizer
 from titan_hd.errors import UserError
 from titan_hd.evaluation.backends import Backend
@@ -50,11 +53,11 @@ def agree_on_settings(output: Path, settings: Mapping[str, Any]) -> None:
         text = json.dumps(settings, indent=2) + "\n"
         replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
         return
-    before = read_json_object(path)
-    for key, value in settings.items():
-        if before.get(key) != json.loads(json.dumps(value)):
+    before, now = read_json_object(path), json.loads(json.dumps(settings))
+    for key in (*now, *before):
+        if before.get(key) != now.get(key):
             raise UserError(
-                f"--output: {output} has an evaluation with another {key} ({before.get(key)}, not {value}); "
+                f"--output: {output} has an evaluation with another {key} ({before.get(key)}, not {now.get(key)}); "
                 "name another directory, or remove it"
             )
 
@@ -94,6 +97,49 @@ def _key(text: bytes, key: Callable[[dict[str, Any]], Any]) -> Any:
         return None
 
 
+class Crew(Protocol):
+    """The processes that share out the batches of an evaluation. One of them writes."""
+
+    writes: bool
+
+    def agree(self, find: Callable[[], Any]) -> Any:
+        """What the one that writes finds, on all of them; it can be written as JSON."""
+        ...
+
+    def results(
+        self, kinds: Sequence[str], first: int, ask: Callable[[int], Any], idle: Callable[[int], object]
+    ) -> Iterator[Any]:
+        """Have the batches from number `first` on asked, each by one process; yields their results in their order, on
+        the one that writes.
+
+        kinds: the task of each batch; a task's batches stand side by side.
+        ask: asks a batch; what it returns can be written as JSON.
+        idle: takes part in the passes for a batch of the same task that another process asks.
+        """
+        ...
+
+    def led(self, backend: Backend) -> contextlib.AbstractContextManager[Backend | None]:
+        """In the body the one that writes asks, with the backend that it is given; the others are given None."""
+        ...
+
+
+class Alone:
+    """One process that does everything."""
+
+    writes = True
+
+    def agree(self, find: Callable[[], Any]) -> Any:
+        return find()
+
+    def results(
+        self, kinds: Sequence[str], first: int, ask: Callable[[int], Any], idle: Callable[[int], object]
+    ) -> Iterator[Any]:
+        return map(ask, range(first, len(kinds)))
+
+    def led(self, backend: Backend) -> contextlib.AbstractContextManager[Backend | None]:
+        return contextlib.nullcontext(backend)
+
+
 def answer(
     output: Path,
     plan: Sequence[Sequence[Prompt]],
@@ -101,37 +147,68 @@ def answer(
     tokenizer: Tokenizer,
     max_new_tokens: int | None = None,
     stop: Sequence[str] = (),
+    sampling: Sampling = GREEDY,
+    crew: Crew | None = None,
 ) -> Iterator[Progress]:
-    """Ask what is not answered yet; reports where each task starts, and after each batch.
+    """Ask what is not answered yet; reports where each task starts, and after each batch, in the process that writes.
 
     max_new_tokens: in place of the tasks' own.
     stop: texts that end an answer, and are no part of it.
+    sampling: tokens drawn in place of the protocol's most probable ones.
+    crew: with whom the batches are shared out; default: nobody.
     """
-    keys = [[(prompt.task.name, prompt.problem.id) for prompt in batch] for batch in plan]
-    whole = resume(output / SAMPLES_FILE, keys, lambda row: (row["task"], row["id"]))
-    totals: dict[str, int] = {}
-    for batch in plan:
-        totals[batch[0].task.name] = totals.get(batch[0].task.name, 0) + len(batch)
-    done = dict.fromkeys(totals, 0)
-    tokens, started = 0, time.perf_counter()
+    crew = crew or Alone()
+    path, lines = output / SAMPLES_FILE, [[_line_of(prompt) for prompt in batch] for batch in plan]
+    whole = crew.agree(lambda: resume(path, lines, lambda row: (row["task"], row["id"], row.get("sample"))))
     ended = _stop_finder(tokenizer, stop)
-    with open(output / SAMPLES_FILE, "a", encoding="utf-8", newline="\n") as file:
-        for number, batch in enumerate(plan):
-            task = batch[0].task
-            if number >= whole:
-                if number == whole or not done[task.name]:
-                    yield Progress(task.name, done[task.name], totals[task.name], tokens, time.perf_counter() - started)
-                limit = max_new_tokens or task.max_new_tokens
-                ids = [prompt.ids for prompt in batch]
-                rows = backend.generate(ids, batch[0].stop_ids, limit, task.beams, ended)
-                texts = [_until(tokenizer.decode(row), stop) for row in rows]
-                lines = [line(sample(task, prompt.problem, prompt.text, text)) for prompt, text in zip(batch, texts)]
-                file.write("".join(lines))
-                file.flush()
-                tokens += sum(map(len, rows))
-            done[task.name] += len(batch)
-            if number >= whole or number == len(plan) - 1:
-                yield Progress(task.name, done[task.name], totals[task.name], tokens, time.perf_counter() - started)
+
+    def generate(batch: Sequence[Prompt], asked: Sequence[Prompt]) -> list[list[int]]:
+        task, limit = batch[0].task, max_new_tokens or batch[0].task.max_new_tokens
+        beams = task.beams if sampling == GREEDY else 1
+        ids, keys = [prompt.ids for prompt in asked], [prompt.key for prompt in asked]
+        return backend.generate(ids, batch[0].stop_ids, limit, beams, ended, sampling, keys)
+
+    def ask(number: int) -> tuple[str, int]:
+        """The lines of a batch, and the number of its tokens."""
+        rows = generate(plan[number], plan[number])
+        texts = [_until(tokenizer.decode(row), stop) for row in rows]
+        samples = [sample(p.task, p.problem, p.text, text, p.sample) for p, text in zip(plan[number], texts)]
+        return "".join(map(line, samples)), sum(map(len, rows))
+
+    kinds = [batch[0].task.name for batch in plan]
+    results = crew.results(kinds, whole, ask, lambda number: generate(plan[number], []))
+    if crew.writes:
+        yield from _write(path, plan, whole, results)
+    else:
+        assert not any(True for _ in results), "one process alone is given results"
+
+
+def _line_of(prompt: Prompt) -> tuple[str, str, int | None]:
+    return prompt.task.name, prompt.problem.id, prompt.sample
+
+
+def _write(
+    path: Path, plan: Sequence[Sequence[Prompt]], whole: int, results: Iterator[tuple[str, int]]
+) -> Iterator[Progress]:
+    """Write the lines of each batch as they come."""
+    names = [batch[0].task.name for batch in plan]
+    totals = {name: sum(len(batch) for batch, of in zip(plan, names) if of == name) for name in dict.fromkeys(names)}
+    done = {name: sum(len(batch) for batch, of in zip(plan[:whole], names) if of == name) for name in totals}
+    tokens, started = 0, time.perf_counter()
+
+    def progress(name: str) -> Progress:
+        return Progress(name, done[name], totals[name], tokens, time.perf_counter() - started)
+
+    yield progress(names[min(whole, len(plan) - 1)])
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
+        for number, (lines, count) in enumerate(results, start=whole):
+            file.write(lines)
+            file.flush()
+            tokens += count
+            done[names[number]] += len(plan[number])
+            yield progress(names[number])
+            if number + 1 < len(plan) and names[number + 1] != names[number]:
+                yield progress(names[number + 1])
 
 
 def _stop_finder(tokenizer: Tokenizer, stop: Sequence[str]) -> Callable[[list[int]], bool]:

@@ -1,21 +1,22 @@
-"""Who answers: the decoder of titan_hd, or the transformers library's model from the same directory."""
+"""Who answers: the decoder of titan_hd, or the transformers library's model from the same directory (vllm has its own
+module)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from titan_hd.components.beam_search import beam_search
-from titan_hd.components.generation import stream
+from titan_hd.components.generation import GREEDY, Sampling, choose, draw, generate
 from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
 
 
 class Backend(Protocol):
-    """Answers prompts with the most probable tokens."""
+    """Answers prompts."""
 
     def generate(
         self,
@@ -24,22 +25,29 @@ class Backend(Protocol):
         max_new_tokens: int,
         beams: int,
         ended: Callable[[list[int]], bool],
+        sampling: Sampling = GREEDY,
+        keys: Sequence[str] = (),
     ) -> list[list[int]]:
         """The new tokens of each prompt, without the stop token.
 
         stop_ids: tokens that end an answer.
-        beams: width of the beam search; 1: greedy.
+        beams: width of the beam search; 1: greedy, or by `sampling`.
         ended: whether the new tokens of a row so far hold a text that ends it. Only what saves time asks: the caller
             cuts off what stands behind such a text.
+        keys: what the sampled tokens of each prompt depend on, with the seed.
         """
         ...
 
 
 class NativeBackend:
-    """Our decoder: one batch at a time with a key/value cache."""
+    """Our decoder: one batch at a time with a key/value cache.
 
-    def __init__(self, model: Decoder, device: torch.device):
-        self._model, self._device = model, device
+    group: the process group of those that have the model's shards, if it is sharded. They all generate at the same
+    time, at most equally many tokens, some perhaps for no prompts.
+    """
+
+    def __init__(self, model: Decoder, device: torch.device, group: Any = None):
+        self._model, self._device, self._group = model, device, group
 
     def generate(
         self,
@@ -48,19 +56,15 @@ class NativeBackend:
         max_new_tokens: int,
         beams: int,
         ended: Callable[[list[int]], bool],
+        sampling: Sampling = GREEDY,
+        keys: Sequence[str] = (),
     ) -> list[list[int]]:
+        model, device, group = self._model, self._device, self._group
         if beams > 1:
-            return beam_search(self._model, prompts, stop_ids, max_new_tokens, self._device, beams)
-        rows: list[list[int]] = [[] for _ in prompts]
-        going = [True] * len(prompts)
-        for tokens in stream(self._model, prompts, stop_ids, max_new_tokens, self._device):
-            for index, token in enumerate(tokens):
-                if going[index] and token is not None:
-                    rows[index].append(token)
-                going[index] = going[index] and token is not None and not ended(rows[index])
-            if not any(going):
-                break
-        return rows
+            return beam_search(model, prompts, stop_ids, max_new_tokens, device, beams, group)
+        return generate(
+            model, prompts, stop_ids, max_new_tokens, device, sampling, group=group, keys=keys or None, ended=ended
+        )
 
 
 class TransformersBackend:
@@ -92,6 +96,8 @@ class TransformersBackend:
         max_new_tokens: int,
         beams: int,
         ended: Callable[[list[int]], bool],
+        sampling: Sampling = GREEDY,
+        keys: Sequence[str] = (),
     ) -> list[list[int]]:
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), self._pad_id)
@@ -110,7 +116,35 @@ class TransformersBackend:
             top_k=None,
             eos_token_id=sorted(stop_ids),
             pad_token_id=self._pad_id,
+            # Stop texts end rows of a batch, but not beams, which would then compete otherwise than in our search.
+            stopping_criteria=[_ends_by_text(ended, width)] if beams == 1 else None,
+            logits_processor=[_draws(sampling, keys, width)] if sampling != GREEDY else None,
         )
         rows = out[:, width:].tolist()
         ends = [next((place for place, token in enumerate(row) if token in stop_ids), len(row)) for row in rows]
         return [row[:end] for row, end in zip(rows, ends)]
+
+
+# transformers calls both with all token ids so far, [B, width + new].
+
+
+def _ends_by_text(ended: Callable[[list[int]], bool], width: int) -> Callable[..., torch.Tensor]:
+    """Which rows [B] have ended; `width` tokens of each are the prompt."""
+
+    def criterion(ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        return torch.tensor([ended(row) for row in ids[:, width:].tolist()], device=ids.device)
+
+    return criterion
+
+
+def _draws(sampling: Sampling, keys: Sequence[str], width: int) -> Callable[..., torch.Tensor]:
+    """Our own draw of the next token, as scores that leave nothing else to choose: transformers' sampling depends on
+    the batch."""
+
+    def processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        chosen = choose(scores, sampling, [draw(sampling.seed, key, ids.shape[1] - width) for key in keys])
+        if (chosen < 0).any():
+            raise FloatingPointError(f"new token {ids.shape[1] - width + 1}: the logits are not finite")
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
+
+    return processor

@@ -15,7 +15,8 @@ from titan_hd.evaluation.sandbox import Sandbox, Verdict
 from titan_hd.evaluation.task import Problem, Score
 
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.S | re.I)
-_REQUEST = "Create a Python script for this problem:\n"
+_REQUEST = "Create a Python script for this problem:\n"  # WizardCoder's, as is what follows for MBPP
+_SIGNATURE = "calculate_polygons(startx, starty, endx, endy, radius)"  # of 493, whose tests it finds too long
 # Where the protocol has a program end. The published script cuts at the first "assert" anywhere, even in the docstring
 # of a problem of HumanEval that has one, and so fails whoever repeats that problem's prompt.
 _END = re.compile(r"^(if __name__|# Example usage|assert\b)", re.M)
@@ -98,7 +99,9 @@ def mbpp_instruction(question: str, record: Mapping[str, Any]) -> str:
     if not tests or not all(isinstance(test, str) for test in tests):
         raise ValueError("test_list: must be a list of texts")
     python_source("\n".join([record.get("test_setup_code") or "", *tests]), "test_list: ")
-    return f"{_REQUEST}{question}\nTest examples:\n" + "\n".join(tests)
+    if tests[0].startswith(f"assert {_SIGNATURE.partition('(')[0]}("):
+        tests = [_SIGNATURE]
+    return f"{_REQUEST}\n{question}\nTest examples:\n" + "\n".join(tests)
 
 
 def is_in_test_split(record: Mapping[str, Any]) -> bool:

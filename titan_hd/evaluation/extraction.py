@@ -12,6 +12,7 @@ ANSWER = "The answer is: "
 # whole of a number with more than one comma (1,450,000, which theirs take for 1,450).
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3}){2,}|\d*[.,/]?\d+)", re.ASCII)
 _CUE = "### Response:"
+_PROMPT = re.compile(r"\s*(<[^<>\s]+>)?\s*Below is an instruction that describes a task")
 
 
 def whole_number(text: str) -> str | None:
@@ -73,7 +74,10 @@ def math_reference(answer: str) -> str:
 
 
 def first_choice(text: str, choices: str) -> str | None:
-    """The first match of a pattern behind the first "### Response:", or in the whole where there is no such line."""
-    _, cue, rest = text.partition(_CUE)
-    found = re.search(choices, rest if cue else text)
+    """The first match of a pattern in an answer. Of a text that begins with its prompt, by Alpaca's heading, what is in
+    front of the first "### Response:" is no answer; in any other that line is of a question that the model asks itself,
+    behind its answer."""
+    if _PROMPT.match(text):
+        text = text.partition(_CUE)[2]
+    found = re.search(choices, text)
     return found[0] if found else None

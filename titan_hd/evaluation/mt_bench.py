@@ -1,7 +1,6 @@
 """MT-Bench: questions of several turns, answered through the model's chat template for a judge to read.
 
-Nothing here scores: a judge does. The answers are in the form that FastChat's reads, so that its scripts take them as
-they are.
+Nothing here scores: a judge does (`titan_hd.evaluation.judge`, or FastChat's scripts, whose form the answers have).
 """
 
 from __future__ import annotations
@@ -28,10 +27,11 @@ MAX_NEW_TOKENS = 1024  # FastChat's
 
 @dataclass(frozen=True)
 class Question:
-    """What a user says in each turn; `id` as the file has it."""
+    """What a user says in each turn; `id` as the file has it. Some categories are judged by a reference."""
 
     id: int | str
     turns: list[str]
+    category: str = ""
 
 
 def read_questions(source: str, limit: int | None = None) -> list[Question]:
@@ -53,7 +53,7 @@ def read_questions(source: str, limit: int | None = None) -> list[Question]:
             raise UserError(f"{record.where}: turns: must be texts")
         if name in questions:
             raise UserError(f"{record.where}: a question {name} was there before")
-        questions[name] = Question(name, turns)
+        questions[name] = Question(name, turns, str(record.get("category") or ""))
     return list(questions.values())
 
 

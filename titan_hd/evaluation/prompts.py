@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from titan_hd.data.text.chat_encoding import ChatTurns
 from titan_hd.data.text.templates import Template
@@ -15,13 +15,22 @@ from titan_hd.evaluation.task import Problem, Task
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem of a task as the model is given it, and the tokens that end an answer."""
+    """A problem of a task as the model is given it, and the tokens that end an answer.
+
+    sample: number of the sample; None where the problem has one alone.
+    """
 
     task: Task
     problem: Problem
     text: str
     ids: list[int]
     stop_ids: frozenset[int] = frozenset()
+    sample: int | None = None
+
+    @property
+    def key(self) -> str:
+        """What its sampled tokens depend on, with the seed."""
+        return f"{self.task.name}/{self.problem.id}/{self.sample or 0}"
 
 
 def write_prompts(
@@ -46,6 +55,13 @@ def write_prompts(
             raise UserError(f"{task.name}: problem {problem.id}: {error}") from None
         prompts.append(Prompt(task, problem, text, ids, stop_ids))
     return prompts
+
+
+def several(prompts: Sequence[Prompt], samples: int) -> list[Prompt]:
+    """Each prompt as often as it is to be sampled."""
+    if samples == 1:
+        return list(prompts)
+    return [replace(prompt, sample=number) for prompt in prompts for number in range(samples)]
 
 
 def batches(prompts: Sequence[Prompt], batch_size: int) -> list[list[Prompt]]:

@@ -2,7 +2,8 @@
 
     {"task": "gsm8k", "id": "0", "prompt": "...", "output": "...", "extracted": "18", "reference": "18", "right": true}
 
-Outputs of other systems need "task", "id" and "output" alone, so that a file of samples can be scored again.
+Of several samples of a problem each has its number in "sample", from 0. Outputs of other systems need "task", "id" and
+"output" alone (and "sample"), so that a file of samples can be scored again.
 """
 
 from __future__ import annotations
@@ -17,18 +18,20 @@ from titan_hd.errors import UserError
 from titan_hd.evaluation.task import Problem, Task
 
 SAMPLES_FILE = "samples.jsonl"
-Key = tuple[str, str]  # task, id
+Key = tuple[str, str, int]  # task, id, number of the sample
 
 
-def sample(task: Task, problem: Problem, prompt: str, output: str) -> dict[str, Any]:
+def sample(task: Task, problem: Problem, prompt: str, output: str, number: int | None = None) -> dict[str, Any]:
     """The line of one answer.
 
     prompt: as the model was given it; empty where that is not known.
+    number: of the sample, where the problem has several.
     """
     score = task.score(problem, output)
     return {
         "task": task.name,
         "id": problem.id,
+        **({} if number is None else {"sample": number}),
         "prompt": prompt,
         "output": output,
         "extracted": score.extracted,
@@ -43,7 +46,8 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def read_outputs(path: Path, key: str) -> dict[Key, Record]:
-    """The records of a file of outputs (or of the samples.jsonl in a directory), by task and id, in their order.
+    """The records of a file of outputs (or of the samples.jsonl in a directory), by task, id and number of the sample
+    (0 without one), in their order.
 
     Raises:
         UserError: the file is missing, a record lacks a field, or answers a problem a second time.
@@ -54,16 +58,22 @@ def read_outputs(path: Path, key: str) -> dict[Key, Record]:
         task, name, output = (record.get(field) for field in ("task", "id", "output"))
         if not isinstance(task, str) or not isinstance(name, (str, int)) or not isinstance(output, str):
             raise UserError(f'{record.where}: needs "task", "id" and "output"; it has {", ".join(record)}')
-        if (task, str(name)) in outputs:
-            raise UserError(f"{record.where}: {task} {name} was answered before")
-        outputs[task, str(name)] = record
+        number = record.get("sample", 0)
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise UserError(f"{record.where}: sample: must be the sample's number, from 0, not {number!r}")
+        key_of = task, str(name), number
+        if key_of in outputs:
+            which = f"{task} {name}, sample {number}," if "sample" in record else f"{task} {name}"
+            hint = "" if "sample" in record else '; several samples of a problem have their numbers in "sample"'
+            raise UserError(f"{record.where}: {which} was answered before{hint}")
+        outputs[key_of] = record
     return outputs
 
 
 def score_outputs(
     task: Task, problems: Iterable[Problem], outputs: Mapping[Key, Record], partial: bool = False
 ) -> tuple[list[dict[str, Any]], int]:
-    """The samples of the problems that have an output, and how many have none.
+    """The samples of the problems that have an output, and how many problems have none.
 
     partial: `problems` are only some of the task's; outputs of others are passed over.
 
@@ -71,13 +81,16 @@ def score_outputs(
         UserError: an output is of a problem that the task does not have.
     """
     known = {problem.id: problem for problem in problems}
-    for (name, problem_id), record in outputs.items():
+    answers: dict[str, list[tuple[int, Record]]] = {}
+    for (name, problem_id, number), record in outputs.items():
         if name == task.name and problem_id not in known and not partial:
             raise UserError(f"{record.where}: {task.name} has no problem {problem_id!r}")
+        if name == task.name:
+            answers.setdefault(problem_id, []).append((number, record))
     rows = []
     for problem in known.values():
-        record = outputs.get((task.name, problem.id))
-        if record is not None:
+        for number, record in sorted(answers.get(problem.id, ()), key=lambda answer: answer[0]):
             prompt = record.get("prompt")
-            rows.append(sample(task, problem, prompt if isinstance(prompt, str) else "", record["output"]))
-    return rows, len(known) - len(rows)
+            prompt = prompt if isinstance(prompt, str) else ""
+            rows.append(sample(task, problem, prompt, record["output"], number if "sample" in record else None))
+    return rows, len(known.keys() - answers.keys())

@@ -62,6 +62,7 @@ class Task:
         whose text says what is wrong with the record.
     keep: which records are problems of the task.
     runs_programs: `score` runs what the model wrote, in the sandbox.
+    vote: the form of an extracted answer in which the samples of a problem are counted for a majority.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Task:
     instruction: Callable[[str, Mapping[str, Any]], str] | None = None
     keep: Callable[[Mapping[str, Any]], bool] = lambda record: True
     runs_programs: bool = False
+    vote: Callable[[str], str] = str
 
     def problem(self, record: Record, default_id: str) -> Problem:
         """The problem that a record is.

@@ -73,6 +73,7 @@ _ENTRIES = (
         ),
         reference=extraction.math_reference,
         score=_score_math,
+        vote=math_answers.normalised,
         cue=_STEP_BY_STEP,
     ),
     Task(

@@ -20,6 +20,8 @@ from titan_hd.models.recompute import in_turn
 from titan_hd.models.registry import DecoderConfig
 from titan_hd.models.rope import RotaryEmbedding, rotate
 
+_SLOT_STEP = 64  # of a cache, that are looked at
+
 
 def repeat_heads(k: torch.Tensor, v: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [B, G, S, C] as [B, H, S, C], each as often as there are query heads for it.
@@ -37,22 +39,22 @@ def project_each(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...
 
 
 class LayerCache:
-    """Keys and values of one layer, [B, G, S, C]; slot p holds position p."""
+    """Keys and values of one layer, [B, G, S, C]; slot p holds position p. The first `reach` of them are looked at."""
 
     def __init__(self, slots: int):
-        self.slots = slots
+        self.slots = self.reach = slots
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
 
     def update(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k, v [B, G, T, C] into the slots of positions [B, T]; returns all slots."""
+        """Write k, v [B, G, T, C] into the slots of positions [B, T]; returns the slots that are looked at."""
         if self.keys is None or self.values is None:
             shape = (*k.shape[:2], self.slots, k.shape[3])
             self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
         index = positions[:, None, :, None].expand_as(k)
         self.keys.scatter_(2, index, k)
         self.values.scatter_(2, index, v)
-        return self.keys, self.values
+        return self.keys[:, :, : self.reach], self.values[:, :, : self.reach]
 
 
 class KVCache:
@@ -63,8 +65,15 @@ class KVCache:
     """
 
     def __init__(self, layers: int, slots: int):
-        self.slots = slots
+        self.slots = self.reach = slots
         self.layers = [LayerCache(slots) for _ in range(layers)]
+
+    def look_at(self, positions: int) -> None:
+        """Let the next passes, which must be below these positions, look at so many slots and few more: attention costs
+        what it looks at, seen or masked. The number grows in steps, so that there are few shapes."""
+        self.reach = min(self.slots, -(-positions // _SLOT_STEP) * _SLOT_STEP)
+        for layer in self.layers:
+            layer.reach = self.reach
 
     def take(self, rows: torch.Tensor) -> None:
         """Keep these rows [B'] of the batch, in this order; one may be taken several times."""
@@ -266,7 +275,7 @@ class Decoder(nn.Module):
         masks = {
             window: flex.document_mask(documents, window)
             if documents is not None and documents.device.type in flex.DEVICES
-            else attention_mask(length, window, positions, documents, cache.slots if cache else None)
+            else attention_mask(length, window, positions, documents, cache.reach if cache else None)
             for window in set(self.config.layer_windows)
         }
         for i, layer in enumerate(stack.layers):

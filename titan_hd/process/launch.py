@@ -46,7 +46,7 @@ def main() -> None:
     """Check, then start the workers; exits with the status of the one that failed first."""
     keep_streams()
     launcher_args, train_args = split_arguments(sys.argv[1:])
-    args = _arguments([*launcher_args, "-m", "titan_hd.train", *train_args])
+    args = torchrun_arguments([*launcher_args, "-m", "titan_hd.train", *train_args])
     config = manager.load_or_exit(train_args)
     logging.getLogger("titan_hd").setLevel(logging.ERROR)  # the first worker gives the warnings
     local_workers = run.determine_local_world_size(args.nproc_per_node)
@@ -63,6 +63,14 @@ def main() -> None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         print(estimate_run(plan, device_type).table())
         return
+    start_workers(args, Path(config.job.dump_folder))
+
+
+def start_workers(args: argparse.Namespace, folder: Path) -> None:
+    """Start the workers of this node and wait for their end; exits with the status of the one that failed first.
+
+    args: of `torchrun_arguments`. folder: gets errors.jsonl if a worker fails.
+    """
     _choose_network(args)
     least, most = run.parse_min_max_nnodes(args.nnodes)
     if least < most:
@@ -86,7 +94,7 @@ def main() -> None:
         raise SystemExit(status) from None
     except ChildFailedError as error:
         (rank, failure), *_ = failures = _root_cause_first(error.failures)
-        _write_errors(Path(config.job.dump_folder), failures)
+        _write_errors(folder, failures)
         status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         reason = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"status {failure.exitcode}"
         said = "" if rank == 0 or failure.exitcode < 0 else f": {_first_line(failure.message)}"
@@ -136,7 +144,7 @@ def _listen_at(address: str) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
-def _arguments(argv: list[str]) -> argparse.Namespace:
+def torchrun_arguments(argv: list[str]) -> argparse.Namespace:
     """torchrun's, but that SIGUSR1 is passed on too, SIGHUP only where nohup has not made this process ignore it, and
     that workers have time to save before they are killed."""
     args = run.parse_args(argv)

@@ -34,6 +34,8 @@ from titan_hd.process.waiting import announce, missing_ranks, telling
 
 logger = logging.getLogger("titan_hd")
 
+DIVERGED = 3  # the exit status of a run whose loss or gradients are not finite
+
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -142,12 +144,16 @@ Run = Callable[[JobConfig, RunPlan, torch.device, StopSignals], int]
 
 def run_worker(run: Run) -> NoReturn:
     """Entry point of one worker: leaves with the status that the run returns, 2 for what the user can mend (one line),
-    or 1 and a traceback.
+    3 for numbers that are not finite (one line), or 1 and a traceback."""
+    leave(_exit_status(run))
+
+
+def leave(status: int) -> NoReturn:
+    """End this process now.
 
     At interpreter exit a gloo thread can abort the process and turn a finished run into a failure. os._exit avoids
     that; it also skips multiprocessing's cleanup, so the children are killed here.
     """
-    status = _exit_status(run)
     for child in multiprocessing.active_children():
         child.kill()
     logging.shutdown()
@@ -175,18 +181,18 @@ def _exit_status(run: Run) -> int:
         return run(config, plan, device, signals)
     except Exception as error:
         handler.record_exception(error)
-        status = _say(error, rank)
+        status = say(error, rank)
         sys.stderr.flush()
         finish_failed_run()  # last: it may wait for a server
         return status
 
 
-def _say(error: Exception, rank: int) -> int:
+def say(error: Exception, rank: int) -> int:
     """Print what went wrong; the exit status that goes with it."""
-    if not isinstance(error, UserError):
+    if not isinstance(error, UserError | FloatingPointError):
         traceback.print_exception(error)
         return 1
-    # User errors are the same on every rank (see `raise_on_all`): one says them, all leave with status 2.
+    # These are the same on every rank (see `raise_on_all`): one says them, all leave with the same status.
     if rank == 0:
         print(*(f"titan_hd: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-    return 2
+    return 2 if isinstance(error, UserError) else DIVERGED

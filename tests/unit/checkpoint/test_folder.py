@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from titan_hd.checkpoint.folder import (
+    BEST,
     MANIFEST,
     STATE_FILE,
     CheckpointFolder,
@@ -17,15 +18,16 @@ from titan_hd.checkpoint.folder import (
     read_train_state,
     write_text,
 )
+from titan_hd.components.best_validation import Best
 from titan_hd.errors import UserError
 
 STATE = {"step": 3, "base": "full", "identity": {}, "config": "[model]\nname = 'llama3'\n"}
 
 
-def save(folder: CheckpointFolder, step: int, content: str = "shards") -> Path:
+def save(folder: CheckpointFolder, step: int, content: str = "shards", best: Best | None = None) -> Path:
     partial = folder.start(step)
     files = {name: write_text(partial / name, content) for name in ("__0_0.distcp", ".metadata")}
-    folder.publish(step, {**STATE, "step": step}, files)
+    folder.publish(step, {**STATE, "step": step}, files, best)
     return folder.path(step)
 
 
@@ -100,7 +102,7 @@ class TestPublish:
         assert "an old checkpoint cannot be removed: [Errno 28]" in caplog.text
 
     @staticmethod
-    def full(descriptor: int) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     def test_what_a_save_left_that_was_cut_off_is_written_over(self, tmp_path: Path):
@@ -121,6 +123,67 @@ class TestPublish:
         save(folder, 1000, "of the second run")
         assert (folder.path(1000) / "__0_0.distcp").read_text() == "of the second run"
         assert names(tmp_path) == ["abandoned-10000", "abandoned-9500", "step-1000", "step-500"]
+
+
+def best_of(step: int) -> Best:
+    return Best(step, "validation_loss", 1 / step)
+
+
+class TestBest:
+    def test_it_is_kept_beside_the_latest(self, tmp_path: Path):
+        """Until another one is the best."""
+        folder = CheckpointFolder(tmp_path, 1)
+        assert folder.best() is None
+        for step, best, left in ((1, 1, [1]), (2, 1, [1, 2]), (3, 1, [1, 3]), (4, 4, [4]), (5, 4, [4, 5])):
+            save(folder, step, best=best_of(best))
+            assert (folder.steps(), folder.best()) == (left, best_of(best))
+        assert json.loads((tmp_path / BEST).read_text()) == {"step": 4, "metric": "validation_loss", "value": 0.25}
+        save(folder, 6)
+        assert (folder.steps(), folder.best()) == ([4, 6], best_of(4)), "a run without keep_best leaves it alone"
+
+    def test_one_that_could_not_be_saved(self, tmp_path: Path):
+        folder = CheckpointFolder(tmp_path, 1)
+        save(folder, 1, best=best_of(1))
+        save(folder, 3, best=best_of(2))
+        assert (folder.steps(), folder.best()) == ([1, 3], best_of(1)), "the best that there is"
+
+    def test_a_run_that_goes_back(self, tmp_path: Path):
+        folder = CheckpointFolder(tmp_path, 0)
+        for step in (1, 2, 3):
+            save(folder, step, best=best_of(min(step, 2)))
+        folder.set_aside(2)
+        folder.name_best(best_of(1))
+        assert folder.best() == best_of(1)
+        folder.set_aside(1)
+        folder.name_best(None)
+        assert not (tmp_path / BEST).exists()
+
+    def test_what_a_crash_left_is_mended(self, tmp_path: Path):
+        """Between the checkpoint's name and best.json."""
+        folder = CheckpointFolder(tmp_path, 1)
+        save(folder, 1, best=best_of(1))
+        save(folder, 2)
+        assert folder.best() == best_of(1)
+        folder.name_best(best_of(2))
+        assert folder.best() == best_of(2)
+
+    @pytest.mark.parametrize("text", ["", "[]", "null", '{"step": 1}', '{"step": "../1", "metric": "m", "value": 1}'])
+    def test_a_file_that_names_none(self, tmp_path: Path, text: str):
+        folder = CheckpointFolder(tmp_path, 1)
+        save(folder, 1)
+        (tmp_path / BEST).write_text(text)
+        assert folder.best() is None
+        save(folder, 2)
+        assert names(tmp_path) == ["step-2"]
+
+    def test_a_disk_that_takes_no_best_json_fails_no_save(self, tmp_path: Path, monkeypatch, caplog):
+        folder = CheckpointFolder(tmp_path, 1)
+        monkeypatch.setattr(CheckpointFolder, "name_best", TestPublish.full)
+        monkeypatch.setattr("titan_hd.checkpoint.folder.logger.propagate", True)
+        save(folder, 1)
+        save(folder, 2)
+        assert folder.steps() == [2]
+        assert "best.json cannot be written: [Errno 28]" in caplog.text
 
 
 class TestDamage:

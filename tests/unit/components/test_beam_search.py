@@ -63,6 +63,19 @@ def test_a_real_model_ends_its_sentences_as_with_transformers(shared_data: Path)
     assert len(set(map(len, rows))) > 2
 
 
+def test_prompts_that_are_done_leave_the_batch():
+    """The passes get smaller, and the answers stay those of each prompt by itself."""
+    model, stops = random_decoder(VARIANTS["grouped-query"][0], seed=3), [7, 12, 40]
+    prompts = [[i, *range(i % 5 + 1)] for i in range(1, 9)]
+    alone = [beam_search(model, [prompt], stops, NEW, CPU, 2)[0] for prompt in prompts]
+    sizes = []
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    assert beam_search(model, prompts, stops, NEW, CPU, 2) == alone
+    assert sizes[:2] == [8, 16]
+    assert sizes[1:] == sorted(sizes[1:], reverse=True)
+    assert sizes[-1] < 16
+
+
 def test_one_beam_is_greedy():
     model = random_decoder(VARIANTS["grouped-query"][0], seed=3)
     assert beam_search(model, PROMPTS, [7], NEW, CPU, 1) == generate(model, PROMPTS, [7], NEW, CPU)

@@ -98,6 +98,31 @@ class TestGreedy:
         generate(model, PROMPTS[:1], {first[stop]}, 5, CPU)
         assert len(passes) == stop + 1
 
+    def test_rows_that_have_ended_leave_the_batch(self):
+        """The passes get smaller, and the tokens stay those of each prompt by itself."""
+        model = random_decoder(VARIANTS["grouped-query"][0], seed=3)
+        prompts = [[i, *range(i % 5 + 1)] for i in range(1, 12)]
+        stops = range(0, model.config.vocab_size, 20)
+        alone = [generate(model, [prompt], stops, NEW, CPU)[0] for prompt in prompts]
+        sizes = []
+        model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+        assert generate(model, prompts, stops, NEW, CPU) == alone
+        assert len({len(row) for row in alone}) > 3
+        for step, size in enumerate(sizes):  # in pass n are the rows that have at least n tokens, and few others
+            going = sum(len(row) >= step for row in alone)
+            assert going <= size < going / (1 - generation._LEAVING_SHARE) + 1
+
+    def test_a_row_ends_where_the_caller_says_so(self):
+        """Behind the token that made it end, without waiting for the others."""
+        model = random_decoder(VARIANTS["grouped-query"][0], seed=3)
+        free = generate(model, PROMPTS, (), NEW, CPU)
+        ends = {row[index] for row, index in zip(free, (3, 5, 7))}
+        cut = [row[: next(i for i, token in enumerate(row) if token in ends) + 1] for row in free]
+        passes = []
+        model.register_forward_hook(lambda *_: passes.append(1))
+        assert generate(model, PROMPTS, (), NEW, CPU, ended=lambda row: row[-1] in ends) == cut
+        assert len(passes) == max(map(len, cut)) < NEW
+
     def test_an_empty_prompt_is_refused(self):
         model = random_decoder(VARIANTS["plain"][0])
         with pytest.raises(UserError, match="prompt 8: is empty"):
@@ -155,7 +180,7 @@ class TestSampling:
         ids=str,
     )
     def test_frequencies_are_the_probabilities(self, sampling: Sampling):
-        draws = [generation._draw(sampling.seed, index, 0) for index in range(SAMPLES)]
+        draws = [generation.draw(sampling.seed, index, 0) for index in range(SAMPLES)]
         chosen = choose(LOGITS.expand(SAMPLES, -1), sampling, draws)
         counts = torch.bincount(chosen, minlength=len(LOGITS)).double()
         expected = allowed(sampling) * SAMPLES
@@ -165,7 +190,7 @@ class TestSampling:
 
     def test_draws_of_neighbours_are_independent(self):
         """Indices and steps that follow each other: uniform, and uncorrelated to three standard deviations."""
-        draws = torch.tensor([[generation._draw(0, i, s) for s in range(200)] for i in range(200)])
+        draws = torch.tensor([[generation.draw(0, i, s) for s in range(200)] for i in range(200)])
         assert abs(draws.mean() - 0.5) < 3 * 12**-0.5 / 200
         for a, b in ((draws[1:], draws[:-1]), (draws[:, 1:], draws[:, :-1])):
             assert abs(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) < 3 / 200
@@ -233,6 +258,15 @@ class TestSampling:
         for index, prompt in enumerate(PROMPTS):
             assert generate(model, [prompt], (), NEW, CPU, sampling, first_index=index) == [rows[index]]
         assert generate(model, PROMPTS[1:], (), NEW, CPU, sampling, first_index=1) == rows[1:]
+
+    def test_keys_take_the_place_of_numbers(self):
+        """A sample depends on its key, whatever stands beside it and ends before it."""
+        model = random_decoder(VARIANTS["grouped-query"][0])
+        sampling, keys, stops = Sampling(1.0, seed=7), ["gsm8k/0/0", "gsm8k/0/1", "math/0/0"], range(20)
+        rows = generate(model, [PROMPTS[0]] * 3, stops, NEW, CPU, sampling, keys=keys)
+        assert len(set(map(tuple, rows))) == 3
+        for key, row in zip(keys, rows):
+            assert generate(model, [PROMPTS[0]], stops, NEW, CPU, sampling, first_index=5, keys=[key]) == [row]
 
     def test_samples_differ_by_seed_and_by_index(self):
         model = random_decoder(VARIANTS["grouped-query"][0])

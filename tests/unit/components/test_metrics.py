@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 
 from titan_hd.components import metrics as module
+from titan_hd.components import wandb_run
 from titan_hd.components.metrics import MetricsLogger, TqdmHandler, keep_records_until, write_svd_report
 from titan_hd.config.job_config import JobConfig
 
@@ -158,9 +159,9 @@ class TestMetricsLogger:
         )
         monkeypatch.setitem(sys.modules, "wandb", fake)
         for root in (None, tmp_path):
-            monkeypatch.setattr(module, "repository", lambda root=root: root)
-            module._Wandb(self.config(tmp_path), None)
-        timeout = {"init_timeout": module._WANDB_START_SECONDS}
+            monkeypatch.setattr(wandb_run, "repository", lambda root=root: root)
+            module._start_wandb(self.config(tmp_path), None)
+        timeout = {"init_timeout": wandb_run.START_SECONDS}
         assert seen == [{**timeout, "disable_git": True}, {**timeout, "git_root": str(tmp_path)}]
 
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from titan_hd.components.validation import Sharers, check_references, exact_match, final_answer, validation_sets
-from titan_hd.config.job_config import Validation
+from titan_hd.components.validation import (
+    Sharers,
+    Validator,
+    check_references,
+    exact_match,
+    final_answer,
+    validation_sets,
+)
+from titan_hd.config.job_config import Checkpoint, JobConfig, Validation
 from titan_hd.data.tokens.statistics import Statistics
 from titan_hd.errors import UserError
 
@@ -41,6 +51,9 @@ class Numbers:
 
     def prompt_ids(self, index: int) -> list[int]:
         return [index]
+
+    def summary(self) -> str:
+        return self.statistics.name
 
     def response(self, index: int) -> str:
         return "unknown" if index == 6 else f"the answer: {index}"
@@ -82,28 +95,61 @@ def test_references_without_the_marker(caplog):
     )
 
 
+def comparing(samples: int, marker: str = "the answer: ", **checkpoint) -> JobConfig:
+    settings = Validation(exact_match_samples=samples, answer_marker=marker)
+    return JobConfig(validation=settings, checkpoint=Checkpoint(**checkpoint))
+
+
 class TestNamedSets:
     def test_the_first_is_the_main_one(self):
         """Its metrics have no name; one without records to compare with has a loss alone."""
-        settings = Validation(exact_match_samples=5, answer_marker="the answer: ")
+        config = comparing(5)
         datasets = {"math": Numbers("data.validation[math]"), "more": Numbers("data.validation[more]")}
-        sets = validation_sets({**datasets, "plain": Numbers("data.validation[plain]", answerable=False)}, settings)
+        sets = validation_sets({**datasets, "plain": Numbers("data.validation[plain]", answerable=False)}, config)
         assert [(one.suffix, one.answers) for one in sets] == [("", 5), ("/more", 5), ("/plain", 0)]
-        settings.exact_match_samples = 0
-        assert [one.answers for one in validation_sets(datasets, settings)] == [0, 0]
+        config.validation.exact_match_samples = 0
+        assert [one.answers for one in validation_sets(datasets, config)] == [0, 0]
 
     def test_why_another_set_has_no_exact_match(self, caplog):
         caplog.set_level("INFO", "titan_hd")
-        settings = Validation(exact_match_samples=7, answer_marker="the answer: ")
-        validation_sets({"math": Numbers(), "plain": Numbers("data.validation[plain]", answerable=False)}, settings)
+        config = comparing(7)
+        validation_sets({"math": Numbers(), "plain": Numbers("data.validation[plain]", answerable=False)}, config)
         assert caplog.messages[-1] == (
             "data.validation[plain]: its loss is measured, but no exact match (validation.exact_match_samples: needs "
             "records with a prompt and a response)"
         )
-        validation_sets({"math": Numbers(), "more": Numbers("data.validation[more]")}, settings)
+        validation_sets({"math": Numbers(), "more": Numbers("data.validation[more]")}, config)
         assert "1 of the 7 responses of data.validation[more] to compare with lack" in caplog.messages[-1]
 
     def test_the_main_set_must_be_comparable(self):
-        settings = Validation(exact_match_samples=7, answer_marker="The answer is: ")
+        config = comparing(7, "The answer is: ")
         with pytest.raises(UserError, match=r"validation\.answer_marker: none of the 7 responses to compare with"):
-            validation_sets({"math": Numbers(), "more": Numbers()}, settings)
+            validation_sets({"math": Numbers(), "more": Numbers()}, config)
+
+    def test_the_best_is_not_by_what_cannot_be_measured(self):
+        config = comparing(7, keep_best="validation_exact_match/plain")
+        with pytest.raises(UserError) as caught:
+            validation_sets({"math": Numbers(), "plain": Numbers(answerable=False)}, config)
+        assert str(caught.value) == (
+            "checkpoint.keep_best: validation_exact_match/plain cannot be measured: validation.exact_match_samples: "
+            "needs records with a prompt and a response"
+        )
+
+    def test_what_the_metrics_are_measured_on(self):
+        """Values compare where the text is the same: the same records, as many of them, answered in the same way."""
+
+        def measured_on(name: str = "a", workers: int = 2, **settings) -> dict[str, str]:
+            config = comparing(5)
+            config.validation = dataclasses.replace(config.validation, **settings)
+            sets = validation_sets({"m": Numbers(name), "plain": Numbers(answerable=False)}, config)
+            dims = SimpleNamespace(dp_size=workers)
+            return Validator(config, dims, torch.device("cpu"), sets, None).measured_on()
+
+        usual = measured_on()
+        assert usual.keys() == {"validation_loss", "validation_exact_match", "validation_loss/plain"}
+        assert usual["validation_loss"] == "7 of a"
+        assert measured_on(workers=3, batch_size=4, freq=9) == usual
+        assert measured_on(steps=2, batch_size=1)["validation_loss"] == "4 of a"
+        assert measured_on(steps=2, batch_size=1, workers=4) == usual
+        for change in ({"exact_match_samples": 6}, {"max_new_tokens": 7}, {"name": "b"}):
+            assert measured_on(**change)["validation_exact_match"] != usual["validation_exact_match"]

@@ -32,6 +32,7 @@ NO_PATHS = {
     "metrics.wandb_entity",
     "metrics.wandb_name",
     "metrics.wandb_group",
+    "checkpoint.keep_best",
     "validation.answer_marker",
 }
 SINGLE = sorted(key for key in PATHS if "[]" not in key)

@@ -32,7 +32,7 @@ class Echo:
         self.asked: list[list[str]] = []
         self._killed_at = killed_at
 
-    def generate(self, prompts, stop_ids, max_new_tokens, beams, ended):
+    def generate(self, prompts, stop_ids, max_new_tokens, beams, ended, *_):
         if len(self.asked) == self._killed_at:
             raise KeyboardInterrupt
         self.asked.append(["".join(map(chr, prompt)) for prompt in prompts])

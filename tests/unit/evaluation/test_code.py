@@ -144,10 +144,13 @@ def test_the_tasks(sandbox: Sandbox, shared_data: Path):
     assert humaneval[0].prompt.startswith("Create a Python script for this problem:\nfrom typing import List\n")
     assert mbpp[0].id == "11"
     assert mbpp[0].prompt == (
-        "Create a Python script for this problem:\nWrite a python function to remove first and last occurrence of a "
+        "Create a Python script for this problem:\n\nWrite a python function to remove first and last occurrence of a "
         'given character from the string.\nTest examples:\nassert remove_Occ("hello","l") == "heo"\n'
         'assert remove_Occ("abcda","a") == "bcd"\nassert remove_Occ("PHP","P") == "H"'
     )
+    assert (mbpp[482].id, mbpp[482].prompt.partition("Test examples:\n")[2]) == (
+        "493", "calculate_polygons(startx, starty, endx, endy, radius)",
+    )  # fmt: skip
     for task, problem in ((TASKS["humaneval"], humaneval[3]), (TASKS["mbpp"], mbpp[0])):
         right = task.score(problem, problem.reference)
         assert (right.right, right.also) == (True, {"verdict": "passed"})

@@ -68,7 +68,13 @@ def test_marked_formula(text: str, formula: str | None):
     ("text", "choice"),
     [
         ("the correct answer is answer2", "answer2"),
-        ("answer1/answer2\n\n### Response:\nanswer3, not answer4", "answer3"),
+        ("Below is an instruction that describes a task. answer1/answer2\n\n### Response:\nanswer3, not 4", "answer3"),
+        (
+            "<s> Below is an instruction that describes a task.\nanswer1\n### Response: answer3\n### Response: x",
+            "answer3",
+        ),
+        (" answer2\n\n### Instruction:\nanswer1\n\n### Response: answer4", "answer2"),
+        ("Below is an instruction that describes a task. answer1", None),
         ("answer9", None),
         ("Answer2", None),
     ],
@@ -90,11 +96,13 @@ def test_references():
 
 
 def test_outputs_of_a_real_model_are_read_as_by_hand():
-    """Sixty of SmolLM2-135M-Instruct. Few hold an answer in the protocol's words; the others nearly do: "The answer is
-    4 hours", "The answer is:" with nothing behind it, "True." for true, "Answer3"."""
+    """Sixty of SmolLM2-135M-Instruct, with two or three examples in front of the question and temperatures of 0 to 1.1.
+    They were labelled by hand, by the words of the protocol, before this code read them: units, commas, signs and
+    fractions; "The answer is: " twice, with nothing or another question's answer behind it; chatter after the answer;
+    questions that the model asks itself; "yes" for true, "True.", "Solutions 1 and 2"."""
     lines = Path(__file__).with_name("smollm2_outputs.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     assert len(rows) == 60
-    assert sum(row["extracted"] is not None for row in rows) == 4
+    assert sum(row["extracted"] is not None for row in rows) == 45
     for row in rows:
         assert TASKS[row["task"]].score(Problem("0", "", ""), row["output"]).extracted == row["extracted"], row

@@ -180,6 +180,22 @@ class TestCache:
             parts.append(model(input_ids[:, t : t + 1], torch.full((2, 1), t), cache=cache))
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=LOGIT_TOLERANCE)
 
+    @torch.no_grad()
+    def test_slots_beyond_what_is_looked_at_change_nothing(self):
+        """Attention costs what it looks at: room for long answers costs nothing until they are long."""
+        model = random_decoder(VARIANTS["grouped-query"][0])
+        input_ids = ids(model.config)
+        whole, cache = model(input_ids), KVCache(model.config.num_hidden_layers, 1000)
+        for t in range(LENGTH):
+            cache.look_at(t + 1)
+            logits = model(input_ids[:, t : t + 1], torch.full((2, 1), t), cache=cache)
+            torch.testing.assert_close(logits[:, 0], whole[:, t], rtol=0, atol=LOGIT_TOLERANCE)
+            assert cache.layers[0].reach == 64
+        cache.look_at(65)
+        assert cache.reach == 128
+        cache.look_at(990)
+        assert cache.reach == 1000
+
     @pytest.mark.parametrize("variant", ["grouped-query", "mistral-window"])
     @torch.no_grad()
     def test_prompts_of_unequal_lengths_padded_at_the_right(self, variant: str):

@@ -32,7 +32,7 @@ def test_torchruns_options_and_ours(words: str, ours: str):
 
 
 def arguments(*words: str):
-    args = launch._arguments([*words, "-m", "titan_hd.train"])
+    args = launch.torchrun_arguments([*words, "-m", "titan_hd.train"])
     launch._choose_network(args)
     return args
 

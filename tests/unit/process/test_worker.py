@@ -80,7 +80,7 @@ def test_the_port_that_nobody_has_named(world_size: str, port: str, monkeypatch)
     monkeypatch.setattr(worker, "init_logging", lambda rank: None)
     monkeypatch.setattr(worker, "get_error_handler", unused_handler)
     monkeypatch.setattr(worker.manager, "load_or_exit", failing)
-    monkeypatch.setattr(worker, "_say", lambda error, rank: str(error))
+    monkeypatch.setattr(worker, "say", lambda error, rank: str(error))
     assert worker._exit_status(lambda *_: 0) == port
     assert worker.os.environ["MASTER_ADDR"] == "127.0.0.1"
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 
+import numpy
 import pytest
 import torch
-from compare.delta_rank import delta_rank, delta_ranks
+from compare.delta_rank import delta_rank, delta_ranks, rounding_floor, singular_values
 from safetensors.torch import save_file
 
 from tests.kit import runs
 from titan_hd.models.registry import parse_hf_config
+
+EXACT = 1e-6  # of each singular value above numpy's own rounding of the largest
 
 
 def change(values: list[float], out: int = 12, inner: int = 9) -> torch.Tensor:
@@ -25,12 +28,36 @@ def test_ranks_of_known_singular_values():
     assert equal.above == 4
     assert equal.entropy == pytest.approx(4)
     assert equal.relative_norm == pytest.approx(4 / base.norm().item())
+    assert equal.stable == pytest.approx(4)
     tail = delta_rank(base, base + change([1.0, 0.5, 1e-4]), threshold=1e-3)
     assert tail.above == 2
+    assert tail.stable == pytest.approx(1.25)
     assert delta_rank(base, base + change([1.0, 0.5, 1e-4]), threshold=1e-5).above == 3
     p = [2 / 3, 1 / 3]
     assert tail.entropy == pytest.approx(p[0] ** -p[0] * p[1] ** -p[1], rel=1e-2)
-    assert delta_rank(base, base, threshold=1e-3) == (0, 0, 0)
+    assert delta_rank(base, base, threshold=1e-3) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (520, 600), (700, 515)])
+@pytest.mark.parametrize("smallest", [1e-2, 1e-6])
+def test_singular_values_are_those_of_numpy(shape: tuple[int, int], smallest: float):
+    """By the Gram matrix and by a decomposition; a spectrum that falls far is where a Gram matrix alone fails."""
+    matrix = change(torch.logspace(0, torch.tensor(smallest).log10().item(), min(shape)).tolist(), *shape)
+    want = numpy.linalg.svd(matrix.numpy(), compute_uv=False)
+    numpy.testing.assert_allclose(singular_values(matrix).numpy(), want, rtol=EXACT, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("outliers", [False, True])
+def test_the_floor_is_what_rounding_makes(dtype: torch.dtype, outliers: bool):
+    """Never less than it, but for chance, and of its size."""
+    weight = torch.randn(300, 200, dtype=torch.float64) / 14
+    if outliers:
+        weight[:, 3] *= 30
+        weight[7] *= 20
+    error = weight.to(dtype).double() - weight
+    largest = torch.linalg.svdvals(error)[0].item()
+    assert 1 / 3 < largest / rounding_floor(weight.to(dtype).double(), dtype) <= 1.02
 
 
 def test_means_over_the_layers_of_a_model(tmp_path):
@@ -46,5 +73,5 @@ def test_means_over_the_layers_of_a_model(tmp_path):
     assert set(ranks) == {"all", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert ranks["q_proj"].above == 2
     assert ranks["q_proj"].entropy == pytest.approx(2, rel=1e-3)
-    assert ranks["up_proj"] == (0, 0, 0)
+    assert ranks["up_proj"] == (0, 0, 0, 0)
     assert ranks["all"].above == pytest.approx(4 / 14)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import pytest
 
+from tests.kit.chat_service import says, serve
 from tests.kit.commands import call_tool, error_lines
 from tools import evaluate
 
@@ -75,6 +78,34 @@ def test_home_in_every_path(data: Path, tmp_path: Path, monkeypatch):
     options = [f"--records=~/{own.name}", "--marker=The answer is: ", "--output=~/other"]
     result = call_tool(evaluate.main, "--predictions=~/answers.jsonl", *options)
     assert result.returncode == 0, result.stderr
+
+
+def test_data_sets_of_the_hub(data: Path, tmp_path: Path, monkeypatch):
+    """By a stand-in for the package `datasets`: the name, the config and the split that are asked for, and its rows."""
+    calls, rows = [], [json.loads(line) for line in (data / "gsm8k" / "test.jsonl").read_text().splitlines()]
+
+    def load_dataset(name: str, config: str | None, split: str) -> list[dict]:
+        calls.append((name, config, split))
+        if name != "openai/gsm8k":
+            raise FileNotFoundError(f"Dataset '{name}' doesn't exist\non the Hub")
+        return rows
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    write_lines(tmp_path / "outputs.jsonl", outputs(["18", "4", "70000", "-5"]))
+    fixed = ["--predictions", tmp_path / "outputs.jsonl", "--output", tmp_path / "out"]
+    result = call_tool(evaluate.main, *fixed, "--source", "gsm8k=openai/gsm8k:main:test")
+    assert result.stdout.splitlines()[1].split()[:3] == ["gsm8k", "4", "3"], result.stderr
+    (line,) = error_lines(call_tool(evaluate.main, *fixed, "--source", "gsm8k=openai/gsm9k:test"))
+    assert (
+        line == "titan_hd: error: gsm8k: cannot read openai/gsm9k:test: Dataset 'openai/gsm9k' doesn't exist on the Hub"
+    )
+    assert calls == [("openai/gsm8k", "main", "test"), ("openai/gsm9k", None, "test")]
+    rows[1] = {"problem": "q"}
+    (line,) = error_lines(call_tool(evaluate.main, *fixed, "--source", "gsm8k=openai/gsm8k:main:test"))
+    assert "openai/gsm8k:main:test: row 2: gsm8k needs the columns question and answer" in line
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (line,) = error_lines(call_tool(evaluate.main, *fixed, "--source", "gsm8k=openai/gsm8k:main:test"))
+    assert "as a data set of the Hub it needs the package datasets: pip install datasets, or titan_hd[hub]" in line
 
 
 def test_two_systems_are_compared(data: Path, tmp_path: Path):
@@ -218,8 +249,19 @@ def test_a_torn_evaluation_goes_on_to_the_same_files(asked: Path, stories: Path,
     assert "has answers of a model" in line
 
 
-def test_mt_bench_is_written_for_a_judge(stories: Path, shared_data: Path, tmp_path: Path):
-    """A model with a chat template asks both turns; one without is refused."""
+JUDGE_PROMPTS = [
+    {"name": name, "system_prompt": "Judge.", "prompt_template": text}
+    for name, text in [
+        ("single-v1", "{question} {answer}"),
+        ("single-math-v1", "{question} {ref_answer_1} {answer}"),
+        ("single-v1-multi-turn", "{question_1} {answer_1} {question_2} {answer_2}"),
+        ("single-math-v1-multi-turn", "{question_1} {ref_answer_1} {question_2} {ref_answer_2} {answer_1} {answer_2}"),
+    ]
+]
+
+
+def test_mt_bench_is_written_for_a_judge_and_judged(stories: Path, shared_data: Path, tmp_path: Path, monkeypatch):
+    """A model with a chat template answers both turns; one without is refused."""
     model = tmp_path / "model"
     shutil.copytree(stories, model)
     (model / "chat_template.jinja").write_text(
@@ -241,6 +283,54 @@ def test_mt_bench_is_written_for_a_judge(stories: Path, shared_data: Path, tmp_p
     fixed = ["--predictions", predictions, "--data", shared_data, "--output", tmp_path / "scores"]
     (line,) = error_lines(call_tool(evaluate.main, *fixed, "--tasks", "mt_bench"))
     assert "mt_bench has no score of its own" in line
+
+    # The same command, now with a judge: the model is not asked again. And the file of answers by itself.
+    key = "sk-never-shown-0123456789"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    before, data = path.read_bytes(), tmp_path / "data" / "mt_bench"
+    data.mkdir(parents=True)
+    for name in ("question.jsonl", "reference_answer_gpt-4.jsonl"):
+        shutil.copy(shared_data / "mt_bench" / name, data)
+    with serve(lambda asked: says(f"{key} Rating: [[{1 + asked.number % 4}]]")) as service:
+        options = ["--judge-url", service.url, "--judge-requests", 1]
+        (line,) = error_lines(ask(model, data.parent, tmp_path / "out", *arguments, *options))
+        assert "--judge-model: missing" in line
+        options += ["--judge-model", "gpt-4"]
+        (line,) = error_lines(ask(model, data.parent, tmp_path / "out", *arguments, *options))
+        assert (
+            "has no file of mt_bench's judge (FastChat's judge_prompts.jsonl); looked for mt_bench/judge_prompts.jsonl"
+            in line
+        )
+        write_lines(data / "judge_prompts.jsonl", JUDGE_PROMPTS)
+        result = ask(model, data.parent, tmp_path / "out", *arguments, *options)
+        assert result.returncode == 0, result.stderr
+        alone = ["--judge-answers", path, "--data", data.parent, "--limit", 2, "--output", tmp_path / "alone"]
+        again = call_tool(evaluate.main, *alone, *options)
+        assert again.returncode == 0, again.stderr
+        assert len(service.questions) == 8
+    assert [line.split() for line in result.stdout.splitlines()] == [
+        ["mt_bench", "by", "gpt-4", "turn", "1", "turn", "2", "mean"],
+        ["writing", "2.00", "3.00", "2.50"],
+        ["all", "2.00", "3.00", "2.50"],
+        ["mt_bench:", "95%", "interval", "of", "the", "mean", "0.54", "-", "4.46,", "2", "questions"],
+    ]
+    assert again.stdout == result.stdout
+    assert "judge: 100%" in result.stderr
+    assert path.read_bytes() == before
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["tasks"], summary["mt_bench"]["score"]) == ({}, 2.5)
+    written = [file.read_text() for place in ("out", "alone") for file in (tmp_path / place).rglob("*.json*")]
+    assert len(written) == 6
+    assert not any(key in text for text in [*written, result.stdout, result.stderr, again.stderr])
+    for options, message in [
+        (["--judge-answers", path, "--judge-model", "gpt-4"], "--judge-model: needs --judge-url"),
+        (["--judge-answers", path, "--tasks", "gsm8k"], "--judge-answers: has answers to mt_bench alone"),
+        (["--predictions", predictions, "--judge-url", "http://127.0.0.1:9/v1"], "which --tasks does not name"),
+        (["--judge-answers", path, "--predictions", predictions], "one of them, is needed"),
+    ]:
+        (line,) = error_lines(call_tool(evaluate.main, *options, "--data", shared_data, "--output", tmp_path / "bad"))
+        assert message in line
 
 
 def test_models_that_cannot_answer(stories: Path, data: Path, tmp_path: Path):

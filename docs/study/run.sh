@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# The runs of docs/study.md:  docs/study/run.sh PART [option of tools/compare_methods.py ...]
+# Parts: quickstart, adapters, rank, mute, aggregate, batch, smollm2. Each can be killed, and goes on when it is started
+# again. Results are in outputs/study/PART; those of the study itself are in docs/study/PART.
+set -euo pipefail
+cd "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../.."
+part=${1:?which part}
+shift
+source tools/environment.sh
+setup_environment "$PWD"
+quickstart=(--config train_configs/study_quickstart.toml)
+rates=optimizer.lr=1.5e-3:2.4e-2:5
+
+compare() { # title, arms, then options
+  local title=$1 arms=$2
+  shift 2
+  "$PYTHON" tools/compare_methods.py --title "$title" --methods "$arms" --folder "outputs/study/$part" --seeds 3 \
+    --widen 2 --rank-by validation_loss "$@"
+}
+
+case $part in
+quickstart) # adapter.rank is 8: K * r = 64
+  arms=hdpissa,hdpissa+slices=top,hdpissa+slices=random,hdpissa+num_adapters=1+rank=64,hdpissa+num_adapters=1
+  arms+=,pissa,pissa+rank=64,lora+rslora=true+optimizer.lr=1e-3:1.6e-2:5
+  arms+=,lora+rslora=true+rank=64+optimizer.lr=2e-4:3.2e-3:5,full+optimizer.lr=5e-4:8e-3:5
+  arms+=,dora+optimizer.lr=3e-3:4.8e-2:5,mora,hira+optimizer.lr=2e-2:3.2e-1:5
+  arms+=,bone+optimizer.lr=1e-3:1.6e-2:5,bat+optimizer.lr=1e-3:1.6e-2:5
+  compare "Quick start, every method tuned" "$arms" --grid $rates --match parameters --baseline hdpissa "$@" \
+    "${quickstart[@]}"
+  ;;
+adapters) # the paper's Figure 5: K at a fixed rank
+  arms=hdpissa+num_adapters=1,hdpissa+num_adapters=2,hdpissa+num_adapters=4,hdpissa
+  compare "K at rank 8" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}"
+  ;;
+rank) # Figure 6: the rank at K = 8
+  arms=hdpissa+rank=1,hdpissa+rank=2,hdpissa+rank=4,hdpissa
+  compare "Rank at K = 8" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}"
+  ;;
+mute) # Figure 8
+  arms=hdpissa,hdpissa+mute_scalar=1e-2,hdpissa+mute_scalar=1e-4,hdpissa+mute_scalar=1e-8,hdpissa+mute_scalar=1e-16
+  arms+=,hdpissa+mute_scalar=1e-32
+  compare "Mute scalars" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}"
+  ;;
+aggregate) # the same effective rates
+  arms=hdpissa,hdpissa+aggregate=mean+optimizer.lr=1.2e-2:1.92e-1:5
+  compare "Sum and mean" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}"
+  ;;
+batch) # K at K * r = 64, along the global batch: how many records a slice learns from
+  for batch in 64 128 256 512; do
+    part=batch_$batch
+    arms=hdpissa+num_adapters=1+rank=64,hdpissa+num_adapters=2+rank=32,hdpissa+num_adapters=4+rank=16,hdpissa
+    compare "K * r = 64, $batch records a step" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}" \
+      --training.global_batch_size $batch
+  done
+  ;;
+smollm2)
+  arms=hdpissa,hdpissa+num_adapters=1+rank=128,pissa,lora+rslora=true+optimizer.lr=1e-4:1.6e-3:3
+  arms+=,lora+rslora=true+rank=128+optimizer.lr=2.5e-5:4e-4:3,full+optimizer.lr=1e-5:1.6e-4:3
+  compare "SmolLM2-135M on GSM8K" "$arms" --grid optimizer.lr=5e-5:8e-4:3 --seeds 2 --baseline hdpissa "$@" \
+    --config train_configs/study_smollm2.toml
+  ;;
+*)
+  echo "titan_hd: error: PART: must be one of those that the head of this file names, not $part" >&2
+  exit 2
+  ;;
+esac

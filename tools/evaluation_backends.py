@@ -1,0 +1,157 @@
+"""Who answers in tools/evaluate.py: its options, and the backend that they name."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import evaluation_workers as workers
+import torch
+from generate import pick_device
+
+from titan_hd.checkpoint.pretrained import load_pretrained, load_sharded
+from titan_hd.components.generation import Sampling
+from titan_hd.data.text.tokenizer import load_tokenizer
+from titan_hd.data.text.tokenizer_base import Tokenizer
+from titan_hd.errors import UserError
+from titan_hd.evaluation import mt_bench
+from titan_hd.evaluation.answering import Alone, Crew
+from titan_hd.evaluation.backends import Backend, NativeBackend, TransformersBackend
+from titan_hd.evaluation.vllm_backend import VllmBackend
+from titan_hd.files import expand_home
+
+BATCH_SIZE = {"native": 8, "transformers": 8, "vllm": 512}  # vllm makes its own batches of what it is given
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("with a model").add_argument
+    add("--backend", choices=[*BATCH_SIZE], default="native", help="who generates; default: native")
+    add(
+        "--prompts",
+        type=expand_home,
+        metavar="TEMPLATE",
+        help="alpaca, pissa, chat, none or a file with {prompt}; default: the task's",
+    )
+    add("--max-new-tokens", type=int, metavar="N", help="default: the task's")
+    add("--batch-size", type=int, metavar="N", help="default: 8; 512 with vllm, which makes its own batches of them")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer, and is no part of it; repeatable")
+    add("--samples", type=int, default=1, metavar="N", help="so many answers to each problem; needs --temperature")
+    add(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="draw tokens; default: the most probable ones, or the task's beams",
+    )
+    add("--top-p", type=float, metavar="P", help="draw of the fewest tokens that have this probability together")
+    add("--seed", type=int, help="of what is drawn; default: 0")
+    add(
+        "--assets",
+        type=expand_home,
+        default="",
+        help="for a checkpoint: the HF directory with config and tokenizer, if not the run's",
+    )
+    add("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--device", help="default: the GPU if there is one")
+    add(
+        "--shard-weights",
+        action="store_true",
+        help="with NGPU=n, for a model that one GPU does not hold: every process has a part of each weight",
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse options that contradict each other, and fill in what depends on others.
+
+    Raises:
+        UserError: names the option.
+    """
+    if args.temperature is None or args.temperature == 0:
+        if args.samples > 1:
+            raise UserError(f"--samples: {args.samples} answers without --temperature would all be the same")
+        for name in ("top_p", "seed"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')}: is for tokens that are drawn: give --temperature")
+    try:
+        sampling_of(args)
+    except UserError as error:
+        raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
+    if args.shard_weights and args.backend != "native":
+        raise UserError(f"--shard-weights: is for the native backend; {args.backend} shards by itself, or not at all")
+    if args.shard_weights and processes(args) == 1:
+        raise UserError("--shard-weights: there is one process alone; say with NGPU=n how many share the weights")
+    if args.predictions and processes(args) > 1:
+        workers.say_on_rank_zero("warning: NGPU: is for asking a model; outputs are scored by one process")
+    args.batch_size = args.batch_size or BATCH_SIZE[args.backend]
+
+
+def processes(args: argparse.Namespace) -> int:
+    """How many share the evaluation; vllm starts its own."""
+    return 1 if args.backend == "vllm" else workers.wanted_processes()
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    return Sampling(args.temperature or 0.0, 0, 1.0 if args.top_p is None else args.top_p, args.seed or 0)
+
+
+def load(args: argparse.Namespace) -> tuple[Backend, Tokenizer, Crew]:
+    """Who answers, the tokenizer, and with whom the batches are shared out.
+
+    Raises:
+        UserError: the model or its tokenizer cannot be used.
+    """
+    if args.backend == "vllm":
+        return _load_vllm(args)
+    device = pick_device(workers.own_device(args.device))
+    crew: Crew = workers.join(device, args.shard_weights) if workers.is_worker() else Alone()
+    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    if args.backend == "transformers":
+        _refuse_assets(args)
+        tokenizer = load_tokenizer(args.model)
+        return TransformersBackend(args.model, dtype, device, tokenizer.pad_id), tokenizer, crew
+    group = None
+    if args.shard_weights:
+        model, assets, group = load_sharded(args.model, args.assets, dtype, device)
+    else:
+        model, assets = load_pretrained(args.model, args.assets, dtype, device)
+    tokenizer = load_tokenizer(assets)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        size = model.config.vocab_size
+        raise UserError(f"{assets}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {size}")
+    return NativeBackend(model, device, group), tokenizer, crew
+
+
+def _load_vllm(args: argparse.Namespace) -> tuple[Backend, Tokenizer, Crew]:
+    _refuse_assets(args)
+    if args.device is not None:
+        raise UserError("--device: vllm takes the GPUs that CUDA_VISIBLE_DEVICES shows; NGPU=n says how many of them")
+    gpus = workers.wanted_processes() if os.environ.get("NGPU") else max(1, torch.cuda.device_count())
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    tokenizer = load_tokenizer(args.model)
+    return VllmBackend(args.model, dtype, gpus, args.stop), tokenizer, Alone()
+
+
+def _refuse_assets(args: argparse.Namespace) -> None:
+    if args.assets:
+        raise UserError(f"--assets: is for a checkpoint, which {args.backend} cannot read")
+
+
+def settings(
+    args: argparse.Namespace, fingerprints: Mapping[str, str], questions: Sequence[mt_bench.Question]
+) -> dict[str, Any]:
+    """All that an answer depends on, for evaluation.json: an evaluation goes on only with the same. How many processes
+    share it is none of that."""
+    files = sorted(((path, path.stat()) for path in args.model.rglob("*") if path.is_file()), key=lambda file: file[0])
+    stamps = repr([(str(path), status.st_size, status.st_mtime_ns) for path, status in files])
+    drawn = {key: getattr(args, key) for key in ("samples", "temperature", "top_p", "seed")}
+    return {
+        "model": str(args.model),
+        "model_files": hashlib.sha256(stamps.encode()).hexdigest()[:16],
+        **{key: getattr(args, key) for key in ("assets", "backend", "dtype", "device", "prompts", "stop")},
+        **{key: getattr(args, key) for key in ("limit", "max_new_tokens", "batch_size")},
+        "sampling": drawn if args.temperature else None,
+        "tasks": fingerprints,
+        "mt_bench": hashlib.sha256(repr(questions).encode()).hexdigest()[:16] if questions else None,
+    }
