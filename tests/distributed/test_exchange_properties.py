@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kit import runs
 from tests.kit.exchange import SHAPES, build, draw, prepared
+from titan_hd.distributed.adapter_samples import OwnSamples
 from titan_hd.distributed.collectives import TRAFFIC
 from titan_hd.distributed.flat import square_sum
 from titan_hd.distributed.update.fold import Fold, FoldSettings, refuse_non_finite
@@ -222,9 +223,8 @@ def test_a_fold_makes_no_constants(workers):
 def shared_memory():
     """After writing through the flat tensors and through a bound leaf: what the layers' own tensors see."""
     registry, _ = prepared(4, 1, 2, "factors")
-    registry.start(torch.bfloat16)
     entry = registry.entries["layers.0.b"]
-    registry.activate(1)
+    OwnSamples(registry, torch.bfloat16, in_flight=2).activate(1, last=True)
     a, b, da, db = entry.layer.bound
     (da.sum() + 2 * db.sum()).backward()
     with torch.no_grad():
@@ -253,7 +253,7 @@ def test_layers_are_views_of_the_flat_tensors(workers):
 def order_of_gradients(argv: list[str]) -> list[str]:
     """What happens in a step to the gradients of adapters that learn from all samples."""
     run, log = runs.trainer(argv), []
-    update, samples = run.update, run.update.registry._samples
+    update, samples = run.update, run.update.samples
 
     def watch(owner: object, name: str) -> None:
         original = getattr(owner, name)

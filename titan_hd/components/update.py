@@ -30,6 +30,7 @@ from titan_hd.components.optimizer import build_optimizer, clip_flat, clip_gradi
 from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.adapter_init import initialize_adapters
 from titan_hd.distributed.adapter_registry import AdapterRegistry
+from titan_hd.distributed.adapter_samples import SAMPLES, Samples
 from titan_hd.distributed.factor_init import SliceSettings, compute_factors
 from titan_hd.distributed.flat import square_sum
 from titan_hd.distributed.parallel_dims import ParallelDims
@@ -225,6 +226,7 @@ class FoldUpdate(Update):
         super().__init__(model, method, dims, config)
         assert not method.lr_ratios, "the optimizer has one flat tensor, and one learning rate for all of it"
         self.registry = AdapterRegistry(model, method, dims.adapter_mesh(method.num_adapters))
+        self.samples: Samples
         self.fold: Fold
 
     def ignored_parameters(self) -> set[nn.Parameter]:
@@ -251,7 +253,9 @@ class FoldUpdate(Update):
 
     def start(self) -> None:
         c, h = self.config, self.config.hdpissa
-        self.registry.start(getattr(torch, c.training.mixed_precision_param), h.exchange_in_flight)
+        self.registry.start()
+        compute = getattr(torch, c.training.mixed_precision_param)
+        self.samples = SAMPLES[self.registry.method.samples](self.registry, compute, h.exchange_in_flight)
         shapes = {name: entry.local_shape for name, entry in self.registry.entries.items()}
         plan = fold_plan(c, self.method.num_adapters, (self.dims.dp_replicate, self.dims.dp_shard), shapes)
         logger.info("%s", plan.table())
@@ -262,9 +266,10 @@ class FoldUpdate(Update):
         self.fold.prepare()
 
     def bind(self, slot: int, last: bool) -> None:
-        self.registry.activate(slot, last)
+        self.samples.activate(slot, last)
 
     def finish_gradients(self) -> torch.Tensor:
+        self.samples.finish()
         self.registry.finish_gradients()
         return clip_flat(self.registry.gradient_parts(), self.config.training.max_norm)
 
@@ -315,7 +320,7 @@ class FoldUpdate(Update):
         return set(self.registry.entries)
 
     def _zero_gradients(self) -> None:
-        self.registry.zero_grad()
+        self.samples.zero_grad()
 
 
 def build_update(model: Decoder, method: Method, dims: ParallelDims, config: JobConfig) -> Update:

@@ -22,11 +22,11 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from titan_hd.adapters.frozen_linear import FoldingLinear
 from titan_hd.adapters.method import FoldingMethod
-from titan_hd.distributed.adapter_samples import SAMPLES, sum_in_place
+from titan_hd.distributed.collectives import sum_in_place
 from titan_hd.distributed.flat import Piece, lay_out
 from titan_hd.distributed.parallel_dims import local_part
 
-_DELTAS = ("delta_A", "delta_B")
+DELTAS = ("delta_A", "delta_B")
 
 
 @dataclass
@@ -55,9 +55,8 @@ class AdapterRegistry:
     """Owns the adapters of a model whose layers were replaced by a method that folds.
 
     Life: construct (the parameters exist on the meta device and can be given to FSDP2 as ignored), give the model
-    memory, `materialize`, `set_factors` for every layer (or let a checkpoint fill them), `start`; then per step
-    `zero_grad`, per micro-batch `activate`, and `finish_gradients`. What these do depends on which samples an adapter
-    learns from (`adapter_samples`).
+    memory, `materialize`, `set_factors` for every layer (or let a checkpoint fill them), `start`. What micro-batches
+    compute with, and who adds up the gradients, depends on which samples an adapter learns from (`adapter_samples`).
 
     deltas: all of this worker's trainable elements, the one parameter that the optimizer gets; its gradient is there
     after `start`. factors: the fixed ones, in the same places.
@@ -81,19 +80,19 @@ class AdapterRegistry:
 
     def parameters(self) -> set[nn.Parameter]:
         """The trainable tensors: FSDP2 must not touch them. `materialize` replaces them by views of `deltas`."""
-        return {getattr(entry.layer, key) for entry in self.entries.values() for key in _DELTAS}
+        return {getattr(entry.layer, key) for entry in self.entries.values() for key in DELTAS}
 
     @torch.no_grad()
     def materialize(self, device: torch.device) -> None:
         """Allocate deltas, which are zero, and factors, which have no values yet."""
         for entry in self.entries.values():
-            for key in _DELTAS:
+            for key in DELTAS:
                 setattr(entry.layer, key, None)  # frees what the model's `to_empty` gave it
         self.deltas = nn.Parameter(torch.zeros(self._size, device=device))
         self.factors = torch.empty(self._size, device=device)
         for entry in self.entries.values():
             entry.a, entry.b = self._views(self.factors, entry)
-            for key, view in zip(_DELTAS, self._views(self.deltas.detach(), entry)):
+            for key, view in zip(DELTAS, self._views(self.deltas.detach(), entry)):
                 setattr(entry.layer, key, nn.Parameter(view))
 
     @torch.no_grad()
@@ -105,24 +104,15 @@ class AdapterRegistry:
             local_part(view).copy_(values)
 
     @torch.no_grad()
-    def start(self, compute_dtype: torch.dtype = torch.float32, in_flight: int = 2) -> None:
-        """All factors are there: allocate the gradients, and what `activate` binds. Collective where the samples are.
-
-        compute_dtype: of the forward pass, and of the fixed factors in it. in_flight: buckets of gradients that travel
-        at the same time.
-        """
+    def start(self) -> None:
+        """All factors are there: allocate the gradients."""
         self.deltas.grad = torch.zeros_like(self.deltas)
         for entry in self.entries.values():
-            for key, gradient in zip(_DELTAS, self._views(self.deltas.grad, entry)):
+            for key, gradient in zip(DELTAS, self._views(self.deltas.grad, entry)):
                 getattr(entry.layer, key).grad = gradient
-        self._samples = SAMPLES[self.method.samples](self, compute_dtype, in_flight)
-
-    def activate(self, slot: int, last: bool = False) -> None:
-        """Bind slot `slot` to every layer: the next forward and backward pass trains it. last: it is the last one."""
-        self._samples.activate(slot, last)
 
     def zero_grad(self) -> None:
-        self._samples.zero_grad()
+        self.gradients.zero_()
 
     @torch.no_grad()
     def zero_deltas(self) -> None:
@@ -141,12 +131,8 @@ class AdapterRegistry:
 
     @torch.no_grad()
     def finish_gradients(self) -> None:
-        """After the last backward pass of a step: sum what workers have in parts, undo the mute scalar.
-
-        Data-parallel workers have the gradients of their samples; tp ranks have parts of the gradient of the factor
-        that is not split.
-        """
-        self._samples.finish()
+        """When the gradients are sums over data-parallel workers (`Samples.finish`): add what tp ranks have in parts, the
+        gradient of the factor that is not split, and undo the mute scalar."""
         if self.mesh.size(2) > 1:
             sum_in_place(self.gradients[self._split : self._whole], self.mesh.get_group("tp"))
         if self.method.mute_scalar:
@@ -156,17 +142,17 @@ class AdapterRegistry:
         """A flat tensor that is laid out as `deltas` (an optimizer's moment): its part for every trainable tensor, by
         the tensor's name in the model."""
         for name, entry in self.entries.items():
-            for key, view in zip(_DELTAS, self._views(flat, entry)):
+            for key, view in zip(DELTAS, self._views(flat, entry)):
                 yield f"{name}.{key}", view
 
     def _lay_out(self) -> None:
         """What is split over tp lies first, up to `_split`; then, up to `_whole`, what every tp rank has a part of the
         gradient of; then what is the same on all tp ranks."""
-        places = [(entry, key) for entry in self.entries.values() for key in _DELTAS]
+        places = [(entry, key) for entry in self.entries.values() for key in DELTAS]
         order: list[list[tuple[AdapterEntry, str]]] = [[], [], []]
         for entry, key in places:
             # Where rows of W are split over tp, delta_A is whole on every rank; where columns are, delta_B.
-            order[2 if entry.split is None else 1 if key == _DELTAS[entry.split] else 0].append((entry, key))
+            order[2 if entry.split is None else 1 if key == DELTAS[entry.split] else 0].append((entry, key))
         ends = [0]
         for part in order:
             shapes = [self._local_shapes(entry)[key] for entry, key in part]
@@ -193,7 +179,7 @@ class AdapterRegistry:
 
     def _views(self, flat: torch.Tensor, entry: AdapterEntry) -> list[DTensor]:
         """Of delta_A and delta_B, or what lies in the same places."""
-        return [self._dtensor(entry.pieces[key].of(flat), key, entry) for key in _DELTAS]
+        return [self._dtensor(entry.pieces[key].of(flat), key, entry) for key in DELTAS]
 
     def _dtensor(self, local: torch.Tensor, key: str, entry: AdapterEntry) -> DTensor:
         """A DTensor over the adapter mesh from this worker's part of delta_A (or A) or delta_B (or B)."""

@@ -20,25 +20,20 @@ from __future__ import annotations
 import functools
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from titan_hd.adapters.frozen_linear import FoldingLinear
-from titan_hd.distributed.collectives import all_gather, all_reduce, reduce_scatter
+from titan_hd.distributed.adapter_registry import DELTAS, AdapterEntry, AdapterRegistry
+from titan_hd.distributed.collectives import all_gather, reduce_scatter, sum_in_place
 from titan_hd.distributed.flat import lay_out
 from titan_hd.distributed.update.plan import block_of
 
-if TYPE_CHECKING:
-    from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
-
-_DELTAS = ("delta_A", "delta_B")
 Bound = list[tuple[FoldingLinear, tuple[torch.Tensor, ...]]]  # what `bind` gets, layer by layer
 
 
 class Samples:
-    """Made when the registry has its fixed factors and its flat gradient.
+    """Made when the registry was started, on all ranks at a time.
 
     compute_dtype: of the fixed factors that are bound. in_flight: buckets of gradients that travel at the same time.
     """
@@ -71,14 +66,14 @@ class OwnSamples(Samples):
         self._bound: list[Bound] = [[] for _ in range(registry.hosted)]
         for entry in registry.entries.values():
             for slot, bound in enumerate(self._bound):
-                fixed = [entry.pieces[key].of(factors)[slot] for key in _DELTAS]
-                leaves = [entry.pieces[key].of(registry.deltas.detach())[slot].requires_grad_(True) for key in _DELTAS]
-                for key, leaf in zip(_DELTAS, leaves):
+                fixed = [entry.pieces[key].of(factors)[slot] for key in DELTAS]
+                leaves = [entry.pieces[key].of(registry.deltas.detach())[slot].requires_grad_(True) for key in DELTAS]
+                for key, leaf in zip(DELTAS, leaves):
                     leaf.grad = entry.pieces[key].of(registry.gradients)[slot]
                 bound.append((entry.layer, (*fixed, *leaves)))
 
     def zero_grad(self) -> None:
-        self.registry.gradients.zero_()
+        self.registry.zero_grad()
 
     def activate(self, slot: int, last: bool) -> None:
         for layer, tensors in self._bound[slot]:
@@ -121,7 +116,7 @@ class AllSamples(Samples):
         for name, entry in registry.entries.items():
             bucket = self._buckets.setdefault(block_of(name) or name, _Bucket())
             leaves = []
-            for key, gradient in zip(_DELTAS, views):  # [K*r, in], then [K*r, out]
+            for key, gradient in zip(DELTAS, views):  # [K*r, in], then [K*r, out]
                 own = entry.pieces[key].of(registry.gradients)
                 self._add_part(bucket, gradient, own if key == "delta_A" else own.transpose(1, 2))
                 leaf = self._zeros[: gradient.numel()].view(gradient.shape)
@@ -157,7 +152,7 @@ class AllSamples(Samples):
 
     def _gathered(self, entry: AdapterEntry, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Fixed factors of all adapters: [K*r, in] and [out, K*r]."""
-        a, b = (entry.pieces[key].of(self.registry.factors).to(dtype) for key in _DELTAS)
+        a, b = (entry.pieces[key].of(self.registry.factors).to(dtype) for key in DELTAS)
         if self._holders > 1:
             flat, work = all_gather(torch.cat([a.flatten(), b.flatten()]), self._holders, self._group)
             work.wait()
@@ -190,11 +185,6 @@ class AllSamples(Samples):
     def _write(self, bucket: _Bucket, lines: tuple[torch.Tensor, ...] | list[torch.Tensor]) -> None:
         for view, line in zip(bucket.arrived, lines):
             view.copy_(line.view(view.shape))
-
-
-def sum_in_place(flat: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """Over the members of a group."""
-    all_reduce(flat, dist.get_world_size(group), group).wait()
 
 
 # The values of hdpissa.samples.
