@@ -131,8 +131,8 @@ class AdapterRegistry:
 
     @torch.no_grad()
     def finish_gradients(self) -> None:
-        """When the gradients are sums over data-parallel workers (`Samples.finish`): add what tp ranks have in parts, the
-        gradient of the factor that is not split, and undo the mute scalar."""
+        """When the gradients are sums over data-parallel workers (`Samples.finish`): add what tp ranks have in parts
+        (the gradient of the factor that is not split), and undo the mute scalar."""
         if self.mesh.size(2) > 1:
             sum_in_place(self.gradients[self._split : self._whole], self.mesh.get_group("tp"))
         if self.method.mute_scalar:
