@@ -91,7 +91,7 @@ def build(args: argparse.Namespace):
     init_weights(model, dims, seed=0)
     for _ in update.first_values():
         pass
-    update.start()
+    update.start(total_steps=1)
     return update
 
 
@@ -104,7 +104,7 @@ class Steps:
         self.deltas = [p for e in entries for p in (e.layer.delta_A, e.layer.delta_B)]
 
     def begin(self) -> None:
-        self.update.begin_step(LR)
+        self.update.begin_step(LR, self.step)
         with torch.no_grad():
             for delta in self.deltas:
                 delta.grad.to_local().normal_(0.0, 1e-2)
@@ -120,7 +120,7 @@ class Steps:
         self.update.bind(0, last=False)
 
     def zero(self) -> None:
-        self.update.begin_step(LR)
+        self.update.begin_step(LR, self.step)
 
 
 def products(update) -> Callable[[], None]:

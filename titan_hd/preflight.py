@@ -6,6 +6,7 @@ something else, on another node with other files.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 
 from titan_hd.adapters.method import Method
 from titan_hd.adapters.methods import build_method, method_errors, method_of
+from titan_hd.adapters.svd import SvdSettings
 from titan_hd.checkpoint.folder import CheckpointFolder, read_train_state
 from titan_hd.checkpoint.resume_check import allow_mismatch_errors
 from titan_hd.components.dtypes import dtype_warnings, resolve_dtypes, untouched_dtype
@@ -154,6 +156,22 @@ def update_plan(config: JobConfig, plan: RunPlan) -> UpdatePlan:
         if name in targets
     }
     return fold_plan(config, plan.num_adapters, (plan.dp_replicate, plan.dp_shard), shapes)
+
+
+def refresh_line(plan: RunPlan) -> str | None:
+    """What `hdpissa.refresh_steps` makes of a run, on one line. None: its slices stay."""
+    a, every, method = plan.config.adapter, plan.config.hdpissa.refresh_steps, plan.method
+    if not plan.method.folds or not every:
+        return None
+    if not method.directions:
+        return f"slices are drawn anew every {every} steps"
+    linears, workers = plan.decoder.linear_shapes(), math.prod(plan.mesh)
+    svd, blocks = SvdSettings(a.svd, a.svd_niter, method.smallest), plan.decoder.num_hidden_layers
+    costs = [svd.cost(linears[name], method.directions) for name in a.target_modules or linears]
+    return (
+        f"slices of the current weights every {every} steps: {blocks * len(costs)} decompositions on {workers} "
+        f"worker(s), about {blocks * sum(costs) / workers:.1e} operations on each; training waits for them"
+    )
 
 
 def _check_start(config: JobConfig, decoder: DecoderConfig, method: Method) -> None:

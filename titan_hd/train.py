@@ -221,7 +221,7 @@ class Trainer:
             self.wandb_id = None
             self._load_base()
             self._set_first_values()
-        self.update.start()
+        self.update.start(self.total_steps)
 
     def _resume(self) -> None:
         c, step = self.config, self.step
@@ -307,7 +307,7 @@ class Trainer:
         batches = self._read_batches()
         counts = self._count_tokens(batches)
         lr = self.config.optimizer.lr * lr_factor(self.config.lr_scheduler, self.step, self.total_steps)
-        self.update.begin_step(lr)
+        self.update.begin_step(lr, self.step)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for m, batch in enumerate([batch.on(self.device) for batch in batches]):
             self.gathers.before_micro_batch(m)
@@ -432,7 +432,8 @@ class Trainer:
     def _log(self, last: StepResult) -> None:
         """The last step's loss, norm and rate, and the speed of all steps since the last call."""
         values = {"loss": last.loss, "grad_norm": last.grad_norm, "lr": last.lr, **self.rates.take()}
-        values |= {**self.traffic[self.gathers.kept], "peak_memory_gib": peak_memory_gib(self.device)}
+        values |= self.update.take_seconds() | self.traffic[self.gathers.kept]
+        values["peak_memory_gib"] = peak_memory_gib(self.device)
         self.metrics.log(self.step, values)
 
     def validate(self) -> None:

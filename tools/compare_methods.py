@@ -7,7 +7,7 @@ A method is a value of adapter.method; "+key=value" changes keys of [adapter] an
 other key) for this arm alone, "+optimizer.lr=1e-4:1.6e-3:6" gives it a range of its own in place of the grid's. All
 runs of a seed have the same records in the same order. A run that is complete is not repeated, one that was interrupted
 resumes: give the same command again. The folder gets grid.csv, losses.csv, comparison.json, and the report made of
-them: table.md, table.csv, figures, index.html. docs/comparison.md has more.
+them: table.md, table.csv, figures, comparison.html. docs/comparison.md has more.
 
     python tools/compare_methods.py --report FOLDER [--output DIR]     makes the report again, from these files alone
 """
@@ -25,11 +25,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from compare import results
+from compare import report, results
 from compare.arms import Arm, Axis, parse_arms, parse_grid
 from compare.durations import Durations
 from compare.running import COMPLETE, PlannedRun, Runner, Stopped, check_started
-from compare.schedule import Run, edges, rounds
+from compare.schedule import Run, best_point, edges, rounds
 from compare.sizes import match_rank
 
 from titan_hd.config import manager
@@ -61,7 +61,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--folder", type=user_path, default=user_path("outputs/comparison"), help="default: outputs/comparison")
     add("--workers", type=int, metavar="N", help="processes of each run; default: as run_train.sh")
     add("--parallel", type=int, metavar="N", help="runs at a time; default: as many as there are GPUs for, else 1")
-    add("--keep-weights", choices=["none", "best", "all"], default="best", help="of the complete runs; default: best")
+    add("--keep-weights", choices=["none", "best", "all"], default="best", help="of which complete runs; default: best")
     add("--threshold", type=float, default=1e-3, help="singular values of dW that count, of the largest; default: 1e-3")
     add("--retry-failed", action="store_true", help="make runs again that ran out of memory or failed otherwise")
     add("--dry-run", action="store_true", help="list the runs and how long they may take")
@@ -75,21 +75,16 @@ def main() -> None:
     keep_streams()  # the tables are in files, too, and a comparison takes hours
     args, argv = parse_arguments()
     try:
-        status = report(args) if args.report else Comparison(args, argv).run()
+        if args.report:
+            print(report.write(args.report, args.output))
+            return
+        status = Comparison(args, argv).run()
     except UserError as error:
         manager.exit_with(str(error).splitlines())
     except Stopped:
         print("titan_hd: stopped; the same command goes on", file=sys.stderr)
         status = _RESUME
     raise SystemExit(status)
-
-
-def report(args: argparse.Namespace) -> int:
-    """Write the report of what is in a folder, and print its table."""
-    from compare import report  # with libraries of the extra `plots`
-
-    print(report.write(args.report, args.output or args.report))
-    return 0
 
 
 class Comparison:
@@ -181,7 +176,7 @@ class Comparison:
         for reason, runs in rounds(self.arms, self.seeds, self._score, self.args.widen, self.args.budget == "equal"):
             self._make(runner, reason, runs)
             self._write()
-        self._report()
+        print(report.write(self.folder))
         failed = [arm.name for arm in self.arms if not self._complete(arm)]
         if failed:
             print(f"titan_hd: no run was completed of {', '.join(failed)}", file=sys.stderr)
@@ -205,6 +200,7 @@ class Comparison:
         def done(planned: PlannedRun, status: str) -> None:
             run = missing[planned.name]
             self._note(run, results.write_row(planned, status, self.args.threshold))
+            self._remove_weights(run.arm, [other for other in missing.values() if other not in self.rows])
             made = sum(other in self.rows for other in missing.values())
             left = (time.monotonic() - start) / made * (len(missing) - made) / 60
             print(f"{made}/{len(missing)} {run.name}: {self._said(run)}; {left:.0f} min left", flush=True)
@@ -212,20 +208,26 @@ class Comparison:
         runner.make([self.planned[run] for run in missing.values()], done)
 
     def _note(self, run: Run, row: results.Row) -> None:
-        """Keep a row, and of its arm's weights those of the best run."""
+        """Keep a row."""
         if row["status"] == COMPLETE and self.metric not in row:
             known = ", ".join(key for key in row if key == "loss" or key.startswith("validation_"))
             raise UserError(f"--rank-by: no metric {self.metric!r} in {run.name}; there are {known}")
         self.rows[run] = row
         self.durations.add(run.arm, row)
-        keep = self.args.keep_weights
-        if keep == "all":
+
+    def _remove_weights(self, arm: str, coming: Sequence[Run]) -> None:
+        """Of an arm's complete runs but those of its best point.
+
+        coming: what is to be made yet in this round. Where points of this arm are repeated with other seeds, its best
+        point is known at the end.
+        """
+        if self.args.keep_weights == "all" or any(run.arm == arm and run.seed != self.first_seed for run in coming):
             return
-        mine = [other for other in self.rows if other.arm == run.arm]
-        best = min(mine, key=self._score) if keep == "best" else None
-        for other in mine:
-            if other != best and self.rows[other]["status"] == COMPLETE:
-                results.remove_weights(self.planned[other].folder)
+        mine = [run for run, row in self.rows.items() if run.arm == arm and row["status"] == COMPLETE]
+        best = best_point(mine, self._score) if self.args.keep_weights == "best" else None
+        for run in mine:
+            if run.point != best:
+                results.remove_weights(self.planned[run].folder)
 
     def _score(self, run: Run) -> float:
         """The metric, so that less is better; infinity for a run that failed, and for one whose metric is no number."""
@@ -247,7 +249,8 @@ class Comparison:
         rows = dict(sorted(self.rows.items(), key=lambda item: (order[item[0].arm], *self._place(item[0]))))
         places = {run: self.planned[run].folder for run in rows}
         results.write_tables(self.folder, rows, self.keys, places)
-        best = {arm.name: min(self._complete(arm), key=self._score).point for arm in self.arms if self._complete(arm)}
+        complete = {arm.name: self._complete(arm) for arm in self.arms}
+        best = {name: best_point(runs, self._score) for name, runs in complete.items() if runs}
         facts = {
             "title": self.args.title,
             "grid": self.keys,
@@ -263,14 +266,6 @@ class Comparison:
         """For sorting: numbers by size, other values as they are written; then the seed."""
         values = (dict(run.point).get(key, "") for key in self.keys)
         return (*((0, float(value), "") if _is_number(value) else (1, 0.0, value) for value in values), run.seed)
-
-    def _report(self) -> None:
-        try:
-            from compare import report
-        except ImportError as error:
-            print(f"titan_hd: warning: no report: {error.name} is missing (the extra `plots`)", file=sys.stderr)
-            return
-        print(report.write(self.folder, self.folder))
 
     def _dry_run(self) -> str:
         """The runs of the grid with their estimated times, and what may follow."""

@@ -23,9 +23,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluation_backends as backends
+import evaluation_judge
 import evaluation_tracking as tracking
 import evaluation_workers as workers
-import judging
 from tqdm import tqdm
 
 from titan_hd.config import manager
@@ -83,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
         help="humaneval, mbpp: run programs even where the kernel cannot shut them in: as you, with your files",
     )
     backends.add_arguments(parser)
-    judging.add_arguments(parser)
+    evaluation_judge.add_arguments(parser)
     tracking.add_arguments(parser)
     return parser.parse_args()
 
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     sources = find_sources(args, tasks, with_mt_bench)
     problems = {name: load_problems(task, sources[name], args.limit) for name, task in tasks.items()}
     questions = mt_bench.read_questions(sources[mt_bench.NAME], args.limit) if with_mt_bench else []
-    judge = judging.prepare(args, questions)
+    judge = evaluation_judge.prepare(args, questions)
     if any(task.runs_programs for task in tasks.values()):
         open_sandbox(args.allow_unsandboxed)
     judged = None
@@ -132,7 +132,7 @@ def judge_answers(args: argparse.Namespace) -> None:
         raise UserError("--judge-answers: has answers to mt_bench alone")
     source = find_sources(args, {}, True)[mt_bench.NAME]
     questions = mt_bench.read_questions(source, args.limit)
-    judge = judging.prepare(args, questions)
+    judge = evaluation_judge.prepare(args, questions)
     assert judge, "prepare refuses answers without a service"
     finish(args, {}, {}, {}, judge.judge(args.output, questions, args.judge_answers, show_progress))
 
@@ -190,7 +190,7 @@ def ask(
     tasks: Mapping[str, Task],
     problems: Mapping[str, list[Problem]],
     questions: list[mt_bench.Question],
-    judge: judging.Judging | None,
+    judge: evaluation_judge.Judging | None,
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any] | None]:
     """Samples of each task, by the model; a file with its answers to MT-Bench, and what the judge gives them."""
     for name in {args.prompts or task.template for task in tasks.values()}:
@@ -225,7 +225,7 @@ def ask_mt_bench(
     questions: list[mt_bench.Question],
     backend: Backend,
     tokenizer: Tokenizer,
-    judge: judging.Judging | None,
+    judge: evaluation_judge.Judging | None,
 ) -> dict[str, Any] | None:
     """Its answers in a file, and what the judge gives them; without one, what to run."""
     name = args.model.resolve().name

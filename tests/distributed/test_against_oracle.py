@@ -7,6 +7,9 @@ virtual-1, virtual-2     1, 2     4  1  K > workers: adapters dealt to micro-bat
 groups                   4        2  1  K < workers: an adapter shared by two workers
 sum, top, alpha, decay                  the other settings of the update
 minor, unit              2        2  1  the smallest directions; orthonormal factors
+refresh, refresh-one     4, 1     4  1  slices anew every second step; with minor slices on the dense route
+refresh-merge            4        1  2  ... merge and restart, on replicas of the shards
+refresh-tp               4        2  1  ... unit factors, uneven shards of tp-local matrices
 hsdp, hsdp-groups        4        4, 2  replicas of the shards, flattened for the adapters
 tied                     2        2  1  the embedding is the head
 gqa                      2        2  2  two key/value heads for four query heads
@@ -17,7 +20,7 @@ mute                     2        2  1  the paper's mute scalar instead of the e
 dense, clip              4        =  1  the other route; clipping that does not bind
 all-one                  1        4  1  every adapter learns from all samples: nothing travels
 all                      2        4  1  ... of a batch that four shares could not have; slices travel; clipping
-all-hsdp                 4        4  1  ... over replicas; accumulation; recomputation; orthonormal factors
+all-hsdp                 4        4  1  ... over replicas; accumulation; recomputation; unit, refreshed factors
 all-groups               4        2  1  ... K < workers: two sets of holders
 all-tp                   4        2  1  ... tensor parallelism x FSDP, the dense route
 all-tp-groups, all-cube  4, 8     1, 2  ... more of it (slow)
@@ -51,6 +54,7 @@ TP = {
 }
 
 ALL = {"hdpissa__samples": "all"}
+REFRESH = {"hdpissa__refresh_steps": 2, "hdpissa__aggregate": "sum"}
 
 CASES = {
     "one": (1, 1, {"adapter__rank": 2}),
@@ -63,6 +67,10 @@ CASES = {
     "top": (2, 2, {"hdpissa__slices": "top", "adapter__rank": 2}),
     "minor": (2, 2, {"hdpissa__slices": "minor"}),
     "unit": (2, 2, {"hdpissa__factor_scale": "unit"}),
+    "refresh-one": (1, 4, {**REFRESH, "hdpissa__slices": "minor", "hdpissa__exchange": "dense"}),
+    "refresh": (4, 4, {**REFRESH, "hdpissa__exchange": "factors"}),
+    "refresh-merge": (4, 1, {**REFRESH, "adapter__rank": 2, "parallelism__data_parallel_replicate_degree": 2}),
+    "refresh-tp": (4, 2, {**TP, **REFRESH, "hdpissa__factor_scale": "unit"}),
     "alpha": (2, 2, {"adapter__alpha": 0.5, "optimizer__eps": 1e-3}),
     "decay": (2, 2, {"optimizer__weight_decay": 0.3}),
     "hsdp": (4, 4, {"parallelism__data_parallel_replicate_degree": 2}),
@@ -83,6 +91,7 @@ CASES = {
         4,
         {
             **ALL,
+            "hdpissa__refresh_steps": 2,
             "parallelism__data_parallel_replicate_degree": 2,
             "training__global_batch_size": 12,
             "activation_checkpoint__mode": "full",
@@ -169,6 +178,7 @@ def test_weights_equal_the_oracle(case, request, tmp_path):
         slices=overrides.get("hdpissa__slices", "orthogonal"),
         factor_scale=overrides.get("hdpissa__factor_scale", "root"),
         samples=overrides.get("hdpissa__samples", "own"),
+        refresh_steps=overrides.get("hdpissa__refresh_steps", 0),
         alpha=overrides.get("adapter__alpha"),
         weight_decay=overrides.get("optimizer__weight_decay", 0.0),
         eps=overrides.get("optimizer__eps", 1e-8),

@@ -16,7 +16,7 @@ import torch
 from tests.kit import runs
 from tests.kit.recovery import records, tiny_run
 from titan_hd.checkpoint.folder import CheckpointFolder
-from titan_hd.checkpoint.pretrained import load_pretrained
+from titan_hd.checkpoint.pretrained import load_pretrained, load_sharded
 from titan_hd.components.validation import Validator
 from titan_hd.errors import UserError
 
@@ -100,6 +100,14 @@ def test_the_number_of_workers_changes_twice(workers, tmp_path: Path, base: str)
     assert max(runs.delta_error(got, reference, start).values()) < RESHARDED_TOLERANCE
 
 
+def weights_of_shards(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of a model that is loaded in shards."""
+    model, _, group = load_sharded(path, "", torch.float32, torch.device("cpu"))
+    assert group.size() == 2
+    assert all(p.to_local().numel() < p.numel() for p in model.parameters())
+    return {name: p.full_tensor() for name, p in model.named_parameters()}
+
+
 def test_a_delta_leaves_the_base_models_weights_to_it(workers, tmp_path: Path):
     """Smaller, the same run bit for bit, open to the tools; and of no use with another base model."""
     sizes = {}
@@ -116,6 +124,9 @@ def test_a_delta_leaves_the_base_models_weights_to_it(workers, tmp_path: Path):
     model, _ = load_pretrained(step, "", torch.float32, torch.device("cpu"))
     exported = runs.exported(tmp_path / "delta")
     assert all(torch.equal(p, exported[name]) for name, p in model.named_parameters())
+    for place in (step, tmp_path / "delta" / "hf"):
+        for found in workers.run(2, weights_of_shards, place):
+            assert all(torch.equal(found[name], exported[name]) for name, _ in model.named_parameters())
 
     runs.write_model(tmp_path / "model", seed=1)
     with pytest.raises(UserError, match=r"its weights are not those that .*step-6 builds on"):

@@ -184,6 +184,17 @@ class TestRemedy:
         for change in taken:
             assert not fits(fitting._with(plan, [other for other in taken if other != change])), change
 
+    def test_slices_of_the_current_weights(self, argv):
+        """Where the rest is small, a whole weight with its float64 copies is the most: here of down_proj."""
+        plan = self.plan(argv, training__seq_len=2, training__local_batch_size=1, hdpissa__slices="orthogonal")
+        assert fitting.estimate_run(plan, "cpu").phase != "refresh"
+        estimate = fitting.estimate_run(fitting._with(plan, [("hdpissa.refresh_steps", 5)]), "cpu")
+        decomposed = 8 * (352 * 128 + 4 * 128**2) + 4 * 2 * 4 * (352 + 128)
+        assert estimate.phase == "refresh"
+        assert estimate.passing == {"a weight and its decomposition": 4 * 352 * 128 + decomposed}
+        random = fitting._with(plan, [("hdpissa.refresh_steps", 5), ("hdpissa.slices", "random")])
+        assert fitting.estimate_run(random, "cpu").phase != "refresh"
+
     def test_what_is_offloaded_takes_nothing_of_a_gpu(self, argv):
         plan = self.plan(argv)
         before = fitting.estimate_run(plan, "cuda").held

@@ -23,7 +23,11 @@ CASES = {
     "moments": (2, MOMENTS, HDPISSA),
     "moments-sgd": (1, MOMENTS, HDPISSA | {"optimizer__name": "SGD"}),
     "moments-radam": (1, MOMENTS, HDPISSA | {"optimizer__name": "RAdam"}),
-    "both": (4, WEIGHTS | MOMENTS, HDPISSA | {"parallelism__data_parallel_replicate_degree": 2}),
+    "both": (
+        4,
+        WEIGHTS | MOMENTS,
+        HDPISSA | {"hdpissa__refresh_steps": 2, "parallelism__data_parallel_replicate_degree": 2},
+    ),
     "tp": (2, WEIGHTS | MOMENTS, HDPISSA | {"parallelism__tensor_parallel_degree": 2}),
     "lora": (2, WEIGHTS, {"adapter__method": "lora"}),
     "pissa": (2, WEIGHTS, {"adapter__method": "pissa"}),

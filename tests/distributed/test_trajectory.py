@@ -240,6 +240,39 @@ def test_resumed_run_equals_the_undisturbed_one(method, workers, setup, tmp_path
     assert first + second + third == pytest.approx(whole, rel=LOSS_TOLERANCE)
 
 
+def test_resume_within_a_period_of_refreshed_slices(workers, setup, tmp_path):
+    """Steps 3 and 5 of 6 take slices anew. Bitwise on the same workers, in bf16, where a copy of the slices is bound,
+    from within a period and from its end; to rounding on others. The cache holds what belongs to the start alone."""
+    changes = {"checkpoint__enable": "true", "hdpissa__refresh_steps": 2, "metrics__log_freq": 1}
+    bf16 = {"training__mixed_precision_param": "bfloat16", "adapter__svd_cache": tmp_path / "cache"}
+    (whole, _) = workers.run(2, runs.train, setup("whole", **changes, **bf16))
+    want = runs.exported(tmp_path / "whole")
+    assert len(list((tmp_path / "cache").iterdir())) == 14
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines if r.get("refresh_seconds", 0) > 0] == [3, 5]
+    assert [r["step"] for r in lines if "refresh_seconds" in r] == [3, 5]
+    same = setup("same", **changes, **bf16)
+    first, second = (workers.run(2, runs.train, same, stop_after=n)[0] for n in (3, 1))
+    assert first + second + workers.run(2, runs.train, same)[0] == whole
+    got = runs.exported(tmp_path / "same")
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+    (plain,) = workers.run(1, runs.train, setup("plain", **changes))
+    first = workers.run(4, runs.train, setup("other", **changes), stop_after=3)[0]
+    assert first + workers.run(2, runs.train, setup("other", **changes))[0] == pytest.approx(plain, rel=LOSS_TOLERANCE)
+
+
+def test_random_slices_are_drawn_anew_for_every_period(workers, setup):
+    """As anywhere the same on any number of workers; other than those of the start."""
+    changes = {"hdpissa__slices": "random", "hdpissa__refresh_steps": 2, "training__steps": 4}
+    (one,), kept = (
+        workers.run(1, runs.train, setup(f"one-{s}", **changes | {"hdpissa__refresh_steps": s})) for s in (2, 0)
+    )
+    assert workers.run(2, runs.train, setup("two", **changes))[0] == pytest.approx(one, rel=LOSS_TOLERANCE)
+    assert one[:3] == kept[0][:3]  # step 3 is the first with other slices, and shows in the loss of step 4
+    assert one[3] != pytest.approx(kept[0][3], rel=10 * LOSS_TOLERANCE)
+
+
 @pytest.mark.parametrize(("tied", "method"), quick_or_slow([(False, "hdpissa"), (True, "full")], [(False, "hdpissa")]))
 def test_validation_leaves_no_trace(method, tied, workers, setup, tmp_path):
     """Forward passes without a backward pass once left the head gathered: a checkpoint after them was not sharded."""

@@ -59,6 +59,8 @@ def test_two_tuned_methods(compare, tmp_path):
     assert [row["rank"] for row in rows] == ["1", "1", "2", "2"], "bone's nearest block"
     assert all(float(row["dw_entropy"]) >= 1 for row in rows[::2])
     assert json.loads((folder / "comparison.json").read_text())["rank_by"] == "loss"
+    assert "1 / 1" in (folder / "table.md").read_text(), "one complete, one failed"
+    assert (folder / "comparison.html").exists()
     curves = list(csv.DictReader((folder / "losses.csv").open()))
     starts = [float(row["loss"]) for row in curves if row["step"] == "1"]
     assert starts[0] == pytest.approx(starts[1], rel=1e-6), "the same records"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ import pytest
 from tests.kit.commands import CPU_ONLY, REPOSITORY, call_tool
 from tools import evaluate
 
-SETTINGS = ["--limit", "4", "--max-new-tokens", "6", "--batch-size", "1", "--dtype", "float32"]
+SETTINGS = ["--limit", "4", "--max-new-tokens", "6", "--batch-size", "1", "--dtype", "float32", "--device", "cpu"]
 
 
 def start(*arguments: object) -> subprocess.CompletedProcess:
@@ -66,6 +69,38 @@ def test_shards_of_the_model_give_the_same_files(model: Path, alone: Path, share
     result = start(model, *arguments(shared_data, tmp_path / "out"), "--shard-weights")
     assert result.returncode == 0, result.stderr
     assert files_of(tmp_path / "out") == files_of(alone)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_ends_all(model: Path, shared_data: Path, tmp_path: Path):
+    """With one line and its signal's status; one process goes on with what is written, to the same file."""
+    options = ["--tasks", "gsm8k", "--data", shared_data, "--limit", 40, "--max-new-tokens", 40, "--device", "cpu"]
+    command = [sys.executable, str(REPOSITORY / "tools" / "evaluate.py"), str(model), *map(str, options)]
+    output = tmp_path / "out"
+    with subprocess.Popen(
+        [*command, "--output", str(output)],
+        env={**CPU_ONLY, "NGPU": "2"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as launcher:  # fmt: skip
+        until = time.monotonic() + 100
+        while not (output / "samples.jsonl").exists() or not (output / "samples.jsonl").read_bytes().count(b"\n"):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
+        (second,) = (int(pid) for pid, variables in ranks.items() if b"RANK=1" in variables)
+        os.kill(second, signal.SIGKILL)
+        _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 128 + signal.SIGKILL
+    assert "titan_hd: worker 1 ended with signal 9" in said
+    assert "Traceback" not in said
+    written = (output / "samples.jsonl").read_bytes()
+    assert 0 < written.count(b"\n") < 40
+    for place in (output, tmp_path / "undisturbed"):
+        result = call_tool(evaluate.main, model, *options, "--output", place)
+        assert result.returncode == 0, result.stderr
+    content = (output / "samples.jsonl").read_bytes()
+    assert content == (tmp_path / "undisturbed" / "samples.jsonl").read_bytes()
+    assert content.startswith(written)
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ G_i of the token-mean loss of that, and
 
     grad(dB_i) = s G_i A_i^T,   grad(dA_i) = s B_i^T G_i          (s = alpha / r)
 
-which its own AdamW turns into dA_i and dB_i. Then W <- W + c sum_i [(B_i + dB_i)(A_i + dA_i) - B_i A_i].
+which its own AdamW turns into dA_i and dB_i. Then W <- W + c sum_i [(B_i + dB_i)(A_i + dA_i) - B_i A_i]. Every
+refresh_steps steps A_i and B_i are taken from the W of that time, and AdamW begins anew.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ class Settings:
     slices: str = "orthogonal"
     factor_scale: str = "root"
     samples: str = "own"
+    refresh_steps: int = 0
     alpha: float | None = None
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -103,14 +105,11 @@ class Settings:
     targets: tuple[str, ...] = LINEARS
 
 
-def train(
-    weights: dict[str, torch.Tensor], config: dict, records: list[dict], settings: Settings
-) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Weights after len(lrs) steps over records in their order (wrapping round), and the loss of every step."""
-    s = settings
-    weights = {n: w.double().clone() for n, w in weights.items()}
-    names = [n for n in weights if n.split(".")[-2] in s.targets]
-    factors = {}
+def fixed_factors(
+    weights: dict[str, torch.Tensor], names: list[str], settings: Settings
+) -> dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]:
+    """A_i [r, in] and B_i [out, r] of every weight and adapter."""
+    s, factors = settings, {}
     for n in names:
         u, sigma, vh = torch.linalg.svd(weights[n], full_matrices=False)
         if s.slices == "minor":
@@ -121,11 +120,23 @@ def train(
             part = slice(first, first + s.rank)
             root = sigma[part].sqrt() if s.factor_scale == "root" else mean.expand(s.rank)
             factors[n, i] = root[:, None] * vh[part], u[:, part] * root
-    adams = {(n, i, x): Adam(*s.betas, s.eps) for n, i in factors for x in "AB"}
+    return factors
+
+
+def train(
+    weights: dict[str, torch.Tensor], config: dict, records: list[dict], settings: Settings
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Weights after len(lrs) steps over records in their order (wrapping round), and the loss of every step."""
+    s = settings
+    weights = {n: w.double().clone() for n, w in weights.items()}
+    names = [n for n in weights if n.split(".")[-2] in s.targets]
     shares = s.num_adapters if s.samples == "own" else 1  # of the batch; with "all" every adapter has the one
     scale, share = (s.alpha or s.rank) / s.rank, s.global_batch_size // shares
     c, losses = 1.0 / shares if s.aggregate == "mean" else 1.0, []
     for step, lr in enumerate(s.lrs):
+        if step % (s.refresh_steps or len(s.lrs)) == 0:
+            factors = fixed_factors(weights, names, s)
+            adams = {(n, i, x): Adam(*s.betas, s.eps) for n, i in factors for x in "AB"}
         update, total, labels = {n: torch.zeros_like(weights[n]) for n in names}, 0.0, 0
         for i in range(s.num_adapters):
             if i < shares:

@@ -14,7 +14,7 @@ from tests.kit.runs import write_model
 from titan_hd.checkpoint.folder import STATE_FILE
 from titan_hd.config.job_config import JobConfig
 from titan_hd.config.manager import ConfigError, load
-from titan_hd.preflight import plan_run
+from titan_hd.preflight import plan_run, refresh_line
 
 
 @pytest.fixture
@@ -60,6 +60,20 @@ def test_all_samples_still_need_holders_for_all_adapters(config):
     assert line.startswith("hdpissa.num_adapters: 3 adapters cannot be dealt to 2 data-parallel workers")
     (line,) = errors_of(config("--hdpissa.samples", "all", "--training.global_batch_size", "3"), 2)
     assert line.startswith("training.global_batch_size: 3 must be a multiple of 2 (local_batch_size 1 x 2 workers)")
+
+
+def test_what_slices_of_the_current_weights_cost(config):
+    changes = ["--hdpissa.refresh_steps", "20", "--adapter.svd", "randomized", "--adapter.target_modules", "q_proj"]
+    line = refresh_line(plan_run(config(*changes, "--hdpissa.num_adapters", "2"), 2))
+    operations = 2 * 4 * 17 * 64 * 64 * (8 + 16) / 2  # two products with W in each of 17 rounds, 16 columns to spare
+    assert line == (
+        "slices of the current weights every 20 steps: 2 decompositions on 2 worker(s), "
+        f"about {operations:.1e} operations on each; training waits for them"
+    )
+    random = config("--hdpissa.refresh_steps", "20", "--hdpissa.slices", "random")
+    assert refresh_line(plan_run(random, 2)) == "slices are drawn anew every 20 steps"
+    for without in ([], ["--adapter.method", "lora", "--hdpissa.refresh_steps", "20"]):
+        assert refresh_line(plan_run(config(*without), 2)) is None
 
 
 def test_replicas(config):

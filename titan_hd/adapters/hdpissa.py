@@ -153,6 +153,7 @@ class HDPissa(FoldingMethod):
         "hdpissa.slices",
         "hdpissa.factor_scale",
         "hdpissa.samples",
+        "hdpissa.refresh_steps",
         "hdpissa.aggregate",
         "hdpissa.mute_scalar",
     )

@@ -39,6 +39,11 @@ class SvdSettings:
         gain = exact_cost(shape) / randomized_cost(shape, count, self.niter)
         return "randomized" if gain > _RANDOMIZED_GAIN else "exact"
 
+    def cost(self, shape: Sequence[int], count: int) -> float:
+        """Operations of the algorithm that `resolve` takes."""
+        exact = self.resolve(shape, count) == "exact"
+        return exact_cost(shape) if exact else randomized_cost(shape, count, self.niter)
+
 
 def exact_cost(shape: Sequence[int]) -> float:
     """Operations of the exact algorithm on a weight [out, in]: a Gram matrix and all eigenvectors of it."""
@@ -49,6 +54,18 @@ def exact_cost(shape: Sequence[int]) -> float:
 def randomized_cost(shape: Sequence[int], count: int, niter: int) -> float:
     """Operations of the randomized algorithm: two products with W per iteration."""
     return 4.0 * (niter + 1) * shape[0] * shape[1] * _sketch_width(shape, count)
+
+
+def working_bytes(shape: Sequence[int], count: int, settings: SvdSettings) -> int:
+    """Memory that the decomposition of a weight [out, in] takes beside it, at most: of the exact algorithm a float64
+    copy, the Gram matrix, its eigenvectors and what eigh works in (as much as both); of the randomized one its sketches
+    and their factors. No less than what `captured_energy` takes: a float64 copy and its squares."""
+    large, small = max(shape), min(shape)
+    if settings.resolve(shape, count) == "exact":
+        work = 8 * (large * small + 4 * small**2)
+    else:
+        work = 16 * _sketch_width(shape, count) * (large + small)
+    return max(work, 16 * large * small) + 4 * count * (large + small)
 
 
 def principal_factors(

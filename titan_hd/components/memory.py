@@ -18,6 +18,7 @@ from torch import nn
 
 from titan_hd.adapters.adapter_linear import AdapterLinear, untouched_parameters
 from titan_hd.adapters.methods import build_method
+from titan_hd.adapters.svd import SvdSettings, working_bytes
 from titan_hd.components.host_moments import PART_ELEMENTS
 from titan_hd.components.live_bytes import BlockMemory, block_memory, head_memory
 from titan_hd.components.optimizer import optimizer_class
@@ -309,7 +310,21 @@ def _phases(sizes: Sizes, model: Decoder, local: DecoderConfig, groups: list[Gro
         if c.training.enable_cpu_offload:
             rows = (shard_elements(torch.empty(w.shape, device="meta"), sizes.mesh[1]) for w in sizes.updates.weights)
             phases["fold"]["a weight's rows from the host"] = sizes.master.itemsize * max(rows)
+        if c.hdpissa.refresh_steps:
+            phases["refresh"] = {"a weight and its decomposition": _refresh_bytes(sizes, sizes.updates)}
     return phases
+
+
+def _refresh_bytes(sizes: Sizes, updates: UpdatePlan) -> int:
+    """The most that taking a slice anew needs: one whole weight on each worker, as it arrives in parts or as it is
+    decomposed. (The moments are given back before; the estimate counts them all the same.)"""
+    c, method = sizes.config, build_method(sizes.config, updates.topology.num_adapters)
+    if not method.directions:  # nothing is decomposed
+        return 0
+    svd, linears = SvdSettings(c.adapter.svd, c.adapter.svd_niter, method.smallest), sizes.decoder.linear_shapes()
+    shapes = [linears[name] for name in c.adapter.target_modules or linears]
+    weights = [(sizes.master.itemsize * out * width, (out, width)) for out, width in shapes]
+    return max(size + max(size, working_bytes(shape, method.directions, svd)) for size, shape in weights)
 
 
 def _micro_batches(c: JobConfig, mesh: tuple[int, int, int]) -> int:

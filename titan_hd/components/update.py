@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,7 +39,9 @@ from titan_hd.distributed.shards import adapter_parameters, base_parameters
 from titan_hd.distributed.update.fold import Fold, FoldSettings, refuse_non_finite
 from titan_hd.distributed.update.plan import UpdatePlan, plan_update
 from titan_hd.distributed.update.topology import Topology
+from titan_hd.distributed.watch import enter_phase
 from titan_hd.models.decoder import Decoder
+from titan_hd.seeding import stable_seed
 
 logger = logging.getLogger("titan_hd")
 
@@ -105,14 +108,19 @@ class Update:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def start(self) -> None:
-        """All values are there; the first step may come. Collective."""
+    def start(self, total_steps: int) -> None:
+        """All values are there; the first step may come. Collective. total_steps: of the whole run."""
 
-    def begin_step(self, lr: float) -> None:
-        """Gradients are zero, and the step will be taken at the learning rate lr."""
+    def begin_step(self, lr: float, step: int) -> None:
+        """Gradients are zero, and step `step` (0-based) will be taken at the learning rate lr. Collective."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
         self._zero_gradients()
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds that the steps since the last call spent on other things than training, by the names of
+        docs/metrics.md; only of what there was."""
+        return {}
 
     def bind(self, slot: int, last: bool) -> None:
         """The next forward and backward pass trains slot `slot` of this worker. last: it is the step's last one."""
@@ -228,6 +236,7 @@ class FoldUpdate(Update):
         self.registry = AdapterRegistry(model, method, dims.adapter_mesh(method.num_adapters))
         self.samples: Samples
         self.fold: Fold
+        self._refresh_seconds = 0.0
 
     def ignored_parameters(self) -> set[nn.Parameter]:
         return self.registry.parameters()
@@ -240,10 +249,7 @@ class FoldUpdate(Update):
         return len(self.registry.entries)
 
     def first_values(self) -> Iterator[Reports]:
-        a, h, seed = self.config.adapter, self.config.hdpissa, self.config.training.seed
-        svd = SvdSettings(a.svd, a.svd_niter, self.method.smallest)
-        settings = SliceSettings(h.slices, h.factor_scale, seed, svd, a.svd_cache)
-        return compute_factors(self.registry, self.dims, settings)
+        return compute_factors(self.registry, self.dims, self._slice_settings(self.config.training.seed))
 
     def state(self, changed_only: bool) -> dict[str, Any]:
         factors = {}
@@ -251,7 +257,7 @@ class FoldUpdate(Update):
             factors |= {f"factors.{name}.A": entry.a, f"factors.{name}.B": entry.b}
         return {**super().state(changed_only), **factors}
 
-    def start(self) -> None:
+    def start(self, total_steps: int) -> None:
         c, h = self.config, self.config.hdpissa
         self.registry.start()
         compute = getattr(torch, c.training.mixed_precision_param)
@@ -264,6 +270,26 @@ class FoldUpdate(Update):
         settings = FoldSettings(h.aggregate, decay, c.training.seed, wire, h.exchange_in_flight, offloaded)
         self.fold = Fold(self.registry, self.dims, plan, settings)
         self.fold.prepare()
+        if h.refresh_steps >= total_steps:
+            logger.warning(
+                "hdpissa.refresh_steps: %d is not below the run's %d steps: no slice is taken anew",
+                h.refresh_steps,
+                total_steps,
+            )
+
+    def begin_step(self, lr: float, step: int) -> None:
+        """With refresh_steps, a period begins with slices from W as it is, and moments as in a first step. Which step
+        that is depends on nothing else, and what a run in the middle of a period goes on with is in its checkpoint."""
+        every = self.config.hdpissa.refresh_steps
+        if every and step and step % every == 0:
+            enter_phase(f"taking the slices of step {step + 1}")
+            self._refresh(step // every)
+            enter_phase(f"step {step + 1}")
+        super().begin_step(lr, step)
+
+    def take_seconds(self) -> dict[str, float]:
+        seconds, self._refresh_seconds = self._refresh_seconds, 0.0
+        return {"refresh_seconds": seconds} if seconds else {}
 
     def bind(self, slot: int, last: bool) -> None:
         self.samples.activate(slot, last)
@@ -286,6 +312,25 @@ class FoldUpdate(Update):
 
     def apply(self, lr: float, step: int) -> None:
         self.fold(lr, step)
+
+    def _refresh(self, period: int) -> None:
+        """Slices of the current W for all layers, and an optimizer without memory. The cache of decompositions stays
+        out: no other run will meet this W. Random slices are drawn from a seed of the period. Collective."""
+        self.settle()
+        start = time.perf_counter()
+        self.optimizer = self._new_optimizer()
+        seed = stable_seed("refresh", self.config.training.seed, period)
+        for _ in compute_factors(self.registry, self.dims, self._slice_settings(seed, cached=False)):
+            pass
+        self.samples.factors_changed()
+        self.fold.send_factors()
+        self.settle()
+        self._refresh_seconds += time.perf_counter() - start
+
+    def _slice_settings(self, seed: int, cached: bool = True) -> SliceSettings:
+        a, h = self.config.adapter, self.config.hdpissa
+        svd = SvdSettings(a.svd, a.svd_niter, self.method.smallest)
+        return SliceSettings(h.slices, h.factor_scale, seed, svd, a.svd_cache if cached else "")
 
     def _new_optimizer(self) -> torch.optim.Optimizer | HostMoments:
         if self.config.hdpissa.offload_moments:

@@ -273,6 +273,10 @@ class HDPissa:
     samples: Literal["own", "all"] = "own"
     """What an adapter learns from. own: its share of the global batch, as in the paper. all: every sample; K then says
     over how many holders the K*r directions are dealt, and a run trains as K = 1 with rank K*r does."""
+    refresh_steps: int = 0
+    """T: every T steps the slices are taken from the weights as they are then, and the optimizer's moments begin anew.
+    Costs the start's decompositions each time (refresh_seconds in the metrics). 0: the slices of the start stay, as in
+    the paper."""
     mute_scalar: float = 0.0
     """0: exact mute (the limit, no extra forward work). Otherwise the paper's scalar g in Y = X(W + g A B)."""
     exchange: Literal["auto", "factors", "dense"] = "auto"

@@ -41,6 +41,10 @@ class Samples:
     def __init__(self, registry: AdapterRegistry, compute_dtype: torch.dtype, in_flight: int):
         self.registry = registry
 
+    def factors_changed(self) -> None:
+        """The registry has other fixed factors: bind these from now on. Collective."""
+        raise NotImplementedError
+
     def zero_grad(self) -> None:
         """Before the first micro-batch of a step."""
         raise NotImplementedError
@@ -63,6 +67,7 @@ class OwnSamples(Samples):
         super().__init__(registry, compute_dtype, in_flight)
         # The products of the exact mute need the fixed factors alone, so that less than fp32 is enough.
         factors = registry.factors if registry.method.mute_scalar else registry.factors.to(compute_dtype)
+        self._factors = factors
         self._bound: list[Bound] = [[] for _ in range(registry.hosted)]
         for entry in registry.entries.values():
             for slot, bound in enumerate(self._bound):
@@ -71,6 +76,9 @@ class OwnSamples(Samples):
                 for key, leaf in zip(DELTAS, leaves):
                     leaf.grad = entry.pieces[key].of(registry.gradients)[slot]
                 bound.append((entry.layer, (*fixed, *leaves)))
+
+    def factors_changed(self) -> None:
+        self._factors.copy_(self.registry.factors)  # nothing to do where they are the same tensor
 
     def zero_grad(self) -> None:
         self.registry.zero_grad()
@@ -126,6 +134,11 @@ class AllSamples(Samples):
                 leaf.grad = gradient
                 leaf.register_post_accumulate_grad_hook(functools.partial(self._completed, bucket))
             self._bound.append((entry.layer, (*self._gathered(entry, compute_dtype), *leaves)))
+
+    def factors_changed(self) -> None:
+        for entry, (_, (a, b, *_)) in zip(self.registry.entries.values(), self._bound):
+            for bound, changed in zip((a, b), self._gathered(entry, a.dtype)):
+                bound.copy_(changed)
 
     def zero_grad(self) -> None:
         self._flat.zero_()

@@ -33,7 +33,9 @@ logger = logging.getLogger("titan_hd")
 KEY_VARIABLE = "OPENAI_API_KEY"
 _PASSING = (408, 409, 425, 429)  # and 500 to 599
 _LONGEST_PAUSE = 120.0  # seconds; whatever a server asks for
+_CHECK_TIMEOUT = 30.0  # seconds
 _SHOWN = 300  # letters of what a server says
+_SHORTEST_KEY = 8  # letters; what is shorter is no secret (EMPTY, for a server of one's own), but may be in any text
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -75,7 +77,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 class Endpoint:
     """Where a model answers.
 
-    url: as OpenAI's clients have it, .../v1; a query (?...) goes with every request, and is not shown.
+    url: as OpenAI's clients have it, .../v1. Options are logged, so nothing secret can stand in it.
     key: of the service; it is not shown.
     attempts: of one request before it is given up; pause: seconds before the second one, then twice as long each time.
     timeout: seconds without a sign of the server.
@@ -86,7 +88,7 @@ class Endpoint:
         UserError: this is no URL of http or https, or a key stands in it.
     """
 
-    url: str = field(repr=False)
+    url: str
     model: str
     key: str = field(repr=False, default="")
     attempts: int = 8
@@ -149,7 +151,8 @@ class Endpoint:
     def _request(self, path: str, body: Mapping[str, Any] | None) -> bytes:
         """What the service replies. Exceptions go on without those that they come from: these may hold headers."""
         try:
-            with self._opener.open(self._to(path, body), timeout=self.timeout) as response:
+            timeout = min(self.timeout, _CHECK_TIMEOUT) if body is None else self.timeout
+            with self._opener.open(self._to(path, body), timeout=timeout) as response:
                 content = response.read()
             self._reached = True
             return content
@@ -172,7 +175,7 @@ class Endpoint:
         """There was no reply, or only a part of one."""
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         reason = self._cleared(" ".join(str(cause).split())) or type(cause).__name__
-        if not self._reached and isinstance(error, urllib.error.URLError) and not isinstance(cause, TimeoutError):
+        if not self._reached and isinstance(error, urllib.error.URLError):  # no connection, not even at first
             return UserError(f"--judge-url: {self._shown} cannot be reached: {reason}")
         return _Passing(reason)
 
@@ -237,7 +240,7 @@ class Endpoint:
             return True
 
     def _cleared(self, text: str) -> str:
-        return text.replace(self.key, "[key]") if self.key else text
+        return text.replace(self.key, "[key]") if len(self.key) >= _SHORTEST_KEY else text
 
 
 def _split(url: str) -> SplitResult:
@@ -249,8 +252,8 @@ def _split(url: str) -> SplitResult:
         raise UserError(example) from None
     if not host or parts.scheme not in ("http", "https") or not re.fullmatch(r"[!-~]+", url):
         raise UserError(example)
-    if parts.username or parts.password:
-        raise UserError(f"--judge-url: has a name or a key in it; put the key into {KEY_VARIABLE}")
+    if parts.username or parts.password or not re.fullmatch(r"(api-version=[\w.-]{1,30})?", parts.query):
+        raise UserError(f"--judge-url: has a name or a key in it (or ?...); put the key into {KEY_VARIABLE}")
     return parts
 
 

@@ -29,7 +29,7 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from titan_hd.config import manager
 from titan_hd.distributed.mesh_picture import mesh_picture
 from titan_hd.fitting import estimate_run
-from titan_hd.preflight import plan_run, update_plan
+from titan_hd.preflight import plan_run, refresh_line, update_plan
 from titan_hd.process.network import LOOPBACK, address_towards, addresses_of, interface_of
 from titan_hd.process.signals import REQUEUE, STATUS, outlives_terminal
 from titan_hd.process.streams import keep_streams
@@ -60,6 +60,8 @@ def main() -> None:
         folds = plan.method.folds
         print(mesh_picture(*plan.mesh, plan.num_adapters if folds else None))
         print(update_plan(config, plan).table() if folds else "nothing is folded")
+        if refresh := refresh_line(plan):
+            print(refresh)
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         print(estimate_run(plan, device_type).table())
         return

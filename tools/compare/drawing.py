@@ -91,9 +91,8 @@ def new_picture(
     from matplotlib.lines import Line2D
 
     names = list(outcome.arms)
-    shown = [
-        arm.name for arm in (outcome.arms.values() if legend is None else legend) if legend or arm.best is not None
-    ]
+    ran = (arm for arm in outcome.arms.values() if arm.best is not None)
+    shown = [arm.name for arm in (ran if legend is None else legend)]
     width = panels * _PANEL[0] + (0.9 + 0.085 * max(map(len, shown)) if shown else 0.0)
     figure = Figure(figsize=(width, max(height, 0.6 + 0.21 * len(shown))), layout="constrained")
     figure.suptitle(title, fontsize="medium")

@@ -25,7 +25,7 @@ from titan_hd.files import read_json_object, shown
 FAILURES = ("diverged", "out_of_memory", "failed")
 BEFORE = "before:"  # a metric's value before the first step has this in front of its name
 
-Point = tuple[Any, ...]  # the values of the grid's keys: numbers, or text where a value is none
+Point = tuple[Any, ...]  # the values of the grid's keys: numbers, or text where a value is none ("": not the arm's key)
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,9 @@ class Arm:
 class Outcome:
     """A comparison's folder as it was read.
 
-    grid: the grid's keys. arms: by name, in the order of grid.csv. metrics: names of what validation measured after the
-    last step, the ranking metric first. edges: arm -> what is to be said where its best value lies on the edge of what
-    was tried. curves: (arm, seed) -> losses at the arm's best point.
+    grid: the grid's keys; none where every arm has one point. arms: by name, in the order of grid.csv. metrics: names
+    of what validation measured after the last step, the ranking metric first. edges: arm -> what is to be said where
+    its best value lies on the edge of what was tried. curves: (arm, seed) -> losses at the arm's best point.
     """
 
     title: str
@@ -173,15 +173,10 @@ class Outcome:
         after, before = arm.by_seed(arm.best, metric), arm.by_seed(arm.best, BEFORE + metric)
         return paired_difference(after, before)
 
-    def point_name(self, point: Point) -> str:
-        """As "0.003", or with several keys "lr=0.003 rank=8"."""
-        if len(self.grid) == 1:
-            return show_value(point[0])
-        return " ".join(f"{key.rpartition('.')[2]}={show_value(value)}" for key, value in zip(self.grid, point))
-
 
 def show_value(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4g}"
+    """A value of a key; "-" where an arm has none, because the key is one of other arms."""
+    return (value or "-") if isinstance(value, str) else f"{value:.4g}"
 
 
 def _runs(arm: Arm) -> Iterator[Run]:
@@ -200,10 +195,9 @@ def read_outcome(folder: Path) -> Outcome:
         UserError: a file is missing, or a line of it is not what it must be.
     """
     said = read_json_object(folder / "comparison.json")
-    faults = [key for key in ("grid", "rank_by") if not said.get(key)]
-    if faults:
-        raise UserError(f"{folder / 'comparison.json'}: must have {' and '.join(faults)}")
-    grid, rank_by, better = said["grid"], said["rank_by"], said.get("better") or "min"
+    grid, rank_by, better = said.get("grid"), said.get("rank_by"), said.get("better") or "min"
+    if not isinstance(grid, list) or not rank_by:
+        raise UserError(f"{folder / 'comparison.json'}: must have grid, a list of keys, and rank_by, a metric")
     if better not in ("min", "max"):
         raise UserError(f"{folder / 'comparison.json'}: better: must be min or max, not {shown(str(better))}")
     arms, metrics = _read_grid(folder / "grid.csv", grid, rank_by, better)

@@ -81,7 +81,7 @@ def _metrics(folder: Path) -> Row:
 def _ranks(run: PlannedRun, threshold: float) -> Row:
     base = Path(run.config.model.hf_assets_path)
     ranks = delta_ranks(base, run.folder / "hf", run.plan.decoder, threshold)["all"]
-    return {"dw_above": ranks.above, "dw_entropy": ranks.entropy, "dw_relative_norm": ranks.relative_norm}
+    return {f"dw_{name}": getattr(ranks, name) for name in ("above", "entropy", "stable", "relative_norm")}
 
 
 def remove_weights(folder: Path) -> None:

@@ -155,6 +155,16 @@ def rounds(arms: Sequence[Arm], seeds: Sequence[int], score: Score, widen: int, 
         yield Round("the best of every arm and its neighbours with the other seeds", again)
 
 
+def best_point(runs: Sequence[Run], score: Score) -> Point:
+    """Of one arm's runs that were completed, at least one: the point with the best mean over its seeds, among those
+    with the most seeds. As `compare.outcome` chooses it for the report."""
+    scores: dict[Point, list[float]] = {}
+    for run in runs:
+        scores.setdefault(run.point, []).append(score(run))
+    most = max(map(len, scores.values()))
+    return min((p for p, found in scores.items() if len(found) == most), key=lambda p: sum(scores[p]) / most)
+
+
 def edges(arms: Sequence[Arm], tried: Sequence[Run], best: dict[str, Point]) -> dict[str, str]:
     """By arm: that its best point lies on the edge of all that was tried, in words; nothing for the others."""
     said = {}

@@ -69,10 +69,10 @@ def unit_arm(outcome: Outcome) -> Arm | None:
 def _ranking(outcome: Outcome, arm: Arm) -> dict[str, str]:
     value, difference = arm.at_best(outcome.rank_by), outcome.difference(arm)
     others, failed = arm.chosen_by_others(), sum(arm.failures().values())
-    keys = " ".join(key.rpartition(".")[2] for key in outcome.grid)
-    row = {
-        "arm": arm.name,
-        f"best {keys}": "-" if arm.best is None else " ".join(map(show_value, arm.best)),
+    row = {"arm": arm.name}
+    for place, key in enumerate(outcome.grid):
+        row[f"best {key.rpartition('.')[2]}"] = "-" if arm.best is None else show_value(arm.best[place])
+    row |= {
         "runs complete / failed": f"{arm.runs - failed} / {failed}",
         "seeds": str(value.n if value else 0),
         "mean": _number(_value(value)),

@@ -78,6 +78,8 @@ class TestCheckResumable:
         assert len(compare({}, {"hdpissa.samples": "all"}, ["hdpissa.samples"])) == 1
         with pytest.raises(UserError, match=r"factor_scale: the checkpoint has 'root', this run 'unit'"):
             compare({}, {"hdpissa.factor_scale": "unit"})
+        with pytest.raises(UserError, match=r"refresh_steps: the checkpoint has 0, this run 10; set it back, or check"):
+            compare({}, {"hdpissa.refresh_steps": 10})
 
     def test_the_base_model(self):
         """Not needed for a full checkpoint, if it is not at hand; never another one for a delta."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import TensorProperties as Properties
 
 from titan_hd.adapters.full import FullFineTuning
-from titan_hd.components.update import OptimizerUpdate
+from titan_hd.components import update as updates
+from titan_hd.components.update import FoldUpdate, OptimizerUpdate
 from titan_hd.config.job_config import JobConfig
 
 
@@ -18,7 +22,7 @@ def update(steps: int) -> OptimizerUpdate:
     built = OptimizerUpdate(model, FullFineTuning(), None, JobConfig())
     built.build_optimizer(torch.device("cpu"))
     for step in range(steps):
-        built.begin_step(lr=0.1)
+        built.begin_step(0.1, step)
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         built.apply(0.1, step)
@@ -49,3 +53,17 @@ def test_state_is_allocated_as_the_checkpoint_has_it():
     assert made.keys() == saved.keys()
     for key, value in saved.items():
         assert (made[key].shape, made[key].dtype) == (value.shape, value.dtype), key
+
+
+@pytest.mark.parametrize(("refresh_steps", "warned"), [(0, False), (9, False), (10, True)])
+def test_slices_that_are_never_taken_anew_are_said(refresh_steps: int, warned: bool, monkeypatch, caplog):
+    config = JobConfig()
+    config.hdpissa.refresh_steps, config.training.mixed_precision_param = refresh_steps, "float32"
+    for name in ("fold_plan", "Fold"):
+        monkeypatch.setattr(updates, name, lambda *_: SimpleNamespace(table=str, prepare=lambda: None))
+    registry = SimpleNamespace(start=lambda *_: None, entries={})
+    dims = SimpleNamespace(dp_replicate=1, dp_shard=1)
+    fold_update = SimpleNamespace(config=config, registry=registry, dims=dims, method=SimpleNamespace(num_adapters=1))
+    FoldUpdate.start(fold_update, total_steps=10)
+    said = ["hdpissa.refresh_steps: 10 is not below the run's 10 steps: no slice is taken anew"]
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == said * warned

@@ -6,6 +6,8 @@ import logging
 import time
 import traceback
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request
 
 import pytest
 
@@ -53,6 +55,8 @@ def test_a_question_and_its_answer():
 def test_a_server_of_ones_own_needs_no_key():
     with serve(lambda asked: says(None)) as service:
         assert ask(Endpoint(f"{service.url}/chat/completions", "m")) == ""
+    with serve(lambda asked: says("[[5]]")) as other:
+        assert ask(Endpoint(other.url, "m", "5")) == "[[5]]"  # some want a key, whatever it is
     assert service.asked[0].path == "/v1/chat/completions"
     assert "Authorization" not in service.asked[0].headers
 
@@ -116,6 +120,19 @@ def test_nobody_is_there():
     assert "cannot be reached" in message(Endpoint(service.url, "m", KEY).check)
 
 
+def test_an_address_that_swallows_everything(monkeypatch):
+    """A firewall answers nothing: the connection itself times out, within half a minute, before a model is asked."""
+    endpoint, timeouts = Endpoint("http://127.0.0.1:9/v1", "m", KEY), []
+
+    def swallow(request: Request, timeout: float) -> None:
+        timeouts.append(timeout)
+        raise URLError(TimeoutError("timed out"))
+
+    monkeypatch.setattr(endpoint._opener, "open", swallow)
+    assert message(endpoint.check) == "--judge-url: http://127.0.0.1:9/v1 cannot be reached: timed out"
+    assert timeouts == [30]
+
+
 def test_a_refused_key_shows_before_anything_is_asked():
     def answer(asked: Asked) -> Reply:
         return fails(401, f"who is {KEY}?")
@@ -165,7 +182,9 @@ def test_the_key_comes_from_a_file_or_the_environment(monkeypatch, tmp_path: Pat
         ("http://host:port/v1", "--judge-url: must be a URL"),
         ("http://", "--judge-url: must be a URL"),
         ("http://ho st/v1", "--judge-url: must be a URL"),
-        (f"https://me:{KEY}@host/v1", "--judge-url: has a name or a key in it; put the key into OPENAI_API_KEY"),
+        (f"https://me:{KEY}@host/v1", "--judge-url: has a name or a key in it (or ?...); put the key into OPENAI_API"),
+        (f"https://host/v1?key={KEY}", "--judge-url: has a name or a key in it (or ?...); put the key into OPENAI_API"),
+        (f"https://host/v1?api-version=1&key={KEY}", "--judge-url: has a name or a key in it"),
     ],
 )
 def test_bad_urls(url: str, line: str):
@@ -174,13 +193,18 @@ def test_bad_urls(url: str, line: str):
     assert KEY not in text
 
 
-def test_an_address_may_have_a_query_which_is_not_shown(caplog):
-    with serve(lambda asked: fails(418)) as service, caplog.at_level(logging.WARNING, "titan_hd"):
-        text = refusal(Endpoint(f"{service.url}?version=1&key={KEY}", "m", KEY))
-    assert service.asked[0].path == f"/v1/chat/completions?version=1&key={KEY}"
-    assert "version" not in text
-    assert not caplog.messages
-    Endpoint("http://far.example/v1", "m", KEY)
-    assert caplog.messages == [
-        "--judge-url: the key goes to http://far.example/v1 without encryption; https would hide it"
-    ]
+def test_a_version_in_the_address_goes_with_every_request():
+    with serve(lambda asked: says("yes")) as service:
+        assert ask(Endpoint(f"{service.url}?api-version=2024-10-21", "m")) == "yes"
+    assert service.asked[0].path == "/v1/chat/completions?api-version=2024-10-21"
+
+
+def test_a_key_without_encryption_is_warned_of(caplog):
+    with caplog.at_level(logging.WARNING, "titan_hd"):
+        Endpoint("http://127.0.0.1:8000/v1", "m", KEY)
+        Endpoint("https://far.example/v1", "m", KEY)
+        Endpoint("http://far.example/v1", "m")
+        assert not caplog.messages
+        Endpoint("http://far.example/v1", "m", KEY)
+    (line,) = caplog.messages
+    assert line == "--judge-url: the key goes to http://far.example/v1 without encryption; https would hide it"

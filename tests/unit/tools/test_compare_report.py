@@ -118,7 +118,7 @@ def test_faulty_files(tmp_path):
         read_outcome(tmp_path)
     with pytest.raises(UserError, match=r"baseline: no arm is named pissa; there are lora"):
         outcome_of(tmp_path, runs("lora", {1e-3: [1.0]}), baseline="pissa")
-    with pytest.raises(UserError, match=r"comparison\.json: must have rank_by"):
+    with pytest.raises(UserError, match=r"comparison\.json: must have grid, a list of keys, and rank_by, a metric"):
         outcome_of(tmp_path, runs("lora", {1e-3: [1.0]}), rank_by="")
     with pytest.raises(UserError, match=r"better: must be min or max, not least"):
         outcome_of(tmp_path, runs("lora", {1e-3: [1.0]}), better="least")
@@ -323,13 +323,38 @@ def test_grids_of_several_keys_and_of_words(tmp_path):
     said = {"grid": ["optimizer.lr", "hdpissa.slices"], "rank_by": "validation_loss"}
     (tmp_path / "comparison.json").write_text(json.dumps(said))
     text = report.write(tmp_path)
-    assert re.search(r"^\| hdpissa \| 0\.001 top +\|", text, re.MULTILINE)
+    assert re.search(r"^\| arm +\| best lr \| best slices \|", text, re.MULTILINE)
+    assert re.search(r"^\| hdpissa \| 0\.001 +\| top +\|", text, re.MULTILINE)
     assert {path.stem for path in tmp_path.glob("*.png")} == {"grid-optimizer.lr", "grid-hdpissa.slices"}
     outcome = read_outcome(tmp_path)
     picture = figures.pictures_of(outcome)[1]
     axes = picture.figure.axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["top", "random"]
     assert list(axes.lines[0].get_ydata()) == pytest.approx([0.101, 0.201]), "the best value of the other key"
+
+
+def test_a_key_of_some_arms_and_no_key_at_all(tmp_path):
+    """lora has no value of K: it is not drawn against K, and numbers stay numbers."""
+    pytest.importorskip("matplotlib")
+    common = {"seed": 1, "status": "complete"}
+    rows = [
+        {"arm": "hdpissa", "hdpissa.num_adapters": 1, **common, "validation_loss": 0.5},
+        {"arm": "hdpissa", "hdpissa.num_adapters": 8, **common, "validation_loss": 0.4},
+        {"arm": "lora", "hdpissa.num_adapters": "", **common, "validation_loss": 0.6},
+    ]
+    write_csv(tmp_path / "grid.csv", rows)
+    said = {"grid": ["hdpissa.num_adapters"], "rank_by": "validation_loss", "baseline": "lora"}
+    (tmp_path / "comparison.json").write_text(json.dumps(said))
+    outcome = read_outcome(tmp_path)
+    (axes,) = figures.pictures_of(outcome)[0].figure.axes
+    assert (axes.get_xscale(), list(axes.get_xticks())) == ("log", [1, 8])
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["hdpissa"]
+    assert re.search(r"^\| lora +\| - +\|", tables.table_md(outcome), re.MULTILINE)
+    (tmp_path / "comparison.json").write_text(json.dumps(said | {"grid": []}))
+    write_csv(tmp_path / "grid.csv", [row for row in rows if row["hdpissa.num_adapters"] != 1])
+    text = report.write(tmp_path)
+    assert re.search(r"^\| arm +\| runs complete", text, re.MULTILINE)
+    assert not list(tmp_path.glob("grid-*.png"))
 
 
 def test_without_matplotlib_there_are_tables(tmp_path, monkeypatch: pytest.MonkeyPatch, caplog):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from compare.arms import parse_arms, parse_grid
-from compare.schedule import Round, Run, edges, rounds
+from compare.schedule import Point, Round, Run, best_point, edges, rounds
 
 INF = float("inf")
 
@@ -101,3 +101,13 @@ def test_two_grids_multiply():
     found = list(rounds(arms, [0], lambda run: abs(math.log(rate(run) / 2e-3)), 4))
     assert [len(round_.runs) for round_ in found] == [6]
     assert found[0].runs[1].name == "lora/optimizer.lr=0.001,adapter.rank=8,seed=0"
+
+
+def test_the_best_point_is_the_best_mean_of_those_with_the_most_seeds():
+    lucky, good, bad = ((("optimizer.lr", value),) for value in ("1e-3", "2e-3", "4e-3"))
+    scores: dict[tuple[Point, int], float] = {
+        (lucky, 0): 0.1, (good, 0): 0.3, (good, 1): 0.2, (bad, 0): 0.2, (bad, 1): 0.4,
+    }  # fmt: skip
+    runs = [Run("lora", point, seed) for point, seed in scores]
+    assert best_point(runs, lambda run: scores[run.point, run.seed]) == good
+    assert best_point(runs[:1], lambda run: scores[run.point, run.seed]) == lucky

@@ -34,9 +34,9 @@ class FoldSettings:
 class Fold:
     """W <- (1 - lr * weight_decay) W + c * sum_i [dB_i A_i + (B_i + dB_i) dA_i], then dA_i = dB_i = 0.
 
-    `prepare` once, when the fixed factors A, B are there; then call it after every step of the optimizer, when
-    `refuse_non_finite` has found nothing. Extra memory: the cached fixed factors, and what `Route.memory` says of
-    `in_flight` buckets.
+    `prepare` once, when the fixed factors A, B are there, and `send_factors` when they have changed; then call it after
+    every step of the optimizer, when `refuse_non_finite` has found nothing. Extra memory: the cached fixed factors, and
+    what `Route.memory` says of `in_flight` buckets.
     """
 
     def __init__(self, registry: AdapterRegistry, dims: ParallelDims, plan: UpdatePlan, settings: FoldSettings):
@@ -51,12 +51,17 @@ class Fold:
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Compare plans over all ranks, then send the fixed factors that are to be cached.
+        """Compare plans over all ranks, then `send_factors`.
 
         Raises:
             UserError: on every rank, if ranks disagree on the plan.
         """
         check_same_plan(self.plan)
+        self.send_factors()
+
+    @torch.no_grad()
+    def send_factors(self) -> None:
+        """Send the fixed factors that are to be cached, whenever they have new values. Collective."""
         cached = (bucket for bucket in self.plan.buckets if bucket.cached)
         tasks = (self.exchanges[b.route].prepare(list(b.shapes), self._hosted(b)) for b in cached)
         run_tasks(tasks, self.settings.in_flight)

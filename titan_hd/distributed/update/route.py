@@ -102,7 +102,7 @@ class Exchange:
     """A route at work. Both generators issue collectives, yield while they travel, and are the same on all ranks."""
 
     def prepare(self, names: Sequence[str], local: Sequence[HostedFactors]) -> Task:
-        """Send the fixed factors of a bucket once, before the first step, and keep what arrives."""
+        """Send the fixed factors of a bucket, at the start and when they have changed, and keep what arrives."""
         raise NotImplementedError
 
     def travel(self, names: Sequence[str], local: Sequence[HostedFactors]) -> Generator[None, None, Sequence[Update]]:
