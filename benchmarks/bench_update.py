@@ -11,7 +11,8 @@ Variants, interleaved in one run, on the same adapters:
 
     authors       all-gather A_i, B_i, dA_i, dB_i from all workers; every worker forms the whole dense
                   sum_i (B_i + dB_i)(A_i + dA_i) - B_i A_i and adds its own part of it (plain tensors, written below)
-    factors       titan_hd's low-rank exchange, static factors cached; "no overlap" has one bucket in flight
+    factors       titan_hd's low-rank exchange, static factors cached; "no overlap" has one bucket in flight; "int8"
+                  rounds what travels, which its error shows
     dense         titan_hd's reduce-scatter of whole updates
     auto          what the plan chooses by bytes
     products      only the arithmetic of "factors", on factors that are there: what no exchange can undercut
@@ -126,6 +127,7 @@ def make_variants(registry: AdapterRegistry, dims: ParallelDims, rank: int) -> d
         "authors": lambda: authors_fold(registry, dims, 1.0 / registry.num_adapters),
         "factors": fold("factors"),
         "factors, no overlap": fold("factors", in_flight=1),
+        "factors, int8": fold("factors", wire=torch.int8),
         "dense": fold("dense"),
         "dense, no overlap": fold("dense", in_flight=1),
         "auto": fold("auto"),

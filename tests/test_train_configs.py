@@ -29,11 +29,11 @@ def load(name: str) -> JobConfig:
 
 
 def published(name: str) -> tuple[str, str] | None:
-    """(family, flavor) of a file such as llama2_7b_hdpissa.toml, or None."""
-    size = re.search(r"_(\d+b)_", name)
-    family = load(name).model.name
+    """(family, flavor) of the model that a file's directory names, such as llama2 7B, or None."""
+    model = load(name).model
+    size = re.search(r"-(\d+b)\b", Path(model.hf_assets_path).name.lower())
     flavor = size[1].upper() if size else ""
-    return (family, flavor) if flavor in FLAVORS.get(family, {}) else None
+    return (model.name, flavor) if flavor in FLAVORS.get(model.name, {}) else None
 
 
 def hdpissa_on_published() -> list[str]:

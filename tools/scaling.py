@@ -2,6 +2,7 @@
 
     python tools/scaling.py --model llama3 --flavor 8B
     python tools/scaling.py --flavor 70B --adapters 8 --gpus 64,512,4096 --network 25 --utilisation 0.5
+    python tools/scaling.py --gpus 8 --tokens 1024 --length 512 --micro-batches 8 --records 395000   # hours of an epoch
 
 Weak scaling: every GPU computes `--tokens` per micro-batch and `--micro-batches` per optimizer step. Bytes of the
 exchange are those of the update's routes (`distributed/update`), gathers those of the FSDP2 groups; both equal what
@@ -27,7 +28,7 @@ from titan_hd.distributed.update.gradients import bound_elements, gradient_traff
 from titan_hd.distributed.update.plan import UpdatePlan, plan_update
 from titan_hd.distributed.update.route import Collective
 from titan_hd.distributed.update.routes import ROUTES
-from titan_hd.distributed.update.topology import Topology
+from titan_hd.distributed.update.topology import WIRE_BYTES, Topology
 from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import DecoderConfig, flavor_config
@@ -79,13 +80,20 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Work:
-    """The model and what a GPU does in a step: tokens per micro-batch, in sequences of `length`."""
+    """The model, and a step of a GPU: tokens per micro-batch, in sequences of `length`. records: of an epoch.
+    wire_bytes: of an element of an update on its way."""
 
     config: DecoderConfig
     rank: int = 16
     tokens: int = 8192
     length: int = 8192
     micro_batches: int = 1
+    records: int = 0
+    wire_bytes: int = 4
+
+    def epoch_hours(self, gpus: int, step: float) -> float:
+        """Of an epoch's records, with steps of so many seconds."""
+        return self.records / (gpus * self.micro_batches * self.tokens / self.length) * step / 3600
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Every linear layer of the blocks under its full name."""
@@ -250,7 +258,7 @@ def best(work: Work, gpus: int, num_adapters: int, exchange: str, cluster: Clust
     least. Where none fits, the smallest one in memory."""
     shards = [s for s in range(min(gpus, cluster.node), gpus + 1) if gpus % s == 0 and s % min(gpus, cluster.node) == 0]
     rows = [
-        estimate(work, Topology(num_adapters, work.rank, gpus // s, s, samples=samples), exchange, cluster)
+        estimate(work, Topology(num_adapters, work.rank, gpus // s, s, work.wire_bytes, samples), exchange, cluster)
         for s in shards
         if (s & (s - 1)) == 0
     ]
@@ -269,15 +277,15 @@ def table(work: Work, gpu_counts: list[int], num_adapters: list[int], cluster: C
     """Rows for every number of GPUs: K of the list on both routes, K = GPUs, and the authors' scheme."""
     lines = [
         f"{'GPUs':>5} {'K':>5}  {'mesh':<10}{'route':<8} {'compute':>8} {'gathers':>8} {'exchange':>8} {'step s':>8}"
-        f" {'of ideal':>8} {'GB gathered':>11} {'exchanged':>9} {'GB held':>8}"
+        f" {'of ideal':>8} {'GB gathered':>11} {'exchanged':>9} {'GB held':>8}{'    hours' if work.records else ''}"
     ]
     for gpus in gpu_counts:
         most = max(k for k in range(1, min(gpus, work.largest_k) + 1) if gpus % k == 0)
         ks = sorted({k for k in [*num_adapters, most] if k <= work.largest_k})
         rows = [best(work, gpus, k, route, cluster, samples) for k in ks for route in ROUTES]
-        lines += [_line(row, cluster.memory) for row in rows]
+        lines += [_line(row, work, cluster.memory) for row in rows]
         if gpus <= work.largest_k:
-            lines.append(_line(authors_estimate(work, gpus, cluster), cluster.memory))
+            lines.append(_line(authors_estimate(work, gpus, cluster), work, cluster.memory))
         else:
             lines.append(
                 f"{gpus:>5} {gpus:>5}  {'whole W':<10}{'authors':<8} impossible: K * r = {gpus * work.rank} singular "
@@ -286,10 +294,11 @@ def table(work: Work, gpu_counts: list[int], num_adapters: list[int], cluster: C
     return "\n".join(lines)
 
 
-def _line(row: Estimate, memory: float) -> str:
+def _line(row: Estimate, work: Work, memory: float) -> str:
     head = f"{row.gpus:>5} {row.num_adapters:>5}  {row.mesh:<10}{row.route:<8}"
     seconds = "".join(f" {s:>8.3f}" for s in (row.compute, row.gathers, row.exchange, row.step))
     sizes = f" {row.efficiency:>8.1%} {row.gathered / 1e9:>11.2f} {row.exchanged / 1e9:>9.3f} {row.memory / 1e9:>8.1f}"
+    sizes += f" {work.epoch_hours(row.gpus, row.step):>8.1f}" if work.records else ""
     return head + seconds + sizes + ("  does not fit" if row.memory > memory else "")
 
 
@@ -304,6 +313,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="per GPU and micro-batch")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a sequence")
     parser.add_argument("--micro-batches", type=int, default=1)
+    parser.add_argument("--records", type=int, default=0, help="of an epoch, each of --length tokens: adds its hours")
+    parser.add_argument(
+        "--exchange-dtype", default="float32", choices=list(WIRE_BYTES), help="as hdpissa.exchange_dtype"
+    )
     parser.add_argument("--nvlink", type=float, default=450, help="GB/s per GPU inside a node")
     parser.add_argument("--network", type=float, default=50, help="GB/s per GPU between nodes")
     parser.add_argument("--peak", type=float, default=989, help="TFLOP/s of a GPU in bf16")
@@ -311,7 +324,8 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=75, help="usable GB of a GPU")
     args = parser.parse_args()
     try:
-        work = Work(flavor_config(args.model, args.flavor), args.rank, args.tokens, args.length, args.micro_batches)
+        config, sizes = flavor_config(args.model, args.flavor), (args.tokens, args.length, args.micro_batches)
+        work = Work(config, args.rank, *sizes, args.records, WIRE_BYTES[args.exchange_dtype])
     except UserError as error:
         manager.exit_with(str(error).splitlines())
     cluster = Cluster(

@@ -34,14 +34,15 @@ def weights(registry):
 # -- bytes ------------------------------------------------------------------------------------------------------------
 
 
-def moved(num_adapters, replicate, shard, exchange, cache_gb):
-    registry, fold = prepared(num_adapters, replicate, shard, exchange, cache_gb)
+def moved(num_adapters, replicate, shard, exchange, cache_gb, wire):
+    registry, fold = prepared(num_adapters, replicate, shard, exchange, cache_gb, wire=wire)
     fill(registry)
     before = TRAFFIC.received
     fold(lr=0.0, step=0)
     return TRAFFIC.received - before, sum(w.received for w in fold.plan.weights)
 
 
+@pytest.mark.parametrize("wire", [torch.float32, torch.int8])
 @pytest.mark.parametrize(
     ("world_size", "num_adapters", "replicate", "exchange", "cache_gb"),
     [
@@ -57,9 +58,10 @@ def moved(num_adapters, replicate, shard, exchange, cache_gb):
     ],
 )
 def test_bytes_counted_at_the_collectives_are_the_plans(
-    world_size, num_adapters, replicate, exchange, cache_gb, workers
+    world_size, num_adapters, replicate, exchange, cache_gb, wire, workers
 ):
-    results = workers.run(world_size, moved, num_adapters, replicate, world_size // replicate, exchange, cache_gb)
+    shard = world_size // replicate
+    results = workers.run(world_size, moved, num_adapters, replicate, shard, exchange, cache_gb, wire)
     for counted, planned in results:
         assert counted == planned
 
@@ -98,8 +100,8 @@ def _tensors(tree):
     return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
-def peak_of_fold(num_adapters, exchange, cache_gb, in_flight):
-    registry, fold = prepared(num_adapters, 1, 2, exchange, cache_gb, in_flight=in_flight)
+def peak_of_fold(num_adapters, exchange, cache_gb, in_flight, wire):
+    registry, fold = prepared(num_adapters, 1, 2, exchange, cache_gb, in_flight=in_flight, wire=wire)
     fill(registry)
     gc.collect()
     with LiveBytes() as memory:
@@ -113,8 +115,9 @@ def peak_of_fold(num_adapters, exchange, cache_gb, in_flight):
 @pytest.mark.parametrize("exchange", ["factors", "dense"])
 @pytest.mark.parametrize("cache_gb", [None, 0.0])
 @pytest.mark.parametrize("in_flight", [1, 2])
-def test_memory_stays_under_the_stated_bound(exchange, cache_gb, in_flight, workers):
-    for peak, bound in workers.run(2, peak_of_fold, 4, exchange, cache_gb, in_flight):
+@pytest.mark.parametrize("wire", [torch.float32, torch.int8])
+def test_memory_stays_under_the_stated_bound(exchange, cache_gb, in_flight, wire, workers):
+    for peak, bound in workers.run(2, peak_of_fold, 4, exchange, cache_gb, in_flight, wire):
         assert 0 < peak <= bound + 4096  # a few scalars
         assert peak > bound / 3, "the bound says something"
 
@@ -145,6 +148,83 @@ def test_bf16_on_the_wire_costs_its_rounding_only(workers):
         change = exact[name] - draw(name, SHAPES[name])
         error = (exact[name] - rounded[name]).norm() / change.norm()
         assert 1e-5 < error < 2**-8  # half a unit in the last place of bf16, relative to the factors
+
+
+def proposals(registry, step):
+    """Of a step, what an optimizer would add: per weight and tensor, [K, r, in] or [K, out, r], of unequal rows."""
+    drawn = {}
+    for name, entry in registry.entries.items():
+        for key in ("delta_A", "delta_B"):
+            local = getattr(entry.layer, key).detach().to_local()
+            drawn[name, key] = 1e-2 * draw(f"{step}{name}{key}", (registry.num_adapters, *local.shape[1:])).exp()
+    return drawn
+
+
+def in_int8(num_adapters, replicate, shard, exchange, steps):
+    """W, what has left, and what stays, after so many folds."""
+    registry, fold = prepared(num_adapters, replicate, shard, exchange, rank=2, wire=torch.int8)
+    first, left = registry.mesh.get_local_rank("adapter") * registry.hosted, {}
+    take = fold._outgoing.take
+
+    def taken(names):
+        leaving = take(names)
+        for name, hosted in zip(names, leaving):
+            left[name] = [sent.double() + before for sent, before in zip(hosted.deltas(), left.get(name, (0, 0)))]
+        return leaving
+
+    fold._outgoing.take = taken
+    for step in range(steps):
+        for (name, key), values in proposals(registry, step).items():
+            local = getattr(registry.entries[name].layer, key).detach().to_local()
+            local.add_(values[first : first + registry.hosted])
+        fold(lr=0.0, step=step)
+    names = [(name, key) for name in SHAPES for key in ("delta_A", "delta_B")]
+    whole = {name: getattr(registry.entries[name[0]].layer, name[1]).detach() for name in names}
+    stays = {name: tensor.full_tensor() for name, tensor in whole.items()}
+    proposed = {name: torch.stack([proposals(registry, step)[name] for step in range(steps)]) for name in names}
+    return weights(registry), left, stays, proposed
+
+
+@pytest.mark.parametrize("exchange", ["factors", "dense"])
+def test_int8_loses_nothing_over_the_steps(exchange, workers):
+    """What has left and what stays are what was proposed, to the rounding of fp32 sums."""
+    ((_, left, stays, proposed),) = workers.run(1, in_int8, 4, 1, 1, exchange, 5)
+    for (name, key), rest in stays.items():
+        along, sent = (2, left[name][0]) if key == "delta_A" else (1, left[name][1])
+        steps = proposed[name, key]
+        whole = steps.double().sum(0)
+        torch.testing.assert_close(sent + rest, whole, rtol=0, atol=1e-7 * whole.abs().max().item())
+        # Of a row or column no more stays than half a 127th of the largest element that it ever had, by itself or with
+        # what stayed of another step.
+        half = steps.abs().amax(0).amax(along, keepdim=True) * (1 + 1 / 254) / 254
+        assert (rest.abs() <= half).all()
+        assert (rest.abs() > half / 10).float().mean() > 0.3, "something stays"
+
+
+def test_int8_does_not_depend_on_workers_or_route(workers):
+    """What leaves is the same bit for bit, so that W differs by the order of sums alone."""
+    ((want, _, residuals, _),) = workers.run(1, in_int8, 4, 1, 1, "factors", 3)
+    for world_size, replicate, exchange in ((1, 1, "dense"), (2, 1, "factors"), (4, 2, "factors"), (4, 1, "dense")):
+        for got, _, stays, _ in workers.run(world_size, in_int8, 4, replicate, world_size // replicate, exchange, 3):
+            assert all(torch.equal(stays[name], rest) for name, rest in residuals.items())
+            for name, w in want.items():
+                change = (w - draw(name, SHAPES[name])).norm()
+                assert (got[name] - w).norm() < 1e-5 * change
+
+
+def int8_of_nothing():
+    """Of rows of zeros, and of numbers too small for a scale."""
+    registry, fold = prepared(2, 1, 1, wire=torch.int8)
+    registry.deltas.detach()[::7] = 1e-44
+    before, kept = weights(registry), registry.deltas.detach().clone()
+    fold(lr=0.0, step=0)
+    return all(torch.equal(before[name], w) for name, w in weights(registry).items()), torch.equal(
+        registry.deltas.detach(), kept
+    )
+
+
+def test_int8_of_nothing_is_nothing(workers):
+    assert workers.run(1, int8_of_nothing) == [(True, True)]
 
 
 def disagree():

@@ -162,7 +162,7 @@ def test_same_weights_of_every_variant_on_any_mesh(variant, method, workers, set
         assert max(errors.values()) < DELTA_TOLERANCE, errors
 
 
-EVERY = ["hdpissa", "full", "dropout", "random", "mute", *ADAPTERS, *UNSPLIT, "lora-dropout"]
+EVERY = ["hdpissa", "full", "int8", "dropout", "random", "mute", *ADAPTERS, *UNSPLIT, "lora-dropout"]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +177,7 @@ def test_same_losses_on_any_number_of_workers(method, workers, setup):
         "hdpissa": {},
         "full": {"adapter__method": "full", "hdpissa__num_adapters": 0},
         "dropout": {"adapter__dropout": 0.3},
+        "int8": {"hdpissa__exchange_dtype": "int8"},
         "random": {"hdpissa__slices": "random"},
         "mute": {"hdpissa__mute_scalar": 1e-16},
         "lora-dropout": {**ADAPTERS["lora"], "adapter__dropout": 0.3},
@@ -217,12 +218,14 @@ def test_mute_scalar_of_the_paper_equals_the_exact_mute(workers, setup, tmp_path
     assert max(runs.delta_error(scalar, exact, start).values()) < 1e-4
 
 
-@pytest.mark.parametrize("method", ["hdpissa", "full"])
+@pytest.mark.parametrize("method", ["hdpissa", "int8", "full"])
 def test_resumed_run_equals_the_undisturbed_one(method, workers, setup, tmp_path):
     """3 steps, stop, 3 steps against 6 steps: bitwise on the same workers, to rounding on others, twice."""
     changes = {"checkpoint__enable": "true"}
     if method == "full":
         changes |= {"adapter__method": "full", "hdpissa__num_adapters": 0}
+    elif method == "int8":  # what its rounding leaves belongs to the state
+        changes |= {"hdpissa__exchange_dtype": "int8"}
     else:
         changes |= {"adapter__dropout": 0.1}
     (whole, _) = workers.run(2, runs.train, setup("whole", **changes))
@@ -238,6 +241,18 @@ def test_resumed_run_equals_the_undisturbed_one(method, workers, setup, tmp_path
     second = workers.run(1, runs.train, setup("other", **changes), stop_after=2)[0]
     third = workers.run(2, runs.train, setup("other", **changes))[0]
     assert first + second + third == pytest.approx(whole, rel=LOSS_TOLERANCE)
+
+
+def test_a_run_may_change_to_int8_and_back(workers, setup):
+    """What int8 has left is folded by the first step that can; a checkpoint without it is one that left nothing."""
+    changes = {"checkpoint__enable": "true"}
+    losses = []
+    for dtype, stop_after in (("int8", 2), ("float32", 2), ("int8", None)):
+        argv = setup("switch", **changes, hdpissa__exchange_dtype=dtype)
+        losses += workers.run(1, runs.train, argv, stop_after=stop_after)[0]
+    (plain,) = workers.run(1, runs.train, setup("plain"))
+    assert losses == pytest.approx(plain, rel=1e-3)
+    assert losses != plain
 
 
 def test_resume_within_a_period_of_refreshed_slices(workers, setup, tmp_path):

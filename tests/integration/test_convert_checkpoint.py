@@ -111,6 +111,10 @@ def test_what_was_trained_on_chats_can_be_asked(format: str, workers, tmp_path):
         assert result.returncode == 0, result.stderr
         folders.append(tmp_path / "out")
         assert_same_spectra(tmp_path / "model", step, tmp_path / "dump" / "hf", tmp_path / "ranks")
+        # What the checkpoint left out is the base model's: another one is no base of it.
+        runs.write_model(tmp_path / "other", seed=1, vocab_size=400, eos_token_id=1)
+        (line,) = error_lines(call_tool(rank_analysis.main, tmp_path / "other", step, "--output", tmp_path / "ranks"))
+        assert f"BASE: {tmp_path / 'other'}: its weights are not those that the checkpoint {step} builds on" in line
     for folder in folders:
         assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": [1, 4]}
         assert "<|start_header_id|>" in (folder / "chat_template.jinja").read_text()

@@ -55,7 +55,8 @@ def build(num_adapters: int, replicate: int, shard: int, rank: int = 1, dtype: t
 
 def prepared(num_adapters, replicate, shard, exchange="auto", cache_gb=None, rank=1, **options):
     registry, dims = build(num_adapters, replicate, shard, rank)
-    topology = Topology(num_adapters, rank, replicate, shard)
+    wire = options.get("wire", torch.float32)
+    topology = Topology(num_adapters, rank, replicate, shard, wire.itemsize)
     plan = plan_update({n: e.shape for n, e in registry.entries.items()}, topology, exchange, cache_gb)
     fold = Fold(registry, dims, plan, FoldSettings(**options))
     fold.prepare()

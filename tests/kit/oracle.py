@@ -7,6 +7,9 @@ G_i of the token-mean loss of that, and
 
 which its own AdamW turns into dA_i and dB_i. Then W <- W + c sum_i [(B_i + dB_i)(A_i + dA_i) - B_i A_i]. Every
 refresh_steps steps A_i and B_i are taken from the W of that time, and AdamW begins anew.
+
+With exchange_dtype = "int8" each row of dA_i and column of dB_i, plus what the step before has left of it, is rounded
+to multiples of a 127th of its largest magnitude; the difference is left for the next step with these A_i and B_i.
 """
 
 from __future__ import annotations
@@ -85,6 +88,12 @@ class Adam:
         return -lr * m / (v.sqrt() + self.eps)
 
 
+def in_127_steps(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Rounded to multiples of a 127th of the largest magnitude along dim."""
+    scale = x.abs().amax(dim, keepdim=True) / 127
+    return torch.where(scale > 0, (x / scale).round() * scale, 0.0)
+
+
 @dataclass
 class Settings:
     """What the reference run needs to know; `lrs` has the learning rate of every step."""
@@ -98,6 +107,7 @@ class Settings:
     factor_scale: str = "root"
     samples: str = "own"
     refresh_steps: int = 0
+    exchange_dtype: str = "float32"
     alpha: float | None = None
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -137,6 +147,7 @@ def train(
         if step % (s.refresh_steps or len(s.lrs)) == 0:
             factors = fixed_factors(weights, names, s)
             adams = {(n, i, x): Adam(*s.betas, s.eps) for n, i in factors for x in "AB"}
+            residuals: dict[tuple, torch.Tensor | float] = dict.fromkeys(adams, 0.0)
         update, total, labels = {n: torch.zeros_like(weights[n]) for n in names}, 0.0, 0
         for i in range(s.num_adapters):
             if i < shares:
@@ -148,6 +159,10 @@ def train(
                 a, b = factors[n, i]
                 da = adams[n, i, "A"].update(scale * b.T @ gradients[n], lr)
                 db = adams[n, i, "B"].update(scale * gradients[n] @ a.T, lr)
+                if s.exchange_dtype == "int8":
+                    whole_a, whole_b = da + residuals[n, i, "A"], db + residuals[n, i, "B"]
+                    da, db = in_127_steps(whole_a, 1), in_127_steps(whole_b, 0)
+                    residuals[n, i, "A"], residuals[n, i, "B"] = whole_a - da, whole_b - db
                 update[n] += (b + db) @ (a + da) - b @ a
         losses.append(total / labels)
         for n in names:

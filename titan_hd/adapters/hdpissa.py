@@ -204,6 +204,13 @@ class HDPissa(FoldingMethod):
             "hdpissa.slices: top slices that learn from all samples would all learn the same; use orthogonal": (
                 h.samples == "all" and h.slices == "top"
             ),
+            "hdpissa.exchange: dense sends sums of updates, which int8 cannot hold; use auto or factors": (
+                h.exchange_dtype == "int8" and h.exchange == "dense"
+            ),
+            "hdpissa.exchange_dtype: int8 leaves residuals in dA and dB, which a mute scalar mixes into the gradients; "
+            "set hdpissa.mute_scalar to 0": h.exchange_dtype == "int8" and h.mute_scalar != 0.0,
+            "hdpissa.exchange_dtype: int8 leaves residuals in dA and dB, which ASGD would shrink; "
+            "use another optimizer.name": h.exchange_dtype == "int8" and config.optimizer.name == "ASGD",
         }
         return [line for line, fault in faults.items() if fault]
 

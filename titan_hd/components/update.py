@@ -38,7 +38,7 @@ from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.shards import adapter_parameters, base_parameters
 from titan_hd.distributed.update.fold import Fold, FoldSettings, refuse_non_finite
 from titan_hd.distributed.update.plan import UpdatePlan, plan_update
-from titan_hd.distributed.update.topology import Topology
+from titan_hd.distributed.update.topology import WIRE_BYTES, Topology
 from titan_hd.distributed.watch import enter_phase
 from titan_hd.models.decoder import Decoder
 from titan_hd.seeding import stable_seed
@@ -225,7 +225,8 @@ class OptimizerUpdate(Update):
 
 class FoldUpdate(Update):
     """The trained tensors are zero when a step begins; what the optimizer adds to them is folded into W, and they are
-    zero again. The adapter registry holds them, outside of FSDP2.
+    zero again, but for what int8 on the way could not hold (`update.outgoing`). The adapter registry holds them,
+    outside of FSDP2.
 
     The optimizer gets the registry's flat tensor alone, and its moments are flat too; a checkpoint has them by layer.
     """
@@ -237,6 +238,7 @@ class FoldUpdate(Update):
         self.samples: Samples
         self.fold: Fold
         self._refresh_seconds = 0.0
+        self._residuals = False  # whether a checkpoint has them: the one that is read, then those that are saved
 
     def ignored_parameters(self) -> set[nn.Parameter]:
         return self.registry.parameters()
@@ -251,11 +253,17 @@ class FoldUpdate(Update):
     def first_values(self) -> Iterator[Reports]:
         return compute_factors(self.registry, self.dims, self._slice_settings(self.config.training.seed))
 
+    def allocate(self, metadata: Metadata) -> None:
+        super().allocate(metadata)
+        self._residuals = any(key.startswith("residuals.") for key in metadata.state_dict_metadata)
+
     def state(self, changed_only: bool) -> dict[str, Any]:
         factors = {}
         for name, entry in self.registry.entries.items():
             factors |= {f"factors.{name}.A": entry.a, f"factors.{name}.B": entry.b}
-        return {**super().state(changed_only), **factors}
+        views = self.registry.named_views(self.registry.deltas.detach()) if self._residuals else ()
+        residuals = {f"residuals.{name}": view for name, view in views}
+        return {**super().state(changed_only), **factors, **residuals}
 
     def start(self, total_steps: int) -> None:
         c, h = self.config, self.config.hdpissa
@@ -270,6 +278,7 @@ class FoldUpdate(Update):
         settings = FoldSettings(h.aggregate, decay, c.training.seed, wire, h.exchange_in_flight, offloaded)
         self.fold = Fold(self.registry, self.dims, plan, settings)
         self.fold.prepare()
+        self._residuals = h.exchange_dtype == "int8"
         if h.refresh_steps >= total_steps:
             logger.warning(
                 "hdpissa.refresh_steps: %d is not below the run's %d steps: no slice is taken anew",
@@ -322,6 +331,7 @@ class FoldUpdate(Update):
         seed = stable_seed("refresh", self.config.training.seed, period)
         for _ in compute_factors(self.registry, self.dims, self._slice_settings(seed, cached=False)):
             pass
+        self.registry.zero_deltas()  # the residuals that int8 has left belong to the directions from before
         self.samples.factors_changed()
         self.fold.send_factors()
         self.settle()
@@ -383,6 +393,6 @@ def fold_plan(
     num_adapters: K. mesh: degrees of replicas and shards. shapes: layer -> (out, in) of the tp-local weight, in the
     model's order.
     """
-    h, wire_bytes = config.hdpissa, {"float32": 4, "bfloat16": 2}[config.hdpissa.exchange_dtype]
-    topology = Topology(num_adapters, config.adapter.rank, *mesh, wire_bytes, h.samples)
+    h = config.hdpissa
+    topology = Topology(num_adapters, config.adapter.rank, *mesh, WIRE_BYTES[h.exchange_dtype], h.samples)
     return plan_update(shapes, topology, h.exchange, h.factor_cache_gb)

@@ -282,9 +282,11 @@ class HDPissa:
     exchange: Literal["auto", "factors", "dense"] = "auto"
     """How the updates travel to the shards of W: factors sends dA and dB, dense reduce-scatters whole updates, auto
     takes for each weight the one that moves fewer bytes (job.print_plan shows the choice)."""
-    exchange_dtype: Literal["float32", "bfloat16"] = "float32"
+    exchange_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """dtype in which updates travel. bfloat16 halves the bytes and rounds dA and dB (the dense route: partial sums, so
-    that its result depends on the number of workers in the last bits)."""
+    that its result depends on the number of workers in the last bits). int8 quarters them, on the factors route: rows
+    of dA and columns of dB are rounded to 127 steps of their largest element, and what is left is added to the next
+    step's, so that nothing is lost over the steps (docs/methods.md)."""
     factor_cache_gb: float | None = None
     """Memory per worker, in GiB, for the static factors of all adapters; what does not fit travels in every step.
     Not set: 2 GiB, or as much as the worker's shards of the adapted weights if that is more."""

@@ -102,9 +102,9 @@ class _Bucket:
 class AllSamples(Samples):
     """There is one slot, with all K adapters: a [K*r, in] and b [out, K*r] in the compute dtype, gathered once.
 
-    da and db are zero when a micro-batch is computed, and the exact mute does not read them: their leaves are views of
-    the same zeros. Their gradients are parts of one flat tensor of K r (in + out) elements for each weight, in which
-    those of db stand transposed, so that a holder's slices are contiguous.
+    The exact mute does not read da and db: their leaves are views of the same zeros. Their gradients are parts of one
+    flat tensor of K r (in + out) elements for each weight, in which those of db stand transposed, so that a holder's
+    slices are contiguous.
     """
 
     def __init__(self, registry: AdapterRegistry, compute_dtype: torch.dtype, in_flight: int):

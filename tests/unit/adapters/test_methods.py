@@ -106,6 +106,12 @@ def test_combinations_of_the_folding_family_that_make_no_sense():
     assert line.startswith("hdpissa.slices: top slices that learn from all samples")
     (line,) = errors_of(*unit, "--hdpissa.slices", "random")
     assert line.startswith("hdpissa.factor_scale: unit is for singular directions")
+    int8 = ["--hdpissa.exchange_dtype", "int8"]
+    assert errors_of(*int8) == errors_of(*int8, "--hdpissa.exchange", "factors", "--optimizer.name", "SGD") == []
+    for key, value in (("hdpissa.exchange", "dense"), ("hdpissa.mute_scalar", "1e-16"), ("optimizer.name", "ASGD")):
+        (line,) = errors_of(*int8, f"--{key}", value)
+        assert line.startswith("hdpissa.exchange")
+        assert key in line
 
 
 def test_full_has_no_adapters_to_drop_out_or_leave_alone():

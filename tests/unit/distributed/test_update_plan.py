@@ -45,6 +45,23 @@ class TestPlan:
         assert w.received_by_route["dense"] == (50 * 60 + 2 * 50 * 60 // 2) * 2
         assert w.cache_bytes == 8 * 2 * (60 + 50) * 4
 
+    def test_int8_by_hand(self):
+        """A byte an element and a scale for each of the 2 * 2 * 2 rows of every other holder; sums stay fp32."""
+        shapes = {"layers.0.w": (100, 60)}
+        plan = plan_update(shapes, Topology(8, 2, 2, 2, wire_bytes=1), "auto")
+        (w,), (whole,) = plan.weights, plan_update(shapes, Topology(8, 2, 2, 2)).weights
+        assert w.received_by_route["factors"] == 3 * 2 * 2 * (60 + 50) + 3 * 2 * 2 * 2 * 4
+        assert w.received_by_route["dense"] == whole.received_by_route["dense"]
+        assert "1 byte per element and 4 per row (dense: 4 per element)" in plan.table()
+        gathered = plan_update(shapes, Topology(8, 2, 2, 2, wire_bytes=1), "factors", cache_gb=0.0)
+        assert received(gathered) == w.received + 3 * 2 * 2 * (60 + 50) * 4, "the fixed factors travel in fp32"
+
+    def test_int8_quarters_the_bytes_of_llama_8b(self):
+        whole, rounded = (
+            received(plan_update(SHAPES_8B, Topology(8, 16, 1, 8, wire_bytes=size), "factors")) for size in (4, 1)
+        )
+        assert whole / rounded == pytest.approx(4, rel=0.01)
+
     def test_auto_takes_the_cheaper_route(self):
         shapes = {"layers.0.wide": (64, 64), "layers.0.large": (4096, 4096)}
         plan = plan_update(shapes, Topology(8, 8, 1, 8), "auto", cache_gb=0.0)

@@ -57,7 +57,7 @@ def test_how_a_run_ended(tmp_path, script, command: str, status: str):
 
 
 def test_a_fault_of_the_user_ends_the_comparison(tmp_path, script):
-    script("echo $1 >> ran; echo 'titan_hd: error: data.train: no such file' >&2; exit 2")
+    script("echo 'titan_hd: error: data.train: no such file' >&2; exit 2")
     with pytest.raises(UserError, match=r"^lora: data\.train: no such file \(.*run\.log\)$"):
         made(Runner(1, 1), planned(tmp_path), planned(tmp_path, "full"))
 

@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from tests.kit import runs
 from titan_hd.models.registry import parse_hf_config
 
-EXACT = 1e-6  # of each singular value above numpy's own rounding of the largest
+EXACT = 1e-6  # of each singular value
 
 
 def change(values: list[float], out: int = 12, inner: int = 9) -> torch.Tensor:
+    torch.manual_seed(0)
     u = torch.linalg.qr(torch.randn(out, len(values), dtype=torch.float64))[0]
     v = torch.linalg.qr(torch.randn(inner, len(values), dtype=torch.float64))[0]
     return (u * torch.tensor(values, dtype=torch.float64)) @ v.T
@@ -48,16 +49,18 @@ def test_singular_values_are_those_of_numpy(shape: tuple[int, int], smallest: fl
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("outliers", [False, True])
-def test_the_floor_is_what_rounding_makes(dtype: torch.dtype, outliers: bool):
-    """Never less than it, but for chance, and of its size."""
-    weight = torch.randn(300, 200, dtype=torch.float64) / 14
+@pytest.mark.parametrize(("outliers", "least"), [(False, 0.8), (True, 0.2)])
+def test_the_floor_is_above_what_rounding_makes(dtype: torch.dtype, outliers: bool, least: float):
+    """Close to it where the elements are of like size; a row and a column of large ones do not add up as the bound has
+    it (12 seeds: 0.84 to 0.90 of it, 0.24 to 0.77)."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(300, 200, dtype=torch.float64, generator=generator) / 14
     if outliers:
         weight[:, 3] *= 30
         weight[7] *= 20
-    error = weight.to(dtype).double() - weight
-    largest = torch.linalg.svdvals(error)[0].item()
-    assert 1 / 3 < largest / rounding_floor(weight.to(dtype).double(), dtype) <= 1.02
+    rounded = weight.to(dtype).double()
+    largest = torch.linalg.svdvals(rounded - weight)[0].item()
+    assert least < largest / rounding_floor(rounded, dtype) <= 1
 
 
 def test_means_over_the_layers_of_a_model(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -65,6 +66,16 @@ def test_the_authors_scheme_grows_with_the_gpus():
     )
 
 
+def test_int8_on_the_way_is_a_quarter_of_the_bytes():
+    slow = Cluster(node=1, network=0.125e9)
+    whole, rounded = (best(replace(LLAMA_8B, wire_bytes=size), 8, 8, "factors", slow) for size in (4, 1))
+    assert whole.exchanged / rounded.exchanged == pytest.approx(4, rel=0.01)
+    assert whole.exchange / rounded.exchange == pytest.approx(4, rel=0.01)
+    sharing = [best(replace(LLAMA_8B, wire_bytes=size), 16, 8, "factors", slow).exchanged for size in (4, 1)]
+    hosted = 4 * 16 * sum(sum(shape) for shape in LLAMA_8B.shapes().values())
+    assert sharing[1] > hosted, "what two workers sum of an adapter's gradients stays in fp32"
+
+
 def test_a_model_that_fits_nowhere_is_said_to():
     assert "does not fit" in table(Work(flavor_config("llama3", "70B")), [8], [8], CLUSTER)
 
@@ -83,3 +94,12 @@ def test_command_line_and_its_faults():
         assert done.returncode == 2
         assert done.stderr.startswith(f"titan_hd: error: {line}")
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_hours_of_an_epoch():
+    """Two records of 512 tokens in each of 8 micro-batches on 8 GPUs are the paper's 128 records a step."""
+    work = Work(LLAMA_8B.config, tokens=1024, length=512, micro_batches=8, records=395_000)
+    assert work.epoch_hours(8, 24.88) == pytest.approx(395_000 / 128 * 24.88 / 3600)
+    (row,) = (line.split() for line in table(work, [8], [8], CLUSTER).splitlines() if "factors" in line)
+    assert float(row[-1]) == pytest.approx(work.epoch_hours(8, best(work, 8, 8, "factors", CLUSTER).step), abs=0.06)
+    assert "hours" not in table(LLAMA_8B, [8], [8], CLUSTER)

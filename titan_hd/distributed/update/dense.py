@@ -2,7 +2,8 @@
 
 With at most `chunk` = ceil(out / dp_shard) rows of W per worker, a worker receives (dp_shard - 1) chunk in elements of
 the reduce-scatter, and of the all-reduce over the replicas 2 (dp_replicate - 1) / dp_replicate chunk in: cheaper than
-factors only where K*r comes near min(out, in). `dense_exchange.py` has the steps.
+factors only where K*r comes near min(out, in). Sums travel in fp32 where dA and dB were rounded to int8.
+`dense_exchange.py` has the steps.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class DenseRoute(Route):
     def traffic(self, shapes: Sequence[Shape], t: Topology, cached: bool) -> list[Collective]:
         collectives = []
         for out, width in shapes:
-            rows = t.chunk(out) * width * t.wire_bytes
+            rows = t.chunk(out) * width * t.sum_bytes
             across = 2 * (t.dp_replicate - 1) * rows // t.dp_replicate
             collectives.append(Collective("reduce_scatter", (t.dp_shard - 1) * rows, t.dp_shard, 1))
             collectives.append(Collective("all_reduce", across, t.dp_replicate, t.dp_shard))
@@ -40,17 +41,24 @@ class DenseRoute(Route):
 
     def memory(self, shapes: Sequence[Shape], t: Topology, cached: bool, device_type: str = "cuda") -> Memory:
         """Held: left and right of the product, the worker's rows of the update, and the piece that travels: what is
-        sent, over gloo as much that is received, and the sum. Computing: stacking left, and one piece in fp32."""
+        sent, over gloo as much that is received, and the sum; of int8 what was rounded. Computing: stacking left, and
+        one piece in fp32; of int8 dA and dB in fp32."""
         ((out, width),) = shapes
         chunk, hosted = t.chunk(out), t.hosted * t.rank
         step = piece_rows(chunk, width, t.dp_shard, device_type)
         piece = step * t.dp_shard * width
         held = 8 * hosted * (chunk * t.dp_shard + width) + 4 * chunk * width
-        held += (2 * piece + step * width) * t.wire_bytes
-        converted = 4 * piece if t.wire_bytes != 4 else 0
+        held += (2 * piece + step * width) * t.sum_bytes
+        converted = 4 * piece if t.sum_bytes != 4 else 0
+        if t.scale_bytes:
+            held += hosted * (width + out)
+            converted += 5 * hosted * (width + out)
         return Memory(held, 4 * hosted * (5 * out + 2 * step * t.dp_shard) + converted)
 
     def exchange(self, mesh, dims, coefficient, wire) -> Exchange:
-        from titan_hd.distributed.update.dense_exchange import DenseExchange  # needs torch, a plan does not
+        import torch  # a plan does not need it
 
-        return DenseExchange(mesh, dims, coefficient, wire, piece_rows)
+        from titan_hd.distributed.update.dense_exchange import DenseExchange
+
+        sums = wire if wire.is_floating_point else torch.float32
+        return DenseExchange(mesh, dims, coefficient, sums, piece_rows)

@@ -38,8 +38,7 @@ class DenseExchange(Exchange):
         self._shard_group, self._replica_group = (dims.world.get_group(name) for name in ("dp_shard", "dp_replicate"))
 
     def travel(self, names: Sequence[str], local: Sequence[HostedFactors]) -> Generator[None, None, list[RowsUpdate]]:
-        ((a, b, da, db),) = local
-        left, right = factored_update(a.flatten(0, 1), _stack(b), da.flatten(0, 1), _stack(db))
+        left, right = _stacked_update(*local)
         right.mul_(self._share)
         chunk = chunk_rows(left.shape[0], self._shards)
         padding = chunk * self._shards - left.shape[0]
@@ -64,6 +63,11 @@ class DenseExchange(Exchange):
             yield
             work.wait()
         return update
+
+
+def _stacked_update(hosted: HostedFactors) -> tuple[torch.Tensor, torch.Tensor]:
+    da, db = hosted.deltas()
+    return factored_update(hosted.a.flatten(0, 1), _stack(hosted.b), da.flatten(0, 1), _stack(db))
 
 
 def _stack(factor: torch.Tensor) -> torch.Tensor:

@@ -4,14 +4,15 @@ In words, for the weights of one bucket, K adapters dealt to n holders, and W's 
 
 1. every holder sends its dA_i [r, in] of all the bucket's weights to all holders, in one all-gather;
 2. every holder sends to each other one m the rows of its dB_i that m owns, rows_m, in one all-to-all. Rows are cut into
-   equal chunks, the last ones padded, so that uneven and empty shards need no sizes of their own;
-3. when both have arrived, every worker adds  c * [dB | B + dB] [A ; dA]  to its rows of each weight: one product of
+   equal chunks, the last ones padded, so that uneven and empty shards need no sizes of their own. Where both travel as
+   int8, the scales of all rows of dA_i and columns of dB_i go to all holders, in another all-gather;
+3. when all have arrived, every worker adds  c * [dB | B + dB] [A ; dA]  to its rows of each weight: one product of
    inner size 2*K*r per weight.
 
-A of all adapters and rows_m of every B never change: they travel once, by the same functions, if they are cached,
-and else after dA and dB in every step. Where K < W, the workers with the same index in their sharing group are a set of
-n = K holders that exchanges on its own. Under HSDP each worker asks for the rows of its own shard, so replicas need no
-step of their own.
+A of all adapters and rows_m of every B stay the same for many steps: if they are cached, they travel by the same
+functions when they are new, and else after dA and dB in every step. Where K < W, the workers with the same index in
+their sharing group are a set of n = K holders that exchanges on its own. Under HSDP each worker asks for the rows of
+its own shard, so replicas need no step of their own.
 """
 
 from __future__ import annotations
@@ -52,12 +53,30 @@ class FactorsExchange(Exchange):
     def travel(
         self, names: Sequence[str], local: Sequence[HostedFactors]
     ) -> Generator[None, None, list[FactoredUpdate]]:
-        deltas = yield from self._gather([(f.da, f.db) for f in local], self._wire)
+        if local[0].scales is None:
+            deltas = yield from self._gather([(f.da, f.db) for f in local], self._wire)
+        else:
+            deltas = yield from self._gather_scaled(local)
         if names[0] in self.cached:
             fixed = [self.cached[name] for name in names]
         else:  # always in fp32, as the cached ones
             fixed = yield from self._gather([(f.a, f.b) for f in local], torch.float32)
         return [FactoredUpdate(a, b, da, db, self._coefficient) for (a, b), (da, db) in zip(fixed, deltas)]
+
+    def _gather_scaled(self, local: Sequence[HostedFactors]) -> Generator[None, None, Factors]:
+        """`_gather` of int8 dA and dB with their scales, multiplied."""
+        scales = torch.stack([f.scales.flatten(1) for f in local if f.scales is not None])  # [weights, 2, k*r]
+        everyones = work = None
+        if self._size > 1:
+            everyones, work = all_gather(scales.flatten(), self._size, self._group)
+        deltas = yield from self._gather([(f.da, f.db) for f in local], self._wire)
+        if everyones is not None and work is not None:
+            work.wait()
+            scales = everyones.view(self._size, *scales.shape).permute(1, 2, 0, 3).flatten(2)
+        for (da, db), (of_rows, of_columns) in zip(deltas, scales):
+            da.mul_(of_rows[:, None])
+            db.mul_(of_columns)
+        return deltas
 
     def _gather(self, local: Factors, wire: torch.dtype) -> Generator[None, None, Factors]:
         """All adapters' factors of several weights, from those of the hosted adapters; yields while they travel.

@@ -1,4 +1,7 @@
-"""Fold: what the optimizer added to every adapter goes onto the shards of W, and the adapters are zero again."""
+"""Fold: what the optimizer added to every adapter goes onto the shards of W, and the adapters are zero again.
+
+(Where int8 travels they keep what it could not hold: `outgoing`.)
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
-from titan_hd.distributed.parallel_dims import ParallelDims, local_part, owned_block
+from titan_hd.distributed.adapter_registry import AdapterRegistry
+from titan_hd.distributed.parallel_dims import ParallelDims, owned_block
 from titan_hd.distributed.update.apply import Rounding
+from titan_hd.distributed.update.outgoing import OUTGOING
 from titan_hd.distributed.update.plan import Bucket, UpdatePlan
 from titan_hd.distributed.update.rounding import rounding_key
-from titan_hd.distributed.update.route import HostedFactors
 from titan_hd.distributed.update.routes import ROUTES
 from titan_hd.distributed.update.runtime import Task, run_tasks
 from titan_hd.errors import UserError
@@ -46,8 +49,7 @@ class Fold:
         self.exchanges = {
             name: route.exchange(registry.mesh, dims, coefficient, settings.wire) for name, route in ROUTES.items()
         }
-        with torch.no_grad():
-            self._factors = {name: _hosted_factors(entry) for name, entry in registry.entries.items()}
+        self._outgoing = OUTGOING[settings.wire](registry)
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -63,13 +65,15 @@ class Fold:
     def send_factors(self) -> None:
         """Send the fixed factors that are to be cached, whenever they have new values. Collective."""
         cached = (bucket for bucket in self.plan.buckets if bucket.cached)
-        tasks = (self.exchanges[b.route].prepare(list(b.shapes), self._hosted(b)) for b in cached)
+        tasks = (self.exchanges[b.route].prepare(list(b.shapes), self._outgoing.views(b.shapes)) for b in cached)
         run_tasks(tasks, self.settings.in_flight)
 
     @torch.no_grad()
     def __call__(self, lr: float, step: int) -> None:
         """Update every adapted weight in place. lr scales the weight decay; step keys the stochastic rounding. The host
         waits for the device nowhere.
+
+        Where dA and dB travel as int8, their scales come first, all at once. Then:
 
         Phase 1, bucket by bucket, in the plan's order on all ranks: the bucket's updates start to travel. On the
         factors route, dA and rows of dB pass between the workers that hold adapters; on the dense route, the workers'
@@ -84,12 +88,13 @@ class Fold:
         step: who needs the others' rows is the all-gather of the next forward pass.
         """
         decay = lr * self.settings.weight_decay
+        self._outgoing.begin()
         run_tasks((self._fold_bucket(bucket, decay, step) for bucket in self.plan.buckets), self.settings.in_flight)
-        self.registry.zero_deltas()
+        self._outgoing.end()
 
     def _fold_bucket(self, bucket: Bucket, decay: float, step: int) -> Task:
         names = list(bucket.shapes)
-        updates = yield from self.exchanges[bucket.route].travel(names, self._hosted(bucket))  # phase 1
+        updates = yield from self.exchanges[bucket.route].travel(names, self._outgoing.take(names))  # phase 1
         for name, update in zip(names, updates):  # phase 2
             held = self.registry.entries[name].weight_rows()
             if not held.numel():  # the last shards may be empty
@@ -98,9 +103,6 @@ class Fold:
             update.add_to(rows, decay, None if rows.dtype == torch.float32 else self._rounding(name, step))
             if self.settings.offloaded:
                 held.copy_(rows, non_blocking=True)
-
-    def _hosted(self, bucket: Bucket) -> list[HostedFactors]:
-        return [self._factors[name] for name in bucket.shapes]
 
     def _rounding(self, name: str, step: int) -> Rounding:
         entry = self.registry.entries[name]
@@ -123,11 +125,6 @@ def check_same_plan(plan: UpdatePlan) -> None:
             f"hdpissa.exchange: rank {different} plans another update than rank 0; "
             "all ranks need the same configuration, model and version"
         )
-
-
-def _hosted_factors(entry: AdapterEntry) -> HostedFactors:
-    tensors = (entry.a, entry.b, entry.layer.delta_A, entry.layer.delta_B)
-    return HostedFactors(*(local_part(tensor).detach() for tensor in tensors))
 
 
 def refuse_non_finite(registry: AdapterRegistry, step: int, gradient: float, update: float) -> None:

@@ -70,7 +70,7 @@ class UpdatePlan:
         t = self.topology
         lines = [
             f"update of {len(self.weights)} weights, K = {t.num_adapters}, r = {t.rank}, "
-            f"{t.dp_replicate} x {t.dp_shard} workers, {t.wire_bytes} bytes per element; received per worker and step:",
+            f"{t.dp_replicate} x {t.dp_shard} workers, {_wire(t)}; received per worker and step:",
             f"  {'layer':<12}{'[out, in]':<18}{'count':>5}  {'route':<9}{'static':<10}"
             + "".join(f"{name + ' MB':>12}" for name in ROUTES),
         ]
@@ -133,6 +133,12 @@ def block_of(name: str) -> str | None:
     """The transformer block of a layer, both under their full names; None for one that is in no block."""
     block = re.match(r"(.*layers\.\d+)\.", name)
     return block[1] if block else None
+
+
+def _wire(t: Topology) -> str:
+    if not t.scale_bytes:
+        return f"{t.wire_bytes} bytes per element"
+    return f"{t.wire_bytes} byte per element and {t.scale_bytes} per row (dense: {t.sum_bytes} per element)"
 
 
 def _buckets(weights: list[WeightPlan]) -> tuple[Bucket, ...]:

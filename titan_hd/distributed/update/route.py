@@ -74,18 +74,30 @@ class Route:
     def exchange(self, mesh: DeviceMesh, dims: ParallelDims, coefficient: float, wire: torch.dtype) -> Exchange:
         """The half that moves tensors.
 
-        mesh: the registry's [adapter, adapter_group, tp]; coefficient: c of the update; wire: dtype on the way.
+        mesh: the registry's [adapter, adapter_group, tp]; coefficient: c of the update; wire: dtype of dA and dB on the
+        way.
         """
         raise NotImplementedError
 
 
 class HostedFactors(NamedTuple):
-    """Views of the adapters of one weight on this worker, fp32: a, da [k, r, in], b, db [k, out, r]."""
+    """The adapters of one weight on this worker: a, da [k, r, in], b, db [k, out, r]; views, fp32.
+
+    scales: None; or, where int8 travels and da and db are int8, what their values are multiples of, fp32 [2, k, r]: of
+    each row of da, then of each column of db.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
     da: torch.Tensor
     db: torch.Tensor
+    scales: torch.Tensor | None = None
+
+    def deltas(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """da and db as what they stand for, fp32."""
+        if self.scales is None:
+            return self.da, self.db
+        return self.da * self.scales[0, :, :, None], self.db * self.scales[1, :, None, :]
 
 
 class Update(Protocol):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from titan_hd.distributed.row_shards import chunk_rows
 
+WIRE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of an element of dA or dB, by hdpissa.exchange_dtype
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -27,6 +29,16 @@ class Topology:
     @property
     def workers(self) -> int:
         return self.dp_replicate * self.dp_shard
+
+    @property
+    def scale_bytes(self) -> int:
+        """What travels beside each row of dA and column of dB: the scale of int8."""
+        return 4 if self.wire_bytes == 1 else 0
+
+    @property
+    def sum_bytes(self) -> int:
+        """Size of an element of a partial sum that travels: int8 is for dA and dB alone."""
+        return 4 if self.wire_bytes == 1 else self.wire_bytes
 
     @property
     def holders(self) -> int:
