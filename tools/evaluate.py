@@ -108,12 +108,18 @@ def run(args: argparse.Namespace) -> None:
     tasks, with_mt_bench = chosen_tasks(args, tuple(dict.fromkeys(task for task, *_ in outputs)))
     sources = find_sources(args, tasks, with_mt_bench)
     problems = {name: load_problems(task, sources[name], args.limit) for name, task in tasks.items()}
+    if args.against and not tasks:
+        raise UserError("--against: compares scores of tasks; mt_bench has none")
+    for name, own in problems.items() if args.against else ():
+        report.check_others(name, own, others, "--against")
     questions = mt_bench.read_questions(sources[mt_bench.NAME], args.limit) if with_mt_bench else []
     judge = evaluation_judge.prepare(args, questions)
     if any(task.runs_programs for task in tasks.values()):
         open_sandbox(args.allow_unsandboxed)
     judged = None
     if args.predictions:
+        if (args.output / answering.SETTINGS_FILE).exists():
+            raise UserError(f"--output: {args.output} has answers of a model; name another directory for these scores")
         rows = score_predictions(tasks, problems, outputs, args.limit)
         with disk_faults(args.output):
             write_scores(args.output, rows)
@@ -269,18 +275,22 @@ def score_predictions(
     outputs: Mapping[samples.Key, Record],
     limit: int | None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Samples of each task; a problem without an output is not counted, and that is said."""
+    """Samples of each task; a problem without an output is not counted, and that is said.
+
+    Raises:
+        UserError: an output is of a problem that there is not, or a task has no output.
+    """
     rows = {}
     for name, task in tasks.items():
         rows[name], missing = samples.score_outputs(task, problems[name], outputs, partial=limit is not None)
+        if not rows[name]:
+            raise UserError(f"--predictions: has no output of {name} to any of the {missing} problems")
         if missing:
             tell(f"warning: {name}: {missing} of {len(problems[name])} problems have no output, and are not counted")
     return rows
 
 
 def write_scores(output: Path, rows: Mapping[str, list[dict[str, Any]]]) -> None:
-    if (output / answering.SETTINGS_FILE).exists():
-        raise UserError(f"--output: {output} has answers of a model; name another directory for these scores")
     output.mkdir(parents=True, exist_ok=True)
     write(output / samples.SAMPLES_FILE, "".join(samples.line(row) for own in rows.values() for row in own))
 

@@ -25,6 +25,12 @@ from titan_hd.files import expand_home
 
 BATCH_SIZE = {"native": 8, "transformers": 8, "vllm": 512}  # vllm makes its own batches of what it is given
 
+# Options that --predictions has no use for, with what they are if they are not given.
+_DEFAULTS = {
+    **dict.fromkeys(("prompts", "max_new_tokens", "batch_size", "temperature", "top_p", "seed", "dtype", "device")),
+    **{"backend": "native", "stop": [], "samples": 1, "assets": "", "shard_weights": False},
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("with a model").add_argument
@@ -68,6 +74,12 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: names the option.
     """
+    if args.predictions:
+        for name, default in _DEFAULTS.items():
+            if getattr(args, name) != default:
+                raise UserError(f"--{name.replace('_', '-')}: is for asking a model; --predictions has its answers")
+    if not all(args.stop):
+        raise UserError("--stop: must be a text: an empty one would end every answer at once")
     if args.temperature is None or args.temperature == 0:
         if args.samples > 1:
             raise UserError(f"--samples: {args.samples} answers without --temperature would all be the same")
@@ -142,8 +154,8 @@ def settings(
     args: argparse.Namespace, fingerprints: Mapping[str, str], questions: Sequence[mt_bench.Question]
 ) -> dict[str, Any]:
     """All that an answer depends on, for evaluation.json: an evaluation goes on only with the same. How many processes
-    share it is none of that."""
-    files = sorted(((path, path.stat()) for path in args.model.rglob("*") if path.is_file()), key=lambda file: file[0])
+    share it is none of that. Folders in the model's are not looked into: --output may be one of them."""
+    files = sorted(((path, path.stat()) for path in args.model.iterdir() if path.is_file()), key=lambda file: file[0])
     stamps = repr([(str(path), status.st_size, status.st_mtime_ns) for path, status in files])
     drawn = {key: getattr(args, key) for key in ("samples", "temperature", "top_p", "seed")}
     return {

@@ -22,7 +22,7 @@ from titan_hd.data.text.tokenizer_base import Tokenizer
 from titan_hd.errors import UserError
 from titan_hd.evaluation.backends import Backend
 from titan_hd.evaluation.prompts import Prompt
-from titan_hd.evaluation.samples import SAMPLES_FILE, line, sample
+from titan_hd.evaluation.samples import SAMPLES_FILE, line, score_answers
 from titan_hd.files import read_json_object, replace_file
 
 SETTINGS_FILE = "evaluation.json"
@@ -56,10 +56,18 @@ def agree_on_settings(output: Path, settings: Mapping[str, Any]) -> None:
     before, now = read_json_object(path), json.loads(json.dumps(settings))
     for key in (*now, *before):
         if before.get(key) != now.get(key):
-            raise UserError(
-                f"--output: {output} has an evaluation with another {key} ({before.get(key)}, not {now.get(key)}); "
-                "name another directory, or remove it"
-            )
+            other = _difference(key, before.get(key), now.get(key))
+            raise UserError(f"--output: {output} has an evaluation with {other}; name another directory, or remove it")
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    """What a setting was: of tasks, which have a fingerprint each, their names, or which of them has another one."""
+    if key == "tasks" and isinstance(before, dict) and isinstance(now, dict):
+        if list(before) != list(now):
+            return f"other tasks ({', '.join(before) or 'none'}, not {', '.join(now) or 'none'})"
+        changed = next(name for name in now if before[name] != now[name])
+        return f"other problems or prompts of {changed}"
+    return f"another {key} ({before}, not {now})"
 
 
 def resume(path: Path, plan: Sequence[Sequence[Any]], key: Callable[[dict[str, Any]], Any]) -> int:
@@ -172,8 +180,8 @@ def answer(
         """The lines of a batch, and the number of its tokens."""
         rows = generate(plan[number], plan[number])
         texts = [_until(tokenizer.decode(row), stop) for row in rows]
-        samples = [sample(p.task, p.problem, p.text, text, p.sample) for p, text in zip(plan[number], texts)]
-        return "".join(map(line, samples)), sum(map(len, rows))
+        answers = [(p.problem, p.text, text, p.sample) for p, text in zip(plan[number], texts)]
+        return "".join(map(line, score_answers(plan[number][0].task, answers))), sum(map(len, rows))
 
     kinds = [batch[0].task.name for batch in plan]
     results = crew.results(kinds, whole, ask, lambda number: generate(plan[number], []))

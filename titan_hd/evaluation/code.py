@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import ast
 import math
-import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from titan_hd.evaluation.sandbox import Sandbox, Verdict
+from titan_hd.evaluation.sandbox import Sandbox
 from titan_hd.evaluation.task import Problem, Score
 
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.S | re.I)
@@ -147,20 +145,8 @@ def score_mbpp(problem: Problem, output: str) -> Score:
 
 def _score(job: Job, output: str) -> Score:
     """The kind of verdict alone: what an exception says may hold addresses, which differ from run to run."""
-    [verdict] = run_jobs(open_sandbox(), [job], 1)
+    verdict = open_sandbox().run(job.program, job.tests, job.names, job.prelude)
     return Score(verdict.passed, extract_program(output) or None, {"verdict": verdict.result})
-
-
-# ---- many programs ---------------------------------------------------------------------------------------------------
-
-
-def run_jobs(sandbox: Sandbox, jobs: Iterable[Job], at_once: int | None = None) -> list[Verdict]:
-    """The verdicts in the order of the jobs.
-
-    at_once: how many run at the same time; one for each processor by default.
-    """
-    with ThreadPoolExecutor(at_once or os.cpu_count()) as threads:
-        return list(threads.map(lambda job: sandbox.run(job.program, job.tests, job.names, job.prelude), jobs))
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

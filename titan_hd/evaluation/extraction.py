@@ -42,9 +42,9 @@ def gsm8k_reference(answer: str) -> str:
 
 
 def marked_formula(text: str) -> str | None:
-    """What stands behind the last "The answer is: ", up to the first full stop that ends a line."""
+    """What stands behind the last "The answer is: ", up to the first full stop that ends a line; None: nothing."""
     _, marked, rest = text.rpartition(ANSWER)
-    return rest.split(".\n")[0].strip().removesuffix(".").strip() if marked else None
+    return (rest.split(".\n")[0].strip().removesuffix(".").strip() or None) if marked else None
 
 
 def boxed(text: str) -> str | None:

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from titan_hd.data.sources import Record
 from titan_hd.errors import UserError
 from titan_hd.evaluation.code import pass_at_k
 from titan_hd.evaluation.samples import Key
 from titan_hd.evaluation.statistics import compare, wilson
-from titan_hd.evaluation.task import Task
+from titan_hd.evaluation.task import Problem, Task
 
 
 def summarise(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -81,14 +82,35 @@ def _majority_right(task: Task, rows: Sequence[Mapping[str, Any]]) -> bool:
     return next(right for answer, right in votes if answer == winner)
 
 
+def check_others(task: str, problems: Sequence[Problem], others: Mapping[Key, Record], key: str) -> None:
+    """See that other samples can be compared with answers to these problems, before anybody is asked.
+
+    Raises:
+        UserError: there is none of these problems, one has not been scored, or one has another reference there.
+    """
+    references = {problem.id: problem.reference for problem in problems}
+    theirs = [(name, other) for (of, name, _), other in others.items() if of == task and name in references]
+    if not theirs:
+        raise UserError(f"{key}: has no sample of a problem of {task} that is asked here")
+    for name, other in theirs:
+        if not isinstance(other.get("right"), bool):
+            raise UserError(f'{key}: {other.where}: has no "right": score the file first, with --predictions')
+        ours, reference = references[name], other.get("reference", references[name])
+        if reference != ours:
+            what = f"{task} {name} is another problem there: its reference is {reference!r:.80}, not {ours!r:.80}"
+            raise UserError(f"{key}: {other.where}: {what}")
+
+
 def compare_samples(
     rows: Iterable[Mapping[str, Any]], others: Mapping[Key, Mapping[str, Any]], key: str
 ) -> dict[str, Any]:
     """The paired comparison with other samples of the same task, on the problems that both answered; of several samples
     of a problem by the share that is right.
 
+    others: which `check_others` has seen.
+
     Raises:
-        UserError: there is no such problem, or the other samples have not been scored.
+        UserError: there is no such problem.
     """
     answered: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for (task, name, _), other in others.items():
@@ -97,8 +119,6 @@ def compare_samples(
     pairs = [(own, answered[place]) for own, place in places if place in answered]
     if not pairs:
         raise UserError(f"{key}: has no sample of a problem that was answered here")
-    if not all(isinstance(other.get("right"), bool) for _, theirs in pairs for other in theirs):
-        raise UserError(f'{key}: a sample has no "right": score it first, with --predictions')
     return asdict(compare([_share_right(own) for own, _ in pairs], [_share_right(theirs) for _, theirs in pairs]))
 
 

@@ -9,7 +9,9 @@ Of several samples of a problem each has its number in "sample", from 0. Outputs
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from titan_hd.evaluation.task import Problem, Task
 
 SAMPLES_FILE = "samples.jsonl"
 Key = tuple[str, str, int]  # task, id, number of the sample
+Answer = tuple[Problem, str, str, int | None]  # a problem, and the other arguments of `sample`
 
 
 def sample(task: Task, problem: Problem, prompt: str, output: str, number: int | None = None) -> dict[str, Any]:
@@ -41,8 +44,22 @@ def sample(task: Task, problem: Problem, prompt: str, output: str, number: int |
     }
 
 
+def score_answers(task: Task, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """The lines of answers to a task, in their order. Programs run at the same time, one for each processor."""
+    if not task.runs_programs:
+        return [sample(task, *answer) for answer in answers]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(lambda answer: sample(task, *answer), answers))
+
+
 def line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    """A row as it stands in the file. Halves of surrogate pairs, which are no text, stay escaped as JSON has them."""
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(row)
+    return f"{text}\n"
 
 
 def read_outputs(path: Path, key: str) -> dict[Key, Record]:
@@ -87,10 +104,10 @@ def score_outputs(
             raise UserError(f"{record.where}: {task.name} has no problem {problem_id!r}")
         if name == task.name:
             answers.setdefault(problem_id, []).append((number, record))
-    rows = []
+    found: list[Answer] = []
     for problem in known.values():
         for number, record in sorted(answers.get(problem.id, ()), key=lambda answer: answer[0]):
             prompt = record.get("prompt")
             prompt = prompt if isinstance(prompt, str) else ""
-            rows.append(sample(task, problem, prompt, record["output"], number if "sample" in record else None))
-    return rows, len(known.keys() - answers.keys())
+            found.append((problem, prompt, record["output"], number if "sample" in record else None))
+    return score_answers(task, found), len(known.keys() - answers.keys())

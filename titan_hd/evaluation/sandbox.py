@@ -99,7 +99,7 @@ class Sandbox:
         """
         answer = self._start({"program": program, "tests": tests, "prelude": prelude, "names": list(names)})
         if "refused" in answer:
-            raise OSError(f"a program could not be started: {answer['refused']}")
+            raise UserError(f"a program could not be started: {answer['refused']}")
         return Verdict(answer["result"], answer["detail"])
 
     def _start(self, job: dict) -> dict[str, str]:

@@ -129,6 +129,6 @@ def own_task(prompt_field: str, response_field: str, marker: str) -> Task:
         files=(),
         columns=((prompt_field, response_field),),
         reference=reference,
-        score=_equal(lambda output: extraction.final_answer(output, marker)),
+        score=_equal(lambda output: extraction.final_answer(output, marker) or None),
         id_column="id",
     )

@@ -108,6 +108,11 @@ def test_other_settings_are_refused(tmp_path: Path):
     agree_on_settings(tmp_path / "out", {"limit": 5, "stop": ("a",)})
     with pytest.raises(UserError, match=r"--output: .* has an evaluation with another limit \(5, not 6\)"):
         agree_on_settings(tmp_path / "out", {"limit": 6})
+    agree_on_settings(tmp_path / "tasks", {"tasks": {"gsm8k": "a", "boolq": "b"}})
+    with pytest.raises(UserError, match=r"with other tasks \(gsm8k, boolq, not gsm8k\); name another directory"):
+        agree_on_settings(tmp_path / "tasks", {"tasks": {"gsm8k": "a"}})
+    with pytest.raises(UserError, match=r"with other problems or prompts of boolq; name another directory"):
+        agree_on_settings(tmp_path / "tasks", {"tasks": {"gsm8k": "a", "boolq": "c"}})
     (tmp_path / "samples.jsonl").touch()
     with pytest.raises(UserError, match=r"has a samples.jsonl that was not generated here"):
         agree_on_settings(tmp_path, {})

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.kit.commands import call_tool, error_lines
+from titan_hd.data.sources import Record
 from titan_hd.errors import UserError
 from titan_hd.evaluation import code
-from titan_hd.evaluation.code import Job, extract_program, humaneval_job, mbpp_job, pass_at_k, run_jobs
-from titan_hd.evaluation.sandbox import Limits, Sandbox
+from titan_hd.evaluation.code import Job, extract_program, humaneval_job, mbpp_job, pass_at_k
+from titan_hd.evaluation.samples import score_answers
+from titan_hd.evaluation.sandbox import Limits, Sandbox, Verdict
 from titan_hd.evaluation.task import find_source, load_problems
 from titan_hd.evaluation.tasks import TASKS
 from tools import evaluate
@@ -89,6 +95,11 @@ def test_mbpp_takes_from_a_program_only_what_the_solution_defines(sandbox: Sandb
         "passed",
         "error",
     ]
+
+
+def run_jobs(sandbox: Sandbox, jobs: Sequence[Job]) -> list[Verdict]:
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(lambda job: sandbox.run(job.program, job.tests, job.names, job.prelude), jobs))
 
 
 # ---- the files as published ------------------------------------------------------------------------------------------
@@ -199,6 +210,32 @@ def test_the_tool(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert refused.returncode == 2
     [line] = error_lines(refused)
     assert "no namespaces" in line
+
+
+def test_programs_run_at_the_same_time(monkeypatch: pytest.MonkeyPatch):
+    """Two wait for each other; their samples stand in the order of the answers."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    both = threading.Barrier(2, timeout=20)
+
+    def run(self, program: str, *_: object) -> Verdict:
+        both.wait()
+        return Verdict("passed" if "3.0" in program else "failed", "")
+
+    stand_in = Sandbox.__new__(Sandbox)
+    monkeypatch.setattr(Sandbox, "run", run)
+    monkeypatch.setattr(code, "_open_sandboxes", [stand_in])
+    problem = TASKS["humaneval"].problem(Record(PROBLEM, "line 1"), "0")
+    outputs = ["    return 3.0\n", "    return 2.0\n"] * 3
+    rows = score_answers(TASKS["humaneval"], [(problem, "", text, number) for number, text in enumerate(outputs)])
+    assert [(row["sample"], row["right"]) for row in rows] == [(number, number % 2 == 0) for number in range(6)]
+
+
+def test_a_program_that_cannot_be_started_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    """The machine has no room for another process, say: that is no verdict on the program."""
+    stand_in = Sandbox.__new__(Sandbox)
+    monkeypatch.setattr(Sandbox, "_start", lambda self, job: {"refused": "Resource temporarily unavailable"})
+    with pytest.raises(UserError, match=r"^a program could not be started: Resource temporarily unavailable$"):
+        stand_in.run("", "", [])
 
 
 # ---- pass@k ----------------------------------------------------------------------------------------------------------

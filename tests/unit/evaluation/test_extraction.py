@@ -58,6 +58,7 @@ def test_boxed(text: str, content: str | None):
         ("The answer is: 3.\nAnd more. The end.", "3"),
         ("The answer is: 3.5", "3.5"),
         ("no mark", None),
+        ("The answer is: 3\nThe answer is: .", None),
     ],
 )
 def test_marked_formula(text: str, formula: str | None):

@@ -90,6 +90,7 @@ def test_a_file_of_ones_own(tmp_path: Path):
     assert (first.id, first.reference, second.id) == ("sum", "4 apples", "1")
     assert task.score(first, "So: 5\nSo: 4 apples\nbye").right
     assert not task.score(first, "4 apples").right
+    assert task.score(first, "So: ").extracted is None
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import types
@@ -120,6 +121,35 @@ def test_two_systems_are_compared(data: Path, tmp_path: Path):
     assert (against["n"], against["difference"], against["gained"], against["lost"]) == (4, -0.25, 1, 2)
 
 
+def test_halves_of_surrogate_pairs_stay_as_they_came(data: Path, tmp_path: Path):
+    predictions = write_lines(tmp_path / "outputs.jsonl", outputs(["18 \ud83d", "3 \U0001f600"]))
+    result = call_tool(evaluate.main, "--predictions", predictions, "--data", data, "--output", tmp_path / "out")
+    assert result.stdout.splitlines()[1].split()[:3] == ["gsm8k", "2", "2"], result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text("utf-8").splitlines()]
+    assert [row["output"] for row in rows] == ["The answer is: 18 \ud83d", "The answer is: 3 \U0001f600"]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"task": "boolq", "id": "0", "output": "", "right": True}, "has no sample of a problem of gsm8k that is"),
+        ({"task": "gsm8k", "id": "9", "output": "", "right": True}, "has no sample of a problem of gsm8k that is"),
+        ({"task": "gsm8k", "id": "0", "output": ""}, 'others.jsonl:1: has no "right": score the file first'),
+        (
+            {"task": "gsm8k", "id": "0", "output": "", "right": True, "reference": "19"},
+            "others.jsonl:1: gsm8k 0 is another problem there: its reference is '19', not '18'",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anybody_is_asked(
+    other: dict, message: str, data: Path, tmp_path: Path
+):
+    others = write_lines(tmp_path / "others.jsonl", [other])
+    fixed = ["--tasks", "gsm8k", "--data", data, "--output", tmp_path / "out", "--against", others]
+    (line,) = error_lines(call_tool(evaluate.main, tmp_path / "no model is read", *fixed))
+    assert message in line
+
+
 def test_what_has_no_output_is_said_and_not_counted(data: Path, tmp_path: Path):
     predictions = write_lines(tmp_path / "outputs.jsonl", outputs(["18"]))
     result = call_tool(evaluate.main, "--predictions", predictions, "--data", data, "--output", tmp_path / "out")
@@ -154,6 +184,10 @@ def test_gold_answers_of_gsm8k_are_all_right(shared_data: Path, tmp_path: Path):
         (outputs(["1"]), ["--tasks", "own"], "--tasks: there is no task 'own'; name its file with --records"),
         (outputs(["1"]), ["--limit", "0"], "--limit: must be a whole number above 0, not 0"),
         (outputs(["1"]), ["--tasks", "hellaswag"], "--data: DATA has no file of hellaswag; looked for"),
+        (outputs(["1"]), ["--tasks", "gsm8k,boolq"], "--predictions: has no output of boolq to any of the 2 problems"),
+        (outputs(["1"]), ["--temperature", "1"], "--temperature: is for asking a model; --predictions has its answers"),
+        (outputs(["1"]), ["--samples", "3"], "--samples: is for asking a model; --predictions has its answers"),
+        (outputs(["1"]), ["--stop", "x"], "--stop: is for asking a model; --predictions has its answers"),
         (outputs(["1"]), ["--source", "gsm8k"], "--source: must be TASK=PATH, with one of gsm8k, not 'gsm8k'"),
         (outputs(["1"]), ["--source", "gsm8k=no.jsonl"], "gsm8k: cannot read no.jsonl: No such file"),
         (outputs(["1"]), ["--records", "own.jsonl"], "--marker: missing"),
@@ -247,6 +281,19 @@ def test_a_torn_evaluation_goes_on_to_the_same_files(asked: Path, stories: Path,
     predictions = ["--predictions", asked, "--data", shared_data, "--limit", 12, "--output", tmp_path / "out"]
     (line,) = error_lines(call_tool(evaluate.main, *predictions))
     assert "has answers of a model" in line
+
+
+def test_the_output_may_lie_in_the_models_folder(stories: Path, data: Path, tmp_path: Path):
+    """The model is the same all the same; other files of it are another one."""
+    model = tmp_path / "model"
+    shutil.copytree(stories, model, copy_function=shutil.copyfile)
+    options = ["--tasks", "gsm8k", "--limit", 1, "--max-new-tokens", 2]
+    results = [ask(model, data, model / "evaluation", *options) for _ in range(2)]
+    assert [result.returncode for result in results] == [0, 0], results[1].stderr
+    assert results[0].stdout == results[1].stdout
+    os.utime(model / "model.safetensors", ns=(0, 1))
+    (line,) = error_lines(ask(model, data, model / "evaluation", *options))
+    assert "has an evaluation with another model_files" in line
 
 
 JUDGE_PROMPTS = [

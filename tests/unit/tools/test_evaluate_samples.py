@@ -116,6 +116,7 @@ def test_bad_numbers(rows: list[dict], message: str, data: Path, tmp_path: Path)
     [
         (["--samples", 3], "--samples: 3 answers without --temperature would all be the same"),
         (["--samples", 0], "--samples: must be a whole number above 0, not 0"),
+        (["--stop", ""], "--stop: must be a text: an empty one would end every answer at once"),
         (["--top-p", 0.5], "--top-p: is for tokens that are drawn: give --temperature"),
         (["--seed", 1], "--seed: is for tokens that are drawn"),
         (["--temperature", -1], "--temperature: must be a number from 0, not -1"),
