@@ -117,7 +117,7 @@ class Steps:
         self.step += 1
 
     def bind(self) -> None:
-        self.update.bind(0)
+        self.update.bind(0, last=False)
 
     def zero(self) -> None:
         self.update.begin_step(LR, self.step)

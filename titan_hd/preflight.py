@@ -27,7 +27,7 @@ from titan_hd.components.update import fold_plan
 from titan_hd.config.job_config import JobConfig
 from titan_hd.config.manager import ConfigError
 from titan_hd.data.build import check_data
-from titan_hd.distributed.parallel_dims import placement_error, resolve_shard_degree
+from titan_hd.distributed.parallel_dims import holders_error, placement_error, resolve_shard_degree
 from titan_hd.distributed.tp.tensor_parallel import LINEAR_PATHS, local_shape, tensor_parallel_errors
 from titan_hd.distributed.update.plan import UpdatePlan
 from titan_hd.errors import UserError
@@ -108,15 +108,15 @@ def plan_run(
         attempt(_check_export, config)
     errors += allow_mismatch_errors(config.checkpoint.allow_mismatch)
     method = build_method(config, method_of(config).adapters_for(config, workers))
-    num_adapters = method.num_adapters
     if decoder and needs_files:
         attempt(_check_start, config, decoder, method)
     global_batch = training.global_batch_size
     if global_batch == -1:
-        global_batch = training.local_batch_size * max(num_adapters, workers)
+        global_batch = training.local_batch_size * max(method.shares, workers)
     if config.data.streaming and config.data.shuffle_window < global_batch:
         errors.append(f"data.shuffle_window: must be at least the global batch, {global_batch} records")
-    error = placement_error(num_adapters, workers, global_batch, training.local_batch_size)
+    error = holders_error(method.num_adapters, workers)
+    error = error or placement_error(method.shares, workers, global_batch, training.local_batch_size)
     if error:
         errors.append(error)
     if decoder is not None:

@@ -61,8 +61,8 @@ logger = logging.getLogger("titan_hd")
 
 
 class TokenCounts(NamedTuple):
-    """Of one step over all workers: trained tokens of each logical adapter, positions of all rows, all tokens but
-    padding; squares: the sum of the records' squared lengths."""
+    """Of one step over all workers: trained tokens of each share of the global batch, positions of all rows, all tokens
+    but padding; squares: the sum of the records' squared lengths."""
 
     trained: list[int]
     positions: int
@@ -83,7 +83,7 @@ class Trainer:
         self.stop_status = 0  # all workers' agreement on `signals.status`
         self.dims = ParallelDims(plan.dp_replicate, plan.dp_shard, device.type, plan.tp)
         self.placement = AdapterPlacement(
-            plan.num_adapters,
+            plan.method.shares,
             self.dims.dp_size,
             self.dims.dp_rank,
             plan.global_batch_size,
@@ -109,7 +109,7 @@ class Trainer:
             logger.info("configuration:\n%s", manager.to_toml(config))
         for line in (*ignored_keys(config), *plan.warnings):
             logger.warning("%s", line)
-        hosted = f", {self.placement.hosted} on each worker" if plan.num_adapters > 1 else ""
+        hosted = f", {max(1, plan.num_adapters // self.dims.dp_size)} on each worker" if plan.num_adapters > 1 else ""
         logger.info(
             "method %s: %d logical adapter(s)%s; global batch %d in %d micro-batch(es) per worker; %s",
             config.adapter.method,
@@ -327,7 +327,7 @@ class Trainer:
 
     def _count_tokens(self, batches: list[Batch]) -> TokenCounts:
         """Of all workers' batches. Counted on the host: a device would have to be waited for."""
-        counts = torch.zeros(self.plan.num_adapters + 3, dtype=torch.long)
+        counts = torch.zeros(self.plan.method.shares + 3, dtype=torch.long)
         for m, batch in enumerate(batches):
             counts[self.placement.adapter(m)] += batch.trained_tokens
             counts[-3:] += torch.tensor((batch.input_ids.numel(), batch.tokens, batch.squares))
@@ -363,7 +363,7 @@ class Trainer:
 
     def _forward_backward(self, micro_batch: int, batch: Batch, trained_tokens: int) -> torch.Tensor:
         """Accumulate gradients of (sum of token losses / trained_tokens); returns the sum, detached."""
-        self.update.bind(self.placement.slot(micro_batch))
+        self.update.bind(self.placement.slot(micro_batch), last=micro_batch + 1 == self.placement.micro_batches)
         if self.config.adapter.dropout:
             # Masks are a function of the samples, not of the worker that happens to compute them.
             first = self.step * self.plan.global_batch_size + self.placement.samples(micro_batch).start

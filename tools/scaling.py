@@ -24,6 +24,7 @@ import torch
 from titan_hd.components.flops import flops_per_token
 from titan_hd.components.memory import Group, fold_bytes, fsdp_group_sizes
 from titan_hd.config import manager
+from titan_hd.distributed.update.gradients import bound_elements, gradient_traffic
 from titan_hd.distributed.update.plan import UpdatePlan, plan_update
 from titan_hd.distributed.update.route import Collective
 from titan_hd.distributed.update.routes import ROUTES
@@ -150,10 +151,9 @@ def _groups(config: DecoderConfig, shards: int) -> list[Group]:
         return list(fsdp_group_sizes(Decoder(config), shards))
 
 
-def shared_gradients(work: Work, topology: Topology) -> int:
-    """Bytes received for the sum over the workers that share an adapter (0 where K >= workers)."""
-    size = topology.sharing
-    return 2 * (size - 1) * 4 * adapter_elements(work, topology) // size
+def gradient_collectives(work: Work, topology: Topology) -> list[Collective]:
+    """What brings the adapters' gradients to their holders."""
+    return gradient_traffic([*work.shapes().values()], topology)
 
 
 def adapter_elements(work: Work, topology: Topology) -> int:
@@ -163,12 +163,15 @@ def adapter_elements(work: Work, topology: Topology) -> int:
 
 def state_bytes(work: Work, plan: UpdatePlan) -> dict[str, int]:
     """What the first worker holds all the time: fp32 shards of W; A, B, dA, dB, their gradients and Adam's moments; the
-    cached static factors."""
-    topology = plan.topology
+    cached static factors; where all adapters learn from all samples, their factors in bf16 and their gradients."""
+    topology, together = plan.topology, 0
+    if topology.samples == "all":
+        together = bound_elements([*work.shapes().values()], topology)
     return {
         "shards": 4 * sum(group.shard for group in _groups(work.config, topology.dp_shard)),
         "adapters": 5 * 4 * adapter_elements(work, topology),
         "cache": sum(w.cache_bytes for w in plan.weights if w.cached),
+        "together": (2 + 4) * together,
     }
 
 
@@ -187,11 +190,12 @@ def passing_bytes(work: Work, plan: UpdatePlan) -> int:
 # Seconds
 
 
-def compute_seconds(work: Work, cluster: Cluster, dense_gradient: bool = False) -> float:
-    """4N + attention, every block computed again in the backward pass; with a dense gradient 6N."""
+def compute_seconds(work: Work, cluster: Cluster, dense_gradient: bool = False, together: int = 1) -> float:
+    """4N + attention, every block computed again in the backward pass; with a dense gradient 6N. together: adapters
+    that learn from a sample."""
     c = work.config
     weights = sum(out * width for out, width in work.shapes().values())
-    adapters = 4 * sum(work.rank * sum(shape) for shape in work.shapes().values())
+    adapters = 4 * together * sum(work.rank * sum(shape) for shape in work.shapes().values())
     flops = flops_per_token(c, work.length, weights if dense_gradient else 0, adapters)
     again = 2 * weights + 4 * c.num_attention_heads * c.head_dim * work.length * c.num_hidden_layers
     return work.micro_batches * work.tokens * (flops + again) / (cluster.peak * cluster.utilisation)
@@ -206,7 +210,7 @@ def gather_seconds(work: Work, topology: Topology, cluster: Cluster) -> tuple[fl
 
 
 def exchange_seconds(work: Work, plan: UpdatePlan, cluster: Cluster) -> tuple[float, float]:
-    """Seconds and bytes of the fold and of the sum over workers that share an adapter.
+    """Seconds and bytes of the fold, and of the gradients on their way to the adapters' holders.
 
     Holders stand as far apart as they can (workers / holders), so that they are on different nodes where K is at most
     the number of nodes. The products of one bucket run beside the collectives of the next.
@@ -217,10 +221,9 @@ def exchange_seconds(work: Work, plan: UpdatePlan, cluster: Cluster) -> tuple[fl
         route, shapes = ROUTES[bucket.route], [*bucket.shapes.values()]
         wire += sum(cluster.seconds(collective) for collective in route.traffic(shapes, t, bucket.cached))
         products += sum(route.flops(shape, t) for shape in shapes)
-    shared = shared_gradients(work, t)
-    sums = cluster.seconds(Collective("all_reduce", shared, t.sharing, 1))
-    received = sum(w.received for w in plan.weights) + shared
-    return max(wire, products / cluster.fold_rate) + sums, received
+    gradients = gradient_collectives(work, t)
+    received = sum(w.received for w in plan.weights) + sum(collective.received for collective in gradients)
+    return max(wire, products / cluster.fold_rate) + sum(map(cluster.seconds, gradients)), received
 
 
 def estimate(work: Work, topology: Topology, exchange: str, cluster: Cluster) -> Estimate:
@@ -230,7 +233,7 @@ def estimate(work: Work, topology: Topology, exchange: str, cluster: Cluster) ->
     seconds, exchanged = exchange_seconds(work, plan, cluster)
     mesh = f"{topology.dp_replicate} x {topology.dp_shard}"
     memory = sum(state_bytes(work, plan).values()) + passing_bytes(work, plan)
-    compute = compute_seconds(work, cluster)
+    compute = compute_seconds(work, cluster, together=topology.num_adapters if topology.samples == "all" else 1)
     k, gpus = topology.num_adapters, topology.workers
     return Estimate(gpus, k, mesh, exchange, compute, gathers, seconds, gathered, exchanged, memory)
 
@@ -250,12 +253,12 @@ def authors_estimate(work: Work, gpus: int, cluster: Cluster) -> Estimate:
     return Estimate(gpus, gpus, "whole W", "authors", compute, 0.0, wire + products, 0.0, received, memory)
 
 
-def best(work: Work, gpus: int, num_adapters: int, exchange: str, cluster: Cluster) -> Estimate:
+def best(work: Work, gpus: int, num_adapters: int, exchange: str, cluster: Cluster, samples: str = "own") -> Estimate:
     """The mesh of whole nodes that fits into memory and is fastest; of those within 1% of it, the one that gathers
     least. Where none fits, the smallest one in memory."""
     shards = [s for s in range(min(gpus, cluster.node), gpus + 1) if gpus % s == 0 and s % min(gpus, cluster.node) == 0]
     rows = [
-        estimate(work, Topology(num_adapters, work.rank, gpus // s, s, work.wire_bytes), exchange, cluster)
+        estimate(work, Topology(num_adapters, work.rank, gpus // s, s, work.wire_bytes, samples), exchange, cluster)
         for s in shards
         if (s & (s - 1)) == 0
     ]
@@ -270,7 +273,7 @@ def best(work: Work, gpus: int, num_adapters: int, exchange: str, cluster: Clust
 # The table
 
 
-def table(work: Work, gpu_counts: list[int], num_adapters: list[int], cluster: Cluster) -> str:
+def table(work: Work, gpu_counts: list[int], num_adapters: list[int], cluster: Cluster, samples: str = "own") -> str:
     """Rows for every number of GPUs: K of the list on both routes, K = GPUs, and the authors' scheme."""
     lines = [
         f"{'GPUs':>5} {'K':>5}  {'mesh':<10}{'route':<8} {'compute':>8} {'gathers':>8} {'exchange':>8} {'step s':>8}"
@@ -279,7 +282,7 @@ def table(work: Work, gpu_counts: list[int], num_adapters: list[int], cluster: C
     for gpus in gpu_counts:
         most = max(k for k in range(1, min(gpus, work.largest_k) + 1) if gpus % k == 0)
         ks = sorted({k for k in [*num_adapters, most] if k <= work.largest_k})
-        rows = [best(work, gpus, k, route, cluster) for k in ks for route in ROUTES]
+        rows = [best(work, gpus, k, route, cluster, samples) for k in ks for route in ROUTES]
         lines += [_line(row, work, cluster.memory) for row in rows]
         if gpus <= work.largest_k:
             lines.append(_line(authors_estimate(work, gpus, cluster), work, cluster.memory))
@@ -306,6 +309,7 @@ def main() -> None:
     parser.add_argument("--gpus", default="8,64,512,4096", help="numbers of GPUs (powers of two)")
     parser.add_argument("--adapters", default="8", help="values of K, beside K = GPUs as far as the rank allows")
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--samples", choices=["own", "all"], default="own", help="as hdpissa.samples")
     parser.add_argument("--tokens", type=int, default=8192, help="per GPU and micro-batch")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a sequence")
     parser.add_argument("--micro-batches", type=int, default=1)
@@ -337,7 +341,7 @@ def main() -> None:
         k, n = odd[0]
         manager.exit_with([f"--adapters: {k} adapters cannot be dealt to {n} GPUs; one number must divide the other"])
     print(f"{args.model} {args.flavor}, r = {args.rank}, {args.micro_batches} x {args.tokens} tokens per GPU and step")
-    print(table(work, gpus, adapters, cluster))
+    print(table(work, gpus, adapters, cluster, args.samples))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,14 @@ recompute, selective     2        2  1  activation checkpointing
 compiled                 2        2  1  torch.compile, one graph per block
 mute                     2        2  1  the paper's mute scalar instead of the exact mute
 dense, clip              4        =  1  the other route; clipping that does not bind
+all-one                  1        4  1  every adapter learns from all samples: nothing travels
+all                      2        4  1  ... of a batch that four shares could not have; slices travel; clipping
+all-hsdp                 4        4  1  ... over replicas; accumulation; recomputation; unit, refreshed factors
+all-groups               4        2  1  ... K < workers: two sets of holders
+all-tp                   4        2  1  ... tensor parallelism x FSDP, the dense route
+all-tp-groups, all-cube  4, 8     1, 2  ... more of it (slow)
+all-int8                 2        4  1  ... updates, not gradients, in int8 (slow)
+all-compiled             2        2  2  ... torch.compile (slow)
 int8                     2        4  1  dA and dB in int8, with what it leaves; two adapters on each worker
 int8-refresh             1        2  2  ... on one worker, where nothing travels; other directions leave nothing
 int8-hsdp                4        2  2  ... over replicas, shared by two workers
@@ -51,6 +59,7 @@ TP = {
     "model": {"num_key_value_heads": 2, "intermediate_size": 38},
 }
 
+ALL = {"hdpissa__samples": "all"}
 REFRESH = {"hdpissa__refresh_steps": 2, "hdpissa__aggregate": "sum"}
 INT8 = {"hdpissa__exchange_dtype": "int8"}
 
@@ -82,6 +91,36 @@ CASES = {
     "mute": (2, 2, {"hdpissa__mute_scalar": 1e-16}),
     "dense": (4, 2, {"hdpissa__exchange": "dense"}),
     "clip": (4, 4, {"training__max_norm": 1e9}),
+    "all-one": (1, 4, ALL),
+    "all": (2, 4, {**ALL, "training__global_batch_size": 6, "training__max_norm": 1e9}),
+    "all-hsdp": (
+        4,
+        4,
+        {
+            **ALL,
+            "hdpissa__refresh_steps": 2,
+            "parallelism__data_parallel_replicate_degree": 2,
+            "training__global_batch_size": 12,
+            "activation_checkpoint__mode": "full",
+            "hdpissa__factor_scale": "unit",
+            "hdpissa__exchange_in_flight": 1,
+        },
+    ),
+    "all-groups": (
+        4,
+        2,
+        {
+            **ALL,
+            "adapter__alpha": 0.5,
+            "optimizer__eps": 1e-3,
+            "optimizer__weight_decay": 0.3,
+            "hdpissa__offload_moments": "true",
+        },
+    ),
+    "all-tp": (4, 2, {**ALL, **TP, "hdpissa__exchange": "dense"}),
+    "all-tp-groups": (4, 1, {**ALL, **TP, "adapter__rank": 2}),
+    "all-int8": (2, 4, {**ALL, **INT8}),
+    "all-compiled": (2, 2, {**ALL, "compile__enable": "true", "adapter__rank": 2}),
     "int8": (2, 4, {**INT8}),
     "int8-refresh": (1, 2, {**INT8, **REFRESH, "adapter__rank": 2, "model": {"seed": 9}}),
     "int8-hsdp": (4, 2, {**INT8, "adapter__rank": 2, "parallelism__data_parallel_replicate_degree": 2}),
@@ -120,7 +159,8 @@ CASES = {
 }
 CASES["cube"] = (8, 4, {**TP, "parallelism__data_parallel_replicate_degree": 2})
 CASES["cube-all"] = (8, 4, {**CASES["tp-all"][2], "parallelism__data_parallel_replicate_degree": 2})
-SLOW = ("cube", "cube-all")
+CASES["all-cube"] = (8, 2, {**ALL, **CASES["cube"][2]})
+SLOW = ("cube", "cube-all", "all-tp-groups", "all-int8", "all-compiled", "all-cube")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])
@@ -150,6 +190,7 @@ def test_weights_equal_the_oracle(case, request, tmp_path):
         aggregate=overrides.get("hdpissa__aggregate", "mean"),
         slices=overrides.get("hdpissa__slices", "orthogonal"),
         factor_scale=overrides.get("hdpissa__factor_scale", "root"),
+        samples=overrides.get("hdpissa__samples", "own"),
         refresh_steps=overrides.get("hdpissa__refresh_steps", 0),
         exchange_dtype=overrides.get("hdpissa__exchange_dtype", "float32"),
         alpha=overrides.get("adapter__alpha"),
@@ -168,3 +209,14 @@ def test_weights_equal_the_oracle(case, request, tmp_path):
     for name, weight in got.items():
         if name not in errors:
             assert torch.equal(weight, start[name]), f"{name} is frozen and has changed"
+
+
+def test_all_samples_of_the_oracle_are_one_adapter_of_all_directions(tmp_path):
+    """The definition: the trajectory is that of K = 1 with rank K r."""
+    config, start = runs.write_model(tmp_path)
+    records = runs.write_records(tmp_path / "records.jsonl", count=4)
+    one = oracle.train(start, config, records, oracle.Settings(1, 4, 4, [1e-2] * 2))
+    dealt = oracle.train(start, config, records, oracle.Settings(2, 2, 4, [1e-2] * 2, samples="all"))
+    assert dealt[1] == pytest.approx(one[1], rel=1e-12)
+    for name, weight in one[0].items():
+        torch.testing.assert_close(dealt[0][name], weight, rtol=0, atol=1e-12)

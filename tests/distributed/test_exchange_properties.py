@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.kit import runs
 from tests.kit.exchange import SHAPES, build, draw, prepared
+from titan_hd.distributed.adapter_samples import OwnSamples
 from titan_hd.distributed.collectives import TRAFFIC
 from titan_hd.distributed.flat import square_sum
 from titan_hd.distributed.update.fold import Fold, FoldSettings, refuse_non_finite
@@ -301,9 +303,8 @@ def test_a_fold_makes_no_constants(workers):
 def shared_memory():
     """After writing through the flat tensors and through a bound leaf: what the layers' own tensors see."""
     registry, _ = prepared(4, 1, 2, "factors")
-    registry.start(torch.bfloat16)
     entry = registry.entries["layers.0.b"]
-    registry.activate(1)
+    OwnSamples(registry, torch.bfloat16, in_flight=2).activate(1, last=True)
     a, b, da, db = entry.layer.bound
     (da.sum() + 2 * db.sum()).backward()
     with torch.no_grad():
@@ -324,6 +325,43 @@ def test_layers_are_views_of_the_flat_tensors(workers):
         assert all(fixed)
         assert views
         assert total == 30 + 2 * 8
+
+
+# -- gradients of all samples -----------------------------------------------------------------------------------------
+
+
+def order_of_gradients(argv: list[str]) -> list[str]:
+    """What happens in a step to the gradients of adapters that learn from all samples."""
+    run, log = runs.trainer(argv), []
+    update, samples = run.update, run.update.samples
+
+    def watch(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def logged(*args, **kwargs):
+            log.append(f"{name} {kwargs.get('last', '')}".strip())
+            return original(*args, **kwargs)
+
+        setattr(owner, name, logged)
+
+    for owner, name in ((update, "bind"), (samples, "_send"), (samples, "_receive"), (update, "finish_gradients")):
+        watch(owner, name)
+    run.train_step()
+    run.close()
+    return log
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_gradients_travel_beside_the_last_backward_pass(in_flight, workers, tmp_path):
+    """Those of two blocks, in a step of two micro-batches: each starts when it is complete, and few are under way."""
+    runs.write_model(tmp_path / "model")
+    runs.write_records(tmp_path / "records.jsonl")
+    changes = {"hdpissa__samples": "all", "hdpissa__exchange_in_flight": in_flight, "training__global_batch_size": 4}
+    argv = runs.options(tmp_path / "model", tmp_path / "records.jsonl", tmp_path / "out", **changes)
+    travel = {1: ["_send", "_send", "_receive", "finish_gradients", "_receive"]}
+    travel[2] = ["_send", "_send", "finish_gradients", "_receive", "_receive"]
+    for log in workers.run(2, order_of_gradients, argv):
+        assert log == ["bind False", "bind True", *travel[in_flight]]
 
 
 # -- bf16 masters -----------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ MESHES = {
     "hdpissa": (2, {"hdpissa__num_adapters": 4}),
     "offload": (2, {"training__enable_cpu_offload": "true", "hdpissa__offload_moments": "true"}),
     "dense": (2, {"hdpissa__exchange": "dense", "hdpissa__num_adapters": 2}),
+    "all": (2, {"hdpissa__samples": "all", "hdpissa__num_adapters": 2}),
     "bf16": (2, {"training__master_dtype": "bfloat16", "hdpissa__num_adapters": 2}),
     "replicas": (4, {"parallelism__data_parallel_replicate_degree": 2, "hdpissa__num_adapters": 2}),
     "recompute": (1, {"activation_checkpoint__mode": "full"}),

@@ -113,6 +113,12 @@ def test_two_shards(method: str, argv, workers):
     compare(argv(adapter__method=method), workers, size=2)
 
 
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_all_adapters_side_by_side(size: int, argv, workers):
+    together = {"hdpissa__samples": "all", "hdpissa__num_adapters": 8, "adapter__rank": 24}
+    compare(argv(training__mixed_precision_param="bfloat16", **together), workers, size)
+
+
 @pytest.mark.parametrize("method", ["hdpissa", "lora"])
 def test_weights_that_stay_gathered(method: str, argv, workers):
     compare(argv(adapter__method=method, parallelism__fsdp_reshard_after_forward="never"), workers)

@@ -23,7 +23,7 @@ from titan_hd.distributed.shards import base_parameters
 from titan_hd.distributed.update.topology import Topology
 from titan_hd.models.registry import read_hf_config
 from titan_hd.train import Trainer
-from tools.scaling import Work, fsdp_gathers, shared_gradients, state_bytes
+from tools.scaling import Work, fsdp_gathers, gradient_collectives, state_bytes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bytes
@@ -57,6 +57,8 @@ MESHES = {
     "groups": (4, 2, 1, {}),
     "hsdp": (4, 2, 2, {}),
     "dense": (4, 4, 2, {"hdpissa__exchange": "dense"}),
+    "all": (2, 4, 1, {"hdpissa__samples": "all"}),
+    "all-groups": (4, 2, 1, {"hdpissa__samples": "all"}),
     "tied": (2, 2, 1, {"tied": True}),
     "full": (2, 1, 1, {"adapter__method": "full"}),
     "eight": (8, 8, 1, {}),
@@ -84,7 +86,9 @@ def test_bytes_of_a_step_are_those_counted(case, request, tmp_path: Path):
     pool = request.getfixturevalue("eight_workers" if world == 8 else "workers")
     trained = case == "full"
     work = Work(read_hf_config(tmp_path / "model"), rank=1)
-    shared = 0 if trained else shared_gradients(work, Topology(num_adapters, 1, replicate, world // replicate))
+    samples = options.get("hdpissa__samples", "own")
+    topology = Topology(num_adapters, 1, replicate, world // replicate, samples=samples)
+    shared = 0 if trained else sum(collective.received for collective in gradient_collectives(work, topology))
     expected = fsdp_gathers(work.config, world // replicate, 4, trained) * (8 // world)  # fp32, per micro-batch
     for gathers, counted, planned in pool.run(world, received, argv):
         assert sorted(gathers) == sorted(expected)
@@ -156,6 +160,7 @@ def test_memory_of_a_rank_is_the_formulas(world, replicate, slices, workers, tmp
         tmp_path, parallelism__data_parallel_replicate_degree=replicate, hdpissa__slices=slices, export__enable="false"
     )
     ((counted, computed, _, _),) = workers.run(1, fake_state, world, argv)
+    assert computed.pop("together") == 0
     assert counted == computed
     assert all(counted.values())
 

@@ -50,7 +50,9 @@ UNSPLIT = {
     "bat": {"adapter__method": "bat", "adapter__rank": 1, "adapter__dropout": 0.2},
     "bat-row": {"adapter__method": "bat", "adapter__rank": 1, "adapter__bat_form": "row"},
 }
-MESHES = [(mesh, m) for mesh in ("tp", "tp-fsdp", "hsdp") for m in ("hdpissa", "full", "random", "bfloat16", *ADAPTERS)]
+MESHES = [
+    (mesh, m) for mesh in ("tp", "tp-fsdp", "hsdp") for m in ("hdpissa", "full", "random", "all", "bfloat16", *ADAPTERS)
+]
 MESHES += [("hsdp", m) for m in UNSPLIT if m != "bat-row"]
 # Every method on the mesh that asks most of it, and each mesh with some methods; the rest takes minutes more.
 QUICK = [("tp-fsdp", m) for m in ("hdpissa", "full", *ADAPTERS)]
@@ -70,6 +72,7 @@ def test_same_losses_on_any_mesh(method, mesh, workers, setup, tmp_path):
         "hdpissa": {"training__max_norm": 0.1},
         "full": {"adapter__method": "full", "hdpissa__num_adapters": 0, "training__max_norm": 0.1},
         "random": {"hdpissa__slices": "random"},
+        "all": {"hdpissa__samples": "all", "training__max_norm": 0.1},
         "bfloat16": {"training__master_dtype": "bfloat16", "optimizer__lr": 1e-3},
         **{name: {**settings, "training__max_norm": 0.1} for name, settings in (ADAPTERS | UNSPLIT).items()},
     }[method]
@@ -185,6 +188,20 @@ def test_same_losses_on_any_number_of_workers(method, workers, setup):
     assert losses[2] == pytest.approx(losses[1], rel=LOSS_TOLERANCE)
     assert losses[4] == pytest.approx(losses[1], rel=LOSS_TOLERANCE)
     assert len(set(losses[1])) == 6
+
+
+def test_all_samples_are_one_adapter_of_all_directions(workers, setup, tmp_path):
+    """Dropout, clipping that binds, accumulation: K = 4 of rank 1 on four workers against K = 1 of rank 4 on one."""
+    changes = {"adapter__dropout": 0.3, "training__max_norm": 0.1}
+    one = {"hdpissa__num_adapters": 1, "adapter__rank": 4}
+    (want,) = workers.run(1, runs.train, setup("one", **changes, **one))
+    dealt = workers.run(4, runs.train, setup("dealt", **changes, hdpissa__samples="all"))
+    assert all(losses == pytest.approx(want, rel=LOSS_TOLERANCE) for losses in dealt)
+    start = runs.load_file(tmp_path / "model" / "model.safetensors")
+    errors = runs.delta_error(runs.exported(tmp_path / "dealt"), runs.exported(tmp_path / "one"), start)
+    assert max(errors.values()) < 1e-4
+    own = workers.run(1, runs.train, setup("own", **changes))[0]
+    assert own[-1] != pytest.approx(want[-1], rel=10 * LOSS_TOLERANCE)
 
 
 def test_dropout_changes_the_run(workers, setup):

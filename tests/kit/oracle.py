@@ -1,6 +1,7 @@
 """HD-PiSSA from its equations: float64, one process, dense gradients, no muting, no sharding, no titan_hd code.
 
-Each logical adapter i has its own part of the global batch, its own dense gradient G_i of its own token-mean loss, and
+Each logical adapter i has its own part of the global batch (or, with samples = "all", all of it), the dense gradient
+G_i of the token-mean loss of that, and
 
     grad(dB_i) = s G_i A_i^T,   grad(dA_i) = s B_i^T G_i          (s = alpha / r)
 
@@ -104,6 +105,7 @@ class Settings:
     aggregate: str = "mean"
     slices: str = "orthogonal"
     factor_scale: str = "root"
+    samples: str = "own"
     refresh_steps: int = 0
     exchange_dtype: str = "float32"
     alpha: float | None = None
@@ -138,8 +140,9 @@ def train(
     s = settings
     weights = {n: w.double().clone() for n, w in weights.items()}
     names = [n for n in weights if n.split(".")[-2] in s.targets]
-    scale, share = (s.alpha or s.rank) / s.rank, s.global_batch_size // s.num_adapters
-    c, losses = 1.0 / s.num_adapters if s.aggregate == "mean" else 1.0, []
+    shares = s.num_adapters if s.samples == "own" else 1  # of the batch; with "all" every adapter has the one
+    scale, share = (s.alpha or s.rank) / s.rank, s.global_batch_size // shares
+    c, losses = 1.0 / shares if s.aggregate == "mean" else 1.0, []
     for step, lr in enumerate(s.lrs):
         if step % (s.refresh_steps or len(s.lrs)) == 0:
             factors = fixed_factors(weights, names, s)
@@ -147,10 +150,11 @@ def train(
             residuals: dict[tuple, torch.Tensor | float] = dict.fromkeys(adams, 0.0)
         update, total, labels = {n: torch.zeros_like(weights[n]) for n in names}, 0.0, 0
         for i in range(s.num_adapters):
-            first = step * s.global_batch_size + i * share
-            part = [records[j % len(records)] for j in range(first, first + share)]
-            gradients, loss, count = token_mean_gradients(weights, config, part, names)
-            total, labels = total + loss, labels + count
+            if i < shares:
+                first = step * s.global_batch_size + i * share
+                part = [records[j % len(records)] for j in range(first, first + share)]
+                gradients, loss, count = token_mean_gradients(weights, config, part, names)
+                total, labels = total + loss, labels + count
             for n in names:
                 a, b = factors[n, i]
                 da = adams[n, i, "A"].update(scale * b.T @ gradients[n], lr)

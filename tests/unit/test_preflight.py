@@ -44,6 +44,8 @@ def errors_of(config: JobConfig, workers: int) -> list[str]:
         (["--hdpissa.num_adapters", "8"], 2, 8, 8),
         (["--hdpissa.num_adapters", "2", "--training.local_batch_size", "3"], 8, 2, 24),
         (["--training.global_batch_size", "32"], 4, 4, 32),
+        (["--hdpissa.num_adapters", "8", "--hdpissa.samples", "all"], 2, 8, 2),
+        (["--hdpissa.num_adapters", "8", "--hdpissa.samples", "all", "--training.global_batch_size", "6"], 2, 8, 6),
         (["--adapter.method", "full"], 4, 1, 4),
     ],
 )
@@ -51,6 +53,13 @@ def test_defaults_for_a_number_of_workers(config, argv: list[str], workers: int,
     plan = plan_run(config(*argv), workers)
     assert (plan.num_adapters, plan.global_batch_size) == (adapters, batch)
     assert (plan.dp_replicate, plan.dp_shard) == (1, workers)
+
+
+def test_all_samples_still_need_holders_for_all_adapters(config):
+    (line,) = errors_of(config("--hdpissa.num_adapters", "3", "--hdpissa.samples", "all"), 2)
+    assert line.startswith("hdpissa.num_adapters: 3 adapters cannot be dealt to 2 data-parallel workers")
+    (line,) = errors_of(config("--hdpissa.samples", "all", "--training.global_batch_size", "3"), 2)
+    assert line.startswith("training.global_batch_size: 3 must be a multiple of 2 (local_batch_size 1 x 2 workers)")
 
 
 def test_what_slices_of_the_current_weights_cost(config):

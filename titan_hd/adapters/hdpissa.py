@@ -93,14 +93,15 @@ def exact_mute(
 
 
 class HDPissaLinear(FoldingLinear):
-    """A frozen linear layer with the slice of one logical adapter bound to it.
+    """A frozen linear layer with the slice of one logical adapter bound to it, or with those of all.
 
-    scale: alpha / r. mute_scalar: the paper's g, or 0 for the exact mute.
+    scale: alpha / r. mute_scalar: the paper's g, or 0 for the exact mute. together: adapters that are bound side by
+    side, as one of rank K r: 1, or all of them.
     """
 
-    def __init__(self, linear: nn.Linear, scale: float, dropout: float, mute_scalar: float):
+    def __init__(self, linear: nn.Linear, scale: float, dropout: float, mute_scalar: float, together: int = 1):
         super().__init__(linear, dropout)
-        self.scale, self.mute_scalar = scale, mute_scalar
+        self.scale, self.mute_scalar, self.together = scale, mute_scalar, together
 
     def operands(self) -> Operands:
         """What `exact_mute` needs of this layer."""
@@ -125,7 +126,8 @@ class HDPissaLinear(FoldingLinear):
 
     def flops(self, tokens: float) -> float:
         """The exact mute's four skinny products; with a mute scalar LoRA's six."""
-        return (6 if self.mute_scalar else 4) * self.delta_A.shape[1] * (self.in_features + self.out_features)
+        rank = self.together * self.delta_A.shape[1]
+        return (6 if self.mute_scalar else 4) * rank * (self.in_features + self.out_features)
 
 
 def project_together(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -150,6 +152,7 @@ class HDPissa(FoldingMethod):
         "adapter.dropout",
         "hdpissa.slices",
         "hdpissa.factor_scale",
+        "hdpissa.samples",
         "hdpissa.refresh_steps",
         "hdpissa.aggregate",
         "hdpissa.mute_scalar",
@@ -168,10 +171,12 @@ class HDPissa(FoldingMethod):
         dropout: float = 0.0,
         mute_scalar: float = 0.0,
         slices: str = "orthogonal",
+        samples: str = "own",
     ):
         super().__init__()
         self.num_adapters, self.rank = num_adapters, rank
-        self.dropout, self.mute_scalar, self.slices = dropout, mute_scalar, slices
+        self.dropout, self.mute_scalar, self.slices, self.samples = dropout, mute_scalar, slices, samples
+        self.shares = 1 if samples == "all" else num_adapters
         self.scale = (rank if alpha is None else alpha) / rank
         # "top" and "random" give every adapter directions of its own choice, of which the weight needs r.
         self._needed = rank if slices in ("top", "random") else num_adapters * rank
@@ -181,7 +186,7 @@ class HDPissa(FoldingMethod):
     @classmethod
     def from_config(cls, config: JobConfig, num_adapters: int = 1) -> HDPissa:
         a, h = config.adapter, config.hdpissa
-        return cls(num_adapters, a.rank, a.alpha, a.dropout, h.mute_scalar, h.slices)
+        return cls(num_adapters, a.rank, a.alpha, a.dropout, h.mute_scalar, h.slices, h.samples)
 
     @classmethod
     def config_errors(cls, config: JobConfig) -> list[str]:
@@ -192,6 +197,12 @@ class HDPissa(FoldingMethod):
             ),
             "hdpissa.factor_scale: unit is for singular directions, and random slices have none; use root": (
                 h.slices == "random" and h.factor_scale == "unit"
+            ),
+            "hdpissa.samples: all is for the exact mute; set hdpissa.mute_scalar to 0": (
+                h.samples == "all" and h.mute_scalar != 0.0
+            ),
+            "hdpissa.slices: top slices that learn from all samples would all learn the same; use orthogonal": (
+                h.samples == "all" and h.slices == "top"
             ),
             "hdpissa.exchange: dense sends sums of updates, which int8 cannot hold; use auto or factors": (
                 h.exchange_dtype == "int8" and h.exchange == "dense"
@@ -222,9 +233,8 @@ class HDPissa(FoldingMethod):
             UserError: a target that matches no layer, or a layer too small for K slices of rank r.
         """
         model.requires_grad_(False)
-        layers = replace_linears(
-            model, target_modules, lambda linear: HDPissaLinear(linear, self.scale, self.dropout, self.mute_scalar)
-        )
+        settings = self.scale, self.dropout, self.mute_scalar, self.together
+        layers = replace_linears(model, target_modules, lambda linear: HDPissaLinear(linear, *settings))
         for name, layer in layers.items():
             error = self.shape_error(name, (layer.out_features, layer.in_features))
             if error:

@@ -34,8 +34,9 @@ class Method(abc.ABC):
         no_peft: why the peft library cannot hold it, for a method without `peft_config`.
 
     Facts of a run:
-        num_adapters: K, the number of logical adapters; each has its own share of the global batch. 1 for every method
-            in which all workers train the same parameters.
+        num_adapters: K, the number of logical adapters. 1 for every method in which all workers train the same
+            parameters.
+        shares: K or 1, into how many the global batch is dealt: each has a loss of its own, for adapters of its own.
         directions: singular directions of each weight that the first values need; 0 for none.
         smallest: they are those of the smallest singular values, not the leading ones.
         changes_base: the base weights that it trains beside are not the model directory's.
@@ -58,6 +59,7 @@ class Method(abc.ABC):
     no_peft: ClassVar[str] = ""
 
     num_adapters: int = 1
+    shares: int = 1
     directions: int = 0
     smallest: bool = False
     changes_base: bool = False
@@ -131,7 +133,7 @@ class FoldingMethod(Method):
     """A method whose layers are `FoldingLinear`s: K logical adapters of rank r, folded into W after every step.
 
     mute_scalar: 0, or what the adapters' gradients are to be divided by. slices: which singular directions the fixed
-    factors take (`svd.cut_slices`).
+    factors take (`svd.cut_slices`). samples: what an adapter learns from, its "own" share of the global batch or "all".
     """
 
     folds = True
@@ -139,6 +141,12 @@ class FoldingMethod(Method):
     rank: int
     mute_scalar: float
     slices: str
+    samples: str = "own"
+
+    @property
+    def together(self) -> int:
+        """Adapters that a micro-batch trains: one, or all of them side by side, as one of rank K r."""
+        return self.num_adapters // self.shares
 
 
 def setting(config: JobConfig, key: str) -> Any:

@@ -18,6 +18,7 @@ MAY_DIFFER = (
     "adapter.dropout",
     "hdpissa.aggregate",
     "hdpissa.mute_scalar",
+    "hdpissa.samples",
     "hdpissa.refresh_steps",
     "training.global_batch_size",
     "training.seed",
@@ -31,7 +32,7 @@ _WHY = {
     "hdpissa.num_adapters = 0, K is the number of data-parallel workers",
 }
 # What a checkpoint means that was saved before there was a key.
-_BEFORE = {"hdpissa.factor_scale": "root", "hdpissa.refresh_steps": 0}
+_BEFORE = {"hdpissa.factor_scale": "root", "hdpissa.samples": "own", "hdpissa.refresh_steps": 0}
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 

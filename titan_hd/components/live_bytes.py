@@ -119,7 +119,7 @@ def block_memory(
     """Of an inner block of a model that a method was applied to. tokens: (B, T) of a micro-batch; dtype: of compute;
     dropout: whether the adapters have it.
 
-    Two blocks are run: what the second adds is what every further one adds. The method must have one adapter.
+    Two blocks are run: what the second adds is what every further one adds.
     """
     two = dataclasses.replace(config, num_hidden_layers=2, layer_windows=config.layer_windows[:2], vocab_size=1)
     with FakeTensorMode(), torch.device("cpu"):
@@ -175,7 +175,7 @@ def _bind(model: Decoder, method: Method, dtype: torch.dtype) -> None:
     for layer in model.modules():
         if isinstance(layer, FoldingLinear):
             assert isinstance(method, FoldingMethod)
-            fixed, rank = torch.float32 if method.mute_scalar else dtype, method.rank
+            fixed, rank = torch.float32 if method.mute_scalar else dtype, method.together * method.rank
             a, b = torch.empty(rank, layer.in_features, dtype=fixed), torch.empty(layer.out_features, rank, dtype=fixed)
             da, db = torch.empty(rank, layer.in_features), torch.empty(layer.out_features, rank)
             for leaf in (da, db):

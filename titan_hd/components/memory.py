@@ -25,7 +25,8 @@ from titan_hd.components.optimizer import optimizer_class
 from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.parallelize import fsdp_groups
 from titan_hd.distributed.row_shards import chunk_rows
-from titan_hd.distributed.update.plan import UpdatePlan
+from titan_hd.distributed.update.gradients import bound_elements, gradient_traffic
+from titan_hd.distributed.update.plan import UpdatePlan, block_of
 from titan_hd.distributed.update.routes import ROUTES
 from titan_hd.distributed.weight_gathers import sums_gradients_once
 from titan_hd.models.decoder import Decoder
@@ -215,17 +216,23 @@ def _held(sizes: Sizes, model: Decoder, groups: list[Group]) -> dict[str, int]:
     held["adapters beside W" if beside else "trained weights (fp32)"] = here * 4 * trained
     cache, factors = 0, 0
     copied = sizes.compute != torch.float32 and sizes.config.hdpissa.mute_scalar == 0.0
+    copies = together = 0
     if sizes.updates is not None:
-        topology = sizes.updates.topology
-        factors = 4 * topology.hosted * topology.rank * sum(sum(w.shape) for w in sizes.updates.weights)
+        topology, shapes = sizes.updates.topology, [w.shape for w in sizes.updates.weights]
+        factors = 4 * topology.hosted * topology.rank * sum(map(sum, shapes))
+        copies = factors * sizes.compute.itemsize // 4 if copied else 0
+        if topology.samples == "all":
+            together = bound_elements(shapes, topology)
+            copies = together * sizes.compute.itemsize
         cache = sum(_cached(w.cache_bytes, w.shape, sizes.updates) for w in sizes.updates.weights if w.cached)
     learned = factors or here * 4 * trained
     moments = 0 if factors and sizes.moments_on_host else learned
     return held | {
         "fixed factors A, B": factors,
-        "their copies in the compute dtype": factors * sizes.compute.itemsize // 4 if copied else 0,
+        "their copies in the compute dtype": copies,
         "deltas dA, dB": factors,
         "gradients": learned,
+        "gradients of all adapters": 4 * together,
         "optimizer's moments": state_tensors(sizes.config.optimizer.name) * moments,
         "cache of all workers' factors": cache,
     }
@@ -260,7 +267,8 @@ def _phases(sizes: Sizes, model: Decoder, local: DecoderConfig, groups: list[Gro
     """Bytes by name of each phase, beside what is held all the time."""
     c, element = sizes.config, sizes.compute.itemsize
     tokens = (c.training.local_batch_size, c.training.seq_len)
-    block = _block_memory(c, local, tokens, sizes.compute)
+    num_adapters = 1 if sizes.updates is None else sizes.updates.topology.num_adapters
+    block = _block_memory(c, num_adapters, local, tokens, sizes.compute)
     head_trained = c.adapter.method == "full" and c.adapter.target_modules is None
     head = head_memory(local, tokens, sizes.compute, head_trained)
     layers = local.num_hidden_layers
@@ -295,6 +303,9 @@ def _phases(sizes: Sizes, model: Decoder, local: DecoderConfig, groups: list[Gro
         below = {**kept, "activations": (layers - 1) * block.kept}
         phases["reduction"] = {**below, **weights, "gradients of a block": reduced}
     if sizes.updates is not None:
+        phases["backward"]["gradients to their holders"] = travelling_gradients(
+            sizes.updates, c.hdpissa.exchange_in_flight, sizes.device_type
+        )
         phases["fold"] = {"buckets on their way": fold_bytes(sizes.updates, c.hdpissa.exchange_in_flight)}
         if c.training.enable_cpu_offload:
             rows = (shard_elements(torch.empty(w.shape, device="meta"), sizes.mesh[1]) for w in sizes.updates.weights)
@@ -321,11 +332,14 @@ def _micro_batches(c: JobConfig, mesh: tuple[int, int, int]) -> int:
     return max(1, c.training.global_batch_size // (c.training.local_batch_size * mesh[0] * mesh[1]))
 
 
-def _block_memory(c: JobConfig, local: DecoderConfig, tokens: tuple[int, int], compute: torch.dtype) -> BlockMemory:
+def _block_memory(
+    c: JobConfig, num_adapters: int, local: DecoderConfig, tokens: tuple[int, int], compute: torch.dtype
+) -> BlockMemory:
     """`block_memory`, remembered: looking for what would make a run fit asks for the same block many times."""
-    key = repr((local, c.adapter, c.hdpissa.mute_scalar, tokens, compute, c.activation_checkpoint))
+    h = c.hdpissa
+    key = repr((local, c.adapter, h.mute_scalar, h.samples, num_adapters, tokens, compute, c.activation_checkpoint))
     if key not in _BLOCKS:
-        method, dropout = build_method(c), c.adapter.dropout > 0
+        method, dropout = build_method(c, num_adapters), c.adapter.dropout > 0
         _BLOCKS[key] = block_memory(
             local, method, c.adapter.target_modules, tokens, compute, c.activation_checkpoint, dropout
         )
@@ -351,14 +365,32 @@ def _optimizer_temporaries(sizes: Sizes, groups: list[Group]) -> int:
 
 def received_bytes(sizes: Sizes, micro_batches: int, kept: bool = False) -> tuple[int, int]:
     """What a worker receives in a step: all-gathers of the weights, and the exchange of the updates of a method that
-    folds. Gradients that are summed over workers are not in it. kept: the weights are gathered once for the step."""
+    folds, with the gradients on their way to the adapters' holders. Other gradients that are summed over workers are
+    not in it. kept: the weights are gathered once for the step."""
     shards = sizes.mesh[1]
     model, _ = _meta_model(sizes)
     embeds = model.model.embed_tokens.weight.requires_grad
     groups = fsdp_group_sizes(model, shards)
     elements = sum((1 if kept else micro_batches * group.gathers(embeds)) * group.shard for group in groups)
-    exchanged = sum(weight.received for weight in sizes.updates.weights) if sizes.updates is not None else 0
+    exchanged = 0
+    if sizes.updates is not None:
+        traffic = gradient_traffic([weight.shape for weight in sizes.updates.weights], sizes.updates.topology)
+        exchanged = sum(weight.received for weight in sizes.updates.weights)
+        exchanged += sum(collective.received for collective in traffic if collective.kind == "reduce_scatter")
     return (shards - 1) * elements * sizes.compute.itemsize, exchanged
+
+
+def travelling_gradients(updates: UpdatePlan, in_flight: int, device_type: str) -> int:
+    """The most that gradients need on their way to the adapters' holders: of the largest buckets what is sent, over
+    gloo as much that is received, and the holder's sum. 0 where adapters learn from samples of their own."""
+    t = updates.topology
+    if t.samples == "own" or t.holders == 1:
+        return 0
+    blocks: dict[str, list[tuple[int, int]]] = {}
+    for w in updates.weights:
+        blocks.setdefault(block_of(w.name) or w.name, []).append(w.shape)
+    sent = sorted(4 * bound_elements(shapes, t) for shapes in blocks.values())[-in_flight:]
+    return sum(size * (1 + (device_type == "cpu")) + size // t.holders for size in sent)
 
 
 def fold_bytes(updates: UpdatePlan, in_flight: int) -> int:

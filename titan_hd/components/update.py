@@ -31,6 +31,7 @@ from titan_hd.components.optimizer import build_optimizer, clip_flat, clip_gradi
 from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.adapter_init import initialize_adapters
 from titan_hd.distributed.adapter_registry import AdapterRegistry
+from titan_hd.distributed.adapter_samples import SAMPLES, Samples
 from titan_hd.distributed.factor_init import SliceSettings, compute_factors
 from titan_hd.distributed.flat import square_sum
 from titan_hd.distributed.parallel_dims import ParallelDims
@@ -121,8 +122,8 @@ class Update:
         docs/metrics.md; only of what there was."""
         return {}
 
-    def bind(self, slot: int) -> None:
-        """The next forward and backward pass trains hosted adapter `slot`."""
+    def bind(self, slot: int, last: bool) -> None:
+        """The next forward and backward pass trains slot `slot` of this worker. last: it is the step's last one."""
 
     def finish_gradients(self) -> torch.Tensor:
         """After the last backward pass of a step: sum what workers have in parts, and clip. Collective.
@@ -234,6 +235,7 @@ class FoldUpdate(Update):
         super().__init__(model, method, dims, config)
         assert not method.lr_ratios, "the optimizer has one flat tensor, and one learning rate for all of it"
         self.registry = AdapterRegistry(model, method, dims.adapter_mesh(method.num_adapters))
+        self.samples: Samples
         self.fold: Fold
         self._refresh_seconds = 0.0
         self._residuals = False  # whether a checkpoint has them: the one that is read, then those that are saved
@@ -264,8 +266,10 @@ class FoldUpdate(Update):
         return {**super().state(changed_only), **factors, **residuals}
 
     def start(self, total_steps: int) -> None:
-        self.registry.start(getattr(torch, self.config.training.mixed_precision_param))
         c, h = self.config, self.config.hdpissa
+        self.registry.start()
+        compute = getattr(torch, c.training.mixed_precision_param)
+        self.samples = SAMPLES[self.registry.method.samples](self.registry, compute, h.exchange_in_flight)
         shapes = {name: entry.local_shape for name, entry in self.registry.entries.items()}
         plan = fold_plan(c, self.method.num_adapters, (self.dims.dp_replicate, self.dims.dp_shard), shapes)
         logger.info("%s", plan.table())
@@ -296,10 +300,11 @@ class FoldUpdate(Update):
         seconds, self._refresh_seconds = self._refresh_seconds, 0.0
         return {"refresh_seconds": seconds} if seconds else {}
 
-    def bind(self, slot: int) -> None:
-        self.registry.activate(slot)
+    def bind(self, slot: int, last: bool) -> None:
+        self.samples.activate(slot, last)
 
     def finish_gradients(self) -> torch.Tensor:
+        self.samples.finish()
         self.registry.finish_gradients()
         return clip_flat(self.registry.gradient_parts(), self.config.training.max_norm)
 
@@ -327,7 +332,7 @@ class FoldUpdate(Update):
         for _ in compute_factors(self.registry, self.dims, self._slice_settings(seed, cached=False)):
             pass
         self.registry.zero_deltas()  # the residuals that int8 has left belong to the directions from before
-        self.registry.factors_changed()
+        self.samples.factors_changed()
         self.fold.send_factors()
         self.settle()
         self._refresh_seconds += time.perf_counter() - start
@@ -370,7 +375,7 @@ class FoldUpdate(Update):
         return set(self.registry.entries)
 
     def _zero_gradients(self) -> None:
-        self.registry.zero_grad()
+        self.samples.zero_grad()
 
 
 def build_update(model: Decoder, method: Method, dims: ParallelDims, config: JobConfig) -> Update:
@@ -389,5 +394,5 @@ def fold_plan(
     model's order.
     """
     h = config.hdpissa
-    topology = Topology(num_adapters, config.adapter.rank, *mesh, WIRE_BYTES[h.exchange_dtype])
+    topology = Topology(num_adapters, config.adapter.rank, *mesh, WIRE_BYTES[h.exchange_dtype], h.samples)
     return plan_update(shapes, topology, h.exchange, h.factor_cache_gb)

@@ -261,7 +261,8 @@ class HDPissa:
     num_adapters: int = 0
     """K, the number of logical adapters (each trains another slice). 0: the number of data-parallel workers."""
     aggregate: Literal["mean", "sum"] = "mean"
-    """How the K updates are combined: mean is the paper's equation, sum its published script."""
+    """How the updates of the shares of the global batch are combined: mean is the paper's equation, sum its published
+    script. With hdpissa.samples = "all" there is one share, and both are the sum of the adapters' updates."""
     slices: Literal["orthogonal", "top", "random", "minor"] = "orthogonal"
     """orthogonal: adapter i takes singular directions i*r to (i+1)*r. minor: the same, counted from the smallest
     singular value. top: every adapter the first r. random: LoRA's initialisation with direct weight updates. The last
@@ -269,6 +270,9 @@ class HDPissa:
     factor_scale: Literal["root", "unit"] = "root"
     """root: A and B carry the roots of the singular values, as in the paper. unit: they are orthonormal, times the mean
     of a weight's roots, so that Adam moves all directions alike."""
+    samples: Literal["own", "all"] = "own"
+    """What an adapter learns from. own: its share of the global batch, as in the paper. all: every sample; K then says
+    over how many holders the K*r directions are dealt, and a run trains as K = 1 with rank K*r does."""
     refresh_steps: int = 0
     """T: every T steps the slices are taken from the weights as they are then, and the optimizer's moments begin anew.
     Costs the start's decompositions each time (refresh_seconds in the metrics). 0: the slices of the start stay, as in

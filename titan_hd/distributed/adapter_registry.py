@@ -16,18 +16,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from titan_hd.adapters.frozen_linear import FoldingLinear
 from titan_hd.adapters.method import FoldingMethod
-from titan_hd.distributed.collectives import all_reduce
+from titan_hd.distributed.collectives import sum_in_place
 from titan_hd.distributed.flat import Piece, lay_out
 from titan_hd.distributed.parallel_dims import local_part
 
-_DELTAS = ("delta_A", "delta_B")
+DELTAS = ("delta_A", "delta_B")
 
 
 @dataclass
@@ -56,8 +55,8 @@ class AdapterRegistry:
     """Owns the adapters of a model whose layers were replaced by a method that folds.
 
     Life: construct (the parameters exist on the meta device and can be given to FSDP2 as ignored), give the model
-    memory, `materialize`, `set_factors` for every layer (or let a checkpoint fill them), `start`; then per micro-batch
-    `activate`, per step `zero_grad` and `finish_gradients`.
+    memory, `materialize`, `set_factors` for every layer (or let a checkpoint fill them), `start`. What micro-batches
+    compute with, and who adds up the gradients, depends on which samples an adapter learns from (`adapter_samples`).
 
     deltas: all of this worker's trainable elements, the one parameter that the optimizer gets; its gradient is there
     after `start`. factors: the fixed ones, in the same places.
@@ -81,19 +80,19 @@ class AdapterRegistry:
 
     def parameters(self) -> set[nn.Parameter]:
         """The trainable tensors: FSDP2 must not touch them. `materialize` replaces them by views of `deltas`."""
-        return {getattr(entry.layer, key) for entry in self.entries.values() for key in _DELTAS}
+        return {getattr(entry.layer, key) for entry in self.entries.values() for key in DELTAS}
 
     @torch.no_grad()
     def materialize(self, device: torch.device) -> None:
         """Allocate deltas, which are zero, and factors, which have no values yet."""
         for entry in self.entries.values():
-            for key in _DELTAS:
+            for key in DELTAS:
                 setattr(entry.layer, key, None)  # frees what the model's `to_empty` gave it
         self.deltas = nn.Parameter(torch.zeros(self._size, device=device))
         self.factors = torch.empty(self._size, device=device)
         for entry in self.entries.values():
             entry.a, entry.b = self._views(self.factors, entry)
-            for key, view in zip(_DELTAS, self._views(self.deltas.detach(), entry)):
+            for key, view in zip(DELTAS, self._views(self.deltas.detach(), entry)):
                 setattr(entry.layer, key, nn.Parameter(view))
 
     @torch.no_grad()
@@ -105,38 +104,12 @@ class AdapterRegistry:
             local_part(view).copy_(values)
 
     @torch.no_grad()
-    def start(self, compute_dtype: torch.dtype = torch.float32) -> None:
-        """All factors are there: allocate the gradients, and what `activate` binds.
-
-        compute_dtype: of the forward pass. Where it is less than fp32 and the products need the fixed factors alone
-        (the exact mute), they are copied to it once.
-
-        A hosted adapter's da and db are leaves that share the memory of `deltas`, and their gradients that of its
-        gradient: backward accumulates where the optimizer reads.
-        """
+    def start(self) -> None:
+        """All factors are there: allocate the gradients."""
         self.deltas.grad = torch.zeros_like(self.deltas)
-        factors = self.factors if self.method.mute_scalar else self.factors.to(compute_dtype)
-        self._bound_factors = factors
-        self._bound: list[list[tuple[FoldingLinear, tuple[torch.Tensor, ...]]]] = [[] for _ in range(self.hosted)]
         for entry in self.entries.values():
-            for key, gradient in zip(_DELTAS, self._views(self.deltas.grad, entry)):
+            for key, gradient in zip(DELTAS, self._views(self.deltas.grad, entry)):
                 getattr(entry.layer, key).grad = gradient
-            for slot, bound in enumerate(self._bound):
-                fixed = [entry.pieces[key].of(factors)[slot] for key in _DELTAS]
-                leaves = [entry.pieces[key].of(self.deltas.detach())[slot].requires_grad_(True) for key in _DELTAS]
-                for key, leaf in zip(_DELTAS, leaves):
-                    leaf.grad = entry.pieces[key].of(self.deltas.grad)[slot]
-                bound.append((entry.layer, (*fixed, *leaves)))
-
-    @torch.no_grad()
-    def factors_changed(self) -> None:
-        """After `start`, `set_factors` has given every layer other fixed factors: bind these from now on."""
-        self._bound_factors.copy_(self.factors)  # nothing to do where they are the same tensor
-
-    def activate(self, slot: int) -> None:
-        """Bind hosted adapter `slot` to every layer: the next forward and backward pass trains it."""
-        for layer, tensors in self._bound[slot]:
-            layer.bind(*tensors)
 
     def zero_grad(self) -> None:
         self.gradients.zero_()
@@ -158,15 +131,10 @@ class AdapterRegistry:
 
     @torch.no_grad()
     def finish_gradients(self) -> None:
-        """After the last backward pass of a step: sum what workers have in parts, undo the mute scalar.
-
-        Workers that share an adapter have its gradient of their samples; tp ranks have parts of the gradient of the
-        factor that is not split.
-        """
-        if self.mesh.size(1) > 1:
-            _sum_in_place(self.gradients, self.mesh.get_group("adapter_group"))
+        """When the gradients are sums over data-parallel workers (`Samples.finish`): add what tp ranks have in parts
+        (the gradient of the factor that is not split), and undo the mute scalar."""
         if self.mesh.size(2) > 1:
-            _sum_in_place(self.gradients[self._split : self._whole], self.mesh.get_group("tp"))
+            sum_in_place(self.gradients[self._split : self._whole], self.mesh.get_group("tp"))
         if self.method.mute_scalar:
             self.gradients.div_(self.method.mute_scalar)
 
@@ -174,17 +142,17 @@ class AdapterRegistry:
         """A flat tensor that is laid out as `deltas` (an optimizer's moment): its part for every trainable tensor, by
         the tensor's name in the model."""
         for name, entry in self.entries.items():
-            for key, view in zip(_DELTAS, self._views(flat, entry)):
+            for key, view in zip(DELTAS, self._views(flat, entry)):
                 yield f"{name}.{key}", view
 
     def _lay_out(self) -> None:
         """What is split over tp lies first, up to `_split`; then, up to `_whole`, what every tp rank has a part of the
         gradient of; then what is the same on all tp ranks."""
-        places = [(entry, key) for entry in self.entries.values() for key in _DELTAS]
+        places = [(entry, key) for entry in self.entries.values() for key in DELTAS]
         order: list[list[tuple[AdapterEntry, str]]] = [[], [], []]
         for entry, key in places:
             # Where rows of W are split over tp, delta_A is whole on every rank; where columns are, delta_B.
-            order[2 if entry.split is None else 1 if key == _DELTAS[entry.split] else 0].append((entry, key))
+            order[2 if entry.split is None else 1 if key == DELTAS[entry.split] else 0].append((entry, key))
         ends = [0]
         for part in order:
             shapes = [self._local_shapes(entry)[key] for entry, key in part]
@@ -211,14 +179,10 @@ class AdapterRegistry:
 
     def _views(self, flat: torch.Tensor, entry: AdapterEntry) -> list[DTensor]:
         """Of delta_A and delta_B, or what lies in the same places."""
-        return [self._dtensor(entry.pieces[key].of(flat), key, entry) for key in _DELTAS]
+        return [self._dtensor(entry.pieces[key].of(flat), key, entry) for key in DELTAS]
 
     def _dtensor(self, local: torch.Tensor, key: str, entry: AdapterEntry) -> DTensor:
         """A DTensor over the adapter mesh from this worker's part of delta_A (or A) or delta_B (or B)."""
         splits: dict[tuple[str, int | None], Placement] = {("delta_A", 1): Shard(2), ("delta_B", 0): Shard(1)}
         split = splits.get((key, entry.split), Replicate())
         return DTensor.from_local(local, self.mesh, (Shard(0), Replicate(), split), run_check=False)
-
-
-def _sum_in_place(flat: torch.Tensor, group: dist.ProcessGroup) -> None:
-    all_reduce(flat, dist.get_world_size(group), group).wait()

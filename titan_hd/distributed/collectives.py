@@ -158,6 +158,11 @@ def all_reduce(tensor: torch.Tensor, size: int, group: dist.ProcessGroup) -> dis
     return work
 
 
+def sum_in_place(tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Over the members of a group."""
+    all_reduce(tensor, dist.get_world_size(group), group).wait()
+
+
 def exchange_lists(send: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
     """All-to-all of tensors of any, also unequal and empty, shapes: send[i] goes to rank i.
 

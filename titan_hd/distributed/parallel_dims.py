@@ -31,9 +31,11 @@ class AdapterPlacement:
 
     Both are contiguous ranges: worker w computes samples w*B/W to (w+1)*B/W - 1 of every global batch of B, in
     micro-batches of `local_batch_size`; sample j belongs to adapter floor(j*K/B), whichever worker computes it.
+
+    num_adapters: K, or 1 where all adapters learn from all samples: they are then as one (`adapter_samples`).
     """
 
-    num_adapters: int  # K
+    num_adapters: int
     workers: int  # W
     rank: int  # this worker's place in the data-parallel order
     global_batch_size: int
@@ -72,13 +74,21 @@ class AdapterPlacement:
         return self.samples(micro_batch).start * self.num_adapters // self.global_batch_size
 
 
+def holders_error(num_adapters: int, workers: int) -> str | None:
+    """One line on why K adapters cannot be dealt to W workers, or None."""
+    if max(num_adapters, workers) % min(num_adapters, workers) == 0:
+        return None
+    return (
+        f"hdpissa.num_adapters: {num_adapters} adapters cannot be dealt to {workers} data-parallel workers; "
+        "one number must divide the other"
+    )
+
+
 def placement_error(num_adapters: int, workers: int, global_batch: int, local_batch: int) -> str | None:
-    """One line on why K adapters and a global batch cannot be dealt to W workers, or None."""
-    if max(num_adapters, workers) % min(num_adapters, workers):
-        return (
-            f"hdpissa.num_adapters: {num_adapters} adapters cannot be dealt to {workers} data-parallel workers; "
-            "one number must divide the other"
-        )
+    """One line on why K adapters with their shares of a global batch cannot be dealt to W workers, or None."""
+    error = holders_error(num_adapters, workers)
+    if error:
+        return error
     unit = local_batch * max(num_adapters, workers)
     if global_batch % unit:
         shares = f"{num_adapters} adapters" if num_adapters >= workers else f"{workers} workers"

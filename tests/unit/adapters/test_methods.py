@@ -98,6 +98,12 @@ def test_combinations_of_the_folding_family_that_make_no_sense():
     assert errors_of(*minor, *unit) == errors_of(*minor, "--adapter.svd", "exact") == []
     (line,) = errors_of(*minor, "--adapter.svd", "randomized")
     assert line.startswith("adapter.svd: randomized finds the leading directions")
+    together = ["--hdpissa.samples", "all"]
+    assert errors_of(*together, *minor, *unit) == errors_of(*together, "--hdpissa.slices", "random") == []
+    (line,) = errors_of(*together, "--hdpissa.mute_scalar", "1e-16")
+    assert line.startswith("hdpissa.samples: all is for the exact mute")
+    (line,) = errors_of(*together, "--hdpissa.slices", "top")
+    assert line.startswith("hdpissa.slices: top slices that learn from all samples")
     (line,) = errors_of(*unit, "--hdpissa.slices", "random")
     assert line.startswith("hdpissa.factor_scale: unit is for singular directions")
     int8 = ["--hdpissa.exchange_dtype", "int8"]

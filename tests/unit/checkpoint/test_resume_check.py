@@ -72,7 +72,10 @@ class TestCheckResumable:
         with pytest.raises(UserError, match=r"training.seed: the checkpoint has None, this run 42"):
             compare({}, {"training.seed": 42})
         assert compare({**IDENTITY, "of.old": 1}, IDENTITY) == []
-        assert compare({}, {"hdpissa.factor_scale": "root"}) == [], "saved before there was the key"
+        assert compare({}, {"hdpissa.factor_scale": "root", "hdpissa.samples": "own"}) == [], (
+            "saved before there was it"
+        )
+        assert len(compare({}, {"hdpissa.samples": "all"}, ["hdpissa.samples"])) == 1
         with pytest.raises(UserError, match=r"factor_scale: the checkpoint has 'root', this run 'unit'"):
             compare({}, {"hdpissa.factor_scale": "unit"})
         with pytest.raises(UserError, match=r"refresh_steps: the checkpoint has 0, this run 10; set it back, or check"):

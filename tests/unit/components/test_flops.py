@@ -62,6 +62,11 @@ def test_a_mute_scalar_costs_six_as_lora():
     assert work(HDPissa(1, 16, mute_scalar=1e-16)) == (0, 6 * WIDTH)
 
 
+def test_all_adapters_learn_from_a_token_side_by_side():
+    assert work(HDPissa(8, 16, samples="all")) == (0, 8 * 4 * WIDTH)
+    assert work(HDPissa(8, 16)) == (0, 4 * WIDTH)
+
+
 def test_cards_by_the_name_that_torch_gives():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY
+from titan_hd.distributed.update.gradients import bound_elements, gradient_traffic
 from titan_hd.distributed.update.plan import plan_update
 from titan_hd.distributed.update.rounding import _add_rounded, random_bits, rounding_key, row_hashes, stochastic_round
 from titan_hd.distributed.update.runtime import run_tasks
@@ -88,6 +89,20 @@ class TestPlan:
         plan = plan_update(SHAPES_8B, Topology(8, 16, 1, 8), "auto")
         assert len(plan.buckets) == 32
         assert [name for bucket in plan.buckets for name in bucket.shapes] == list(SHAPES_8B)
+
+    def test_gradients_of_all_directions_by_hand(self):
+        """K = 4, r = 2 on 2 x 4 workers, 4 holders of one adapter each, two of which share it."""
+        shapes = {"layers.0.w": (100, 60), "layers.0.v": (20, 60)}
+        own, all_samples = (Topology(4, 2, 2, 4, samples=samples) for samples in ("own", "all"))
+        slice_bytes = 4 * 2 * (160 + 80)
+        received = {c.kind: c[1:] for c in gradient_traffic([*shapes.values()], all_samples)}
+        assert received == {"all_reduce": (slice_bytes, 2, 1), "reduce_scatter": (3 * slice_bytes, 4, 2)}
+        assert [c.kind for c in gradient_traffic([*shapes.values()], own)] == ["all_reduce"]
+        assert [bound_elements([*shapes.values()], t) for t in (own, all_samples)] == [2 * 240, 8 * 240]
+        plans = [plan_update(shapes, t) for t in (own, all_samples)]
+        assert plans[0].weights == plans[1].weights, "the update travels alike"
+        line = "gradients of 8 directions, 0.000 GB; their holders receive 0.000 GB"
+        assert [line in plan.table() for plan in plans] == [False, True]
 
     def test_it_needs_no_torch(self):
         code = (

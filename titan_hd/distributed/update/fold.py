@@ -26,7 +26,7 @@ from titan_hd.errors import UserError
 class FoldSettings:
     """How the adapters' updates are added up, and how many of the plan's buckets are under way together."""
 
-    aggregate: str = "mean"  # or "sum", over the adapters
+    aggregate: str = "mean"  # over the shares of the global batch that are learned from apart; or "sum"
     weight_decay: float = 0.0  # of W, decoupled; times the learning rate
     seed: int = 0  # of the stochastic rounding of bf16 masters
     wire: torch.dtype = torch.float32  # of dA and dB on the way
@@ -45,7 +45,7 @@ class Fold:
     def __init__(self, registry: AdapterRegistry, dims: ParallelDims, plan: UpdatePlan, settings: FoldSettings):
         self.registry, self.dims, self.plan, self.settings = registry, dims, plan, settings
         self._device = registry.deltas.device
-        coefficient = 1.0 / registry.num_adapters if settings.aggregate == "mean" else 1.0
+        coefficient = 1.0 / registry.method.shares if settings.aggregate == "mean" else 1.0
         self.exchanges = {
             name: route.exchange(registry.mesh, dims, coefficient, settings.wire) for name, route in ROUTES.items()
         }

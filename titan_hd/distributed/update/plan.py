@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from titan_hd.distributed.update.gradients import bound_elements, gradient_traffic
 from titan_hd.distributed.update.route import Shape
 from titan_hd.distributed.update.routes import ROUTES
 from titan_hd.distributed.update.topology import Topology
@@ -85,6 +86,13 @@ class UpdatePlan:
         cache = sum(w.cache_bytes for w in self.weights if w.cached)
         ratio = f"; all dense would be {dense / total:.1f} times that" if total else ""
         lines.append(f"  total {total / 1e9:.3f} GB{ratio}; static factors cached: {cache / 1e9:.3f} GB")
+        shapes = [w.shape for w in self.weights]
+        if t.samples == "all":
+            received = sum(collective.received for collective in gradient_traffic(shapes, t))
+            lines.append(
+                f"  adapters learn from all samples: each worker has the fp32 gradients of {t.directions} directions, "
+                f"{4 * bound_elements(shapes, t) / 1e9:.3f} GB; their holders receive {received / 1e9:.3f} GB more"
+            )
         return "\n".join(lines)
 
 
@@ -121,6 +129,12 @@ def _plan_weight(name: str, shape: Shape, t: Topology, exchange: str, budget: in
     return WeightPlan(name, shape, chosen, 0 < cache[chosen] <= budget, cache[chosen], received)
 
 
+def block_of(name: str) -> str | None:
+    """The transformer block of a layer, both under their full names; None for one that is in no block."""
+    block = re.match(r"(.*layers\.\d+)\.", name)
+    return block[1] if block else None
+
+
 def _wire(t: Topology) -> str:
     if not t.scale_bytes:
         return f"{t.wire_bytes} bytes per element"
@@ -131,7 +145,7 @@ def _buckets(weights: list[WeightPlan]) -> tuple[Bucket, ...]:
     """Weights of a transformer block travel together, but for those whose route fills a bucket with each of them."""
     together: dict[tuple[str, str, bool], dict[str, Shape]] = {}
     for w in weights:
-        block = None if ROUTES[w.route].fills_bucket else re.match(r"(.*layers\.\d+)\.", w.name)
-        key = (block[1] if block else w.name, w.route, w.cached)
+        block = None if ROUTES[w.route].fills_bucket else block_of(w.name)
+        key = (block or w.name, w.route, w.cached)
         together.setdefault(key, {})[w.name] = w.shape
     return tuple(Bucket(route, cached, shapes) for (_, route, cached), shapes in together.items())

@@ -11,13 +11,20 @@ WIRE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of an element of dA or 
 
 @dataclass(frozen=True)
 class Topology:
-    """K adapters of rank r on dp_replicate x dp_shard workers; wire_bytes is the size of an element that travels."""
+    """K adapters of rank r on dp_replicate x dp_shard workers; wire_bytes is the size of an element that travels;
+    samples: of the global batch, that an adapter learns from: its "own" share or "all"."""
 
     num_adapters: int
     rank: int
     dp_replicate: int
     dp_shard: int
     wire_bytes: int = 4
+    samples: str = "own"
+
+    @property
+    def directions(self) -> int:
+        """Of all adapters together."""
+        return self.num_adapters * self.rank
 
     @property
     def workers(self) -> int:
