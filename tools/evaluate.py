@@ -16,7 +16,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ from titan_hd.evaluation.prompts import batches, fingerprint, several, write_pro
 from titan_hd.evaluation.task import Problem, Task, find_source, load_problems
 from titan_hd.evaluation.tasks import TASKS, own_task
 from titan_hd.files import disk_faults, expand_home, replace_file, user_path
+
+MT_BENCH_IS_ASKED = "mt_bench is asked once, greedily, through the chat template, and its answers end by themselves"
 
 
 def main() -> None:
@@ -99,13 +101,16 @@ def run(args: argparse.Namespace) -> None:
             "a model or --predictions, one of them, is needed: who answers? (for mt_bench: --judge-answers)"
         )
     tracking.check(args)
+    backends.check(args)
     if args.judge_answers:
         judge_answers(args)
         return
-    backends.check(args)
     others = samples.read_outputs(args.against, "--against") if args.against else {}
     outputs = samples.read_outputs(args.predictions, "--predictions") if args.predictions else {}
     tasks, with_mt_bench = chosen_tasks(args, tuple(dict.fromkeys(task for task, *_ in outputs)))
+    useless = backends.no_use_to_mt_bench(args) if with_mt_bench else []
+    if useless and not tasks:
+        raise UserError(f"{useless[0]}: is for other tasks; {MT_BENCH_IS_ASKED}")
     sources = find_sources(args, tasks, with_mt_bench)
     problems = {name: load_problems(task, sources[name], args.limit) for name, task in tasks.items()}
     if args.against and not tasks:
@@ -120,7 +125,8 @@ def run(args: argparse.Namespace) -> None:
     if args.predictions:
         if (args.output / answering.SETTINGS_FILE).exists():
             raise UserError(f"--output: {args.output} has answers of a model; name another directory for these scores")
-        rows = score_predictions(tasks, problems, outputs, args.limit)
+        every = {name: known_ids(task, problems[name], sources[name], args.limit) for name, task in tasks.items()}
+        rows = score_predictions(tasks, problems, outputs, every)
         with disk_faults(args.output):
             write_scores(args.output, rows)
     elif not workers.is_worker() and backends.processes(args) > 1:
@@ -200,6 +206,10 @@ def ask(
     judge: evaluation_judge.Judging | None,
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any] | None]:
     """Samples of each task, by the model; a file with its answers to MT-Bench, and what the judge gives them."""
+    tasks = backends.in_words_of_run(args, tasks)
+    useless = backends.no_use_to_mt_bench(args) if questions else []
+    if useless:
+        tell(f"warning: {', '.join(useless)}: not for mt_bench, only for the other tasks; {MT_BENCH_IS_ASKED}")
     for name in {args.prompts or task.template for task in tasks.values()}:
         load_template(name)
     backend, tokenizer, crew = backends.load(args)
@@ -274,21 +284,28 @@ def score_predictions(
     tasks: Mapping[str, Task],
     problems: Mapping[str, list[Problem]],
     outputs: Mapping[samples.Key, Record],
-    limit: int | None,
+    every: Mapping[str, Collection[str]],
 ) -> dict[str, list[dict[str, Any]]]:
     """Samples of each task; a problem without an output is not counted, and that is said.
+
+    every: the ids of all problems of each task, of which `problems` may be the first.
 
     Raises:
         UserError: an output is of a problem that there is not, or a task has no output.
     """
     rows = {}
     for name, task in tasks.items():
-        rows[name], missing = samples.score_outputs(task, problems[name], outputs, partial=limit is not None)
+        rows[name], missing = samples.score_outputs(task, problems[name], outputs, every[name])
         if not rows[name]:
             raise UserError(f"--predictions: has no output of {name} to any of the {missing} problems")
         if missing:
             tell(f"warning: {name}: {missing} of {len(problems[name])} problems have no output, and are not counted")
     return rows
+
+
+def known_ids(task: Task, problems: list[Problem], source: str, limit: int | None) -> set[str]:
+    """The ids of all problems of a task, of which `problems` are the first `limit`."""
+    return {problem.id for problem in (problems if limit is None else load_problems(task, source))}
 
 
 def write_scores(output: Path, rows: Mapping[str, list[dict[str, Any]]]) -> None:

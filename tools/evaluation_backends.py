@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import evaluation_workers as workers
 import torch
 from generate import pick_device
 
+from titan_hd.checkpoint.folder import STATE_FILE, read_train_state
 from titan_hd.checkpoint.pretrained import load_pretrained, load_sharded
 from titan_hd.components.generation import Sampling
+from titan_hd.config.job_config import Data
+from titan_hd.data.text.templates import template_file
 from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.data.text.tokenizer_base import Tokenizer
 from titan_hd.errors import UserError
 from titan_hd.evaluation import mt_bench
 from titan_hd.evaluation.answering import Alone, Crew
 from titan_hd.evaluation.backends import Backend, NativeBackend, TransformersBackend
+from titan_hd.evaluation.task import Task
 from titan_hd.evaluation.vllm_backend import VllmBackend
 from titan_hd.files import expand_home
 
 BATCH_SIZE = {"native": 8, "transformers": 8, "vllm": 512}  # vllm makes its own batches of what it is given
 
-# Options that --predictions has no use for, with what they are if they are not given.
+# Options that are for asking a model, with what they are if they are not given.
 _DEFAULTS = {
     **dict.fromkeys(("prompts", "max_new_tokens", "batch_size", "temperature", "top_p", "seed", "dtype", "device")),
     **{"backend": "native", "stop": [], "samples": 1, "assets": "", "shard_weights": False},
 }
+
+# How mt_bench is asked, whatever is said for the other tasks.
+_MT_BENCH = {"prompts": "chat", "stop": [], "sampling": None}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,10 +84,13 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: names the option.
     """
-    if args.predictions:
+    if args.model is None:
+        has_answers = "--predictions" if args.predictions else "--judge-answers"
         for name, default in _DEFAULTS.items():
             if getattr(args, name) != default:
-                raise UserError(f"--{name.replace('_', '-')}: is for asking a model; --predictions has its answers")
+                raise UserError(f"{_option(name)}: is for asking a model; {has_answers} has its answers")
+    else:
+        _refuse_adapter(args.model)
     if not all(args.stop):
         raise UserError("--stop: must be a text: an empty one would end every answer at once")
     if args.temperature is None or args.temperature == 0:
@@ -86,7 +98,7 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--samples: {args.samples} answers without --temperature would all be the same")
         for name in ("top_p", "seed"):
             if getattr(args, name) is not None:
-                raise UserError(f"--{name.replace('_', '-')}: is for tokens that are drawn: give --temperature")
+                raise UserError(f"{_option(name)}: is for tokens that are drawn: give --temperature")
     try:
         sampling_of(args)
     except UserError as error:
@@ -95,9 +107,65 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--shard-weights: is for the native backend; {args.backend} shards by itself, or not at all")
     if args.shard_weights and processes(args) == 1:
         raise UserError("--shard-weights: there is one process alone; say with NGPU=n how many share the weights")
-    if args.predictions and processes(args) > 1:
+    if args.model is None and processes(args) > 1:
         workers.say_on_rank_zero("warning: NGPU: is for asking a model; outputs are scored by one process")
     args.batch_size = args.batch_size or BATCH_SIZE[args.backend]
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _refuse_adapter(model: Path) -> None:
+    """Raises:
+    UserError: the directory has an adapter alone.
+    """
+    if (model / "adapter_config.json").is_file() and not (model / "config.json").is_file():
+        raise UserError(
+            f"{model}: is an adapter for the peft library, without its model: give the run's checkpoint, .../step-N, "
+            "or what tools/convert_checkpoint.py makes of that; or export by export.format hf, or merge it with peft"
+        )
+
+
+def no_use_to_mt_bench(args: argparse.Namespace) -> list[str]:
+    """The options given that change answers to tasks, but none to MT-Bench."""
+    drawn = ("temperature", "top_p", "seed", "samples") if args.temperature else ()
+    given = [name for name in (*drawn, "stop") if getattr(args, name) != _DEFAULTS[name]]
+    return [_option(name) for name in given + (["prompts"] if args.prompts not in (None, "chat") else [])]
+
+
+def in_words_of_run(args: argparse.Namespace, tasks: Mapping[str, Task]) -> Mapping[str, Task]:
+    """The tasks; a file of one's own with data.template of the checkpoint's run, without --prompts.
+
+    Raises:
+        UserError: the run's state, or the file of its template, cannot be read.
+    """
+    if "own" not in tasks or args.prompts is not None or not (args.model / STATE_FILE).is_file():
+        return tasks
+    template = _template_of_run(args.model)
+    if template is None:
+        why = "data of the run has no template, or several"
+        workers.say_on_rank_zero(f"own: prompts are written by {tasks['own'].template}: {why}; --prompts names one")
+        return tasks
+    file = template_file(template)
+    if file is not None and not file.is_file():
+        raise UserError(f"--prompts: missing, and data.template of the run is not there: {template}")
+    workers.say_on_rank_zero(
+        f"own: prompts are written by data.template of the run, {template}; --prompts names another"
+    )
+    return {**tasks, "own": dataclasses.replace(tasks["own"], template=template)}
+
+
+def _template_of_run(checkpoint: Path) -> str | None:
+    """None: its records had none, or several."""
+    data = read_train_state(checkpoint)["settings"].get("data", {})
+    default, kind, sources = data.get("template", Data.template), data.get("format", Data.format), data.get("train")
+    records = [source for source in sources if isinstance(source, dict)] if isinstance(sources, list) else [{}]
+    kinds = {source.get("format") or kind for source in records}
+    if kinds == {"chat"}:
+        return "chat"
+    templates = {source.get("template") or default for source in records}
+    return templates.pop() if len(templates) == 1 and kinds <= {"auto", "instruction"} else None
 
 
 @contextlib.contextmanager
@@ -167,15 +235,25 @@ def settings(
 ) -> dict[str, Any]:
     """All that an answer depends on, for evaluation.json: an evaluation goes on only with the same. How many processes
     share it is none of that. Folders in the model's are not looked into: --output may be one of them."""
-    files = sorted(((path, path.stat()) for path in args.model.iterdir() if path.is_file()), key=lambda file: file[0])
+    model = args.model.resolve()
+    files = sorted(((path, path.stat()) for path in model.iterdir() if path.is_file()), key=lambda file: file[0])
     stamps = repr([(str(path), status.st_size, status.st_mtime_ns) for path, status in files])
     drawn = {key: getattr(args, key) for key in ("samples", "temperature", "top_p", "seed")}
+    own_template = args.prompts is not None and template_file(args.prompts) is not None
     return {
-        "model": str(args.model),
-        "model_files": hashlib.sha256(stamps.encode()).hexdigest()[:16],
-        **{key: getattr(args, key) for key in ("assets", "backend", "dtype", "device", "prompts", "stop")},
+        "model": str(model),
+        "model_files": _number(stamps),
+        "assets": args.assets and str(Path(args.assets).resolve()),
+        **{key: getattr(args, key) for key in ("backend", "dtype", "device")},
+        "prompts": str(Path(args.prompts).resolve()) if own_template else args.prompts,
+        "stop": args.stop,
         **{key: getattr(args, key) for key in ("limit", "max_new_tokens", "batch_size")},
         "sampling": drawn if args.temperature else None,
         "tasks": fingerprints,
-        "mt_bench": hashlib.sha256(repr(questions).encode()).hexdigest()[:16] if questions else None,
+        "mt_bench": {"questions": _number(repr(questions)), **_MT_BENCH} if questions else None,
     }
+
+
+def _number(text: str) -> str:
+    """A number that another text does not have."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

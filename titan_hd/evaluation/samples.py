@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -88,11 +88,12 @@ def read_outputs(path: Path, key: str) -> dict[Key, Record]:
 
 
 def score_outputs(
-    task: Task, problems: Iterable[Problem], outputs: Mapping[Key, Record], partial: bool = False
+    task: Task, problems: Iterable[Problem], outputs: Mapping[Key, Record], every: Collection[str] | None = None
 ) -> tuple[list[dict[str, Any]], int]:
     """The samples of the problems that have an output, and how many problems have none.
 
-    partial: `problems` are only some of the task's; outputs of others are passed over.
+    every: the ids of all problems of the task, if `problems` are only some of them; outputs of the others are passed
+        over.
 
     Raises:
         UserError: an output is of a problem that the task does not have.
@@ -100,7 +101,7 @@ def score_outputs(
     known = {problem.id: problem for problem in problems}
     answers: dict[str, list[tuple[int, Record]]] = {}
     for (name, problem_id, number), record in outputs.items():
-        if name == task.name and problem_id not in known and not partial:
+        if name == task.name and problem_id not in (known if every is None else every):
             raise UserError(f"{record.where}: {task.name} has no problem {problem_id!r}")
         if name == task.name:
             answers.setdefault(problem_id, []).append((number, record))

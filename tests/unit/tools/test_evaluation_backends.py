@@ -1,0 +1,157 @@
+"""Who answers in tools/evaluate.py: what its options mean to MT-Bench, to a checkpoint and to an adapter."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.kit.commands import call_tool, error_lines
+from titan_hd.errors import UserError
+from titan_hd.evaluation import mt_bench
+from titan_hd.evaluation.tasks import TASKS, own_task
+from tools import evaluate
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def given(model: Path, monkeypatch, *options: object) -> argparse.Namespace:
+    """The options as they are after their check."""
+    words = [str(model), "--output", "out", *map(str, options)]
+    monkeypatch.setattr("sys.argv", ["tool", *words])
+    args = evaluate.parse_arguments()
+    evaluate.backends.check(args)
+    return args
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--temperature", 0.7], "--temperature"),
+        (["--temperature", 0.7, "--top-p", 0.5, "--samples", 2], "--temperature"),
+        (["--stop", "###"], "--stop"),
+        (["--prompts", "alpaca"], "--prompts"),
+    ],
+)
+def test_mt_bench_alone_refuses_what_it_has_no_use_for(options: list, named: str, tmp_path: Path):
+    fixed = [tmp_path, "--tasks", "mt_bench", "--data", tmp_path, "--output", tmp_path / "out"]
+    (line,) = error_lines(call_tool(evaluate.main, *fixed, *options))
+    assert f"error: {named}: is for other tasks; mt_bench is asked once, greedily, through the chat template" in line
+
+
+def test_greedy_answers_by_the_chat_template_are_what_mt_bench_has(tmp_path: Path, monkeypatch):
+    args = given(tmp_path, monkeypatch, "--temperature", 0, "--prompts", "chat")
+    assert evaluate.backends.no_use_to_mt_bench(args) == []
+
+
+def test_settings_say_how_mt_bench_is_asked(tmp_path: Path, monkeypatch):
+    """Not how the tasks beside it are."""
+    args = given(tmp_path, monkeypatch, "--temperature", 0.7, "--samples", 2, "--stop", "###", "--prompts", "none")
+    assert evaluate.backends.no_use_to_mt_bench(args) == ["--temperature", "--samples", "--stop", "--prompts"]
+    settings = evaluate.backends.settings(args, {}, [mt_bench.Question(81, ["Hello?"])])
+    assert (settings["sampling"]["temperature"], settings["stop"], settings["prompts"]) == (0.7, ["###"], "none")
+    about = settings["mt_bench"]
+    assert (about["sampling"], about["stop"], about["prompts"]) == (None, [], "chat")
+    other = evaluate.backends.settings(args, {}, [mt_bench.Question(81, ["Hi?"])])
+    assert other["mt_bench"]["questions"] != about["questions"]
+
+
+def test_a_model_is_the_same_by_whatever_path(tmp_path: Path, monkeypatch):
+    """So are its assets, and a file of prompts."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "prompt.txt").write_text("{prompt}")
+    (tmp_path / "link").symlink_to("model")
+    monkeypatch.chdir(tmp_path)
+    names = ["model", tmp_path / "model", "./link"]
+    prompts = ["prompt.txt", tmp_path / "prompt.txt", "./prompt.txt"]
+    first, *others = (
+        evaluate.backends.settings(
+            given(Path(name), monkeypatch, "--assets", name, "--prompts", prompt), {"gsm8k": "0"}, []
+        )
+        for name, prompt in zip(names, prompts)
+    )
+    assert first["model"] == first["assets"] == str((tmp_path / "model").resolve())
+    assert others == [first, first]
+    os.utime(tmp_path / "model" / "config.json", ns=(0, 1))
+    args = given(Path("model"), monkeypatch, "--assets", "model", "--prompts", "prompt.txt")
+    assert evaluate.backends.settings(args, {"gsm8k": "0"}, []) != first
+
+
+def test_outputs_of_unknown_problems_are_refused_with_a_limit(tmp_path: Path):
+    """Those beyond the limit are passed over."""
+    rows = [{"question": "?", "answer": f"#### {i}"} for i in range(3)]
+    problems = write_lines(tmp_path / "test.jsonl", rows)
+    said = [{"task": "gsm8k", "id": i, "output": f"The answer is: {i}"} for i in range(3)]
+    fixed = ["--source", f"gsm8k={problems}", "--limit", 2, "--output", tmp_path / "out"]
+    result = call_tool(evaluate.main, "--predictions", write_lines(tmp_path / "good.jsonl", said), *fixed)
+    assert result.stdout.splitlines()[1].split()[:4] == ["gsm8k", "2", "2", "100.00"], result.stderr
+    bad = write_lines(tmp_path / "bad.jsonl", [*said, {**said[0], "id": 3}])
+    (line,) = error_lines(call_tool(evaluate.main, "--predictions", bad, *fixed))
+    assert "bad.jsonl:4: gsm8k has no problem '3'" in line
+
+
+def test_options_of_a_model_are_refused_beside_answers_to_judge(tmp_path: Path):
+    fixed = ["--judge-answers", tmp_path / "x.jsonl", "--output", tmp_path / "out", "--temperature", 1]
+    (line,) = error_lines(call_tool(evaluate.main, *fixed))
+    assert "--temperature: is for asking a model; --judge-answers has its answers" in line
+
+
+@pytest.mark.parametrize("backend", ["native", "vllm"])
+def test_an_adapter_alone_is_no_model(backend: str, tmp_path: Path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    arguments = [tmp_path / "adapter", "--backend", backend, "--tasks", "gsm8k", "--output", tmp_path / "out"]
+    (line,) = error_lines(call_tool(evaluate.main, *arguments))
+    assert f"{tmp_path / 'adapter'}: is an adapter for the peft library, without its model: give the run's" in line
+    assert "tools/convert_checkpoint.py" in line
+
+
+def checkpoint(folder: Path, data: str) -> Path:
+    folder.mkdir()
+    state = {"step": 3, "identity": {}, "config": f"[data]\n{data}\n"}
+    (folder / "train_state.json").write_text(json.dumps(state))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("data", "template"),
+    [
+        ('template = "none"', "none"),
+        ("", "pissa"),  # the default of data.template
+        ('template = "none"\nformat = "chat"', "chat"),
+        ('template = "none"\ntrain = [{path = "a", template = "chat"}, {path = "b", template = "chat"}]', "chat"),
+        ('template = "none"\ntrain = [{path = "a", template = "chat"}, {path = "b"}]', None),
+        ('template = "none"\nformat = "text"', None),
+    ],
+)
+def test_a_file_of_ones_own_is_asked_as_the_run_was_trained(
+    data: str, template: str | None, tmp_path: Path, monkeypatch, capsys
+):
+    tasks = {"own": own_task("q", "a", "Sum:"), "gsm8k": TASKS["gsm8k"]}
+    model = checkpoint(tmp_path / "step-3", data)
+    found = evaluate.backends.in_words_of_run(given(model, monkeypatch), tasks)
+    assert (found["own"].template, found["gsm8k"]) == (template or "alpaca", TASKS["gsm8k"])
+    (line,) = capsys.readouterr().err.splitlines()
+    if template:
+        assert (
+            line
+            == f"titan_hd: own: prompts are written by data.template of the run, {template}; --prompts names another"
+        )
+    else:
+        assert "own: prompts are written by alpaca: data of the run has no template, or several" in line
+    assert evaluate.backends.in_words_of_run(given(model, monkeypatch, "--prompts", "alpaca"), tasks) is tasks
+    assert evaluate.backends.in_words_of_run(given(tmp_path, monkeypatch), tasks) is tasks
+    assert capsys.readouterr().err == ""
+
+
+def test_the_file_of_the_runs_template_may_be_gone(tmp_path: Path, monkeypatch):
+    model = checkpoint(tmp_path / "step-3", 'template = "gone.txt"')
+    with pytest.raises(UserError, match=r"--prompts: missing, and data\.template of the run is not there: gone\.txt"):
+        evaluate.backends.in_words_of_run(given(model, monkeypatch), {"own": own_task("q", "a", "Sum:")})
