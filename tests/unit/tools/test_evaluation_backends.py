@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -155,3 +157,42 @@ def test_the_file_of_the_runs_template_may_be_gone(tmp_path: Path, monkeypatch):
     model = checkpoint(tmp_path / "step-3", 'template = "gone.txt"')
     with pytest.raises(UserError, match=r"--prompts: missing, and data\.template of the run is not there: gone\.txt"):
         evaluate.backends.in_words_of_run(given(model, monkeypatch), {"own": own_task("q", "a", "Sum:")})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A model answers
+
+
+@pytest.fixture(scope="module")
+def talker(shared_data: Path, tmp_path_factory) -> Path:
+    """A real model of 260,032 parameters, with a chat template."""
+    folder = tmp_path_factory.mktemp("backends") / "model"
+    shutil.copytree(shared_data / "stories260k-hf", folder, copy_function=shutil.copyfile)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    return folder
+
+
+def ask(model: Path, output: Path, *arguments: object):
+    fixed = ["--limit", 1, "--max-new-tokens", 2, "--dtype", "float32", "--device", "cpu"]
+    return call_tool(evaluate.main, model, "--output", output, *fixed, *arguments)
+
+
+def test_beside_other_tasks_a_warning_says_what_mt_bench_passes_over(talker: Path, shared_data: Path, tmp_path: Path):
+    options = ["--tasks", "gsm8k,mt_bench", "--data", shared_data, "--temperature", 0.7, "--stop", "###"]
+    result = ask(talker, tmp_path / "out", *options)
+    assert result.returncode == 0, result.stderr
+    said = "titan_hd: warning: --temperature, --stop: not for mt_bench, only for the other tasks; mt_bench is asked"
+    assert result.stderr.count(said) == 1
+    assert (tmp_path / "out" / "mt_bench" / "model_answer" / "model.jsonl").is_file()
+
+
+def test_a_file_of_ones_own_by_the_template_that_is_found(talker: Path, tmp_path: Path, monkeypatch):
+    records = write_lines(tmp_path / "own.jsonl", [{"prompt": "Once", "response": "Sum: 1"}])
+
+    def found(args: argparse.Namespace, tasks: dict) -> dict:
+        return {"own": dataclasses.replace(tasks["own"], template="none")}
+
+    monkeypatch.setattr(evaluate.backends, "in_words_of_run", found)
+    result = ask(talker, tmp_path / "out", "--records", records, "--marker", "Sum:")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "out" / "samples.jsonl").read_text())["prompt"] == "Once"
