@@ -127,7 +127,8 @@ def run(args: argparse.Namespace) -> None:
         workers.start(backends.processes(args), args.device, args.output, sys.argv[1:])  # which come here again
         return
     else:
-        rows, judged = ask(args, tasks, problems, questions, judge)
+        with backends.named_by_options(args):
+            rows, judged = ask(args, tasks, problems, questions, judge)
     if workers.rank() == 0:
         finish(args, tasks, rows, others, judged)
 

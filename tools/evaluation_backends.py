@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import evaluation_workers as workers
@@ -97,6 +98,17 @@ def check(args: argparse.Namespace) -> None:
     if args.predictions and processes(args) > 1:
         workers.say_on_rank_zero("warning: NGPU: is for asking a model; outputs are scored by one process")
     args.batch_size = args.batch_size or BATCH_SIZE[args.backend]
+
+
+@contextlib.contextmanager
+def named_by_options(args: argparse.Namespace) -> Iterator[None]:
+    """Faults of the model or of the template name what was given here, not the keys of a run's configuration."""
+    try:
+        yield
+    except UserError as error:
+        key, colon, rest = str(error).partition(": ")
+        options = {"model.hf_assets_path": "", "data.template": "--prompts: " if args.prompts else ""}
+        raise UserError(f"{options[key]}{rest}" if colon and key in options else str(error)) from None
 
 
 def processes(args: argparse.Namespace) -> int:

@@ -386,11 +386,11 @@ def test_models_that_cannot_answer(stories: Path, data: Path, tmp_path: Path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(stories / name, model)
     for place, arguments, message in [
-        (model, [], "holds no tokenizer.json and no tokenizer.model"),
+        (model, [], f"titan_hd: error: {model} holds no tokenizer.json and no tokenizer.model"),
         (model, ["--backend", "transformers"], "holds no tokenizer.json and no tokenizer.model"),
         (tmp_path / "none", [], "holds neither config.json"),
-        (stories, ["--prompts", "chat"], "chat template"),
-        (stories, ["--prompts", "nosuch"], "'nosuch' is neither alpaca, pissa, chat or none"),
+        (stories, ["--prompts", "chat"], f"error: --prompts: chat: {stories} has no chat template"),
+        (stories, ["--prompts", "nosuch"], "--prompts: 'nosuch' is neither alpaca, pissa, chat or none"),
         (stories, ["--batch-size", "0"], "--batch-size: must be a whole number above 0, not 0"),
         (stories, ["--predictions", "x.jsonl"], "one of them, is needed"),
     ]:
