@@ -175,7 +175,8 @@ class Comparison:
         runner = Runner(self.workers, self.parallel)
         for reason, runs in rounds(self.arms, self.seeds, self._score, self.args.widen, self.args.budget == "equal"):
             self._make(runner, reason, runs)
-            self._write()
+            places = {run: self.planned[run].folder for run in self.rows}
+            results.write_losses(self.folder, self._ordered(), self.keys, places)
         print(report.write(self.folder))
         failed = [arm.name for arm in self.arms if not self._complete(arm)]
         if failed:
@@ -194,6 +195,7 @@ class Comparison:
                 missing[planned.name] = run
             else:
                 self._note(run, row)
+        self._write()
         print(f"== {reason}: {len(runs)} runs, {len(missing)} of them to make", flush=True)
         start = time.monotonic()
 
@@ -201,6 +203,7 @@ class Comparison:
             run = missing[planned.name]
             self._note(run, results.write_row(planned, status, self.args.threshold))
             self._remove_weights(run.arm, [other for other in missing.values() if other not in self.rows])
+            self._write()
             made = sum(other in self.rows for other in missing.values())
             left = (time.monotonic() - start) / made * (len(missing) - made) / 60
             print(f"{made}/{len(missing)} {run.name}: {self._said(run)}; {left:.0f} min left", flush=True)
@@ -244,11 +247,9 @@ class Comparison:
     # ---------------------------------------------------------------------------------------------------- results
 
     def _write(self) -> None:
-        """grid.csv, losses.csv and comparison.json: all that the report needs."""
-        order = {arm.name: place for place, arm in enumerate(self.arms)}
-        rows = dict(sorted(self.rows.items(), key=lambda item: (order[item[0].arm], *self._place(item[0]))))
-        places = {run: self.planned[run].folder for run in rows}
-        results.write_tables(self.folder, rows, self.keys, places)
+        """grid.csv and comparison.json, of all runs so far."""
+        rows = self._ordered()
+        results.write_grid(self.folder, rows, self.keys)
         complete = {arm.name: self._complete(arm) for arm in self.arms}
         best = {name: best_point(runs, self._score) for name, runs in complete.items() if runs}
         facts = {
@@ -261,6 +262,11 @@ class Comparison:
         }
         text = json.dumps(facts, indent=1)
         replace_file(self.folder / "comparison.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+
+    def _ordered(self) -> dict[Run, results.Row]:
+        """The rows by arm, as they were given, then by their points."""
+        order = {arm.name: place for place, arm in enumerate(self.arms)}
+        return dict(sorted(self.rows.items(), key=lambda item: (order[item[0].arm], *self._place(item[0]))))
 
     def _place(self, run: Run) -> tuple:
         """For sorting: numbers by size, other values as they are written; then the seed."""

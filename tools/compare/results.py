@@ -1,4 +1,4 @@
-"""What the runs of a comparison came to: a row for each, grid.csv and losses.csv."""
+"""What the runs of a comparison came to: a row for each, in grid.csv, and their curves, in losses.csv."""
 
 from __future__ import annotations
 
@@ -90,23 +90,22 @@ def remove_weights(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def write_tables(folder: Path, rows: Mapping[Run, Row], keys: Sequence[str], places: Mapping[Run, Path]) -> None:
-    """Write grid.csv, a line for each run, and losses.csv, a line for each of its steps.
+def write_grid(folder: Path, rows: Mapping[Run, Row], keys: Sequence[str]) -> None:
+    """Write grid.csv, a line for each run. keys: of the grid, each a column."""
+    lines = [{**_head(run, keys), **row} for run, row in rows.items()]
+    _write_csv(folder / "grid.csv", lines, list(dict.fromkeys(key for line in lines for key in line)))
 
-    keys: of the grid, each a column.
-    """
-    heads = {
-        run: {"arm": run.arm, **{key: dict(run.point).get(key, "") for key in keys}, "seed": run.seed} for run in rows
-    }
-    _write_csv(folder / "grid.csv", [{**heads[run], **row} for run, row in rows.items()])
-    curves = (
-        {**heads[run], **point}
-        for run, row in rows.items()
-        if row["status"] == COMPLETE
-        for point in _curve(places[run])
-    )
+
+def write_losses(folder: Path, rows: Mapping[Run, Row], keys: Sequence[str], places: Mapping[Run, Path]) -> None:
+    """Write losses.csv, a line for each step of the runs that were completed. places: the folder of each run."""
+    complete = [run for run, row in rows.items() if row["status"] == COMPLETE]
+    lines = ({**_head(run, keys), **point} for run in complete for point in _curve(places[run]))
     columns = ["arm", *keys, "seed", "step", "seconds", "loss", "validation_loss"]
-    _write_csv(folder / "losses.csv", curves, columns)
+    _write_csv(folder / "losses.csv", lines, columns)
+
+
+def _head(run: Run, keys: Sequence[str]) -> Row:
+    return {"arm": run.arm, **{key: dict(run.point).get(key, "") for key in keys}, "seed": run.seed}
 
 
 def _curve(folder: Path) -> Iterable[Row]:
@@ -118,11 +117,7 @@ def _curve(folder: Path) -> Iterable[Row]:
             yield {**shown, "seconds": round(seconds, 3)}
 
 
-def _write_csv(path: Path, rows: Iterable[Row], columns: Sequence[str] | None = None) -> None:
-    if columns is None:
-        rows = list(rows)
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-
+def _write_csv(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
     def write(partial: Path) -> None:
         with open(partial, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)

@@ -154,8 +154,13 @@ def check_started(run: PlannedRun) -> None:
     Raises:
         UserError: it is of other settings.
     """
-    started, said = run.folder / "comparison.toml", manager.to_toml(run.config)
-    if started.exists() and started.read_text(encoding="utf-8") != said:
-        raise UserError(f"--folder: {run.folder} holds a run with other settings; name another folder, or remove it")
+    started = run.folder / "comparison.toml"
+    if started.exists():
+        # Read rather than compared as text: a later version of titan_hd may have more keys, with their defaults.
+        if manager.from_toml(started.read_text(encoding="utf-8"), str(started)) != run.config:
+            raise UserError(
+                f"--folder: {run.folder} holds a run with other settings; name another folder, or remove it"
+            )
+        return
     run.folder.mkdir(parents=True, exist_ok=True)
-    started.write_text(said, encoding="utf-8")
+    started.write_text(manager.to_toml(run.config), encoding="utf-8")

@@ -106,7 +106,11 @@ def test_runs_side_by_side_share_the_cores(monkeypatch):
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     run = planned(tmp_path)
     check_started(run)
-    check_started(run)
+    started = run.folder / "comparison.toml"
+    text = started.read_text()
+    assert "patience" in text
+    started.write_text("".join(line for line in text.splitlines(keepends=True) if not line.startswith("patience")))
+    check_started(run)  # an earlier version did not have that key
     other = PlannedRun(run.name, run.folder, [], JobConfig(training=Training(seed=7)), run.plan)
     with pytest.raises(UserError, match="holds a run with other settings; name another folder, or remove it"):
         check_started(other)
