@@ -34,7 +34,7 @@ from titan_hd.data.text.chat import load_chat_template
 from titan_hd.data.text.templates import load_template
 from titan_hd.data.text.tokenizer_base import Tokenizer
 from titan_hd.errors import UserError
-from titan_hd.evaluation import answering, mt_bench, report, samples
+from titan_hd.evaluation import answering, mt_bench, report, samples, scoring
 from titan_hd.evaluation.backends import Backend
 from titan_hd.evaluation.code import open_sandbox
 from titan_hd.evaluation.math_answers import has_math_verify
@@ -126,9 +126,7 @@ def run(args: argparse.Namespace) -> None:
         if (args.output / answering.SETTINGS_FILE).exists():
             raise UserError(f"--output: {args.output} has answers of a model; name another directory for these scores")
         every = {name: known_ids(task, problems[name], sources[name], args.limit) for name, task in tasks.items()}
-        rows = score_predictions(tasks, problems, outputs, every)
-        with disk_faults(args.output):
-            write_scores(args.output, rows)
+        rows = score_predictions(args, tasks, problems, outputs, every)
     elif not workers.is_worker() and backends.processes(args) > 1:
         workers.start(backends.processes(args), args.device, args.output, sys.argv[1:])  # which come here again
         return
@@ -233,8 +231,7 @@ def ask(
                 judged = ask_mt_bench(args, questions, leading, tokenizer, judge)
     if not plan or not crew.writes:
         return {}, judged
-    found = samples.read_outputs(args.output, "--output")
-    return {name: [dict(row) for (task, *_), row in found.items() if task == name] for name in tasks}, judged
+    return read_samples(args.output, tasks), judged
 
 
 def ask_mt_bench(
@@ -281,6 +278,7 @@ def show_progress(progress: Iterator[answering.Progress]) -> None:
 
 
 def score_predictions(
+    args: argparse.Namespace,
     tasks: Mapping[str, Task],
     problems: Mapping[str, list[Problem]],
     outputs: Mapping[samples.Key, Record],
@@ -293,14 +291,19 @@ def score_predictions(
     Raises:
         UserError: an output is of a problem that there is not, or a task has no output.
     """
-    rows = {}
+    plan, warnings = [], []
     for name, task in tasks.items():
-        rows[name], missing = samples.score_outputs(task, problems[name], outputs, every[name])
-        if not rows[name]:
+        answers, missing = samples.find_answers(task, problems[name], outputs, every[name])
+        if not answers:
             raise UserError(f"--predictions: has no output of {name} to any of the {missing} problems")
+        plan.append((task, answers))
         if missing:
-            tell(f"warning: {name}: {missing} of {len(problems[name])} problems have no output, and are not counted")
-    return rows
+            warnings.append(f"{name}: {missing} of {len(problems[name])} problems have no output, and are not counted")
+    for warning in warnings:
+        tell(f"warning: {warning}")
+    with disk_faults(args.output):
+        show_progress(scoring.score(args.output, plan, (args.marker, args.allow_unsandboxed, has_math_verify())))
+    return read_samples(args.output, tasks)
 
 
 def known_ids(task: Task, problems: list[Problem], source: str, limit: int | None) -> set[str]:
@@ -308,9 +311,10 @@ def known_ids(task: Task, problems: list[Problem], source: str, limit: int | Non
     return {problem.id for problem in (problems if limit is None else load_problems(task, source))}
 
 
-def write_scores(output: Path, rows: Mapping[str, list[dict[str, Any]]]) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    write(output / samples.SAMPLES_FILE, "".join(samples.line(row) for own in rows.values() for row in own))
+def read_samples(output: Path, tasks: Mapping[str, Task]) -> dict[str, list[dict[str, Any]]]:
+    """The samples of each task that are written there."""
+    found = samples.read_outputs(output, "--output")
+    return {name: [dict(row) for (task, *_), row in found.items() if task == name] for name in tasks}
 
 
 def finish(

@@ -24,6 +24,7 @@ from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.data.text.tokenizer_base import Tokenizer
 from titan_hd.errors import UserError
 from titan_hd.evaluation import mt_bench
+from titan_hd.evaluation.adapter_folder import base_model, is_adapter, load_adapter_tokenizer
 from titan_hd.evaluation.answering import Alone, Crew
 from titan_hd.evaluation.backends import Backend, NativeBackend, TransformersBackend
 from titan_hd.evaluation.task import Task
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--assets",
         type=expand_home,
         default="",
-        help="for a checkpoint: the HF directory with config and tokenizer, if not the run's",
+        help="the HF directory with config and tokenizer of a checkpoint, if not the run's; the model of an adapter",
     )
     add("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--device", help="default: the GPU if there is one")
@@ -89,7 +90,7 @@ def check(args: argparse.Namespace) -> None:
         for name, default in _DEFAULTS.items():
             if getattr(args, name) != default:
                 raise UserError(f"{_option(name)}: is for asking a model; {has_answers} has its answers")
-    else:
+    elif args.backend != "transformers":
         _refuse_adapter(args.model)
     if not all(args.stop):
         raise UserError("--stop: must be a text: an empty one would end every answer at once")
@@ -120,10 +121,11 @@ def _refuse_adapter(model: Path) -> None:
     """Raises:
     UserError: the directory has an adapter alone.
     """
-    if (model / "adapter_config.json").is_file() and not (model / "config.json").is_file():
+    if is_adapter(model):
         raise UserError(
             f"{model}: is an adapter for the peft library, without its model: give the run's checkpoint, .../step-N, "
-            "or what tools/convert_checkpoint.py makes of that; or export by export.format hf, or merge it with peft"
+            "or what tools/convert_checkpoint.py makes of that; or export with export.format hf, merge it with peft, "
+            "or take --backend transformers"
         )
 
 
@@ -200,9 +202,7 @@ def load(args: argparse.Namespace) -> tuple[Backend, Tokenizer, Crew]:
     crew: Crew = workers.join(device, args.shard_weights) if workers.is_worker() else Alone()
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     if args.backend == "transformers":
-        _refuse_assets(args)
-        tokenizer = load_tokenizer(args.model)
-        return TransformersBackend(args.model, dtype, device, tokenizer.pad_id), tokenizer, crew
+        return *_load_transformers(args, dtype, device), crew
     group = None
     if args.shard_weights:
         model, assets, group = load_sharded(args.model, args.assets, dtype, device)
@@ -213,6 +213,18 @@ def load(args: argparse.Namespace) -> tuple[Backend, Tokenizer, Crew]:
         size = model.config.vocab_size
         raise UserError(f"{assets}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {size}")
     return NativeBackend(model, device, group), tokenizer, crew
+
+
+def _load_transformers(
+    args: argparse.Namespace, dtype: torch.dtype, device: torch.device
+) -> tuple[TransformersBackend, Tokenizer]:
+    if is_adapter(args.model):
+        base = base_model(args.model, args.assets)
+        tokenizer = load_adapter_tokenizer(args.model, base)
+        return TransformersBackend(base, dtype, device, tokenizer.pad_id, args.model), tokenizer
+    _refuse_assets(args)
+    tokenizer = load_tokenizer(args.model)
+    return TransformersBackend(args.model, dtype, device, tokenizer.pad_id), tokenizer
 
 
 def _load_vllm(args: argparse.Namespace) -> tuple[Backend, Tokenizer, Crew]:

@@ -22,7 +22,7 @@ from titan_hd.data.text.tokenizer_base import Tokenizer
 from titan_hd.errors import UserError
 from titan_hd.evaluation.backends import Backend
 from titan_hd.evaluation.prompts import Prompt
-from titan_hd.evaluation.samples import SAMPLES_FILE, line, score_answers
+from titan_hd.evaluation.samples import SAMPLES_FILE, line, scored
 from titan_hd.files import read_json_object, replace_file
 
 SETTINGS_FILE = "evaluation.json"
@@ -181,7 +181,7 @@ def answer(
         rows = generate(plan[number], plan[number])
         texts = [_until(tokenizer.decode(row), stop) for row in rows]
         answers = [(p.problem, p.text, text, p.sample) for p, text in zip(plan[number], texts)]
-        return "".join(map(line, score_answers(plan[number][0].task, answers))), sum(map(len, rows))
+        return "".join(map(line, scored(plan[number][0].task, answers))), sum(map(len, rows))
 
     kinds = [batch[0].task.name for batch in plan]
     results = crew.results(kinds, whole, ask, lambda number: generate(plan[number], []))

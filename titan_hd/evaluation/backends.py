@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 
 from titan_hd.components.beam_search import beam_search
 from titan_hd.components.generation import GREEDY, Sampling, choose, draw, generate
@@ -68,11 +69,16 @@ class NativeBackend:
 
 
 class TransformersBackend:
-    """transformers' model of a HF directory, with its own generation."""
+    """transformers' model of a HF directory, with its own generation.
 
-    def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device, pad_id: int):
+    adapter: the folder of an adapter that the peft library puts onto the model.
+    """
+
+    def __init__(
+        self, directory: Path, dtype: torch.dtype, device: torch.device, pad_id: int, adapter: Path | None = None
+    ):
         """Raises:
-        UserError: the library is not there, or cannot load the directory.
+        UserError: a library is not there, or cannot load the directory or the adapter.
         """
         try:
             import transformers
@@ -86,6 +92,8 @@ class TransformersBackend:
             model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{directory}: transformers cannot load it: {' '.join(str(error).split())}") from None
+        if adapter is not None:
+            model = _with_adapter(model, adapter)
         self._model, self._device, self._pad_id = model.to(device).eval(), device, pad_id
 
     @torch.no_grad()
@@ -123,6 +131,18 @@ class TransformersBackend:
         rows = out[:, width:].tolist()
         ends = [next((place for place, token in enumerate(row) if token in stop_ids), len(row)) for row in rows]
         return [row[:end] for row, end in zip(rows, ends)]
+
+
+def _with_adapter(model: Any, adapter: Path) -> Any:
+    """The model with the adapter beside its weights, not merged into them."""
+    try:
+        import peft
+    except ImportError:
+        raise UserError(f"{adapter}: is an adapter, which needs the package peft: pip install peft") from None
+    try:
+        return peft.PeftModel.from_pretrained(model, str(adapter))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{adapter}: peft cannot load it: {' '.join(str(error).split())}") from None
 
 
 # transformers calls both with all token ids so far, [B, width + new].

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,14 @@ def sample(task: Task, problem: Problem, prompt: str, output: str, number: int |
     }
 
 
-def score_answers(task: Task, answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """The lines of answers to a task, in their order. Programs run at the same time, one for each processor."""
+def scored(task: Task, answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
+    """The lines of answers to a task, in their order, as they come. Programs run at the same time, one for each
+    processor."""
     if not task.runs_programs:
-        return [sample(task, *answer) for answer in answers]
+        yield from (sample(task, *answer) for answer in answers)
+        return
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return list(threads.map(lambda answer: sample(task, *answer), answers))
+        yield from threads.map(lambda answer: sample(task, *answer), answers)
 
 
 def line(row: Mapping[str, Any]) -> str:
@@ -87,10 +89,10 @@ def read_outputs(path: Path, key: str) -> dict[Key, Record]:
     return outputs
 
 
-def score_outputs(
+def find_answers(
     task: Task, problems: Iterable[Problem], outputs: Mapping[Key, Record], every: Collection[str] | None = None
-) -> tuple[list[dict[str, Any]], int]:
-    """The samples of the problems that have an output, and how many problems have none.
+) -> tuple[list[Answer], int]:
+    """The outputs of a task in the order of its problems, and how many problems have none.
 
     every: the ids of all problems of the task, if `problems` are only some of them; outputs of the others are passed
         over.
@@ -111,4 +113,4 @@ def score_outputs(
             prompt = record.get("prompt")
             prompt = prompt if isinstance(prompt, str) else ""
             found.append((problem, prompt, record["output"], number if "sample" in record else None))
-    return score_answers(task, found), len(known.keys() - answers.keys())
+    return found, len(known.keys() - answers.keys())

@@ -17,7 +17,7 @@ from titan_hd.data.sources import Record
 from titan_hd.errors import UserError
 from titan_hd.evaluation import code
 from titan_hd.evaluation.code import Job, extract_program, humaneval_job, mbpp_job, pass_at_k
-from titan_hd.evaluation.samples import score_answers
+from titan_hd.evaluation.samples import scored
 from titan_hd.evaluation.sandbox import Limits, Sandbox, Verdict
 from titan_hd.evaluation.task import find_source, load_problems
 from titan_hd.evaluation.tasks import TASKS
@@ -226,7 +226,7 @@ def test_programs_run_at_the_same_time(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(code, "_open_sandboxes", [stand_in])
     problem = TASKS["humaneval"].problem(Record(PROBLEM, "line 1"), "0")
     outputs = ["    return 3.0\n", "    return 2.0\n"] * 3
-    rows = score_answers(TASKS["humaneval"], [(problem, "", text, number) for number, text in enumerate(outputs)])
+    rows = list(scored(TASKS["humaneval"], [(problem, "", text, number) for number, text in enumerate(outputs)]))
     assert [(row["sample"], row["right"]) for row in rows] == [(number, number % 2 == 0) for number in range(6)]
 
 

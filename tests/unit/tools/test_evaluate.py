@@ -44,6 +44,8 @@ def test_predictions_are_scored(data: Path, tmp_path: Path):
     predictions = write_lines(tmp_path / "outputs.jsonl", rows)
     result = call_tool(evaluate.main, "--predictions", predictions, "--data", data, "--output", tmp_path / "out")
     assert result.returncode == 0, result.stderr
+    assert "gsm8k: 100%" in result.stderr
+    assert "boolq: 100%" in result.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())["tasks"]
     assert summary["gsm8k"] == {
         "n": 4, "right": 3, "accuracy": 0.75, "low": pytest.approx(0.3006, abs=1e-4),

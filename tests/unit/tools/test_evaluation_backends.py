@@ -7,13 +7,17 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.kit.commands import call_tool, error_lines
+from titan_hd.data.text.chat import load_chat_template
 from titan_hd.errors import UserError
 from titan_hd.evaluation import mt_bench
+from titan_hd.evaluation.adapter_folder import load_adapter_tokenizer
 from titan_hd.evaluation.tasks import TASKS, own_task
 from tools import evaluate
 
@@ -196,3 +200,58 @@ def test_a_file_of_ones_own_by_the_template_that_is_found(talker: Path, tmp_path
     result = ask(talker, tmp_path / "out", "--records", records, "--marker", "Sum:")
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "out" / "samples.jsonl").read_text())["prompt"] == "Once"
+
+
+def test_an_adapter_answers_by_transformers(shared_data: Path, tmp_path: Path, monkeypatch):
+    """As its merged model does in our decoder, and otherwise than its base."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base, adapter, merged = shared_data / "stories260k-hf", tmp_path / "adapter", tmp_path / "merged"
+    torch.manual_seed(0)
+    about = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), about)
+    model.save_pretrained(adapter)
+    shutil.copytree(base, merged, copy_function=shutil.copyfile)
+    model.merge_and_unload().save_pretrained(merged)
+    records = write_lines(tmp_path / "own.jsonl", [{"prompt": f"Once {i}", "response": "Sum: 1"} for i in range(4)])
+    options = ["--records", records, "--marker", "Sum:", "--prompts", "none", "--limit", 4, "--max-new-tokens", 12]
+
+    def samples(name: str, place: Path, *others: object) -> str:
+        result = ask(place, tmp_path / name, *options, *others)
+        assert result.returncode == 0, result.stderr
+        return (tmp_path / name / "samples.jsonl").read_text()
+
+    theirs = samples("theirs", adapter, "--backend", "transformers")  # its configuration has the path of its model
+    assert theirs == samples("ours", merged) != samples("base", base)
+
+    # As our export has it: its model has a name alone.
+    said = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**said, "base_model_name_or_path": "stories"}))
+    wrong = [adapter, tmp_path / "no", *options, "--backend", "transformers"]
+    for others, message in [
+        ([], f"--assets: missing: {adapter} is an adapter of the model 'stories'; name its HF directory"),
+        (["--assets", tmp_path], f"--assets: {tmp_path} has no config.json: must be the HF directory of the adapter's"),
+    ]:
+        (line,) = error_lines(ask(*wrong, *others))
+        assert message in line
+    assert theirs == samples("named", adapter, "--backend", "transformers", "--assets", base)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    (line,) = error_lines(ask(*wrong, "--assets", base))
+    assert "is an adapter, which needs the package peft: pip install peft" in line
+    (adapter / "adapter_model.safetensors").unlink()
+    (line,) = error_lines(ask(*wrong, "--assets", base))
+    assert "has adapter_config.json, but neither adapter_model.safetensors nor adapter_model.bin" in line
+
+
+def test_what_lies_beside_an_adapter_goes_before_its_models(shared_data: Path, tmp_path: Path):
+    base = shared_data / "stories260k-hf"
+    plain = load_adapter_tokenizer(tmp_path, base)
+    assert (plain.directory, 7 in plain.stop_ids) == (base, False)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7]}')
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    tokenizer = load_adapter_tokenizer(tmp_path, base)
+    assert tokenizer.stop_ids == plain.stop_ids | {7}
+    assert load_chat_template(tokenizer).render([{"role": "user", "content": "Hi"}]) == "Hi!"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (base / name).is_file():
+            shutil.copyfile(base / name, tmp_path / name)
+    assert load_adapter_tokenizer(tmp_path, tmp_path / "none").directory == tmp_path
