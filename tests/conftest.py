@@ -1,4 +1,5 @@
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tests.kit.workers import WorkerPool
 # Runs of tests leave their tokenized records in no user's cache, and find none there.
 _CACHE = tempfile.TemporaryDirectory(prefix="titan_hd_tests_")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and what tests start would inherit that
 
 
 @pytest.fixture(scope="module")

@@ -50,4 +50,5 @@ def test_it_runs_and_ends_with_a_line_for_machines(name: str):
     if name == "update":
         for variant, result in said["results"]["cases"]["24x40k8r2"].items():
             if variant != "products":
-                assert result["difference"] < 1e-5, f"{variant} is another update than the authors'"
+                limit = 1e-2 if "int8" in variant else 1e-5  # half a step of 127 in the largest element, twice
+                assert result["difference"] < limit, f"{variant} is another update than the authors'"

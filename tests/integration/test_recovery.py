@@ -95,6 +95,7 @@ def test_a_run_whose_terminal_goes_saves_and_stops(tmp_path: Path):
         assert run.wait(GRACE_SECONDS) == 75
     finally:
         run.kill()
+        subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)], check=False)  # its worker, were it to go on
     step = last_step(tmp_path / "dump")
     assert (tmp_path / "dump" / "checkpoint" / f"step-{step}" / "manifest.json").exists()
     assert not (tmp_path / "dump" / "errors.jsonl").exists()
@@ -114,14 +115,16 @@ def test_two_trainers_on_one_folder(workers, tmp_path: Path):
     """The second one is told so, in one line; when the first is gone, however it went, the folder is free."""
     argv = tiny_run(tmp_path, "dump", training__steps=10**6)
     first = Launch(argv)
-    assert first.wait_for_step(4)
-    status, said = Launch(argv).end()
-    assert status == 2
-    (line,) = [line for line in said.splitlines() if line.startswith("titan_hd: error: ")]
-    assert f"job.dump_folder: another run writes to {tmp_path / 'dump'} (process " in line
-    before = last_step(tmp_path / "dump")
-    assert first.wait_for_step(before + 3), "the first one goes on"
-    first.kill_all()
+    try:
+        assert first.wait_for_step(4)
+        status, said = Launch(argv).end()
+        assert status == 2
+        (line,) = [line for line in said.splitlines() if line.startswith("titan_hd: error: ")]
+        assert f"job.dump_folder: another run writes to {tmp_path / 'dump'} (process " in line
+        before = last_step(tmp_path / "dump")
+        assert first.wait_for_step(before + 3), "the first one goes on"
+    finally:
+        first.kill_all()
     first.end()
     last = last_step(tmp_path / "dump")
     assert len(workers.run(2, runs.train, [*argv, f"--training.steps={last + 5}"])[0]) < last, "it goes on"

@@ -24,8 +24,8 @@ from titan_hd.train import Trainer
 def test_dropout_takes_every_seed(seed: int):
     """A date makes a natural seed, and the configuration accepts it."""
     trainer = SimpleNamespace(
-        update=SimpleNamespace(bind=lambda slot: None),
-        placement=SimpleNamespace(slot=lambda m: 0, samples=lambda m: range(0, 1)),
+        update=SimpleNamespace(bind=lambda slot, last: None),
+        placement=SimpleNamespace(slot=lambda m: 0, samples=lambda m: range(0, 1), micro_batches=1),
         config=SimpleNamespace(adapter=SimpleNamespace(dropout=0.1), training=SimpleNamespace(seed=seed)),
         plan=SimpleNamespace(global_batch_size=1),
         device=torch.device("cpu"),

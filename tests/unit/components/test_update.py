@@ -61,7 +61,8 @@ def test_slices_that_are_never_taken_anew_are_said(refresh_steps: int, warned: b
     config.hdpissa.refresh_steps, config.training.mixed_precision_param = refresh_steps, "float32"
     for name in ("fold_plan", "Fold"):
         monkeypatch.setattr(updates, name, lambda *_: SimpleNamespace(table=str, prepare=lambda: None))
-    registry = SimpleNamespace(start=lambda *_: None, entries={})
+    monkeypatch.setattr(updates, "SAMPLES", {"own": lambda *_: None})
+    registry = SimpleNamespace(start=lambda *_: None, entries={}, method=SimpleNamespace(samples="own"))
     dims = SimpleNamespace(dp_replicate=1, dp_shard=1)
     fold_update = SimpleNamespace(config=config, registry=registry, dims=dims, method=SimpleNamespace(num_adapters=1))
     FoldUpdate.start(fold_update, total_steps=10)
