@@ -19,17 +19,17 @@ from pathlib import Path
 
 from tests.kit.commands import REPOSITORY
 
-LANES = 2
+LANES, PARTS = 2, 4
 LONG = ("distributed", "integration")  # the second waits for launchers and servers
 
 
 def groups() -> list[list[str]]:
-    """Paths of each group: the long ones, then all the others in two parts."""
+    """Paths of each group: the long ones, then all the others in parts."""
     tests = REPOSITORY / "tests"
     folders = (path for path in (*tests.iterdir(), *(tests / "unit").iterdir()))
     short = sorted(path for path in folders if _is_test(path) and path.name not in ("unit", "kit"))
     names = [f"{path.relative_to(REPOSITORY)}" for path in short if path.parent != tests or path.name not in LONG]
-    return [*([f"tests/{name}"] for name in LONG), names[::2], names[1::2]]
+    return [*([f"tests/{name}"] for name in LONG), *(names[i::PARTS] for i in range(PARTS))]
 
 
 def _is_test(path: Path) -> bool:
@@ -54,8 +54,11 @@ def main() -> int:
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
     def lane() -> None:
-        while not (stopping.is_set() or waiting.empty()):
-            paths = waiting.get()
+        while not stopping.is_set():
+            try:
+                paths = waiting.get_nowait()
+            except queue.Empty:
+                return
             print(f"started: {' '.join(paths)}", flush=True)
             with tempfile.TemporaryFile() as said:
                 command = [sys.executable, "-m", "pytest", *paths]
