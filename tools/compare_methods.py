@@ -33,6 +33,7 @@ from compare.schedule import Run, best_point, edges, rounds
 from compare.sizes import match_rank
 
 from titan_hd.config import manager
+from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
 from titan_hd.files import replace_file, user_path
 from titan_hd.preflight import decoder_config, plan_run
@@ -87,6 +88,24 @@ def main() -> None:
     raise SystemExit(status)
 
 
+def metric_of(rank_by: str | None, config: JobConfig) -> str:
+    """The metric that ranks the runs.
+
+    Raises:
+        UserError: runs of this configuration do not log it. The name of a validation set is looked at when a run has
+            ended.
+    """
+    if rank_by is None:
+        return "validation_loss" if config.validation.enable else "loss"
+    kinds = ["loss"]
+    if config.validation.enable:
+        kinds += ["validation_loss"] + ["validation_exact_match"] * (config.validation.exact_match_samples > 0)
+    if rank_by.partition("/")[0] not in kinds:
+        known = f"{', '.join(kinds)} (or that of a named set, .../NAME)"
+        raise UserError(f"--rank-by: must be one of {known}, not {rank_by!r}")
+    return rank_by
+
+
 class Comparison:
     """All runs of one comparison.
 
@@ -103,7 +122,7 @@ class Comparison:
         if config.model.flavor:
             raise UserError("model.flavor: random weights are no base to compare changes of; give hf_assets_path")
         self.argv, self.first_seed = argv, config.training.seed
-        self.metric = args.rank_by or ("validation_loss" if config.validation.enable else "loss")
+        self.metric = metric_of(args.rank_by, config)
         self.sign = -1 if "exact_match" in self.metric else 1  # a score is for less to be better
         self.workers = args.workers or int(os.environ.get("NGPU") or torch.cuda.device_count() or 2)
         self.parallel = args.parallel or max(1, torch.cuda.device_count() // self.workers)

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,9 +24,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from titan_hd.components.generation import GREEDY, Sampling
 from titan_hd.errors import UserError
-from titan_hd.evaluation.backends import Backend
+from titan_hd.evaluation.backends import Backend, Request
 
 _PATIENCE = datetime.timedelta(days=30)  # a worker that fails is noticed by the launcher, which then ends the others
 
@@ -175,7 +174,7 @@ class ShardedWorkers(Workers):
             return
         while (call := self._next_call()) is not None:
             max_new_tokens, beams = call
-            backend.generate([], (), max_new_tokens, beams, lambda row: False)
+            backend.generate([], Request((), max_new_tokens, beams))
         yield None
 
     def _call(self, call: tuple[int, int] | None) -> None:
@@ -193,18 +192,10 @@ class _Leading:
     def __init__(self, backend: Backend, call: Callable[[tuple[int, int]], None]):
         self._backend, self._call = backend, call
 
-    def generate(
-        self,
-        prompts: list[list[int]],
-        stop_ids: Collection[int],
-        max_new_tokens: int,
-        beams: int,
-        ended: Callable[[list[int]], bool],
-        sampling: Sampling = GREEDY,
-        keys: Sequence[str] = (),
-    ) -> list[list[int]]:
-        self._call((max_new_tokens, beams))
-        return self._backend.generate(prompts, stop_ids, max_new_tokens, beams, ended, sampling, keys)
+    def generate(self, prompts: list[list[int]], request: Request) -> list[list[int]]:
+        """As `Backend.generate`."""
+        self._call((request.max_new_tokens, request.beams))
+        return self._backend.generate(prompts, request)
 
 
 def join(device: torch.device, sharded: bool) -> Workers:

@@ -190,6 +190,7 @@ class HDPissa(FoldingMethod):
 
     @classmethod
     def config_errors(cls, config: JobConfig) -> list[str]:
+        """Keys of [hdpissa] and [adapter] that make no sense together, a line each."""
         h = config.hdpissa
         faults = {
             'adapter.svd: randomized finds the leading directions, slices = "minor" wants the last; use exact': (

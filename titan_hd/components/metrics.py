@@ -126,6 +126,7 @@ class MetricsLogger(NoMetrics):
         return self._wandb.run_id if self._wandb else None
 
     def log(self, step: int, values: dict[str, float]) -> None:
+        """Write a record of `step` everywhere; a place that fails is given up with a warning, the training goes on."""
         self._unwritten += json.dumps({"step": step, **values}).encode() + b"\n"
         self._write()
         if self._wandb:
@@ -158,6 +159,7 @@ class MetricsLogger(NoMetrics):
             self._bar.update()
 
     def close(self) -> None:
+        """Write what the disk has not taken yet, and end every place; what is lost is said."""
         self._write()
         if self._unwritten:
             lost = self._unwritten.count(b"\n")

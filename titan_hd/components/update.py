@@ -266,6 +266,7 @@ class FoldUpdate(Update):
         return {**super().state(changed_only), **factors, **residuals}
 
     def start(self, total_steps: int) -> None:
+        """As `Update.start`: binds the adapters, plans the exchange, and sends the fixed factors that are cached."""
         c, h = self.config, self.config.hdpissa
         self.registry.start()
         compute = getattr(torch, c.training.mixed_precision_param)

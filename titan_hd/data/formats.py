@@ -152,6 +152,7 @@ class TokensFormat(Format):
         self._vocab_size = vocab_size
 
     def encode(self, record: Record) -> Example:
+        """input_ids and labels as they are. UserError: they are no whole numbers of the vocabulary, or not as many."""
         ids, labels = _whole_numbers(record, "input_ids"), _whole_numbers(record, "labels")
         size = self._vocab_size
         if len(ids) != len(labels):
@@ -368,6 +369,7 @@ class TextFormat(Format):
         return config.text_field if config.text_field in record else None
 
     def encode(self, record: Record) -> Example:
+        """The whole text, all of it trained. UserError: there is none."""
         field, tokenizer = self.config.text_field, self.tokenizer
         text = text_of(record, field)
         if not text.strip():

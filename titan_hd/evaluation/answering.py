@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from titan_hd.components.generation import GREEDY, Sampling
 from titan_hd.data.text.tokenizer_base import Tokenizer
 from titan_hd.errors import UserError
-from titan_hd.evaluation.backends import Backend
+from titan_hd.evaluation.backends import Backend, Request
 from titan_hd.evaluation.prompts import Prompt
 from titan_hd.evaluation.samples import SAMPLES_FILE, line, scored
 from titan_hd.files import read_json_object, replace_file
@@ -173,8 +173,8 @@ def answer(
     def generate(batch: Sequence[Prompt], asked: Sequence[Prompt]) -> list[list[int]]:
         task, limit = batch[0].task, max_new_tokens or batch[0].task.max_new_tokens
         beams = task.beams if sampling == GREEDY else 1
-        ids, keys = [prompt.ids for prompt in asked], [prompt.key for prompt in asked]
-        return backend.generate(ids, batch[0].stop_ids, limit, beams, ended, sampling, keys)
+        request = Request(batch[0].stop_ids, limit, beams, ended, sampling, [prompt.key for prompt in asked])
+        return backend.generate([prompt.ids for prompt in asked], request)
 
     def ask(number: int) -> tuple[str, int]:
         """The lines of a batch, and the number of its tokens."""

@@ -4,6 +4,7 @@ module)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,27 +17,30 @@ from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
 
 
+@dataclass(frozen=True)
+class Request:
+    """How prompts are to be answered.
+
+    stop_ids: tokens that end an answer.
+    beams: width of the beam search; 1: greedy, or by `sampling`.
+    ended: whether the new tokens of a row so far hold a text that ends it. Only what saves time asks: the caller cuts
+        off what stands behind such a text.
+    keys: what the sampled tokens of each prompt depend on, with the seed.
+    """
+
+    stop_ids: Collection[int]
+    max_new_tokens: int
+    beams: int = 1
+    ended: Callable[[list[int]], bool] = lambda row: False
+    sampling: Sampling = GREEDY
+    keys: Sequence[str] = ()
+
+
 class Backend(Protocol):
     """Answers prompts."""
 
-    def generate(
-        self,
-        prompts: list[list[int]],
-        stop_ids: Collection[int],
-        max_new_tokens: int,
-        beams: int,
-        ended: Callable[[list[int]], bool],
-        sampling: Sampling = GREEDY,
-        keys: Sequence[str] = (),
-    ) -> list[list[int]]:
-        """The new tokens of each prompt, without the stop token.
-
-        stop_ids: tokens that end an answer.
-        beams: width of the beam search; 1: greedy, or by `sampling`.
-        ended: whether the new tokens of a row so far hold a text that ends it. Only what saves time asks: the caller
-            cuts off what stands behind such a text.
-        keys: what the sampled tokens of each prompt depend on, with the seed.
-        """
+    def generate(self, prompts: list[list[int]], request: Request) -> list[list[int]]:
+        """The new tokens of each prompt, without the stop token."""
         ...
 
 
@@ -50,22 +54,12 @@ class NativeBackend:
     def __init__(self, model: Decoder, device: torch.device, group: Any = None):
         self._model, self._device, self._group = model, device, group
 
-    def generate(
-        self,
-        prompts: list[list[int]],
-        stop_ids: Collection[int],
-        max_new_tokens: int,
-        beams: int,
-        ended: Callable[[list[int]], bool],
-        sampling: Sampling = GREEDY,
-        keys: Sequence[str] = (),
-    ) -> list[list[int]]:
-        model, device, group = self._model, self._device, self._group
-        if beams > 1:
-            return beam_search(model, prompts, stop_ids, max_new_tokens, device, beams, group)
-        return generate(
-            model, prompts, stop_ids, max_new_tokens, device, sampling, group=group, keys=keys or None, ended=ended
-        )
+    def generate(self, prompts: list[list[int]], request: Request) -> list[list[int]]:
+        """As `Backend.generate`; with a group, collective."""
+        how = (self._model, prompts, request.stop_ids, request.max_new_tokens, self._device)
+        if request.beams > 1:
+            return beam_search(*how, request.beams, self._group)
+        return generate(*how, request.sampling, group=self._group, keys=request.keys or None, ended=request.ended)
 
 
 class TransformersBackend:
@@ -97,16 +91,8 @@ class TransformersBackend:
         self._model, self._device, self._pad_id = model.to(device).eval(), device, pad_id
 
     @torch.no_grad()
-    def generate(
-        self,
-        prompts: list[list[int]],
-        stop_ids: Collection[int],
-        max_new_tokens: int,
-        beams: int,
-        ended: Callable[[list[int]], bool],
-        sampling: Sampling = GREEDY,
-        keys: Sequence[str] = (),
-    ) -> list[list[int]]:
+    def generate(self, prompts: list[list[int]], request: Request) -> list[list[int]]:
+        """As `Backend.generate`."""
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), self._pad_id)
         mask = torch.zeros_like(ids)
@@ -116,21 +102,25 @@ class TransformersBackend:
         out = self._model.generate(
             ids.to(self._device),
             attention_mask=mask.to(self._device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=request.max_new_tokens,
             do_sample=False,
-            num_beams=beams,
+            num_beams=request.beams,
             temperature=None,
             top_p=None,
             top_k=None,
-            eos_token_id=sorted(stop_ids),
+            eos_token_id=sorted(request.stop_ids),
             pad_token_id=self._pad_id,
             # Stop texts end rows of a batch, but not beams, which would then compete otherwise than in our search.
-            stopping_criteria=[_ends_by_text(ended, width)] if beams == 1 else None,
-            logits_processor=[_draws(sampling, keys, width)] if sampling != GREEDY else None,
+            stopping_criteria=[_ends_by_text(request.ended, width)] if request.beams == 1 else None,
+            logits_processor=[_draws(request.sampling, request.keys, width)] if request.sampling != GREEDY else None,
         )
-        rows = out[:, width:].tolist()
-        ends = [next((place for place, token in enumerate(row) if token in stop_ids), len(row)) for row in rows]
-        return [row[:end] for row, end in zip(rows, ends)]
+        return without_stops(out[:, width:].tolist(), request.stop_ids)
+
+
+def without_stops(rows: list[list[int]], stop_ids: Collection[int]) -> list[list[int]]:
+    """The rows up to their first stop token, without it."""
+    ends = [next((place for place, token in enumerate(row) if token in stop_ids), len(row)) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends)]
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:

@@ -18,7 +18,7 @@ from titan_hd.data.text.templates import load_template
 from titan_hd.data.text.tokenizer_base import Tokenizer
 from titan_hd.errors import UserError
 from titan_hd.evaluation.answering import Progress, resume
-from titan_hd.evaluation.backends import Backend
+from titan_hd.evaluation.backends import Backend, Request
 
 NAME = "mt_bench"
 FILES = ("mt_bench/question.jsonl", "question.jsonl")
@@ -109,7 +109,7 @@ class _Conversations:
             for n in asked:
                 chats[n].append({"role": "user", "content": questions[n].turns[turn]})
             prompts = [self._ids(chats[n]) for n in asked]
-            rows = self._backend.generate(prompts, self._stop_ids, self._max_new_tokens, 1, lambda row: False)
+            rows = self._backend.generate(prompts, Request(self._stop_ids, self._max_new_tokens))
             self.tokens += sum(map(len, rows))
             for n, row in zip(asked, rows):
                 chats[n].append({"role": "assistant", "content": self._tokenizer.decode(row).strip()})

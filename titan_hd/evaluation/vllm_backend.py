@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from titan_hd.components.generation import GREEDY, Sampling
 from titan_hd.errors import UserError
+from titan_hd.evaluation.backends import Request, without_stops
 from titan_hd.seeding import stable_seed
 
 
@@ -45,38 +45,31 @@ class VllmBackend:
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{directory}: vllm cannot load it: {' '.join(str(error).split())}") from None
 
-    def generate(
-        self,
-        prompts: list[list[int]],
-        stop_ids: Collection[int],
-        max_new_tokens: int,
-        beams: int,
-        ended: Callable[[list[int]], bool],
-        sampling: Sampling = GREEDY,
-        keys: Sequence[str] = (),
-    ) -> list[list[int]]:
+    def generate(self, prompts: list[list[int]], request: Request) -> list[list[int]]:
+        """As `Backend.generate`; stop texts are the engine's own."""
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-        if beams > 1:
+        if request.beams > 1:
             from vllm.sampling_params import BeamSearchParams
 
-            found = self._engine.beam_search(inputs, BeamSearchParams(beam_width=beams, max_tokens=max_new_tokens))
+            params = BeamSearchParams(beam_width=request.beams, max_tokens=request.max_new_tokens)
+            found = self._engine.beam_search(inputs, params)
             rows = [list(output.sequences[0].tokens) for output in found]
             rows = [row[len(prompt) :] if row[: len(prompt)] == prompt else row for row, prompt in zip(rows, prompts)]
         else:
-            params = [self._params(stop_ids, max_new_tokens, sampling, key) for key in keys or [""] * len(prompts)]
-            found = self._engine.generate(inputs, params, use_tqdm=False)
+            drawn_by = request.keys or [""] * len(prompts)
+            found = self._engine.generate(inputs, [self._params(request, key) for key in drawn_by], use_tqdm=False)
             rows = [list(output.outputs[0].token_ids) for output in found]
-        ends = [next((place for place, token in enumerate(row) if token in stop_ids), len(row)) for row in rows]
-        return [row[:end] for row, end in zip(rows, ends)]
+        return without_stops(rows, request.stop_ids)
 
-    def _params(self, stop_ids: Collection[int], max_new_tokens: int, sampling: Sampling, key: str):
+    def _params(self, request: Request, key: str):
+        sampling = request.sampling
         return self._vllm.SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k or -1,
             seed=stable_seed("generate", sampling.seed, key) % 2**63 if sampling.temperature else None,
-            max_tokens=max_new_tokens,
-            stop_token_ids=sorted(stop_ids),
+            max_tokens=request.max_new_tokens,
+            stop_token_ids=sorted(request.stop_ids),
             stop=self._stop or None,
             skip_special_tokens=False,
         )

@@ -59,6 +59,7 @@ class _LossOfHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, labels, cross_entropy_sum, differentiate):
+        """Chunk by chunk; dh and dW are made here, so that no logits are kept."""
         total = torch.zeros((), dtype=torch.float32, device=h.device)
         dh = torch.empty_like(h) if differentiate else None
         # Summed over chunks in fp32, whatever the head is computed in.

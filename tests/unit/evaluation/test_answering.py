@@ -12,7 +12,7 @@ from tests.kit.decoders import VARIANTS, random_decoder
 from titan_hd.components.generation import generate
 from titan_hd.errors import UserError
 from titan_hd.evaluation.answering import agree_on_settings, answer
-from titan_hd.evaluation.backends import NativeBackend
+from titan_hd.evaluation.backends import NativeBackend, Request
 from titan_hd.evaluation.prompts import Prompt, batches, fingerprint
 from titan_hd.evaluation.task import Problem
 from titan_hd.evaluation.tasks import TASKS
@@ -32,11 +32,11 @@ class Echo:
         self.asked: list[list[str]] = []
         self._killed_at = killed_at
 
-    def generate(self, prompts, stop_ids, max_new_tokens, beams, ended, *_):
+    def generate(self, prompts, request):
         if len(self.asked) == self._killed_at:
             raise KeyboardInterrupt
         self.asked.append(["".join(map(chr, prompt)) for prompt in prompts])
-        return [prompt[:max_new_tokens] for prompt in prompts]
+        return [prompt[: request.max_new_tokens] for prompt in prompts]
 
 
 def prompts(task: str = "gsm8k", count: int = 7) -> list[Prompt]:
@@ -140,7 +140,7 @@ def test_the_decoder_stops_when_every_row_has_its_text(monkeypatch):
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))
     backend = NativeBackend(model, torch.device("cpu"))
-    rows = backend.generate(asked, (), 24, 1, lambda row: row[-1] in ends)
+    rows = backend.generate(asked, Request((), 24, ended=lambda row: row[-1] in ends))
     expected = [row[: next(i for i, token in enumerate(row) if token in ends) + 1] for row in free]
     assert rows == expected
     assert len(passes) == max(map(len, expected)) < 24

@@ -21,13 +21,13 @@ class Counting:
     def __init__(self, tokenizer):
         self._tokenizer, self.asked, self.stops = tokenizer, [], set()
 
-    def generate(self, prompts, stop_ids, max_new_tokens, beams, ended):
+    def generate(self, prompts, request):
         rows = []
         for prompt in prompts:
             rows.append(self._tokenizer.encode(f" {len(self.asked)}"))
             self.asked.append(prompt)
-        self.stops |= set(stop_ids)
-        assert (max_new_tokens, beams) == (9, 1)
+        self.stops |= set(request.stop_ids)
+        assert (request.max_new_tokens, request.beams) == (9, 1)
         return rows
 
 

@@ -12,6 +12,7 @@ import torch
 
 from titan_hd.components.generation import Sampling
 from titan_hd.errors import UserError
+from titan_hd.evaluation.backends import Request
 from titan_hd.evaluation.vllm_backend import VllmBackend
 
 
@@ -58,10 +59,6 @@ def directory(tmp_path: Path, name: str = "model") -> Path:
     return tmp_path / name
 
 
-def never(row: list[int]) -> bool:
-    raise AssertionError("vllm knows the stop texts itself")
-
-
 def test_greedy_and_beams(vllm: StandIn, tmp_path: Path):
     backend = VllmBackend(directory(tmp_path), torch.bfloat16, 4, ["###"])
     ((model, settings),) = vllm.made
@@ -71,14 +68,14 @@ def test_greedy_and_beams(vllm: StandIn, tmp_path: Path):
         4,
         "vllm",
     )
-    assert backend.generate([[1, 10], [20]], {13}, 9, 1, never) == [[11, 12], [21, 22, 23, 24, 25]]
+    assert backend.generate([[1, 10], [20]], Request({13}, 9)) == [[11, 12], [21, 22, 23, 24, 25]]
     (params,) = vllm.asked
     assert len(params) == 2
     assert params[0] == {
         "temperature": 0.0, "top_p": 1.0, "top_k": -1, "seed": None, "max_tokens": 9, "stop_token_ids": [13],
         "stop": ["###"], "skip_special_tokens": False,
     }  # fmt: skip
-    assert backend.generate([[1, 10], [20]], {9}, 32, 4, never) == [[7, 8]] * 2
+    assert backend.generate([[1, 10], [20]], Request({9}, 32, 4)) == [[7, 8]] * 2
     assert vllm.asked[-1] == {"beam_width": 4, "max_tokens": 32}
 
 
@@ -87,7 +84,7 @@ def test_each_sample_has_its_own_seed(vllm: StandIn, tmp_path: Path):
     assert vllm.made[0][1]["dtype"] == "auto"
     keys = ["gsm8k/0/0", "gsm8k/0/1"]
     for order in (keys, keys[::-1]):
-        backend.generate([[1]] * 2, (), 3, 1, never, Sampling(0.7, 5, 0.9, 3), order)
+        backend.generate([[1]] * 2, Request((), 3, sampling=Sampling(0.7, 5, 0.9, 3), keys=order))
     first, second = (
         {key: params["seed"] for key, params in zip(order, asked)}
         for order, asked in zip((keys, keys[::-1]), vllm.asked)
@@ -117,6 +114,6 @@ def test_vllm_itself(shared_data: Path):
 
     folder, device = shared_data / "stories260k-hf", torch.device("cuda")
     model, _ = load_pretrained(folder, "", torch.float32, device)
-    asked = ([[1], [1, 403, 407]], [2], 24, 1, lambda row: False)
+    asked = ([[1], [1, 403, 407]], Request([2], 24))
     theirs = VllmBackend(folder, torch.float32, 1, []).generate(*asked)
     assert theirs == NativeBackend(model, device).generate(*asked)

@@ -14,6 +14,7 @@ from evaluation_workers import ShardedWorkers, Workers
 
 from titan_hd.errors import UserError
 from titan_hd.evaluation.answering import answer
+from titan_hd.evaluation.backends import Request
 from titan_hd.evaluation.prompts import Prompt, batches, several
 from titan_hd.evaluation.task import Problem
 from titan_hd.evaluation.tasks import TASKS
@@ -32,11 +33,11 @@ class Echo:
         self.settings: list[tuple[int, int]] = []
         self._fails_at = fails_at
 
-    def generate(self, prompts, stop_ids, max_new_tokens, beams, ended, *_):
+    def generate(self, prompts, request):
         if len(self.asked) == self._fails_at:
             raise KeyboardInterrupt
         self.asked.append(len(prompts))
-        self.settings.append((max_new_tokens, beams))
+        self.settings.append((request.max_new_tokens, request.beams))
         time.sleep(0.01 if any(len(prompt) > 20 for prompt in prompts) else 0)
         return prompts
 
@@ -137,7 +138,7 @@ def test_rank_zero_leads_where_answers_depend_on_answers(kind: type[Workers]):
         with kind(store, rank, 3).led(backends[rank]) as leading:
             if leading is None:
                 return None
-            return [leading.generate([[n]], (), 7, 1, lambda row: False) for n in range(3)]
+            return [leading.generate([[n]], Request((), 7)) for n in range(3)]
 
     assert together(3, work) == [[[[0]], [[1]], [[2]]], None, None]
     others = [0, 0, 0] if kind is ShardedWorkers else []

@@ -95,6 +95,7 @@ _DONE, _FAULT = "+", "-"  # how an answer begins
 
 
 def main() -> None:
+    """Render what the socket of the first argument asks for, within the limits of the others, until it is closed."""
     for number in (signal.SIGINT, signal.SIGHUP):  # Ctrl-C, and the terminal's end, reach the whole process group;
         signal.signal(number, signal.SIG_IGN)  # the trainer answers them
     connection = Connection(int(sys.argv[1]))

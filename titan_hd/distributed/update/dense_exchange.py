@@ -38,6 +38,7 @@ class DenseExchange(Exchange):
         self._shard_group, self._replica_group = (dims.world.get_group(name) for name in ("dp_shard", "dp_replicate"))
 
     def travel(self, names: Sequence[str], local: Sequence[HostedFactors]) -> Generator[None, None, list[RowsUpdate]]:
+        """This worker's rows of the summed update of a bucket's one weight; yields while a sum is under way."""
         left, right = _stacked_update(*local)
         right.mul_(self._share)
         chunk = chunk_rows(left.shape[0], self._shards)
