@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 
 from tests.kit import runs
 from tests.kit.commands import CPU_ONLY, REPOSITORY, call_tool
+from tests.kit.forked import run_forked
 from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.errors import UserError
 from tools import evaluate, generate
@@ -62,15 +63,7 @@ def trained(workers, tmp_path_factory) -> Path:
 
 
 def run(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / "tools" / "generate.py"), *map(str, arguments)],
-        env=CPU_ONLY,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return run_forked("tools/generate.py", *arguments, stdin=stdin)
 
 
 @pytest.fixture
