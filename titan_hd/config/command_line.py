@@ -24,10 +24,12 @@ class ToolParser(argparse.ArgumentParser):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(description=description, **settings)
 
+    # pyrefly: ignore[bad-override]: an overload for each kind of namespace would say no more
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args
         return super().parse_known_args(list(_with_dashes(words)), namespace)
 
+    # pyrefly: ignore[bad-override]
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:

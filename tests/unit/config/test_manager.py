@@ -237,7 +237,7 @@ class TestRefusals:
         [
             ("training.lr", "optimizer.lr"),
             ("lr", "optimizer.lr"),
-            ("chekpoint.folder", "checkpoint.folder"),
+            ("chkpoint.folder", "checkpoint.folder"),
             ("validation.enabled", "validation.enable"),
             ("hlep", "help"),
             ("steps", "training.steps or validation.steps"),

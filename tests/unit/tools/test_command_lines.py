@@ -59,7 +59,7 @@ def test_dashes_and_underscores_are_alike(module: str, monkeypatch):
         for option, action in options.items():
             if "-" not in option[2:]:
                 continue
-            words = [] if action.nargs == 0 else [str(next(iter(action.choices or [1])))]
+            words = [] if action.nargs == 0 else [str([*(action.choices or [3])][-1])]
             words *= action.nargs if isinstance(action.nargs, int) else 1
             found = [parser.parse_args([name, *words]) for name in (option, "--" + option[2:].replace("-", "_"))]
             assert vars(found[0]) == vars(found[1])
