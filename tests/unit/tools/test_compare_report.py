@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 
 import pytest
+from charts.drawing import running_mean, style_of
 from compare import figures, report, tables
-from compare.drawing import style_of
-from compare.figures import mean_curve, running_mean
+from compare.figures import mean_curve
 from compare.outcome import Curve, Outcome, read_outcome
 
 from tests.kit.comparison_files import RATES, write_comparison, write_csv
@@ -360,7 +360,7 @@ def test_a_key_of_some_arms_and_no_key_at_all(tmp_path):
 def test_without_matplotlib_there_are_tables(tmp_path, monkeypatch: pytest.MonkeyPatch, caplog):
     write_comparison(tmp_path, arms=2, seeds=1, steps=6)
     (tmp_path / "losses.csv").unlink()
-    monkeypatch.setattr(figures, "matplotlib_is_there", lambda: False)
+    monkeypatch.setattr(report, "matplotlib_is_there", lambda: False)
     report.write(tmp_path)
     assert "no figures: matplotlib is missing" in caplog.text
     assert not list(tmp_path.glob("*.png"))
