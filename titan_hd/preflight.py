@@ -106,6 +106,7 @@ def plan_run(
         attempt(check_data, config.data)
     if config.export.enable and needs_files:
         attempt(_check_export, config)
+    warnings += _period_warnings(config, method_of(config))
     errors += allow_mismatch_errors(config.checkpoint.allow_mismatch)
     method = build_method(config, method_of(config).adapters_for(config, workers))
     if decoder and needs_files:
@@ -228,6 +229,20 @@ def _package_errors(config: JobConfig) -> list[str]:
         f"{key}: needs the package {package}: pip install {package}"
         for key, (package, enabled) in keys.items()
         if enabled and find_spec(package) is None
+    ]
+
+
+def _period_warnings(config: JobConfig, method: type[Method]) -> list[str]:
+    """What happens between two folds of `hdpissa.local_steps`, when W is behind what has been learned."""
+    c, every = config, config.hdpissa.local_steps
+    periods = {"validation.freq": (c.validation.enable, c.validation.freq)}
+    periods["checkpoint.interval"] = (c.checkpoint.enable, c.checkpoint.interval)
+    between = [key for key, (enabled, period) in periods.items() if enabled and period % every]
+    if not method.folds or not between:
+        return []
+    return [
+        f"{', '.join(between)}: no multiple of hdpissa.local_steps = {every}: between two folds W is that of the last, "
+        "for validation and for who exports a checkpoint (a resumed run goes on from all of it)"
     ]
 
 

@@ -26,6 +26,14 @@ all-tp                   4        2  1  ... tensor parallelism x FSDP, the dense
 all-tp-groups, all-cube  4, 8     1, 2  ... more of it (slow)
 all-int8                 2        4  1  ... updates, not gradients, in int8 (slow)
 all-compiled             2        2  2  ... torch.compile (slow)
+local                    2        2  1  L = 2: the second step sees dA and dB, the fourth ends a period
+local-one                1        4  1  ... L = 4 on one worker, four hosted adapters; weight decay; sum; alpha
+local-four               4        4  1  ... L = 3: the run's end cuts a period short; accumulation; dense route
+local-groups             4        2  1  ... an adapter that two workers share; selective checkpointing
+local-hsdp               4        4  1  ... over replicas; slices anew; all recomputed; moments and shards on the host
+local-int8               2        4  1  ... what int8 leaves stays in the forward pass
+local-compiled           2        2  2  ... torch.compile
+local-tp                 4        2  1  ... tensor parallelism x FSDP, uneven shards of tp-local matrices
 int8                     2        4  1  dA and dB in int8, with what it leaves; two adapters on each worker
 int8-refresh             1        2  2  ... on one worker, where nothing travels; other directions leave nothing
 int8-hsdp                4        2  2  ... over replicas, shared by two workers
@@ -62,6 +70,7 @@ TP = {
 ALL = {"hdpissa__samples": "all"}
 REFRESH = {"hdpissa__refresh_steps": 2, "hdpissa__aggregate": "sum"}
 INT8 = {"hdpissa__exchange_dtype": "int8"}
+LOCAL = {"hdpissa__local_steps": 2}
 
 CASES = {
     "one": (1, 1, {"adapter__rank": 2}),
@@ -121,6 +130,39 @@ CASES = {
     "all-tp-groups": (4, 1, {**ALL, **TP, "adapter__rank": 2}),
     "all-int8": (2, 4, {**ALL, **INT8}),
     "all-compiled": (2, 2, {**ALL, "compile__enable": "true", "adapter__rank": 2}),
+    "local": (2, 2, LOCAL),
+    "local-one": (
+        1,
+        4,
+        {
+            "hdpissa__local_steps": 4,
+            "hdpissa__aggregate": "sum",
+            "adapter__alpha": 0.5,
+            "optimizer__eps": 1e-3,
+            "optimizer__weight_decay": 0.3,
+        },
+    ),
+    "local-four": (
+        4,
+        4,
+        {"hdpissa__local_steps": 3, "training__global_batch_size": 12, "hdpissa__exchange": "dense"},
+    ),
+    "local-groups": (4, 2, {**LOCAL, "activation_checkpoint__mode": "selective"}),
+    "local-hsdp": (
+        4,
+        4,
+        {
+            **LOCAL,
+            "hdpissa__refresh_steps": 2,
+            "parallelism__data_parallel_replicate_degree": 2,
+            "activation_checkpoint__mode": "full",
+            "hdpissa__offload_moments": "true",
+            "training__enable_cpu_offload": "true",
+        },
+    ),
+    "local-int8": (2, 4, {**LOCAL, **INT8}),
+    "local-compiled": (2, 2, {**LOCAL, "compile__enable": "true", "adapter__rank": 2}),
+    "local-tp": (4, 2, {**TP, **LOCAL}),
     "int8": (2, 4, {**INT8}),
     "int8-refresh": (1, 2, {**INT8, **REFRESH, "adapter__rank": 2, "model": {"seed": 9}}),
     "int8-hsdp": (4, 2, {**INT8, "adapter__rank": 2, "parallelism__data_parallel_replicate_degree": 2}),
@@ -192,6 +234,7 @@ def test_weights_equal_the_oracle(case, request, tmp_path):
         factor_scale=overrides.get("hdpissa__factor_scale", "root"),
         samples=overrides.get("hdpissa__samples", "own"),
         refresh_steps=overrides.get("hdpissa__refresh_steps", 0),
+        local_steps=overrides.get("hdpissa__local_steps", 1),
         exchange_dtype=overrides.get("hdpissa__exchange_dtype", "float32"),
         alpha=overrides.get("adapter__alpha"),
         weight_decay=overrides.get("optimizer__weight_decay", 0.0),

@@ -31,6 +31,7 @@ _AT_LEAST = {
     "adapter.svd_niter": 0,
     "hdpissa.num_adapters": 0,
     "hdpissa.refresh_steps": 0,
+    "hdpissa.local_steps": 1,
     "hdpissa.mute_scalar": 0,
     "hdpissa.factor_cache_gb": 0,
     "hdpissa.exchange_in_flight": 1,

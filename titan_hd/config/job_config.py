@@ -277,6 +277,11 @@ class HDPissa:
     """T: every T steps the slices are taken from the weights as they are then, and the optimizer's moments begin anew.
     Costs the start's decompositions each time (refresh_seconds in the metrics). 0: the slices of the start stay, as in
     the paper."""
+    local_steps: int = 1
+    """L: dA and dB stay in the forward pass for L optimizer steps before they are exchanged and folded into the
+    weights, so that 1/L of the bytes travel. In between each adapter learns at the weights with its own dA and dB;
+    validation and the weights of a checkpoint are those of the last fold (docs/methods.md). The last step of a run
+    folds too. 1: every step folds, as in the paper."""
     mute_scalar: float = 0.0
     """0: exact mute (the limit, no extra forward work). Otherwise the paper's scalar g in Y = X(W + g A B)."""
     exchange: Literal["auto", "factors", "dense"] = "auto"
