@@ -46,7 +46,7 @@ class _LocalModel(torch.autograd.Function):
     def backward(ctx, *gys):
         """gys: dLoss/dy [..., out] of each layer. dx is one sum over the layers; da and db come in fp32."""
         x, low, *flat = ctx.saved_tensors
-        layers, gys = by_layer(flat, Operands, len(Operands._fields)), [gy.flatten(0, -2) for gy in gys]
+        layers, gys = by_layer(tuple(flat), Operands, len(Operands._fields)), [gy.flatten(0, -2) for gy in gys]
         g_low = joined([(gy @ _left(layer, gy.dtype)).unflatten(1, (2, -1)) for gy, layer in zip(gys, layers)], 2)
         dx = dx_adapter = None
         if ctx.needs_input_grad[0]:  # the first block's input needs no gradient: the embedding is frozen
