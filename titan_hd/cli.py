@@ -99,11 +99,8 @@ def help_text() -> str:
         if place == _MAIN:
             lines.append("")
         lines.append(f"  {name:<20}{command.help}")
-    lines += [
-        "",
-        "NGPU=n is the number of workers of train, plan and evaluate. --config takes a file, or the name of a",
-    ]
-    lines += [f"recipe in {RECIPES}."]
+    lines += ["", "NGPU=n is the number of workers of train, plan and evaluate. --config takes a file, or the name of"]
+    lines += [f"one in {RECIPES}."]
     return "\n".join(lines)
 
 
