@@ -116,12 +116,13 @@ def test_a_run_that_fails_leaves_its_folder_to_the_next(tiny: dict[str, Any], tm
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"input_ids": [1, 2, 3], "labels": [1]}\n')
     before = surroundings()
-    with pytest.raises(titan_hd.UserError, match=r"bad\.jsonl"):
+    with pytest.raises(titan_hd.UserError, match=r"bad\.jsonl") as told:
         titan_hd.train(None, tiny | {"data.train": bad}, training__steps=1)
     with pytest.raises(KeyboardInterrupt), titan_hd.open_trainer(None, tiny, training__steps=1):
         raise KeyboardInterrupt
     assert surroundings() == before
     assert titan_hd.train(None, tiny, training__steps=1).steps == 1
+    assert told.traceback, "a notebook keeps it, too, and with it the Trainer that failed"
 
 
 def test_keywords_files_and_recipes_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
