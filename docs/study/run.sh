@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The runs of docs/study.md:  docs/study/run.sh PART [option of tools/compare_methods.py ...]
-# Parts: quickstart, adapters, rank, mute, aggregate, batch, smollm2. Each can be killed, and goes on when it is started
-# again. Results are in outputs/study/PART; those of the study itself are in docs/study/PART.
+# Parts: quickstart, clipped, adapters, rank, mute, aggregate, batch, family, smollm2. Each can be killed, and goes on when
+# it is started again. Results are in outputs/study/PART; those of the study itself are in docs/study/PART.
 set -euo pipefail
 cd "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../.."
 part=${1:?which part}
@@ -28,6 +28,12 @@ quickstart) # adapter.rank is 8: K * r = 64
   compare "Quick start, every method tuned" "$arms" --grid $rates --match parameters --baseline hdpissa "$@" \
     "${quickstart[@]}"
   ;;
+clipped) # the leading arms with gradient clipping, as the recipes have it
+  arms=hdpissa,hdpissa+num_adapters=1+rank=64,pissa,pissa+rank=64,lora+rslora=true+optimizer.lr=1e-3:1.6e-2:5
+  arms+=,lora+rslora=true+rank=64+optimizer.lr=2e-4:3.2e-3:5,full+optimizer.lr=5e-4:8e-3:5
+  compare "With clipping at 1.0" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}" \
+    --training.max_norm 1.0
+  ;;
 adapters) # the paper's Figure 5: K at a fixed rank
   arms=hdpissa+num_adapters=1,hdpissa+num_adapters=2,hdpissa+num_adapters=4,hdpissa
   compare "K at rank 8" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}"
@@ -52,6 +58,14 @@ batch) # K at K * r = 64, along the global batch: how many records a slice learn
     compare "K * r = 64, $batch records a step" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}" \
       --training.global_batch_size $batch
   done
+  ;;
+family) # beyond the paper, K = 8 r = 8; the last two arms are the ones to beat
+  arms=hdpissa,hdpissa+slices=minor,hdpissa+samples=all,hdpissa+factor_scale=unit,hdpissa+exchange_dtype=int8
+  arms+=,hdpissa+refresh_steps=10,hdpissa+refresh_steps=20,hdpissa+refresh_steps=40
+  arms+=,hdpissa+samples=all+factor_scale=unit,hdpissa+samples=all+refresh_steps=10
+  arms+=,hdpissa+samples=all+factor_scale=unit+refresh_steps=10,hdpissa+samples=all+slices=random
+  arms+=,pissa+rank=64,lora+rslora=true+rank=64+optimizer.lr=2e-4:3.2e-3:5
+  compare "The folding family" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}"
   ;;
 smollm2)
   arms=hdpissa,hdpissa+num_adapters=1+rank=128,pissa,lora+rslora=true+optimizer.lr=1e-4:1.6e-3:3

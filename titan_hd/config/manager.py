@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import json
 import math
 import re
@@ -83,14 +84,25 @@ def from_toml(text: str, where: str) -> JobConfig:
 
 
 def load_or_exit(argv: list[str]) -> JobConfig:
-    """`load`; on `--help` prints it and exits 0, on faults prints one line each and exits 2."""
-    if "--help" in argv or "-h" in argv:
-        print(help_text())
-        raise SystemExit(0)
+    """`load`; on `--help [SECTION ...]` prints it and exits 0, on faults prints one line each and exits 2."""
     try:
+        topics = _help_topics(argv)
+        if topics is not None:
+            print(help_text(topics))
+            raise SystemExit(0)
         return load(argv)
     except ConfigError as error:
         exit_with(error.errors)
+
+
+def _help_topics(argv: list[str]) -> list[str] | None:
+    """What help is asked for: names of sections or keys, none for all of it; None if it is not asked for."""
+    for place, word in enumerate(argv):
+        option, _, topic = word.partition("=")
+        if option in ("--help", "-h"):
+            following = itertools.takewhile(lambda word: not word.startswith("-"), argv[place + 1 :])
+            return [name for name in (topic, *following) if name not in ("", "all")]
+    return None
 
 
 def exit_with(errors: list[str]) -> typing.NoReturn:
@@ -116,7 +128,7 @@ def _parse_argv(argv: list[str], errors: list[str]) -> tuple[str | None, list[tu
         if not equals:
             if i < len(argv) and not argv[i].startswith("--"):
                 value, i = argv[i], i + 1
-            elif key == "config" or not _is_bool(key):
+            elif key == "config" or not _is_bool(key.replace("-", "_")):
                 errors.append(f"--{key}: needs a value")
                 continue
             else:
@@ -126,7 +138,7 @@ def _parse_argv(argv: list[str], errors: list[str]) -> tuple[str | None, list[tu
         elif key == "config":
             path = value
         else:
-            overrides.append((key, value))
+            overrides.append((key.replace("-", "_") if "." in key else key, value))
     return path, overrides
 
 
@@ -187,7 +199,7 @@ def _renamed(values: dict[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
 
 def _flatten(name: str, table: dict, where: str, values: dict, errors: list[str]) -> None:
     if name not in _fields(JobConfig):
-        errors.append(f"{where}: [{name}]: unknown section{_hint(name, _fields(JobConfig))}")
+        errors.append(f"{where}: [{name}]: unknown section{hint(name, _fields(JobConfig))}")
         return
     for key, (value, source) in table.items():
         values[f"{name}.{key}"] = (value, source)
@@ -225,19 +237,31 @@ def _is_bool(key: str) -> bool:
     return cls is not None and _fields(cls).get(name) is bool
 
 
-def _hint(word: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+def every_key() -> list[str]:
+    """All keys, as section.key."""
+    return [f"{section}.{name}" for section, cls in _fields(JobConfig).items() for name in _fields(cls)]
+
+
+def hint(word: str, known: typing.Iterable[str]) -> str:
+    """The known name that is nearest to a mistyped one, as the end of a line; "" if none is near.
+
+    A key that stands in another section counts as near: training.lr, or lr alone, is optimizer.lr.
+    """
+    names, last = list(known), word.rpartition(".")[2].lstrip("-")
+    close = difflib.get_close_matches(word, names, n=1)
+    elsewhere = [name for name in names if "." in name and name.rpartition(".")[2] == last]
+    if elsewhere and not (close and close[0] in elsewhere):
+        close = elsewhere[:3]
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def _build(values: dict[str, tuple[Any, str]], errors: list[str]) -> JobConfig:
     config = JobConfig()
     sections = _fields(JobConfig)
-    every_key = [f"{section}.{name}" for section, cls in sections.items() for name in _fields(cls)]
     for key, (value, where) in values.items():
         section, _, name = key.partition(".")
         if section not in sections or name not in _fields(sections[section]):
-            errors.append(f"{key}: unknown key ({where}){_hint(key, every_key)}")
+            errors.append(f"{key}: unknown key ({where}){hint(key, [*every_key(), 'config', 'help'])}")
             continue
         annotation, from_text = _fields(sections[section])[name], where == "command line"
         if annotation == str | list[DataSource] and (not isinstance(value, str) or (from_text and _is_json(value))):
@@ -280,7 +304,7 @@ def _sources(key: str, value: Any, where: str, errors: list[str]) -> list[DataSo
             errors.append(f"{name}.path: is missing ({where})")
         for field, given in entry.items():
             if field not in _fields(DataSource):
-                errors.append(f"{name}.{field}: unknown key ({where}){_hint(field, _fields(DataSource))}")
+                errors.append(f"{name}.{field}: unknown key ({where}){hint(field, _fields(DataSource))}")
                 continue
             try:
                 given = _coerce(given, _fields(DataSource)[field], False)
@@ -369,21 +393,34 @@ def _field_docs() -> dict[str, dict[str, str]]:
     return docs
 
 
-def help_text() -> str:
-    """Every key with its type, default and documentation."""
+def help_text(topics: typing.Sequence[str] = ()) -> str:
+    """Every key with its type, default and documentation; of topics, which are names of sections or keys, only those.
+
+    Raises:
+        ConfigError: a topic is neither.
+    """
+    sections = _fields(JobConfig)
+    topics = [topic.strip("[]").lstrip("-") for topic in topics]
+    unknown = [topic for topic in topics if topic not in (*sections, *every_key())]
+    if unknown:
+        near = hint(unknown[0], [*sections, *every_key()])
+        listed = ", ".join(sections)
+        raise ConfigError([f"--help: {unknown[0]!r} is neither a section nor a key{near} (sections: {listed})"])
     lines = [
         "usage: ./run_train.sh [--config FILE] [--section.key value ...]",
         "       ./run_train.sh --quickstart [--section.key value ...]",
+        "       ./run_train.sh --help [SECTION or SECTION.KEY ...]",
         "",
     ]
-    for section, cls in _fields(JobConfig).items():
-        lines.append(f"[{section}]")
-        for f in dataclasses.fields(cls):
-            default = json.dumps(getattr(cls(), f.name))
-            lines.append(f"  --{section}.{f.name}  ({f.type}; default {default})")
-            lines.append(f"      {_field_docs()[cls.__name__][f.name]}")
-        lines.append("")
+    for section, cls in sections.items():
+        shown = [f for f in dataclasses.fields(cls) if not topics or {section, f"{section}.{f.name}"} & {*topics}]
+        lines += [f"[{section}]", *(_key_help(section, cls, f) for f in shown), ""] if shown else []
     return "\n".join(lines)
+
+
+def _key_help(section: str, cls: type, field: dataclasses.Field) -> str:
+    default, text = json.dumps(getattr(cls(), field.name)), _field_docs()[cls.__name__][field.name]
+    return f"  --{section}.{field.name}  ({field.type}; default {default})\n      {text}"
 
 
 def to_toml(config: JobConfig) -> str:
