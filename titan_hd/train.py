@@ -96,11 +96,16 @@ class Trainer:
             self.lock = RunLock(folder) if self.dims.rank == 0 else None
             if self.dims.rank == 0:
                 record_environment(folder, self.dims.world_size)
-        self._log_start()
-        self._build_model()
-        self._build_data()
-        self._load_or_resume()
-        self._build_metrics()
+        try:
+            self._log_start()
+            self._build_model()
+            self._build_data()
+            self._load_or_resume()
+            self._build_metrics()
+        except BaseException:  # in a process that goes on, another run may want the folder
+            if self.lock:
+                self.lock.release()
+            raise
 
     # ------------------------------------------------------------------------------------------------------ set-up
 
