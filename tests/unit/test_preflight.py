@@ -302,12 +302,14 @@ class TestWhatWouldBeLostAtTheEnd:
 
     @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
     def test_trackers_without_their_package(self, config, package: str):
-        absent = mock.patch("titan_hd.preflight.find_spec", lambda name: None if name == package else object())
+        absent = mock.patch(
+            "titan_hd.components.trackers.registry.find_spec", lambda name: None if name == package else object()
+        )
         with absent:
             (line,) = errors_of(config(f"--metrics.enable_{package}"), 1)
             assert line == f"metrics.enable_{package}: needs the package {package}: pip install {package}"
             plan_run(config(), 1)
-        with mock.patch("titan_hd.preflight.find_spec", return_value=object()):
+        with mock.patch("titan_hd.components.trackers.registry.find_spec", return_value=object()):
             plan_run(config(f"--metrics.enable_{package}"), 1)
 
 

@@ -50,7 +50,12 @@ UNFOLDED = ("residuals.", "unfolded.")  # first words of the keys of dA and dB, 
 
 
 class Update:
-    """What every update does alike: the optimizer, the gradients' norm, the state of a checkpoint."""
+    """What every update does alike: the optimizer, the gradients' norm, the state of a checkpoint.
+
+    apply_phase: which of `phases.PHASES` `apply` is.
+    """
+
+    apply_phase = "optimizer"
 
     def __init__(self, model: Decoder, method: Method, dims: ParallelDims, config: JobConfig):
         self.model, self.method, self.dims, self.config = model, method, dims, config
@@ -235,6 +240,8 @@ class FoldUpdate(Update):
 
     The optimizer gets the registry's flat tensor alone, and its moments are flat too; a checkpoint has them by layer.
     """
+
+    apply_phase = "exchange"
 
     def __init__(self, model: Decoder, method: FoldingMethod, dims: ParallelDims, config: JobConfig):
         super().__init__(model, method, dims, config)
