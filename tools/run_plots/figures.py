@@ -38,6 +38,9 @@ _FEW_POINTS = 30  # of a curve, which are drawn as points, too
 _SMOOTHED = 100  # records from which on the training loss has a running mean
 
 
+Axis = Literal["log", "linear", "zero"]
+
+
 @dataclass(frozen=True)
 class Line:
     """One curve of a panel. said: what it is, for the legend and under the pointer."""
@@ -50,20 +53,26 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """axis: "log" is for what is read by its ratios, where it spans some; "zero" begins there.
+    """title: what it is of, where the figure's heading does not say so. axis: "log" is for what is read by its ratios,
+    where it spans some; "zero" begins there.
 
     bands: of several runs, those of a family with too many members, in place of lines.
     """
 
     label: str
-    axis: Literal["log", "linear", "zero"]
+    axis: Axis
     lines: list[Line]
     bands: list[tuple[Line, Curve, Curve]]
+    title: str = ""
 
 
 # Figure -> heading, what it shows, and its metrics: name -> (label of its axis, kind of axis).
-_KNOWN: dict[str, tuple[str, str, dict[str, tuple[str, Literal["log", "linear", "zero"]]]]] = {
-    "loss": ("Training loss", "Of the step's global batch, before the step.", {"loss": ("nats per token", "log")}),
+_KNOWN: dict[str, tuple[str, str, dict[str, tuple[str, Axis]]]] = {
+    "loss": (
+        "Training loss",
+        "Of a step's global batch, before the step.",
+        {"loss": ("loss, nats per token", "log")},
+    ),
     "rate": (
         "Learning rate and gradient norm",
         "The norm over all trained parameters and logical adapters, before clipping.",
@@ -92,13 +101,13 @@ _KNOWN: dict[str, tuple[str, str, dict[str, tuple[str, Literal["log", "linear", 
     "memory": (
         "Peak memory",
         "What CUDA's allocator has reserved at most; on a CPU the largest resident set of the process.",
-        {"peak_memory_gib": ("GiB", "zero")},
+        {"peak_memory_gib": ("peak memory, GiB", "zero")},
     ),
 }
 _VALIDATION = "validation_"
 # Base names of validation metrics and of families -> label of the axis and its kind; others are shown by their names.
-_LABELS: dict[str, tuple[str, Literal["log", "linear", "zero"]]] = {
-    "validation_loss": ("nats per token", "log"),
+_LABELS: dict[str, tuple[str, Axis]] = {
+    "validation_loss": ("validation loss, nats per token", "log"),
     "validation_exact_match": ("share of right answers", "zero"),
 }
 
@@ -130,6 +139,15 @@ class _Figures:
 
     def _known(self, name: str) -> Iterator[Picture]:
         title, caption, metrics = _KNOWN[name]
+        if name == "phases" and len(self.runs) == 1:
+            (run,) = self.runs
+            there = {label: run.curves[metric] for metric, (label, _) in metrics.items() if metric in run.curves}
+            lines = [
+                Line(self._arm(label), label, style_of(i), curve) for i, (label, curve) in enumerate(there.items())
+            ]
+            if lines:
+                yield self._draw(name, title, caption, [Panel("share of a step", "zero", lines, [])])
+            return
         panels = [
             Panel(label, axis, self._of_runs(metric), [])
             for metric, (label, axis) in metrics.items()
@@ -170,7 +188,7 @@ class _Figures:
         if len(self.runs) == 1:
             return [Panel(label, axis, self._of_members(base, names), [])]
         if len(names) <= _MOST_PANELS:
-            return [Panel(f"{self._member(base, name)}\n{label}", axis, self._of_runs(name), []) for name in names]
+            return [Panel(label, axis, self._of_runs(name), [], self._member(base, name)) for name in names]
         return [Panel(label, axis, [], [band for run in range(len(self.runs)) if (band := self._band(run, names))])]
 
     def _of_runs(self, metric: str) -> list[Line]:
@@ -183,10 +201,13 @@ class _Figures:
         lines = []
         for place, name in enumerate(names):
             member = self._member(base, name)
-            arm = self.members.setdefault(member, len(self.members))
             style = style_of(place) if len(names) <= 8 else Style(_gradient(place / (len(names) - 1)), "-", "o")
-            lines.append(Line(arm, member, style, run.curves[name]))
+            lines.append(Line(self._arm(member), member, style, run.curves[name]))
         return lines
+
+    def _arm(self, member: str) -> int:
+        """The same for a member of several families: it is shown in all of their figures."""
+        return self.members.setdefault(member, len(self.members))
 
     def _member(self, base: str, name: str) -> str:
         """What a curve of a family is of: the first validation set has no name in its metrics."""
@@ -228,7 +249,7 @@ class _Figures:
             for line, low, high in panel.bands:
                 self._band_of(one, line, low, high)
             for line in self._lines(panel):
-                _curve(picture, one, line, panel.label.splitlines()[-1], smooth=name == "loss")
+                _curve(picture, one, line, panel.label, smooth=name == "loss")
             values = [v for line in self._lines(panel) for _, v in line.curve.finite]
             _set_axes(one, panel, values)
         return picture
@@ -267,6 +288,7 @@ def _set_axes(axes: Axes, panel: Panel, values: Sequence[float]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set(xlabel="step", ylabel=panel.label)
+    axes.set_title(panel.title, fontsize="small")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if panel.axis == "log" and is_wide(values):
         set_log(axes, "y")
