@@ -111,9 +111,7 @@ def _records(file: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, floa
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         notes.append(f"{file}:{bad[0]}{more}: no record of a step; left out")
     if others:
-        notes.append(
-            f"{file}: left out, because they are no numbers: {', '.join(shown(name) for name in sorted(others))}"
-        )
+        notes.append(f"{file}: no numbers, hence left out: {', '.join(map(shown, sorted(others)))}")
 
 
 def _number(value: object) -> float | None:
@@ -155,6 +153,8 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def _shown(value: object) -> str:
+    if value is None:
+        return "not set"
     text = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
     return shown(text) if text else '""'
 
