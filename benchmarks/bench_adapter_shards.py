@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import common
 from titan_hd.adapters.adapter_linear import adapter_layers
 from titan_hd.adapters.lora import LoRA
+from titan_hd.config.command_line import ToolParser
 from titan_hd.distributed.flat import lay_out
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import parallelize
@@ -179,7 +180,7 @@ def work(rank: int, args: argparse.Namespace, folder: str, queue) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ToolParser(__doc__)
     for name, default in {"workers": 2, "layers": 32, "hidden": 64, "rank": 16, "tokens": 16}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--micro-batches", type=int, default=4)

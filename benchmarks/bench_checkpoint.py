@@ -26,13 +26,14 @@ from torch.distributed.tensor import DTensor, Shard
 
 from benchmarks.common import environment, print_header, print_json, print_table
 from titan_hd.checkpoint.checkpointer import Checkpointer
+from titan_hd.config.command_line import ToolParser
 
 _SIDE = 1024
 _STATE = {"step": 0, "base": "full", "identity": {}, "config": ""}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("--megabytes", type=int, default=1024)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--saves", type=int, default=3)

@@ -40,6 +40,7 @@ from titan_hd.adapters.hdpissa import HDPissaLinear, project_together
 from titan_hd.adapters.inject import replace_linears
 from titan_hd.adapters.lora import LoRA
 from titan_hd.adapters.shared_products import let_share
+from titan_hd.config.command_line import ToolParser
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import apply_activation_checkpointing, apply_fsdp
 from titan_hd.models.decoder import Decoder
@@ -146,7 +147,7 @@ def kept_bytes(model: Decoder, forward: Callable[[], torch.Tensor], args: argpar
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("--method", choices=["lora", "hdpissa"], default="hdpissa")
     parser.add_argument("--dtype", default="float32")
     for name, default in [("hidden", 16), ("intermediate", 16), ("head-dim", 4), ("tokens", 8), ("layers", 32)]:

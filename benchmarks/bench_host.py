@@ -32,6 +32,7 @@ from benchmarks import common
 from titan_hd.adapters.hdpissa import HDPissa
 from titan_hd.components.dtypes import resolve_dtypes
 from titan_hd.components.update import build_update
+from titan_hd.config.command_line import ToolParser
 from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import parallelize
@@ -205,7 +206,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=["optimizer", "rounding"], default=["optimizer", "rounding"])
     parser.add_argument("--compile", action="store_true", help="measure the compiled rounding too")
     parser.add_argument("--optimizer", default="AdamW", help="a class of torch.optim")

@@ -35,6 +35,7 @@ from torch import nn
 from benchmarks import common
 from titan_hd.adapters.hdpissa import HDPissaLinear, project_together
 from titan_hd.adapters.shared_products import let_share
+from titan_hd.config.command_line import ToolParser
 from titan_hd.models.decoder import Block
 from titan_hd.models.registry import DecoderConfig, flavor_config
 from titan_hd.models.rope import RotaryEmbedding
@@ -208,7 +209,7 @@ def report(title: str, results: dict[str, dict], expected: dict[str, float]) -> 
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     for name, value in {"in-features": 2048, "out-features": 2048, "rank": 16, "tokens": 2048}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     for name, value in {"hidden": 1024, "intermediate": 2816, "head-dim": 64, "seq-len": 512}.items():

@@ -7,7 +7,6 @@ One worker's loader: a node has one per GPU, each of which feeds its own GPU alo
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import environment, print_header, print_json, print_table
+from titan_hd.config.command_line import ToolParser
 from titan_hd.data.dataset import TokenizedDataset
 from titan_hd.data.loader import GlobalBatches, TrainLoader
 from titan_hd.data.order.packing import pack
@@ -75,7 +75,7 @@ def lognormal(count: int, mean: int, seq_len: int) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("--records", type=int, default=20000)
     parser.add_argument("--mean-length", type=int, default=200)
     parser.add_argument("--seq-len", type=int, default=2048)

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import common
+from titan_hd.config.command_line import ToolParser
 from titan_hd.models.head import IGNORE_INDEX, Targets, logits_or_loss
 
 
@@ -54,7 +55,7 @@ def variants(args: argparse.Namespace, labelled: float, device: torch.device) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--vocabulary", type=int, default=49152)

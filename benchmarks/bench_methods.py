@@ -20,6 +20,7 @@ from torch import nn
 from benchmarks import bench_linear, common
 from titan_hd.adapters.adapter_linear import adapter_layers
 from titan_hd.adapters.methods import build_method
+from titan_hd.config.command_line import ToolParser
 from titan_hd.config.job_config import Adapter, JobConfig
 from titan_hd.models.decoder import Block
 from titan_hd.models.rope import RotaryEmbedding
@@ -77,7 +78,7 @@ def bench(args: argparse.Namespace, device: torch.device) -> dict[str, dict]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     sizes = {"hidden": 512, "intermediate": 1408, "head-dim": 64, "seq-len": 512, "rank": 16, "tokens": 1024}
     for name, value in {**sizes, "threads": 1, "repetitions": 9}.items():
         parser.add_argument(f"--{name}", type=int, default=value)

@@ -33,6 +33,7 @@ import torch
 from torch import nn
 
 from benchmarks import common
+from titan_hd.config.command_line import ToolParser
 
 PEERS = ["peft lora", "transformers full", "authors"]
 OURS = ["lora", "hdpissa", "full"]
@@ -251,7 +252,7 @@ def report(figures: dict[str, dict[str, list[float]]], clock: str) -> dict[str, 
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("--flavor", default="smollm2/135M", help="a family and size with random weights (Llama alone)")
     for name, value in {"tokens": 512, "micro-batches": 4, "rank": 16, "rounds": 3, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=value)

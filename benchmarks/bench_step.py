@@ -39,6 +39,7 @@ import torch.distributed as dist
 from benchmarks import common
 from benchmarks.trained import build_trainer, init_workers
 from titan_hd.adapters.methods import METHODS
+from titan_hd.config.command_line import ToolParser
 from titan_hd.train import Trainer
 
 PHASES = ["data", "forward", "backward", "gradients", "optimizer", "fold", "rest"]
@@ -158,14 +159,14 @@ def report(results: dict[str, dict[str, Any]]) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("--flavor", default="smollm2/135M", help="a family and size, with random weights")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=[*METHODS], help="comma-separated")
     sizes = {"tokens": 256, "rows": 1, "micro-batches": 2, "rank": 16, "steps": 3, "threads": 1}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--labelled", type=float, default=1.0, help="share of the tokens that are trained")
-    args, args.more = parser.parse_known_args()
+    args, args.more = parser.parse_with_run_options()
     unknown = [name for name in args.methods if name not in METHODS]
     if unknown:
         parser.error(f"--methods: {unknown[0]!r} is none of {', '.join(METHODS)}")

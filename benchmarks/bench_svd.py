@@ -31,6 +31,7 @@ from safetensors import safe_open
 
 from benchmarks import common
 from titan_hd.adapters.svd import SvdSettings, captured_energy, orthogonality_error, principal_factors
+from titan_hd.config.command_line import ToolParser
 
 NITERS = (2, 4, 8, 16)
 SIZES = ["512x512", "1024x1024", "2048x1024", "1024x2048", "2048x2048"]
@@ -148,7 +149,7 @@ def weights(args: argparse.Namespace, device: torch.device) -> dict[str, Callabl
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="OUTxIN ...")
     parser.add_argument("--count", type=int, default=128, help="n = K * r directions")
     parser.add_argument("--hf-dir", type=Path, help="a directory with *.safetensors")

@@ -29,6 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import common
+from titan_hd.config.command_line import ToolParser
 from titan_hd.distributed.parallelize import apply_activation_checkpointing
 from titan_hd.distributed.tp.tensor_parallel import apply_tensor_parallel
 from titan_hd.models.decoder import Decoder
@@ -146,7 +147,7 @@ def report(env: dict[str, object], results: dict[str, dict[str, float]]) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     for name, default in {"workers": 2, "hidden": 512, "intermediate": 1408, "layers": 4, "vocabulary": 32000}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--tokens", type=int, default=512)

@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 from benchmarks.common import environment, pick_device, print_header, print_json, print_table
+from titan_hd.config.command_line import ToolParser
 from titan_hd.config.job_config import Data
 from titan_hd.data import build
 from titan_hd.data.text.tokenizer import load_tokenizer
@@ -91,7 +92,7 @@ def _cpu_seconds() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("--records", type=int, nargs="+", default=[20000])
     parser.add_argument("--num-proc", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokenizer", default=str(QUICKSTART / "model"), help="a HF directory")

@@ -46,6 +46,7 @@ from torch.distributed.fsdp import fully_shard
 
 from benchmarks import common
 from titan_hd.adapters.hdpissa import HDPissa
+from titan_hd.config.command_line import ToolParser
 from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
 from titan_hd.distributed.collectives import TRAFFIC, all_gather
 from titan_hd.distributed.parallel_dims import ParallelDims, local_part
@@ -389,7 +390,7 @@ def plan_8b(workers: int = 8) -> dict[str, dict[str, float]]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     gpus = torch.cuda.device_count()
     parser.add_argument("--cases", nargs="+", default=GPU_CASES if gpus else DEFAULT_CASES)
     parser.add_argument("--workers", type=int, default=gpus or 4)

@@ -33,6 +33,7 @@ from compare.schedule import Run, best_point, edges, rounds
 from compare.sizes import match_rank
 
 from titan_hd.config import manager
+from titan_hd.config.command_line import ToolParser
 from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
 from titan_hd.files import replace_file, user_path
@@ -44,10 +45,7 @@ _RESUME = 75  # the exit status of a run that was stopped, too: the same command
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """The tool's options, and those of the runs."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.error = lambda message: manager.exit_with([message])
+    parser = ToolParser(__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--methods", default="all", help='arms with commas between them; "all" methods (default) or "ablations"')
     add("--grid", action="append", default=[], metavar="KEY=VALUES", help="low:high:number or a,b,c; repeatable")
@@ -69,7 +67,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--title", default="Methods compared", help="of the report")
     add("--report", type=user_path, metavar="FOLDER", help="no runs: the report of an earlier comparison")
     add("--output", type=user_path, metavar="DIR", help="where to write it; default: FOLDER")
-    return parser.parse_known_args()
+    return parser.parse_with_run_options()
 
 
 def main() -> None:

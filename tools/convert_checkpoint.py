@@ -14,7 +14,6 @@ starts from the HF directory itself and does not resume from it (it has no facto
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 from pathlib import Path
@@ -30,6 +29,7 @@ from titan_hd.checkpoint.folder import STATE_FILE, read_train_state
 from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.checkpoint.weights import CheckpointWeights
 from titan_hd.config import manager
+from titan_hd.config.command_line import ToolParser
 from titan_hd.data.build import Answering
 from titan_hd.errors import UserError
 from titan_hd.export.hf import beside, check_assets, check_folder, publish, start_folder, write_assets
@@ -121,16 +121,16 @@ class _FromFiles(dcp.DefaultSavePlanner):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     to_hf = commands.add_parser("dcp-to-hf", help="a run's checkpoint to a Hugging Face directory")
     to_hf.add_argument("checkpoint", type=user_path, help="the folder step-N")
-    to_hf.add_argument("out", type=user_path)
+    to_hf.add_argument("out", type=user_path, help="the directory to write")
     to_hf.add_argument("--assets", type=expand_home, required=True, help="Hugging Face directory of the base model")
     to_hf.add_argument("--max-shard-size-gb", type=float, default=5.0, help="largest size of a file in GB")
     to_dcp = commands.add_parser("hf-to-dcp", help="a Hugging Face directory to a checkpoint of weights")
     to_dcp.add_argument("assets", type=expand_home, help="Hugging Face directory")
-    to_dcp.add_argument("out", type=user_path)
+    to_dcp.add_argument("out", type=user_path, help="the folder to write")
     for command in (to_hf, to_dcp):
         command.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
     args = parser.parse_args()

@@ -9,7 +9,6 @@ interruption. HF_TOKEN is read where --token is not given, HF_ENDPOINT names a m
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,14 +17,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hub import PATTERNS, download
 
 from titan_hd.config import manager
+from titan_hd.config.command_line import ToolParser
 from titan_hd.errors import UserError
 from titan_hd.files import user_path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("--repo", required=True, help="owner/name")
-    parser.add_argument("--repo-type", choices=["model", "dataset"], default="model")
+    parser.add_argument("--repo-type", choices=["model", "dataset"], default="model", help="default: model")
     parser.add_argument("--revision", help="branch, tag or commit; the main branch if not given")
     parser.add_argument("--assets", nargs="+", choices=PATTERNS, help="default: all of a model, or data of a data set")
     parser.add_argument(

@@ -11,7 +11,6 @@ several training.local_batch_size, in place of the items.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import torch
 
 from titan_hd.components.memory import GB
 from titan_hd.config import manager
+from titan_hd.config.command_line import ToolParser
 from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
 from titan_hd.fitting import estimate_run, gathering, too_little
@@ -64,11 +64,11 @@ def grid(argv: list[str], gpus: int, available: int | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs of the run")
     parser.add_argument("--card", type=float, help="GiB of one GPU, for example 24, 48, 80")
     parser.add_argument("--grid", action="store_true", help="totals of several settings")
-    args, argv = parser.parse_known_args()
+    args, argv = parser.parse_with_run_options()
     available = None if args.card is None else usable_bytes(args.card)
     try:
         if args.grid:

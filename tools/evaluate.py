@@ -29,6 +29,7 @@ import evaluation_workers as workers
 from tqdm import tqdm
 
 from titan_hd.config import manager
+from titan_hd.config.command_line import ToolParser
 from titan_hd.data.sources import Record
 from titan_hd.data.text.chat import load_chat_template
 from titan_hd.data.text.templates import load_template
@@ -61,8 +62,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: manager.exit_with([message])
+    parser = ToolParser(__doc__)
     add = parser.add_argument
     add("model", type=user_path, nargs="?", help="a HF directory, or a checkpoint's folder, .../step-N")
     add("--predictions", type=user_path, help="in place of a model, outputs to score: JSONL of task, id and output")

@@ -27,6 +27,7 @@ import torch
 from titan_hd.checkpoint.pretrained import load_pretrained
 from titan_hd.components.generation import Sampling, TextStream, generate, stream
 from titan_hd.config import manager
+from titan_hd.config.command_line import ToolParser
 from titan_hd.data.fields import INPUT_FIELDS, SYSTEM_FIELDS, is_given, optional_text, text_of
 from titan_hd.data.formats import PROMPT_FIELDS, RESPONSE_FIELDS
 from titan_hd.data.sources import read_records
@@ -52,12 +53,11 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: manager.exit_with([message])
+    parser = ToolParser(__doc__)
     add = parser.add_argument
     add("model", type=user_path, help="a HF directory, or a checkpoint's folder, .../step-N")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prompt", metavar="TEXT")
+    what.add_argument("--prompt", metavar="TEXT", help="what to continue")
     what.add_argument("--chat", metavar="TEXT", help="the user's first message")
     what.add_argument(
         "--file", type=user_path, help="prompts: .jsonl (instruction, query, question or prompt), else lines"
@@ -74,12 +74,12 @@ def parse_arguments() -> argparse.Namespace:
         type=expand_home,
         help="for a checkpoint: the HF directory with config and tokenizer, if not the run's",
     )
-    add("--max_new_tokens", type=int, default=256)
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer; default: 256")
     add("--temperature", type=float, default=0.0, help="0, the default: always the most probable token")
-    add("--top_p", type=float, default=1.0)
-    add("--top_k", type=int, default=0, help="0, the default: all")
-    add("--seed", type=int, default=0)
-    add("--batch_size", type=int, default=8, help="prompts of --file at a time")
+    add("--top-p", type=float, default=1.0, metavar="P", help="of the fewest tokens that have it together")
+    add("--top-k", type=int, default=0, metavar="K", help="0, the default: all")
+    add("--seed", type=int, default=0, help="of what is drawn; default: 0")
+    add("--batch-size", type=int, default=8, metavar="N", help="prompts of --file at a time")
     add("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--device", help="default: the GPU if there is one")
     return parser.parse_args()
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     for name in ("max_new_tokens", "batch_size"):
         if getattr(args, name) < 1:
-            raise UserError(f"--{name}: must be a whole number above 0, not {getattr(args, name)}")
+            raise UserError(f"--{name.replace('_', '-')}: must be a whole number above 0, not {getattr(args, name)}")
     asks_prompts = args.prompt is not None or args.file or (args.chat is None and not sys.stdin.isatty())
     for key, wrong, use in (("system", asks_prompts, "a chat"), ("template", not asks_prompts, "prompts")):
         if wrong and getattr(args, key) is not None:

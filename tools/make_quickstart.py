@@ -33,6 +33,7 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
+from titan_hd.config.command_line import ToolParser
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.registry import parse_hf_config
 
@@ -228,6 +229,7 @@ def write_jsonl(path: Path, records: list[dict]) -> None:
 
 
 def main() -> None:
+    ToolParser(__doc__).parse_args()  # there are no options; --help says what is made
     rng = random.Random(SEED)
     shutil.rmtree(PRETRAIN, ignore_errors=True)
     for folder in (ASSETS, PRETRAIN / "data", PRETRAIN / "init"):

@@ -22,6 +22,7 @@ from titan_hd.adapters.methods import build_method, method_of
 from titan_hd.adapters.svd import SvdSettings
 from titan_hd.adapters.svd_cache import cached_factors
 from titan_hd.config import manager
+from titan_hd.config.command_line import ToolParser
 from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder, parameter_shapes
@@ -61,10 +62,9 @@ def parse_share(text: str) -> tuple[int, int]:
 
 def main() -> None:
     keep_streams()  # what counts is in the cache, and filling it takes hours
-    argv, share, shares = sys.argv[1:], 0, 1
-    if argv[:1] == ["--share"]:
-        share, shares = parse_share(argv[1] if len(argv) > 1 else "")
-        argv = argv[2:]
+    parser = ToolParser(__doc__)
+    parser.add_argument("--share", type=parse_share, default=(0, 1), metavar="I/N", help="part I, from 0 on, of N")
+    args, argv = parser.parse_with_run_options()
     config = manager.load_or_exit(argv)
     method = method_of(config)
     decomposes = "adapter.svd" in method.keys
@@ -79,7 +79,7 @@ def main() -> None:
     if errors:
         manager.exit_with(errors)
     try:
-        precompute(config, share, shares)
+        precompute(config, *args.share)
     except UserError as error:
         manager.exit_with(str(error).splitlines())
 

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from titan_hd.checkpoint.pretrained import open_pretrained
 from titan_hd.config import manager
+from titan_hd.config.command_line import ToolParser
 from titan_hd.errors import UserError
 from titan_hd.files import disk_faults, user_path
 from titan_hd.models.registry import DecoderConfig
@@ -66,8 +67,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: manager.exit_with([message])
+    parser = ToolParser(__doc__)
     add = parser.add_argument
     add("base", type=user_path, nargs="?", help="what the training started from")
     add("trained", nargs="*", help="what it came to: a directory, a checkpoint, or NAME=PATH of one")

@@ -1,6 +1,7 @@
 """Trains tiny runs with the code of two revisions and compares every loss bit for bit: a change is one of form alone.
 
     python tools/same_losses.py OLD NEW [--methods lora,pissa] [--steps 10] [--section.key value ...]
+    python tools/same_losses.py main . --methods hdpissa,lora --training.mixed_precision_param bfloat16
 
 OLD and NEW are revisions of git; "." is the working tree as it stands. Each method trains for ten steps on two CPU
 workers in fp32, from random weights of odd shapes. Losses, norms of the gradients and the exported weights must be
@@ -12,7 +13,6 @@ Exit status: 0 everything is equal, 1 something differs, 2 a run failed.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -29,6 +29,7 @@ from safetensors.numpy import load_file
 
 from tests.kit import runs
 from titan_hd.config import manager
+from titan_hd.config.command_line import ToolParser
 from titan_hd.errors import UserError
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
@@ -140,12 +141,12 @@ def compare(revisions: tuple[str, str], methods: str, steps: int, extra: list[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("old")
-    parser.add_argument("new")
-    parser.add_argument("--methods", default=_METHODS)
-    parser.add_argument("--steps", type=int, default=10)
-    arguments, extra = parser.parse_known_args()
+    parser = ToolParser(__doc__)
+    parser.add_argument("old", help="a revision of git")
+    parser.add_argument("new", help='another one, or "." for the working tree')
+    parser.add_argument("--methods", default=_METHODS, help="with commas between them; default: HD-PiSSA's and others")
+    parser.add_argument("--steps", type=int, default=10, help="of each run; default: 10")
+    arguments, extra = parser.parse_with_run_options()
     try:
         equal = compare((arguments.old, arguments.new), arguments.methods, arguments.steps, extra)
     except UserError as error:

@@ -12,7 +12,6 @@ docs/scaling.md for the assumptions.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from titan_hd.components.flops import flops_per_token
 from titan_hd.components.memory import Group, fold_bytes, fsdp_group_sizes
 from titan_hd.config import manager
+from titan_hd.config.command_line import ToolParser
 from titan_hd.distributed.update.gradients import bound_elements, gradient_traffic
 from titan_hd.distributed.update.plan import UpdatePlan, plan_update
 from titan_hd.distributed.update.route import Collective
@@ -303,16 +303,16 @@ def _line(row: Estimate, work: Work, memory: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("--model", default="llama3", help="family, as model.name")
     parser.add_argument("--flavor", default="8B", help="size, as model.flavor")
     parser.add_argument("--gpus", default="8,64,512,4096", help="numbers of GPUs (powers of two)")
     parser.add_argument("--adapters", default="8", help="values of K, beside K = GPUs as far as the rank allows")
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=int, default=16, help="r of an adapter")
     parser.add_argument("--samples", choices=["own", "all"], default="own", help="as hdpissa.samples")
     parser.add_argument("--tokens", type=int, default=8192, help="per GPU and micro-batch")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a sequence")
-    parser.add_argument("--micro-batches", type=int, default=1)
+    parser.add_argument("--micro-batches", type=int, default=1, help="of a GPU in an optimizer step")
     parser.add_argument("--records", type=int, default=0, help="of an epoch, each of --length tokens: adds its hours")
     parser.add_argument(
         "--exchange-dtype", default="float32", choices=list(WIRE_BYTES), help="as hdpissa.exchange_dtype"

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.kit.forked import run_forked
+
 TINY = {
     "linear": "--in-features 24 --out-features 16 --tokens 32 --hidden 64 --intermediate 48 --head-dim 8 --seq-len 16 "
     "--rank 2 --threads 1 --repetitions 1",
@@ -33,15 +31,8 @@ TINY = {
 
 @pytest.mark.parametrize("name", TINY)
 def test_it_runs_and_ends_with_a_line_for_machines(name: str):
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.bench_{name}", *TINY[name].split()],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = run_forked(f"benchmarks.bench_{name}", *TINY[name].split(), environment=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     said = json.loads(done.stdout.strip().splitlines()[-1])
     if name == "tensor_parallel":

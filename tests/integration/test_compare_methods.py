@@ -12,6 +12,7 @@ import pytest
 
 from tests.kit import runs
 from tests.kit.commands import CPU_ONLY, REPOSITORY
+from tests.kit.forked import run_forked
 
 
 @pytest.fixture
@@ -20,13 +21,18 @@ def compare(tmp_path):
     runs.write_records(tmp_path / "records.jsonl")
     (tmp_path / "run.toml").write_text("[metrics]\nprogress_bar = false\n")
 
-    def call(methods: str, *more: str, **overrides) -> subprocess.CompletedProcess:
+    def call(methods: str, *more: str, forked: bool = True, **overrides) -> subprocess.CompletedProcess:
+        """forked: in a process that need not import everything first."""
         options = runs.options(tmp_path / "model", tmp_path / "records.jsonl", tmp_path, **overrides)
         arguments = ["--methods", methods, "--folder", str(tmp_path / "all"), "--workers", "1", *more]
+        words = ["tools/compare_methods.py", *arguments, "--config", str(tmp_path / "run.toml"), *options]
+        environment = {**CPU_ONLY, "PYTHON": sys.executable}
+        if forked:
+            return run_forked(*words, environment=environment)
         return subprocess.run(
-            [sys.executable, "tools/compare_methods.py", *arguments, "--config", str(tmp_path / "run.toml"), *options],
+            [sys.executable, *words],
             cwd=REPOSITORY,
-            env={**CPU_ONLY, "PYTHON": sys.executable},
+            env=environment,
             capture_output=True,
             text=True,
             timeout=240,
@@ -47,7 +53,7 @@ def test_two_tuned_methods(compare, tmp_path):
     folder = tmp_path / "all"
     options = ["--match", "parameters", "--grid", "optimizer.lr=1e-3,1e30", "--parallel", "2", "--keep-weights", "all"]
     names = [f"{arm}/optimizer.lr={rate},seed=42" for arm in ("lora", "bone") for rate in ("1e-3", "1e30")]
-    first = compare("lora,bone", *options)
+    first = compare("lora,bone", *options, forked=False)
     assert sorted(made(first)) == sorted(names)
     rows = list(csv.DictReader((folder / "grid.csv").open()))
     assert [(row["arm"], row["optimizer.lr"], row["status"]) for row in rows] == [

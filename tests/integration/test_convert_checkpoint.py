@@ -126,8 +126,7 @@ def test_weights_survive_both_ways(tmp_path):
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "dcp").glob("*.distcp"))) == len(weights), "a file for each tensor"
 
-    command = ("dcp-to-hf", tmp_path / "dcp", tmp_path / "hf", "--assets", tmp_path / "model")
-    result = convert_as_a_user(*command)
+    result = convert("dcp-to-hf", tmp_path / "dcp", tmp_path / "hf", "--assets", tmp_path / "model")
     assert result.returncode == 0, result.stderr
     got = load_file(tmp_path / "hf" / "model.safetensors")
     assert got.keys() == weights.keys()

@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 
 from tests.kit import runs
 from tests.kit.commands import CPU_ONLY, REPOSITORY, call_tool
+from tests.kit.forked import run_forked
 from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.errors import UserError
 from tools import evaluate, generate
@@ -62,15 +63,7 @@ def trained(workers, tmp_path_factory) -> Path:
 
 
 def run(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / "tools" / "generate.py"), *map(str, arguments)],
-        env=CPU_ONLY,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return run_forked("tools/generate.py", *arguments, stdin=stdin)
 
 
 @pytest.fixture
@@ -199,8 +192,8 @@ FAULTS = [
     (["{step}", "--assets", "{other}"], "--assets: {other}: its config.json is not that of the checkpoint's model"),
     (["{model}", "--temperature", "-1"], "temperature: must be a number from 0, not -1.0"),
     (["{model}", "--top_p", "0"], "top_p: must be above 0 and at most 1, not 0.0"),
-    (["{model}", "--top_k", "1.5"], "argument --top_k: invalid int value: '1.5'"),
-    (["{model}", "--max_new_tokens", "0"], "--max_new_tokens: must be a whole number above 0, not 0"),
+    (["{model}", "--top_k", "1.5"], "argument --top-k: invalid int value: '1.5'"),
+    (["{model}", "--max_new_tokens", "0"], "--max-new-tokens: must be a whole number above 0, not 0"),
     (["{model}", "--system", "x", "--prompt", "w1"], "--system: is for a chat"),
     (["{model}", "--chat", "x", "--template", "none"], "--template: is for prompts"),
     (["{model}", "--prompt", "x", "--chat", "x"], "not allowed with argument"),

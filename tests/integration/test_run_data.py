@@ -6,13 +6,13 @@ import gzip
 import itertools
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.kit import runs
-from tests.kit.commands import CPU_ONLY, REPOSITORY, error_lines
+from tests.kit.commands import error_lines
+from tests.kit.forked import run_forked
 from tests.kit.tokenizers import chat_directory
 from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.errors import UserError
@@ -67,10 +67,8 @@ def test_chats_are_learned_the_same_on_any_number_of_workers(workers, setup):
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "titan_hd.train", *arguments]
-    return subprocess.run(
-        command, env=CPU_ONLY, cwd=REPOSITORY, capture_output=True, text=True, timeout=180, check=False
-    )
+    """One worker, without a launcher."""
+    return run_forked("titan_hd.train", *arguments)
 
 
 def test_the_log_says_what_became_of_the_records(setup, tmp_path: Path):

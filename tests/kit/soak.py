@@ -8,7 +8,6 @@ of the undisturbed run bit for bit, and metrics.jsonl must have every step once,
 
 from __future__ import annotations
 
-import argparse
 import collections
 import os
 import random
@@ -22,6 +21,7 @@ import torch
 
 from tests.kit import runs
 from tests.kit.recovery import Launch, last_step, records, tiny_run
+from titan_hd.config.command_line import ToolParser
 
 _STEPS_PER_KILL = 12
 
@@ -85,7 +85,7 @@ def compare(disturbed: Path, undisturbed: Path, steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)

@@ -49,6 +49,13 @@ def _serve(rank: int, connection) -> None:
         gc.freeze()  # what is left are modules: the next collection need not look at them
 
 
+def fork_server() -> mp.context.ForkServerContext:
+    """What forks processes that have imported torch and the package."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
 class WorkerPool:
     """`run(n, function, ...)` calls an importable function on n ranks and returns their results in rank order."""
 
@@ -74,8 +81,7 @@ class WorkerPool:
         return [value for _, value in results]
 
     def _start(self) -> None:
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context = fork_server()
         while len(self._workers) < self._size:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(len(self._workers), theirs), daemon=True)

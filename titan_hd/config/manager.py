@@ -12,12 +12,15 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import json
 import math
+import os
 import re
 import sys
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +52,34 @@ def load(argv: list[str]) -> JobConfig:
     """
     errors: list[str] = []
     path, overrides = _parse_argv(argv, errors)
+    return _resolve(path, [(key, text, "command line") for key, text in overrides], errors)
+
+
+def load_file(path: str | os.PathLike | None, overrides: Mapping[str, Any]) -> JobConfig:
+    """Resolve a file (None: the defaults alone) and values of Python by "section.key": a path may be a Path, and None
+    unsets a key that can be unset. ConfigError as for `load`."""
+    values = [(key, _plain(value), "argument") for key, value in overrides.items()]
+    return _resolve(None if path is None else os.fspath(path), values, [])
+
+
+def _plain(value: Any) -> Any:
+    """Paths as strings, tuples as lists, also inside of lists and tables."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _resolve(path: str | None, overrides: list[tuple[str, Any, str]], errors: list[str]) -> JobConfig:
+    """overrides: (key, value, where it came from). errors: those so far."""
     values: dict[str, tuple[Any, str]] = {}  # "section.key" -> (value, where it came from)
     if path:
         for name, section in _read_toml(Path(_expanded("--config", path, errors)), errors).items():
             where, table = section
             _flatten(name, table, where, values, errors)
-    for key, text in overrides:
-        values[key] = (text, "command line")
+    for key, value, where in overrides:
+        values[key] = (value, where)
     config = _build(_renamed(values), errors)
     faulty = {line.partition(":")[0] for line in errors}  # these keys hold their defaults now
     if not errors and not config.job.print_plan:  # what a faulty source would have given is not missing
@@ -83,14 +107,25 @@ def from_toml(text: str, where: str) -> JobConfig:
 
 
 def load_or_exit(argv: list[str]) -> JobConfig:
-    """`load`; on `--help` prints it and exits 0, on faults prints one line each and exits 2."""
-    if "--help" in argv or "-h" in argv:
-        print(help_text())
-        raise SystemExit(0)
+    """`load`; on `--help [SECTION ...]` prints it and exits 0, on faults prints one line each and exits 2."""
     try:
+        topics = _help_topics(argv)
+        if topics is not None:
+            print(help_text(topics))
+            raise SystemExit(0)
         return load(argv)
     except ConfigError as error:
         exit_with(error.errors)
+
+
+def _help_topics(argv: list[str]) -> list[str] | None:
+    """What help is asked for: names of sections or keys, none for all of it; None if it is not asked for."""
+    for place, word in enumerate(argv):
+        option, _, topic = word.partition("=")
+        if option in ("--help", "-h"):
+            following = itertools.takewhile(lambda word: not word.startswith("-"), argv[place + 1 :])
+            return [name for name in (topic, *following) if name not in ("", "all")]
+    return None
 
 
 def exit_with(errors: list[str]) -> typing.NoReturn:
@@ -116,7 +151,7 @@ def _parse_argv(argv: list[str], errors: list[str]) -> tuple[str | None, list[tu
         if not equals:
             if i < len(argv) and not argv[i].startswith("--"):
                 value, i = argv[i], i + 1
-            elif key == "config" or not _is_bool(key):
+            elif key == "config" or not _is_bool(key.replace("-", "_")):
                 errors.append(f"--{key}: needs a value")
                 continue
             else:
@@ -126,7 +161,7 @@ def _parse_argv(argv: list[str], errors: list[str]) -> tuple[str | None, list[tu
         elif key == "config":
             path = value
         else:
-            overrides.append((key, value))
+            overrides.append((key.replace("-", "_") if "." in key else key, value))
     return path, overrides
 
 
@@ -187,7 +222,7 @@ def _renamed(values: dict[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
 
 def _flatten(name: str, table: dict, where: str, values: dict, errors: list[str]) -> None:
     if name not in _fields(JobConfig):
-        errors.append(f"{where}: [{name}]: unknown section{_hint(name, _fields(JobConfig))}")
+        errors.append(f"{where}: [{name}]: unknown section{hint(name, _fields(JobConfig))}")
         return
     for key, (value, source) in table.items():
         values[f"{name}.{key}"] = (value, source)
@@ -225,19 +260,31 @@ def _is_bool(key: str) -> bool:
     return cls is not None and _fields(cls).get(name) is bool
 
 
-def _hint(word: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+def every_key() -> list[str]:
+    """All keys, as section.key."""
+    return [f"{section}.{name}" for section, cls in _fields(JobConfig).items() for name in _fields(cls)]
+
+
+def hint(word: str, known: typing.Iterable[str]) -> str:
+    """The known name that is nearest to a mistyped one, as the end of a line; "" if none is near.
+
+    A key that stands in another section counts as near: training.lr, or lr alone, is optimizer.lr.
+    """
+    names, last = list(known), word.rpartition(".")[2].lstrip("-")
+    close = difflib.get_close_matches(word, names, n=1)
+    elsewhere = [name for name in names if "." in name and name.rpartition(".")[2] == last]
+    if elsewhere and not (close and close[0] in elsewhere):
+        close = elsewhere[:3]
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def _build(values: dict[str, tuple[Any, str]], errors: list[str]) -> JobConfig:
     config = JobConfig()
     sections = _fields(JobConfig)
-    every_key = [f"{section}.{name}" for section, cls in sections.items() for name in _fields(cls)]
     for key, (value, where) in values.items():
         section, _, name = key.partition(".")
         if section not in sections or name not in _fields(sections[section]):
-            errors.append(f"{key}: unknown key ({where}){_hint(key, every_key)}")
+            errors.append(f"{key}: unknown key ({where}){hint(key, [*every_key(), 'config', 'help'])}")
             continue
         annotation, from_text = _fields(sections[section])[name], where == "command line"
         if annotation == str | list[DataSource] and (not isinstance(value, str) or (from_text and _is_json(value))):
@@ -280,7 +327,7 @@ def _sources(key: str, value: Any, where: str, errors: list[str]) -> list[DataSo
             errors.append(f"{name}.path: is missing ({where})")
         for field, given in entry.items():
             if field not in _fields(DataSource):
-                errors.append(f"{name}.{field}: unknown key ({where}){_hint(field, _fields(DataSource))}")
+                errors.append(f"{name}.{field}: unknown key ({where}){hint(field, _fields(DataSource))}")
                 continue
             try:
                 given = _coerce(given, _fields(DataSource)[field], False)
@@ -296,7 +343,7 @@ def _coerce(value: Any, annotation: Any, from_text: bool) -> Any:
         annotation = str  # the lists are read by `_sources`
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        if from_text and value.lower() in ("none", ""):
+        if value is None or (from_text and value.lower() in ("none", "")):
             return None
         (inner,) = [a for a in args if a is not type(None)]
         return _coerce(value, inner, from_text)
@@ -369,21 +416,34 @@ def _field_docs() -> dict[str, dict[str, str]]:
     return docs
 
 
-def help_text() -> str:
-    """Every key with its type, default and documentation."""
+def help_text(topics: typing.Sequence[str] = ()) -> str:
+    """Every key with its type, default and documentation; of topics, which are names of sections or keys, only those.
+
+    Raises:
+        ConfigError: a topic is neither.
+    """
+    sections = _fields(JobConfig)
+    topics = [topic.strip("[]").lstrip("-") for topic in topics]
+    unknown = [topic for topic in topics if topic not in (*sections, *every_key())]
+    if unknown:
+        near = hint(unknown[0], [*sections, *every_key()])
+        listed = ", ".join(sections)
+        raise ConfigError([f"--help: {unknown[0]!r} is neither a section nor a key{near} (sections: {listed})"])
     lines = [
         "usage: ./run_train.sh [--config FILE] [--section.key value ...]",
         "       ./run_train.sh --quickstart [--section.key value ...]",
+        "       ./run_train.sh --help [SECTION or SECTION.KEY ...]",
         "",
     ]
-    for section, cls in _fields(JobConfig).items():
-        lines.append(f"[{section}]")
-        for f in dataclasses.fields(cls):
-            default = json.dumps(getattr(cls(), f.name))
-            lines.append(f"  --{section}.{f.name}  ({f.type}; default {default})")
-            lines.append(f"      {_field_docs()[cls.__name__][f.name]}")
-        lines.append("")
+    for section, cls in sections.items():
+        shown = [f for f in dataclasses.fields(cls) if not topics or {section, f"{section}.{f.name}"} & {*topics}]
+        lines += [f"[{section}]", *(_key_help(section, cls, f) for f in shown), ""] if shown else []
     return "\n".join(lines)
+
+
+def _key_help(section: str, cls: type, field: dataclasses.Field) -> str:
+    default, text = json.dumps(getattr(cls(), field.name)), _field_docs()[cls.__name__][field.name]
+    return f"  --{section}.{field.name}  ({field.type}; default {default})\n      {text}"
 
 
 def to_toml(config: JobConfig) -> str:

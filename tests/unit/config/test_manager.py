@@ -232,6 +232,26 @@ class TestRefusals:
         (line,) = errors_of([*NEEDED, "--zzz", "1"])
         assert line == "zzz: unknown key (command line)"
 
+    @pytest.mark.parametrize(
+        ("key", "near"),
+        [
+            ("training.lr", "optimizer.lr"),
+            ("lr", "optimizer.lr"),
+            ("chkpoint.folder", "checkpoint.folder"),
+            ("validation.enabled", "validation.enable"),
+            ("hlep", "help"),
+            ("steps", "training.steps or validation.steps"),
+        ],
+    )
+    def test_a_key_of_another_section_is_near(self, key: str, near: str):
+        (line,) = errors_of([f"--{key}", "1"])
+        assert line == f"{key}: unknown key (command line); did you mean {near}?"
+
+    def test_dashes_are_underscores_on_the_command_line(self):
+        options = ["--training.seq-len", "7", "--lr-scheduler.min_lr-factor=0.5", "--compile.enable"]
+        config = load([*NEEDED, *options, "--job.print-config"])
+        assert (config.training.seq_len, config.lr_scheduler.min_lr_factor, config.job.print_config) == (7, 0.5, True)
+
     def test_unknown_section_with_a_hint(self, toml):
         path = toml(NEEDED_TOML + "[optimiser]\nlr = 1.0")
         assert errors_of(["--config", path]) == [f"{path}: [optimiser]: unknown section; did you mean optimizer?"]
@@ -475,6 +495,32 @@ class TestDocumentation:
             manager.load_or_exit(["--config", "no-such-file.toml", option])
         assert caught.value.code == 0
         assert capsys.readouterr().out == manager.help_text() + "\n"
+
+    @pytest.mark.parametrize(
+        ("words", "beginnings"),
+        [
+            ("--help adapter", ("adapter.",)),
+            ("--training.steps 3 --help [optimizer] hdpissa.slices", ("optimizer.", "hdpissa.slices")),
+            ("--help=debug --training.steps 3", ("debug.",)),
+            ("--help all", ("",)),
+        ],
+    )
+    def test_help_of_a_section_or_a_key(self, words: str, beginnings: tuple[str, ...], capsys):
+        with pytest.raises(SystemExit) as caught:
+            manager.load_or_exit(words.split())
+        assert caught.value.code == 0
+        lines = capsys.readouterr().out.splitlines()
+        expected = [key for key in KEYS if key.startswith(beginnings)]
+        assert [line.split()[0][2:] for line in lines if line.startswith("  --")] == expected
+        sections = list(dict.fromkeys(key.partition(".")[0] for key in expected))
+        assert [line[1:-1] for line in lines if line.startswith("[")] == sections
+
+    def test_help_of_what_there_is_not(self, capsys):
+        with pytest.raises(SystemExit) as caught:
+            manager.load_or_exit(["--help", "adaptr"])
+        assert caught.value.code == 2
+        line = "titan_hd: error: --help: 'adaptr' is neither a section nor a key; did you mean adapter? (sections: job,"
+        assert capsys.readouterr().err.startswith(line)
 
     def test_faults_exit_with_two_and_one_line_each(self, capsys):
         with pytest.raises(SystemExit) as caught:
