@@ -73,6 +73,7 @@ batch) # K at K * r = 64, along the global batch: how many records a slice learn
 family) # beyond the paper, K = 8 r = 8; the last two arms are the ones to beat
   arms=hdpissa,hdpissa+slices=minor,hdpissa+samples=all,hdpissa+factor_scale=unit,hdpissa+exchange_dtype=int8
   arms+=,hdpissa+refresh_steps=10,hdpissa+refresh_steps=20,hdpissa+refresh_steps=40
+  arms+=,hdpissa+local_steps=2,hdpissa+local_steps=4,hdpissa+local_steps=8
   arms+=,hdpissa+samples=all+factor_scale=unit,hdpissa+samples=all+refresh_steps=10
   arms+=,hdpissa+samples=all+factor_scale=unit+refresh_steps=10,hdpissa+samples=all+slices=random
   arms+=,pissa+rank=64,lora+rslora=true+rank=64+optimizer.lr=2e-4:3.2e-3:5
