@@ -11,7 +11,7 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from charts.drawing import (
     Picture,
@@ -269,8 +269,9 @@ def _curve(picture: Picture, axes: Axes, line: Line, metric: str, smooth: bool) 
     """A curve with what is under the pointer. smooth: one of many records lies behind its running mean."""
     curve = thinned(line.curve)
     mark, look = mark_of(line.arm), line.style.curve()
+    thin: dict[str, Any] = {**look, "linestyle": "-", "linewidth": 0.7, "alpha": 0.3}
     if smooth and len(curve.finite) >= _SMOOTHED:
-        axes.plot(curve.steps, curve.values, **{**look, "linewidth": 0.7, "linestyle": "-"}, alpha=0.3, gid=mark)
+        axes.plot(curve.steps, curve.values, **thin, gid=mark)
         steps, values = zip(*curve.finite)
         axes.plot(steps, running_mean(values, len(values) // 50), **look, gid=mark)
     else:
