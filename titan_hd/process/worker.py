@@ -20,7 +20,8 @@ import torch._dynamo
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from titan_hd.components.metrics import finish_failed_run, init_logging
+from titan_hd.components.metrics import init_logging
+from titan_hd.components.trackers.registry import finish_failed_run
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.collectives import on_rank_zero
