@@ -25,7 +25,7 @@ SOURCES = [
     path for folder in ("titan_hd", "tools", "benchmarks", "train_configs") for path in (REPOSITORY / folder).rglob("*")
 ]
 # Where docs name files as `adapters/svd.py`, that is in the package.
-_PLACES = (REPOSITORY, REPOSITORY / "titan_hd", REPOSITORY / "titan_hd" / "distributed")
+_PLACES = (REPOSITORY, *(REPOSITORY / "titan_hd" / room for room in ("", "components", "distributed")))
 _PATH = re.compile(r"`((?:[a-z_]+/)+[\w.-]*\.(?:py|toml|sh|txt|jsonl))`")
 _FUNCTION = re.compile(r"`([a-z_/]+\.py)` `(\w+(?:\.\w+)*)`")
 _ANCHOR = re.compile(r"\]\(([^)#\s]*)(?:#([^)]+))?\)")
