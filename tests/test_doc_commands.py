@@ -53,15 +53,13 @@ def commands_of(text: str) -> list[str]:
     fenced = re.findall(r"^```\w*\n(.*?)^```", blocks, re.MULTILINE | re.DOTALL)
     lines += [line.strip() for block in fenced for line in block.splitlines()]
     prose = re.sub(r"^ {4,}.*$", "", re.sub(r"^```.*?^```", "", blocks, flags=re.M | re.S), flags=re.MULTILINE)
-    lines += [" ".join(code.split()) for code in _INLINE.findall(prose) if " " in code]
-    commands, following = [], iter(lines)
+    inline = [" ".join(code.split()) for code in _INLINE.findall(prose) if " " in code]
+    whole, following = [], iter(lines)
     for line in following:
-        if match := _COMMAND.match(line):
-            command = match[1]
-            while command.partition(" # ")[0].count("'") % 2:  # a text in quotes goes on in the next line
-                command += " " + next(following)
-            commands.append(command)
-    return commands
+        while _COMMAND.match(line) and line.partition(" # ")[0].count("'") % 2:  # its last text goes on
+            line += " " + next(following)
+        whole.append(line)
+    return [match[1] for line in whole + inline if (match := _COMMAND.match(line))]
 
 
 COMMANDS = sorted({(page.name, line) for page in PAGES for line in commands_of(page.read_text(encoding="utf-8"))})

@@ -50,10 +50,11 @@ def messages_of(path: Path) -> list[Message]:
 
 
 def _in_tree(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
-    no_message = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
-    no_message |= {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-    named = _named_texts(tree)
-    for node in ast.walk(tree):
+    nodes = list(ast.walk(tree))
+    no_message = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}  # docstrings
+    no_message |= {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+    named = _named_texts(nodes)
+    for node in nodes:
         if not isinstance(node, (ast.expr, ast.stmt)):
             continue
         kind, given = _said(node)
@@ -70,10 +71,10 @@ def _in_tree(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
                 yield node.lineno, "error", text
 
 
-def _named_texts(tree: ast.AST) -> dict[str, list[ast.expr]]:
+def _named_texts(nodes: list[ast.AST]) -> dict[str, list[ast.expr]]:
     """What is assigned to each name somewhere in the file: `raise UserError(line)` raises what `line` was set to."""
     named: dict[str, list[ast.expr]] = {}
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             named.setdefault(node.targets[0].id, []).append(node.value)
     return named
