@@ -5,6 +5,7 @@ torchrun --nproc_per_node N -m titan_hd.train --config FILE [--section.key value
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -31,6 +32,7 @@ from titan_hd.components.update import build_update
 from titan_hd.components.validation import Validator, validation_sets
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
+from titan_hd.console import Progress, use_bars
 from titan_hd.data.build import DatasetBuilder
 from titan_hd.data.loader import Batch, GlobalBatches, ReadAhead, TrainLoader, length_buckets
 from titan_hd.data.order.sample_order import OrderSettings
@@ -78,6 +80,7 @@ class Trainer:
 
     def __init__(self, config: JobConfig, plan: RunPlan, device: torch.device, signals: StopSignals | None = None):
         config = plan.config  # with what "auto" stands for
+        use_bars(config.metrics.progress_bar)
         self.config, self.plan, self.device = config, plan, device
         self.signals = signals or StopSignals()
         self.stop_status = 0  # all workers' agreement on `signals.status`
@@ -165,7 +168,7 @@ class Trainer:
     def _build_data(self) -> None:
         c, seq_len = self.config, self.config.training.seq_len
         tokenizer = functools.cache(lambda: load_tokenizer(c.model.hf_assets_path))
-        builder = DatasetBuilder(c.data, self.plan.decoder.vocab_size, seq_len, tokenizer, c.metrics.progress_bar)
+        builder = DatasetBuilder(c.data, self.plan.decoder.vocab_size, seq_len, tokenizer)
         order_settings = OrderSettings(c.data.shuffle, c.training.seed, pack_to=seq_len if c.data.pack else None)
         with raise_on_all("reading the data"):
             dataset = builder.training()
@@ -243,7 +246,7 @@ class Trainer:
             logger.info("random weights: model.flavor is set")
             init_weights(self.model, self.dims, c.training.seed)
         else:
-            loaded = load_weights(self.model, self.dims, c.model.hf_assets_path, c.metrics.progress_bar)
+            loaded = load_weights(self.model, self.dims, c.model.hf_assets_path)
             self._warn_of_zeros(loaded.zeros)
 
     def _warn_of_zeros(self, weights: list[str]) -> None:
@@ -257,12 +260,11 @@ class Trainer:
         """First values of what is trained, with a report of every SVD in svd.jsonl."""
         enter_phase("computing the adapters' first values")
         layers, reports = self.update.layers_to_start(), []
-        start = last_line = time.perf_counter()
-        for wave in self.update.first_values():
-            reports += wave
-            if time.perf_counter() - last_line > 10:
-                last_line = time.perf_counter()
-                logger.info("factors of %d of %d layers", len(reports), layers)
+        start = time.perf_counter()
+        with Progress("first values of the adapters", layers, "layers", shown=self.dims.rank == 0) as progress:
+            for wave in self.update.first_values():
+                reports += wave
+                progress.update(len(wave))
         if layers:
             logger.info("first values of %d adapted layers in %.1f s", layers, time.perf_counter() - start)
         if reports and self.dims.rank == 0:
@@ -418,7 +420,8 @@ class Trainer:
         """Until the last step, the end of validation.patience, or the first step after a signal."""
         while self.step < self.total_steps and not self.best.exhausted and not self.stop_status:
             start = time.perf_counter()
-            result = self.train_step()
+            with self._first_step() if self.step == first_step else contextlib.nullcontext():
+                result = self.train_step()
             self.rates.add(result, time.perf_counter() - start)
             for every, hook in self.hooks:
                 if self.step % every == 0 or self.step == self.total_steps:
@@ -426,6 +429,10 @@ class Trainer:
             if self.step == first_step + 1:
                 self.rates.forget()  # warm-up and compilation
                 set_timeout(self.config.comm.train_timeout_seconds, but_not=self.checkpointer.group)
+
+    def _first_step(self) -> Progress:
+        compiles = ", which compiles the blocks" if self.config.compile.enable else ""
+        return Progress(f"the first step{compiles}", shown=self.dims.rank == 0)
 
     # --------------------------------------------------------------------------------------------------- periodic
 
@@ -441,7 +448,8 @@ class Trainer:
         saved."""
         enter_phase(f"validation after step {self.step}")
         assert self.validator is not None
-        values = self.validator.run(self.model)
+        with Progress(f"validation after step {self.step}", shown=self.dims.rank == 0):
+            values = self.validator.run(self.model)
         self.metrics.log(self.step, values)
         if self.best.add(self.step, values):
             self.save()

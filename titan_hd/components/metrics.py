@@ -16,34 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from titan_hd.components.step_line import StepLines
 from titan_hd.components.wandb_run import WandbRun
 from titan_hd.config.job_config import JobConfig
+from titan_hd.console import on_terminal
 from titan_hd.files import replace_file
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger("titan_hd")
-
-
-class TqdmHandler(logging.StreamHandler):
-    """Writes log lines above a progress bar instead of through it. What cannot be written stops nothing."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            tqdm.write(self.format(record), file=sys.stderr)
-        except Exception:
-            self.handleError(record)
-
-
-def init_logging(rank: int) -> None:
-    """Rank 0 logs from INFO on. Other ranks log errors only; their warnings would repeat rank 0's."""
-    handler = TqdmHandler()
-    prefix = "" if rank == 0 else f"[rank {rank}] "
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    logger.propagate = False
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -115,9 +97,9 @@ class MetricsLogger(NoMetrics):
             set_aside(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._unwritten = b""
-        self._bar = None
-        if config.metrics.progress_bar and sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self._lines, self._bar = StepLines(first_step, total_steps), None
+        if config.metrics.progress_bar and on_terminal():
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=False)
         self._wandb = _start_wandb(config, wandb_id) if config.metrics.enable_wandb else None
         self._tensorboard = _tensorboard(folder / "tb", first_step) if config.metrics.enable_tensorboard else None
 
@@ -138,7 +120,7 @@ class MetricsLogger(NoMetrics):
             except Exception as error:  # what a thread of its own met when it wrote earlier values
                 self._tensorboard = None
                 logger.warning("TensorBoard's events cannot be written (%s); going on without them", error)
-        logger.info("step %d  %s", step, "  ".join(f"{k} {_short(v)}" for k, v in values.items()))
+        logger.info("%s", self._lines.line(step, values), extra={"painted": True})
 
     def sync(self) -> None:
         self._write(sync=True)
@@ -154,6 +136,9 @@ class MetricsLogger(NoMetrics):
             logger.warning("metrics.jsonl: cannot be written (%s); its records wait", error.strerror)
 
     def advance(self, loss: float) -> None:
+        expected = self._lines.advance()
+        if expected:
+            logger.info("%s", expected)
         if self._bar:
             self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             self._bar.update()
@@ -250,7 +235,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict)]
-
-
-def _short(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.4g}"

@@ -13,8 +13,9 @@ import pytest
 
 from titan_hd.components import metrics as module
 from titan_hd.components import wandb_run
-from titan_hd.components.metrics import MetricsLogger, TqdmHandler, keep_records_until, write_svd_report
+from titan_hd.components.metrics import MetricsLogger, keep_records_until, write_svd_report
 from titan_hd.config.job_config import JobConfig
+from titan_hd.console import TqdmHandler
 
 
 def lines(*steps: int) -> str:
