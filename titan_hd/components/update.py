@@ -274,7 +274,6 @@ class FoldUpdate(Update):
         self.samples = SAMPLES[self.registry.method.samples](self.registry, compute, h.exchange_in_flight)
         shapes = {name: entry.local_shape for name, entry in self.registry.entries.items()}
         plan = fold_plan(c, self.method.num_adapters, (self.dims.dp_replicate, self.dims.dp_shard), shapes)
-        logger.info("%s", plan.table())
         wire, decay = getattr(torch, h.exchange_dtype), c.optimizer.weight_decay
         offloaded = c.training.enable_cpu_offload
         settings = FoldSettings(h.aggregate, decay, c.training.seed, wire, h.exchange_in_flight, offloaded)

@@ -60,7 +60,9 @@ def load(argv: list[str]) -> JobConfig:
         values[key] = (text, "command line")
     config = _build(_renamed(values), errors)
     faulty = {line.partition(":")[0] for line in errors}  # these keys hold their defaults now
-    if not errors and not config.job.print_plan:  # what a faulty source would have given is not missing
+    if not errors and (
+        config.job.dry_run or not config.job.print_plan
+    ):  # what a faulty source would have given is not missing
         errors += check_presence(config)
     errors += [line for line in check_combinations(config) if line.partition(":")[0] not in faulty]
     if errors:
