@@ -100,12 +100,11 @@ def init_logging(rank: int) -> None:
     log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     log.propagate = False
     logger.setLevel(logging.INFO)
-    silence_libraries()
 
 
 def silence_libraries() -> None:
-    """Where there is no terminal, bars that libraries draw by tqdm stay away: they would fill a log with carriage
-    returns. Ours are lines there."""
+    """Where there is no terminal, bars that libraries draw by tqdm stay away from now on: they would fill a log with
+    carriage returns. Ours are lines there."""
     if not on_terminal():
         setattr(tqdm, "__init__", functools.partialmethod(_TQDM_INIT, disable=True))  # noqa: B010 (pyrefly)
 

@@ -10,7 +10,6 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +22,7 @@ from titan_hd.checkpoint.folder import CheckpointFolder, read_train_state
 from titan_hd.checkpoint.resume_check import allow_mismatch_errors, run_identity, weights_fingerprint
 from titan_hd.components.dtypes import dtype_warnings, resolve_dtypes, untouched_dtype
 from titan_hd.components.optimizer import optimizer_class
+from titan_hd.components.trackers.registry import tracker_errors
 from titan_hd.components.update import fold_plan
 from titan_hd.config.job_config import JobConfig
 from titan_hd.config.manager import ConfigError
@@ -101,11 +101,12 @@ def plan_run(
     given, files = config, files_dtype(config, decoder) or unseen_files
     config = resolve_dtypes(config, device_type, files, _saved_state(config))
     attempt(optimizer_class, config.optimizer.name)
-    errors += _package_errors(config)
+    errors += tracker_errors(config)
     if needs_files:
         attempt(check_data, config.data)
     if config.export.enable and needs_files:
         attempt(_check_export, config)
+    warnings += _period_warnings(config, method_of(config))
     errors += allow_mismatch_errors(config.checkpoint.allow_mismatch)
     method = build_method(config, method_of(config).adapters_for(config, workers))
     if decoder and needs_files:
@@ -209,7 +210,8 @@ def _other_paths(config: JobConfig) -> dict[str, Path]:
     """What a run reads and writes beside its export, by the key or the file that stands for it."""
     c, dump = config, Path(config.job.dump_folder)
     paths = {
-        name: dump / name for name in ("metrics.jsonl", "svd.jsonl", "environment.jsonl", "plan.txt", "tb", "wandb")
+        name: dump / name
+        for name in ("metrics.jsonl", "samples.jsonl", "svd.jsonl", "environment.jsonl", "plan.txt", "tb", "wandb")
     }
     if dump.resolve().is_relative_to(export_folder(config).resolve()):
         return {"job.dump_folder": dump}  # and with it all that is in it
@@ -227,16 +229,17 @@ def _other_paths(config: JobConfig) -> dict[str, Path]:
     return paths | {key: Path(path) for key, path in given.items() if path not in ("", "auto")}
 
 
-def _package_errors(config: JobConfig) -> list[str]:
-    """Trackers whose package is not installed."""
-    keys = {
-        "metrics.enable_tensorboard": ("tensorboard", config.metrics.enable_tensorboard),
-        "metrics.enable_wandb": ("wandb", config.metrics.enable_wandb),
-    }
+def _period_warnings(config: JobConfig, method: type[Method]) -> list[str]:
+    """What happens between two folds of `hdpissa.local_steps`, when W is behind what has been learned."""
+    c, every = config, config.hdpissa.local_steps
+    periods = {"validation.freq": (c.validation.enable, c.validation.freq)}
+    periods["checkpoint.interval"] = (c.checkpoint.enable, c.checkpoint.interval)
+    between = [key for key, (enabled, period) in periods.items() if enabled and period % every]
+    if not method.folds or not between:
+        return []
     return [
-        f"{key}: needs the package {package}: pip install {package}"
-        for key, (package, enabled) in keys.items()
-        if enabled and find_spec(package) is None
+        f"{', '.join(between)}: no multiple of hdpissa.local_steps = {every}: between two folds W is that of the last, "
+        "for validation and for who exports a checkpoint (a resumed run goes on from all of it)"
     ]
 
 

@@ -24,9 +24,11 @@ from titan_hd.components.assembly import assemble
 from titan_hd.components.best_validation import BestValidation
 from titan_hd.components.lr_scheduler import lr_factor
 from titan_hd.components.metrics import MetricsLogger, NoMetrics, peak_memory_gib, write_svd_report
+from titan_hd.components.phases import Phases
 from titan_hd.components.profiling import build_profiler
 from titan_hd.components.rates import Rates, StepResult
 from titan_hd.components.run_data import read_data
+from titan_hd.components.trackers.registry import saved_run_ids
 from titan_hd.components.validation import Validator
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
@@ -95,11 +97,16 @@ class Trainer:
             self.lock = RunLock(folder) if self.dims.rank == 0 else None
             if self.dims.rank == 0:
                 record_environment(folder, self.dims.world_size)
-        self._log_start()
-        self._build_model()
-        self._build_data()
-        self._load_or_resume()
-        self._build_metrics()
+        try:
+            self._log_start()
+            self._build_model()
+            self._build_data()
+            self._load_or_resume()
+            self._build_metrics()
+        except BaseException:  # in a process that goes on, another run may want the folder
+            if self.lock:
+                self.lock.release()
+            raise
 
     # ------------------------------------------------------------------------------------------------------ set-up
 
@@ -169,7 +176,7 @@ class Trainer:
         if self.step:
             self._resume()
         else:
-            self.wandb_id = None
+            self.tracker_runs: dict[str, str] = {}
             self._load_base()
             self._set_first_values()
         self.update.start(self.total_steps)
@@ -179,7 +186,7 @@ class Trainer:
         state = on_rank_zero("reading the checkpoint's state", lambda: self.checkpointer.train_state(step))
         for line in check_resumable(state, self.identity, c.checkpoint.allow_mismatch):
             logger.warning("%s; checkpoint.allow_mismatch accepts it", line)
-        self.wandb_id = state.get("wandb_id")
+        self.tracker_runs = saved_run_ids(state)
         self.best.go_on_from(state.get("best"))
         if state["base"] == "delta":
             self._load_base()
@@ -226,12 +233,13 @@ class Trainer:
         with raise_on_all("opening metrics.jsonl"), disk_faults(Path(c.job.dump_folder)):
             self.metrics: NoMetrics = NoMetrics()
             if rank == 0:
-                self.metrics = MetricsLogger(c, self.total_steps, self.step, self.wandb_id)
+                self.metrics = MetricsLogger(c, self.total_steps, self.step, self.tracker_runs)
             self.profiler = build_profiler(c, rank)
         # By whether W stays gathered for a whole step, which may be decided after the first one.
         self.traffic = {kept: traffic_gb(self.plan, self.placement.micro_batches, kept) for kept in (False, True)}
         passes = self.placement.micro_batches * self.dims.dp_size
         self.rates = Rates(self.model, c, self.device, self.dims.world_size, passes)
+        self.phases = Phases(self.device)
         self.hooks: list[tuple[int, Callable[[StepResult], object]]] = []
         self.add_hook(1, lambda result: self.metrics.advance(result.loss))
         if self.profiler:
@@ -254,17 +262,24 @@ class Trainer:
     def train_step(self) -> StepResult:
         """One optimizer step over the global batch; the result is the same on every worker."""
         enter_phase(f"step {self.step + 1}")
+        self.phases.begin("data")
         batches = self._read_batches()
         counts = self._count_tokens(batches)
+        on_device = [batch.on(self.device) for batch in batches]
+        self.phases.begin("optimizer")
         lr = self.config.optimizer.lr * lr_factor(self.config.lr_scheduler, self.step, self.total_steps)
         self.update.begin_step(lr, self.step)
+        self.phases.begin("forward_backward")
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for m, batch in enumerate([batch.on(self.device) for batch in batches]):
+        for m, batch in enumerate(on_device):
             self.gathers.before_micro_batch(m)
             loss_sum += self._forward_backward(m, batch, counts.trained[self.placement.adapter(m)])
+        self.phases.begin("optimizer")
         grad_norm = self.update.finish_gradients()
         loss, norm = self._read_results(loss_sum, grad_norm, self.update.propose(grad_norm))
+        self.phases.begin(self.update.apply_phase)
         self.update.apply(lr, self.step)
+        self.phases.end()
         self.gathers.after_step(max(batch.input_ids.shape[1] for batch in batches))
         self.step += 1
         return StepResult(loss / max(1, sum(counts.trained)), norm, lr, *counts[1:])
@@ -376,6 +391,7 @@ class Trainer:
                     hook(result)
             if self.step == first_step + 1:
                 self.rates.forget()  # warm-up and compilation
+                self.phases.forget()
                 set_timeout(self.config.comm.train_timeout_seconds, but_not=self.checkpointer.group)
 
     def _first_step(self) -> Progress:
@@ -387,6 +403,7 @@ class Trainer:
     def _log(self, last: StepResult) -> None:
         """The last step's loss, norm and rate, and the speed of all steps since the last call."""
         values = {"loss": last.loss, "grad_norm": last.grad_norm, "lr": last.lr, **self.rates.take()}
+        values |= self.phases.take()
         values |= self.update.take_seconds() | self.traffic[self.gathers.kept]
         values["peak_memory_gib"] = peak_memory_gib(self.device)
         self.metrics.log(self.step, values)
@@ -399,6 +416,8 @@ class Trainer:
         with Progress(f"validation after step {self.step}", shown=self.dims.rank == 0):
             values = self.validator.run(self.model)
         self.metrics.log(self.step, values)
+        for name, rows in self.validator.shown.items():
+            self.metrics.log_samples(self.step, name, rows)
         if self.best.add(self.step, values):
             self.save()
 
@@ -411,7 +430,7 @@ class Trainer:
         state = {
             "step": self.step,
             "base": base,
-            "wandb_id": self.metrics.wandb_id or self.wandb_id,
+            "trackers": self.metrics.tracker_runs,
             "identity": self.identity,
             "best": self.best.state(),
             "answering": dataclasses.asdict(self.answering),
@@ -430,15 +449,20 @@ class Trainer:
             self.lock.release()
 
 
+def show_start(plan: RunPlan, device: torch.device) -> Overview | None:
+    """Log the run on one screen, before anything is loaded; what it shows, on rank 0."""
+    if dist.get_rank():
+        return None
+    overview = Overview(plan, device.type, device_name(device), device_memory(device))
+    logger.info("%s\n%s", version_line(), screen(overview.lines()), extra={"painted": True})
+    for line in overview.faults():
+        logger.warning("%s", line)
+    return overview
+
+
 def run(config: JobConfig, plan: RunPlan, device: torch.device, signals: StopSignals) -> int:
     """A whole run of this worker; its exit status."""
-    overview = None
-    if dist.get_rank() == 0:
-        overview = Overview(plan, device.type, device_name(device), device_memory(device))
-        logger.info("%s\n%s", version_line(), screen(overview.lines()), extra={"painted": True})
-        for line in overview.faults():
-            logger.warning("%s", line)
-    trainer = Trainer(config, plan, device, signals, overview)
+    trainer = Trainer(config, plan, device, signals, show_start(plan, device))
     status = trainer.train()
     # Only after success: a rank that fails alone would wait here for others, which wait for it in a collective.
     dist.barrier()

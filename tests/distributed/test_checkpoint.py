@@ -246,7 +246,7 @@ def start_wandb(argv: list[str]) -> list[str | None]:
     def start(_, folder, run_id, mode, words):
         starts.append(run_id)
         nothing = lambda *args, **kwargs: None  # noqa: E731
-        return types.SimpleNamespace(id=run_id or "abc", log=nothing, finish=nothing)
+        return types.SimpleNamespace(id=run_id or "abc", step=100, dir=folder, log=nothing, finish=nothing)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WandbRun, "_start", start)
@@ -264,7 +264,7 @@ def test_wandb_goes_on_with_the_same_run(workers, tmp_path: Path):
     assert starts == [[None], ["abc"], [], ["abc"]]
     assert [record["step"] for record in records(tmp_path / "dump")] == list(range(1, 13))
     state = json.loads((tmp_path / "dump" / "checkpoint" / "step-12" / "train_state.json").read_text())
-    assert state["wandb_id"] == "abc"
+    assert state["trackers"] == {"wandb": "abc"}
 
 
 def train_on_losses(argv: list[str], losses: list[float], fails_after: int = -1) -> tuple[list[int], int]:

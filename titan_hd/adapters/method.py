@@ -26,8 +26,8 @@ class Method(abc.ABC):
             table in docs/methods.md.
         keys: the keys of [adapter] and [hdpissa], beside method and target_modules, that it reads.
         resume_keys: those of them in which a checkpoint and the run that resumes from it must agree.
-        folds: the trained tensors are zero when a step begins, and what the optimizer added to them is folded into W
-            after the step (`components.update.FoldUpdate`). Otherwise the optimizer's step is all.
+        folds: the trained tensors are zero when a run begins, and what the optimizer added to them is folded into W
+            (`components.update.FoldUpdate`). Otherwise the optimizer's step is all.
         master_dtypes: what training.master_dtype may be: a frozen W is held in any of them, a fold rounds
             stochastically to bfloat16.
         scales_weight: it changes W by multiples of W's own elements, so that a W of zeros can never move. (Methods with
@@ -136,7 +136,8 @@ class Method(abc.ABC):
 
 
 class FoldingMethod(Method):
-    """A method whose layers are `FoldingLinear`s: K logical adapters of rank r, folded into W after every step.
+    """A method whose layers are `FoldingLinear`s: K logical adapters of rank r, folded into W after every step or every
+    few.
 
     mute_scalar: 0, or what the adapters' gradients are to be divided by. slices: which singular directions the fixed
     factors take (`svd.cut_slices`). samples: what an adapter learns from, its "own" share of the global batch or "all".

@@ -20,6 +20,7 @@ MAY_DIFFER = (
     "hdpissa.mute_scalar",
     "hdpissa.samples",
     "hdpissa.refresh_steps",
+    "hdpissa.local_steps",
     "training.global_batch_size",
     "training.seed",
     "training.master_dtype",
@@ -32,7 +33,12 @@ _WHY = {
     "hdpissa.num_adapters = 0, K is the number of data-parallel workers",
 }
 # What a checkpoint means that was saved before there was a key.
-_BEFORE = {"hdpissa.factor_scale": "root", "hdpissa.samples": "own", "hdpissa.refresh_steps": 0}
+_BEFORE = {
+    "hdpissa.factor_scale": "root",
+    "hdpissa.samples": "own",
+    "hdpissa.refresh_steps": 0,
+    "hdpissa.local_steps": 1,
+}
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 

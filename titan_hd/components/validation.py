@@ -6,6 +6,8 @@ import functools
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,8 @@ from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
 
 logger = logging.getLogger("titan_hd")
+
+_SHOWN = 4  # answers of a set that are shown, of those that are scored, if validation.samples does not say
 
 
 @dataclass(frozen=True)
@@ -49,29 +53,37 @@ def validation_loss(model: nn.Module, batches: Iterable[Batch], sharers: Sharers
 
 
 @torch.no_grad()
-def exact_match(
+def own_answers(
     dataset: FiniteDataset,
-    samples: int,
-    marker: str,
+    count: int,
     answer: Callable[[list[list[int]]], list[str]],
     batch_size: int,
     sharers: Sharers,
-) -> float:
-    """Share of the first `samples` records whose generated final answer equals the reference's.
+) -> dict[int, str]:
+    """Generated answers to this worker's share of the first `count` records, by record.
 
     answer: the texts that continue a batch of prompts; all workers call it equally often.
     """
-    samples = min(samples, len(dataset))
-    own = list(range(sharers.rank, samples, sharers.size))
-    per_worker = -(-samples // sharers.size)
-    padded = (own + [0] * per_worker)[:per_worker]  # equal numbers everywhere; the surplus is not scored
+    count = min(count, len(dataset))
+    own = list(range(sharers.rank, count, sharers.size))
+    per_worker = -(-count // sharers.size)
+    padded = (own + [0] * per_worker)[:per_worker]  # equal numbers everywhere; the surplus is not used
     answers: list[str] = []
     for start in range(0, per_worker, batch_size):
         answers += answer([dataset.prompt_ids(i) for i in padded[start : start + batch_size]])
-    right = 0
-    for index, text in zip(own, answers):
-        reference = final_answer(dataset.response(index), marker)
-        right += reference is not None and final_answer(text, marker) == reference
+    return dict(zip(own, answers))
+
+
+def is_right(dataset: FiniteDataset, record: int, text: str, marker: str) -> bool:
+    """Whether a generated final answer equals the reference's."""
+    reference = final_answer(dataset.response(record), marker)
+    return reference is not None and final_answer(text, marker) == reference
+
+
+def exact_match(dataset: FiniteDataset, samples: int, marker: str, answers: dict[int, str], sharers: Sharers) -> float:
+    """Share of the first `samples` records that are answered right. answers: of `own_answers`, for at least these."""
+    samples = min(samples, len(dataset))
+    right = sum(is_right(dataset, i, text, marker) for i, text in answers.items() if i < samples)
     total = torch.tensor(right, device=sharers.device)
     dist.all_reduce(total, group=sharers.group)
     return total.item() / samples
@@ -103,11 +115,13 @@ def check_references(dataset: FiniteDataset, samples: int, marker: str, of: str 
 @dataclass(frozen=True)
 class ValidationSet:
     """suffix: what the names of its metrics end in: "" for the main set, "/NAME" for another. answers: how many of its
-    first records are answered and scored; 0: none, it has a loss alone."""
+    first records are answered and scored; 0: none, it has a loss alone. shown: how many of its first records are
+    answered to be shown."""
 
     dataset: FiniteDataset
     suffix: str
     answers: int
+    shown: int = 0
 
 
 def validation_sets(datasets: dict[str, FiniteDataset], config: JobConfig) -> list[ValidationSet]:
@@ -130,7 +144,12 @@ def validation_sets(datasets: dict[str, FiniteDataset], config: JobConfig) -> li
                 raise UserError(f"checkpoint.keep_best: {best} cannot be measured: {error}") from None
             answers = 0
             logger.info("%s: its loss is measured, but no exact match (%s)", called, error)
-        sets.append(ValidationSet(dataset, f"/{name}" if sets else "", answers))
+        shown = min(_SHOWN, answers) if settings.samples < 0 else settings.samples
+        if shown and not dataset.answerable:
+            if not sets:
+                raise UserError("validation.samples: needs records with a prompt and a response")
+            shown = 0
+        sets.append(ValidationSet(dataset, f"/{name}" if sets else "", answers, min(shown, len(dataset))))
     return sets
 
 
@@ -138,6 +157,10 @@ class Validator:
     """What a run validates on, and how.
 
     tokenizer: called only to generate answers.
+
+    Attributes:
+        shown: of the last `run`, by name ("samples", "samples/NAME" of another set), on rank 0: its first answers with
+            prompt and reference, in the order of the records, by `tracker.SAMPLE_COLUMNS`.
     """
 
     def __init__(
@@ -151,11 +174,13 @@ class Validator:
         self.settings, self.dims, self.device, self.sets = config.validation, dims, device, sets
         self.batch_size = config.validation.batch_size or config.training.local_batch_size
         self.tokenizer = tokenizer
+        self.shown: dict[str, list[dict[str, Any]]] = {}
 
     def run(self, model: Decoder) -> dict[str, float]:
         """validation_loss and, if asked for, validation_exact_match of the main set, then those of the others under
         their names; rank 0's, so that all agree what is best. Collective; leaves the model as for training."""
         model.eval()
+        self.shown = {}
         values: dict[str, float] = {}
         for one in self.sets:
             values |= self._measure(model, one)
@@ -182,12 +207,33 @@ class Validator:
         sharers = Sharers(rank, size, self.dims.dp_mesh.get_group(), self.device)
         batches = validation_batches(one.dataset, rank, size, self.batch_size, s.steps)
         values = {f"validation_loss{one.suffix}": validation_loss(model, batches, sharers)}
-        if one.answers:
+        if count := max(one.answers, one.shown):
             answer = functools.partial(self._answer, model, one.dataset.stop_ids())
-            values[f"validation_exact_match{one.suffix}"] = exact_match(
-                one.dataset, one.answers, s.answer_marker, answer, self.batch_size, sharers
-            )
+            answers = own_answers(one.dataset, count, answer, self.batch_size, sharers)
+            if one.answers:
+                exact = exact_match(one.dataset, one.answers, s.answer_marker, answers, sharers)
+                values[f"validation_exact_match{one.suffix}"] = exact
+            if one.shown:
+                self._show(one, answers, sharers)
         return values
+
+    def _show(self, one: ValidationSet, answers: dict[int, str], sharers: Sharers) -> None:
+        """Collect what is shown of a set. Collective."""
+        decode, marker = self.tokenizer().decode, self.settings.answer_marker
+        own = [
+            {
+                "record": record,
+                "prompt": decode(one.dataset.prompt_ids(record)),
+                "reference": one.dataset.response(record),
+                "output": text,
+                "right": is_right(one.dataset, record, text, marker) if record < one.answers else None,
+            }
+            for record, text in answers.items()
+            if record < one.shown
+        ]
+        rows: list[list[dict[str, Any]]] = [[]] * sharers.size
+        dist.all_gather_object(rows, own, group=sharers.group)
+        self.shown[f"samples{one.suffix}"] = sorted((row for part in rows for row in part), key=itemgetter("record"))
 
     def _answer(self, model: Decoder, stop_ids: frozenset[int], prompts: list[list[int]]) -> list[str]:
         answers = generate(

@@ -32,6 +32,7 @@ _AT_LEAST = {
     "adapter.svd_niter": 0,
     "hdpissa.num_adapters": 0,
     "hdpissa.refresh_steps": 0,
+    "hdpissa.local_steps": 1,
     "hdpissa.mute_scalar": 0,
     "hdpissa.factor_cache_gb": 0,
     "hdpissa.exchange_in_flight": 1,
@@ -96,6 +97,7 @@ def check_combinations(config: JobConfig) -> list[str]:
     )
     steps = c.validation.steps
     require(steps == -1 or steps >= 1, f"validation.steps: must be -1 or at least 1, not {steps}")
+    require(c.validation.samples >= -1, f"validation.samples: must be at least -1, not {c.validation.samples}")
     require(
         c.lr_scheduler.warmup_steps is None or c.lr_scheduler.warmup_ratio is None,
         "lr_scheduler.warmup_ratio: give either warmup_steps or warmup_ratio",

@@ -285,6 +285,11 @@ class HDPissa:
     """T: every T steps the slices are taken from the weights as they are then, and the optimizer's moments begin anew.
     Costs the start's decompositions each time (refresh_seconds in the metrics). 0: the slices of the start stay, as in
     the paper."""
+    local_steps: int = 1
+    """L: dA and dB stay in the forward pass for L optimizer steps before they are exchanged and folded into the
+    weights, so that 1/L of the bytes travel. In between each adapter learns at the weights with its own dA and dB;
+    validation and the weights of a checkpoint are those of the last fold (docs/methods.md). The last step of a run
+    folds too. 1: every step folds, as in the paper."""
     mute_scalar: float = 0.0
     """0: exact mute (the limit, no extra forward work). Otherwise the paper's scalar g in Y = X(W + g A B)."""
     exchange: Literal["auto", "factors", "dense"] = "auto"
@@ -414,6 +419,9 @@ class Metrics:
     """Steps between two log lines and records in metrics.jsonl."""
     progress_bar: bool = True
     """Show a progress bar when the standard error is a terminal."""
+    trackers: list[str] = field(default_factory=list)
+    """Where the metrics go besides metrics.jsonl and the console: tensorboard, wandb (the same as the two keys below),
+    or a class of yours as package.module:Class (docs/metrics.md). An outage of one never stops the training."""
     enable_tensorboard: bool = False
     """Write TensorBoard events to job.dump_folder/tb (needs the tensorboard package)."""
     enable_wandb: bool = False
@@ -445,6 +453,10 @@ class Validation:
     exact_match_samples: int = 0
     """Records to answer by greedy generation, scored by exact match of the final answer; of further named sets those
     whose responses have a marker. 0: off."""
+    samples: int = -1
+    """Records of each set whose prompt, reference and generated answer go into samples.jsonl and the trackers' tables
+    at every validation. -1: the first 4 of those that exact_match_samples answers, at no cost; more than it answers are
+    generated for the table alone. 0: none."""
     answer_marker: str = "The answer is: "
     """The final answer is the text after the last of these markers, up to the end of its line."""
     max_new_tokens: int = 64

@@ -15,10 +15,12 @@ import inspect
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +53,34 @@ def load(argv: list[str]) -> JobConfig:
     """
     errors: list[str] = []
     path, overrides = _parse_argv(argv, errors)
+    return _resolve(path, [(key, text, "command line") for key, text in overrides], errors)
+
+
+def load_file(path: str | os.PathLike | None, overrides: Mapping[str, Any]) -> JobConfig:
+    """Resolve a file (None: the defaults alone) and values of Python by "section.key": a path may be a Path, and None
+    unsets a key that can be unset. ConfigError as for `load`."""
+    values = [(key, _plain(value), "argument") for key, value in overrides.items()]
+    return _resolve(None if path is None else os.fspath(path), values, [])
+
+
+def _plain(value: Any) -> Any:
+    """Paths as strings, tuples as lists, also inside of lists and tables."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _resolve(path: str | None, overrides: list[tuple[str, Any, str]], errors: list[str]) -> JobConfig:
+    """overrides: (key, value, where it came from). errors: those so far."""
     values: dict[str, tuple[Any, str]] = {}  # "section.key" -> (value, where it came from)
     if path:
         for name, section in _read_toml(Path(_expanded("--config", path, errors)), errors).items():
             where, table = section
             _flatten(name, table, where, values, errors)
-    for key, text in overrides:
-        values[key] = (text, "command line")
+    for key, value, where in overrides:
+        values[key] = (value, where)
     config = _build(_renamed(values), errors)
     faulty = {line.partition(":")[0] for line in errors}  # these keys hold their defaults now
     if not errors and (
@@ -328,7 +351,7 @@ def _coerce(value: Any, annotation: Any, from_text: bool) -> Any:
         annotation = str  # the lists are read by `_sources`
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        if from_text and value.lower() in ("none", ""):
+        if value is None or (from_text and value.lower() in ("none", "")):
             return None
         (inner,) = [a for a in args if a is not type(None)]
         return _coerce(value, inner, from_text)

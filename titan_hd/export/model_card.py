@@ -11,7 +11,7 @@ from typing import Any
 from titan_hd import __version__
 from titan_hd.adapters.method import Method
 from titan_hd.adapters.methods import method_named
-from titan_hd.components.metrics import read_metrics
+from titan_hd.components.records import read_records
 
 _SECTIONS = ("training", "optimizer", "lr_scheduler", "adapter", "hdpissa", "parallelism")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -85,7 +85,7 @@ def base_name(hf_config: dict[str, Any], assets: str) -> str:
 def final_metrics(path: Path) -> dict[str, Any]:
     """The last value of every key of a metrics.jsonl."""
     values: dict[str, Any] = {}
-    for record in read_metrics(path):
+    for record in read_records(path):
         values.update(record)
     return values
 

@@ -22,7 +22,7 @@ from titan_hd.checkpoint.resume_check import check_length, check_resumable
 from titan_hd.components.assembly import assemble
 from titan_hd.components.run_data import RunData, read_data
 from titan_hd.config.job_config import JobConfig
-from titan_hd.console import init_logging
+from titan_hd.console import init_logging, silence_libraries
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.errors import UserError
 from titan_hd.overview import Overview, data_lines, screen, version_line
@@ -43,6 +43,7 @@ def dry_run(config: JobConfig, plan: RunPlan, overview: Overview) -> None:
         UserError: a line for everything that would keep it from starting, or from ending well.
     """
     init_logging(rank=0)
+    silence_libraries()
     tables = [overview.tables()] if config.job.print_plan else []
     print(version_line(), screen(overview.lines()), *tables, sep="\n", flush=True)
     for line in (*ignored_keys(config), *plan.warnings):

@@ -20,10 +20,10 @@ import torch._dynamo
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from titan_hd.components.metrics import finish_failed_run
+from titan_hd.components.trackers.registry import finish_failed_run
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
-from titan_hd.console import init_logging
+from titan_hd.console import init_logging, silence_libraries
 from titan_hd.distributed.collectives import on_rank_zero
 from titan_hd.distributed.watch import Watch
 from titan_hd.errors import UserError
@@ -45,8 +45,19 @@ def device_name(device: torch.device) -> str:
 _watch: Watch | None = None
 
 
-def init_process(config: JobConfig, signals: StopSignals) -> torch.device:
-    """Start the process group (nccl on GPUs, gloo on CPUs) and its watch; returns this worker's device."""
+def stand_alone() -> None:
+    """Let a process that no launcher has started be the only worker."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    for key, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": LOOPBACK}.items():
+        os.environ.setdefault(key, str(value))
+    os.environ.setdefault("MASTER_PORT", "29500" if world_size > 1 else "0")  # 0: one that is free, for nobody else
+
+
+def init_process(config: JobConfig, signals: StopSignals | None) -> torch.device:
+    """Start the process group (nccl on GPUs, gloo on CPUs) and its watch; returns this worker's device.
+
+    signals: None in a process that has other things to do than this run, and that nothing watches.
+    """
     global _watch
     if torch.cuda.is_available():
         local_rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -62,13 +73,15 @@ def init_process(config: JobConfig, signals: StopSignals) -> torch.device:
     store = _join(backend, timeout)
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
-    def leave() -> None:  # it was told to stop, and is in a step that does not end
-        if signals.status:
-            os._exit(signals.status)
+    if signals is not None:
 
-    # pyrefly: ignore[missing-attribute]: torch's stubs leave `clone` of stores out
-    own_store = dist.PrefixStore("watch", store.clone())
-    _watch = Watch(own_store, rank, world_size, config.comm.init_timeout_seconds, leave)
+        def leave() -> None:  # it was told to stop, and is in a step that does not end
+            if signals.status:
+                os._exit(signals.status)
+
+        # pyrefly: ignore[missing-attribute]: torch's stubs leave `clone` of stores out
+        own_store = dist.PrefixStore("watch", store.clone())
+        _watch = Watch(own_store, rank, world_size, config.comm.init_timeout_seconds, leave)
     torch.set_float32_matmul_precision(config.training.float32_matmul_precision)
     if config.debug.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -165,12 +178,11 @@ def leave(status: int) -> NoReturn:
 
 def _exit_status(run: Run) -> int:
     """The exit status of this worker; what it had to say is said."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    for key, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": LOOPBACK}.items():
-        os.environ.setdefault(key, str(value))
-    os.environ.setdefault("MASTER_PORT", "29500" if world_size > 1 else "0")  # 0: one that is free, for nobody else
+    stand_alone()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     keep_streams()
     init_logging(rank)
+    silence_libraries()
     signals = StopSignals()
     signals.listen()
     handler = get_error_handler()

@@ -14,7 +14,7 @@ from compare.delta_rank import delta_ranks
 from compare.running import COMPLETE, PlannedRun
 from compare.schedule import Run
 from compare.sizes import trained_parameters
-from titan_hd.components.metrics import read_metrics
+from titan_hd.components.records import read_records
 from titan_hd.files import replace_file
 from titan_hd.fitting import estimate_run
 
@@ -54,7 +54,7 @@ def _sizes(run: PlannedRun) -> Row:
 def _metrics(folder: Path) -> Row:
     """loss: mean over the last tenth of the steps; seconds: of all steps; validation: the last, and before the first
     step; step_seconds and tokens_per_second: medians without the first step; peak_memory_gib: of the first worker."""
-    records = read_metrics(folder / "metrics.jsonl")
+    records = read_records(folder / "metrics.jsonl")
     steps = [record for record in records if "loss" in record]
     timed = [record for record in steps if record["step"] > 1] or steps
     last = [record["loss"] for record in steps[-max(1, len(steps) // 10) :]]
@@ -110,7 +110,7 @@ def _head(run: Run, keys: Sequence[str]) -> Row:
 
 def _curve(folder: Path) -> Iterable[Row]:
     seconds = 0.0
-    for record in read_metrics(folder / "metrics.jsonl"):
+    for record in read_records(folder / "metrics.jsonl"):
         seconds += record.get("step_seconds", 0.0)
         if "loss" in record or "validation_loss" in record:
             shown = {key: record[key] for key in ("step", "loss", "validation_loss") if key in record}

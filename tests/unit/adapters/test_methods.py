@@ -123,6 +123,18 @@ def test_combinations_of_the_folding_family_that_make_no_sense():
     assert line.startswith("hdpissa.slices: top slices that learn from all samples")
     (line,) = errors_of(*unit, "--hdpissa.slices", "random")
     assert line.startswith("hdpissa.factor_scale: unit is for singular directions")
+    local = ["--hdpissa.local_steps", "4"]
+    assert errors_of(*local, *minor, *unit) == errors_of(*local, "--hdpissa.refresh_steps", "8") == []
+    assert errors_of(*local, "--hdpissa.exchange_dtype", "int8", "--adapter.dropout", "0.1") == []
+    assert errors_of(*local, "--adapter.method", "lora") == []  # named among the keys that are not used
+    (line,) = errors_of(*local, "--hdpissa.mute_scalar", "1e-16")
+    assert line.startswith("hdpissa.local_steps: dA and dB of several steps stay in the forward pass")
+    (line,) = errors_of(*local, *together)
+    assert line.startswith("hdpissa.local_steps: with samples = all every worker would need everybody's dA and dB")
+    (line,) = errors_of(*local, "--hdpissa.refresh_steps", "10")
+    assert line.startswith(
+        "hdpissa.refresh_steps: slices are taken from a W that is folded; use a multiple of hdpissa."
+    )
     int8 = ["--hdpissa.exchange_dtype", "int8"]
     assert errors_of(*int8) == errors_of(*int8, "--hdpissa.exchange", "factors", "--optimizer.name", "SGD") == []
     for key, value in (("hdpissa.exchange", "dense"), ("hdpissa.mute_scalar", "1e-16"), ("optimizer.name", "ASGD")):

@@ -6,14 +6,11 @@ import json
 import logging
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 
-from titan_hd.components import metrics as module
-from titan_hd.components import wandb_run
-from titan_hd.components.metrics import MetricsLogger, keep_records_until, write_svd_report
+from titan_hd.components.metrics import MetricsLogger, write_svd_report
+from titan_hd.components.records import keep_records_until
 from titan_hd.config.job_config import JobConfig
 from titan_hd.console import TqdmHandler
 
@@ -106,14 +103,6 @@ class TestMetricsLogger:
         self.log(config, 0, 1)
         assert not (tmp_path / "run" / "metrics.3.jsonl").exists(), "there was nothing to keep"
 
-    def test_tensorboard_that_cannot_start_costs_no_training(self, tmp_path: Path, caplog):
-        config = self.config(tmp_path)
-        config.metrics.enable_tensorboard = True
-        with mock.patch.dict(sys.modules, {"torch.utils.tensorboard": None}):
-            self.log(config, 0, 2)
-        assert "TensorBoard cannot start" in caplog.text
-        assert steps_of(tmp_path / "run" / "metrics.jsonl") == [1, 2]
-
     def test_records_are_there_at_once(self, tmp_path: Path):
         metrics = MetricsLogger(self.config(tmp_path), 10, 0)
         metrics.log(1, {"loss": 0.1})
@@ -122,11 +111,11 @@ class TestMetricsLogger:
 
     def test_a_full_disk_delays_records_and_loses_none(self, tmp_path: Path):
         metrics = MetricsLogger(self.config(tmp_path), 10, 0)
-        real, metrics._file = metrics._file, FullDisk()
+        real, metrics.records._file = metrics.records._file, FullDisk()
         metrics.log(1, {"loss": 0.1})
         metrics.log(2, {"loss": 0.2})
         metrics.sync()
-        metrics._file = real
+        metrics.records._file = real
         metrics.log(3, {"loss": 0.3})
         assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines(1, 2, 3)[5:], (
             "five bytes went to the full disk"
@@ -135,39 +124,12 @@ class TestMetricsLogger:
 
     def test_records_that_no_disk_has_taken_are_named_at_the_end(self, tmp_path: Path, caplog):
         metrics = MetricsLogger(self.config(tmp_path), 10, 0)
-        metrics._file.close()
-        metrics._file = FullDisk()
+        metrics.records._file.close()
+        metrics.records._file = FullDisk()
         metrics.log(1, {"loss": 0.1})
         metrics.log(2, {"loss": 0.2})
         metrics.close()
         assert "metrics.jsonl: its last 2 record(s) are lost" in caplog.text
-
-    def test_tensorboards_failure_is_a_warning(self, tmp_path: Path, caplog):
-        """Its thread keeps an error of the disk for the next call."""
-        metrics = MetricsLogger(self.config(tmp_path), 10, 0)
-        metrics._tensorboard = SimpleNamespace(add_scalar=full, close=full)
-        metrics.log(1, {"loss": 0.1})
-        metrics.log(2, {"loss": 0.2})
-        metrics._tensorboard = SimpleNamespace(add_scalar=full, close=full)
-        metrics.close()
-        assert caplog.text.count("going on without them") == 1
-        assert "TensorBoard's last events cannot be written" in caplog.text
-
-    def test_wandb_records_titan_hds_commit_and_not_that_of_the_folder(self, tmp_path: Path, monkeypatch):
-        seen = []
-        fake = SimpleNamespace(
-            Settings=dict, init=lambda **words: seen.append(words["settings"]) or SimpleNamespace(id=1)
-        )
-        monkeypatch.setitem(sys.modules, "wandb", fake)
-        for root in (None, tmp_path):
-            monkeypatch.setattr(wandb_run, "repository", lambda root=root: root)
-            module._start_wandb(self.config(tmp_path), None)
-        timeout = {"init_timeout": wandb_run.START_SECONDS}
-        assert seen == [{**timeout, "disable_git": True}, {**timeout, "git_root": str(tmp_path)}]
-
-
-def full(*_):
-    raise OSError(28, "No space left on device")
 
 
 class TestLog:

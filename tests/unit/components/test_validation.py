@@ -15,6 +15,7 @@ from titan_hd.components.validation import (
     check_references,
     exact_match,
     final_answer,
+    own_answers,
     validation_sets,
 )
 from titan_hd.config.job_config import Checkpoint, JobConfig, Validation
@@ -68,7 +69,8 @@ def share_right(samples: int, wrong: tuple[int, ...], batch_size: int) -> tuple[
         return [f"well, the answer: {-1 if prompt[0] in wrong else prompt[0]}" for prompt in prompts]
 
     sharers = Sharers(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, torch.device("cpu"))
-    return exact_match(Numbers(), samples, "the answer: ", answer, batch_size, sharers), asked
+    answers = own_answers(Numbers(), samples, answer, batch_size, sharers)
+    return exact_match(Numbers(), samples, "the answer: ", answers, sharers), asked
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -1,0 +1,154 @@
+"""`from titan_hd import train`: a run in this process, once and once more, and what it leaves behind."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import titan_hd
+from tests.kit import runs
+from tests.kit.commands import REPOSITORY
+from titan_hd.in_process import load_config
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The keys of a run that takes no time; paths as Python has them."""
+    folder = tmp_path_factory.mktemp("tiny")
+    runs.write_model(folder / "model")
+    runs.write_records(folder / "records.jsonl")
+    return {
+        "model.hf_assets_path": folder / "model",
+        "data.train": [folder / "records.jsonl"],
+        "data.format": "tokens",
+        "training.seq_len": 16,
+        "training.mixed_precision_param": "float32",
+        "adapter.rank": 1,
+        "job.dump_folder": folder / "run",
+        "metrics.log_freq": 1,
+    }
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def surroundings() -> list[object]:
+    """What a run changes in its process."""
+    logger = logging.getLogger("titan_hd")
+    return [
+        {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")},
+        (logger.handlers[:], logger.level, logger.propagate),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        gc.isenabled(),
+        dist.is_initialized(),
+    ]
+
+
+def test_importing_it_is_light():
+    code = "from titan_hd import train; import sys, titan_hd; assert not {'torch', 'numpy'} & sys.modules.keys()"
+    code += "; assert titan_hd.UserError.__name__ == 'UserError' and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=60)
+
+
+def test_a_run_says_what_it_has_come_to_and_another_may_follow(tiny: dict[str, Any]):
+    before = surroundings()
+    values = tiny | {"validation.enable": True, "data.validation": tiny["data.train"]}
+    first = titan_hd.train(None, values, training__steps=3, export__enable=True, debug__deterministic=True)
+    assert surroundings() == before
+    assert (first.folder, first.steps) == (tiny["job.dump_folder"], 3)
+    assert [record["step"] for record in first.records if "loss" in record] == [1, 2, 3]
+    assert first.metrics["loss"] == [record["loss"] for record in first.records if "loss" in record][-1]
+    assert first.metrics["validation_loss"] < first.records[0]["validation_loss"]
+    assert (first.model / "model.safetensors").is_file()
+
+    second = titan_hd.train(None, values, training__steps=3, export__enable=False)
+    assert second.metrics["loss"] == pytest.approx(first.metrics["loss"], rel=1e-6)
+    assert second.model is None
+
+
+def test_a_trainer_in_a_block(tiny: dict[str, Any]):
+    seen = []
+    with titan_hd.open_trainer(None, tiny, training__steps=4) as trainer:
+        assert isinstance(trainer, titan_hd.Trainer)
+        losses = [trainer.train_step().loss for _ in range(2)]
+        trainer.add_hook(1, lambda result: seen.append((trainer.step, result.loss)))
+        trainer.train()
+    assert [step for step, _ in seen] == [3, 4]
+    assert all(0 < loss < 10 for loss in (*losses, *(loss for _, loss in seen)))
+    with titan_hd.open_trainer(None, tiny, training__steps=4) as again:
+        assert [again.train_step().loss for _ in range(2)] == losses
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"training.stepz": 3}, "training.stepz: unknown key (argument); did you mean training.steps?"),
+        ({"training.steps": "3"}, "training.steps: must be a whole number, not '3' (argument)"),
+        ({"training.steps": 3, "model.hf_assets_path": "none"}, "model.hf_assets_path: "),
+        ({"training.steps": 3, "data.train": ["none.jsonl"]}, "data.train[0]: "),
+    ],
+)
+def test_what_the_caller_can_mend_is_an_exception(tiny: dict[str, Any], values: dict[str, Any], line: str):
+    before = surroundings()
+    with pytest.raises(titan_hd.UserError) as told:
+        titan_hd.train(None, tiny | values)
+    assert line in str(told.value)
+    assert surroundings() == before
+
+
+def test_a_run_that_fails_leaves_its_folder_to_the_next(tiny: dict[str, Any], tmp_path: Path):
+    """Records whose fault only the builder of the data sees: the folder is locked by then."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"input_ids": [1, 2, 3], "labels": [1]}\n')
+    before = surroundings()
+    with pytest.raises(titan_hd.UserError, match=r"bad\.jsonl") as told:
+        titan_hd.train(None, tiny | {"data.train": bad}, training__steps=1)
+    with pytest.raises(KeyboardInterrupt), titan_hd.open_trainer(None, tiny, training__steps=1):
+        raise KeyboardInterrupt
+    assert surroundings() == before
+    assert titan_hd.train(None, tiny, training__steps=1).steps == 1
+    assert told.traceback, "a notebook keeps it, too, and with it the Trainer that failed"
+
+
+def test_keywords_files_and_recipes_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A keyword wins over a value, a value over the file; None unsets; the bundled recipes have their names."""
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text("[optimizer]\nlr = 1.0\nbeta1 = 0.5\neps = 1e-3\n[training]\nsteps = 5\n")
+    need = {"model.hf_assets_path": tmp_path, "data.train": "x.jsonl"}
+    values = {"optimizer.lr": 2.0, "optimizer.beta1": 0.25, "training.steps": None, "training.epochs": 1}
+    config = load_config("run.toml", need | values, optimizer__lr=3.0)
+    assert (config.optimizer.lr, config.optimizer.beta1, config.optimizer.eps) == (3.0, 0.25, 1e-3)
+    assert (config.training.steps, config.training.epochs) == (None, 1)
+    assert config.model.hf_assets_path == str(tmp_path)
+    assert load_config("quickstart.toml").hdpissa.num_adapters == 8
+    quickstart = load_config()
+    assert Path(quickstart.data.train).is_file()
+    assert quickstart.training.steps == 160
+
+
+def test_train_is_the_function_and_the_module():
+    import titan_hd.train as module  # binds the attribute of the package
+
+    assert titan_hd.train is module
+    assert module.Trainer is titan_hd.Trainer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("titan_hd.train.device_name", "changed")
+        assert sys.modules["titan_hd.train"].device_name == "changed"
+    assert callable(sys.modules["titan_hd.train"].device_name)
+    with pytest.raises(AttributeError):
+        titan_hd.no_such_name  # noqa: B018

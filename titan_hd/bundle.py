@@ -1,0 +1,36 @@
+"""What lies beside the package in the repository, and inside it in a wheel: run_train.sh, tools, recipes, assets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from titan_hd.errors import UserError
+
+_PACKAGE = Path(__file__).resolve().parent
+# setup.py puts it there.
+ROOT = _PACKAGE / "bundle" if (_PACKAGE / "bundle").is_dir() else _PACKAGE.parent
+RECIPES = ROOT / "train_configs"
+_QUICKSTART = ROOT / "assets" / "quickstart"
+# run_train.sh gives the same: the paths in the recipe are those of the repository.
+QUICKSTART_PATHS = {
+    "model.hf_assets_path": _QUICKSTART / "model",
+    "data.train": _QUICKSTART / "train.jsonl",
+    "data.validation": _QUICKSTART / "validation.jsonl",
+    "data.template": _QUICKSTART / "template.txt",
+}
+
+
+def recipe(name: str) -> str:
+    """A file of the user's, else the bundled recipe of that name, as train_configs/paper/x.toml or paper/x.toml; the
+    name itself where there is neither."""
+    if Path(name).exists():
+        return name
+    inside = name.removeprefix("./").removeprefix("train_configs/")
+    bundled = RECIPES / inside
+    return str(bundled) if bundled.is_file() and ".." not in Path(inside).parts else name
+
+
+def check_bundle() -> None:
+    """Raises UserError where the files are not there: a copy of the package alone."""
+    if not (ROOT / "run_train.sh").is_file():
+        raise UserError(f"{ROOT}: has no run_train.sh: install titan_hd by pip, or use its repository")
