@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from titan_hd.bundle import QUICKSTART_PATHS, RECIPES, recipe
-from titan_hd.components.records import read_metrics
+from titan_hd.components.records import read_records
 from titan_hd.components.trackers.registry import finish_failed_run
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
@@ -50,7 +50,7 @@ class RunResult:
     @property
     def records(self) -> list[dict[str, Any]]:
         """All records of metrics.jsonl, in their order."""
-        return read_metrics(self.folder / "metrics.jsonl")
+        return read_records(self.folder / "metrics.jsonl")
 
 
 def train(
@@ -72,7 +72,7 @@ def train(
         c = trainer.config
         folder, steps = Path(c.job.dump_folder), trainer.step
         model = export_folder(c) if c.export.enable else None
-    records = read_metrics(folder / "metrics.jsonl")
+    records = read_records(folder / "metrics.jsonl")
     last = {name: value for record in records for name, value in record.items() if name != "step"}
     return RunResult(folder, steps, last, model)
 
