@@ -135,6 +135,14 @@ def tell(line: str) -> None:
     tqdm.write(f"titan_hd: {printable(line)}", file=sys.stderr)
 
 
+def _log(line: str) -> None:
+    """A line in the log, where there is one; tools have none that shows it."""
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("%s", line)
+    else:
+        tell(line)
+
+
 class Progress:
     """How far a phase is, from entering it to leaving it: a bar on a terminal, elsewhere lines now and then.
 
@@ -163,7 +171,7 @@ class Progress:
         self.what, self.total, self.unit, self.done = what, total, unit, done
         self.note = ""  # behind the figures
         self._shown, self._poll, self._always = is_first_rank() if shown is None else shown, poll, always
-        self._say = said or (lambda line: logger.info("%s", line))
+        self._say = said or _log
         self._before, self._spoke = done, False
         self._bar: tqdm | None = None
         self._over = threading.Event()
