@@ -16,6 +16,7 @@ import logging
 import math
 import re
 import time
+from array import array
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -253,7 +254,7 @@ class FoldUpdate(Update):
         self._refresh_seconds = 0.0
         # First words of what a checkpoint has until a fold: of the one that is read, then of those that are saved.
         self._unfolded: tuple[str, ...] = ()
-        self._rates = torch.zeros((), dtype=torch.float64)  # sum of the learning rates since the last fold
+        self._rates = array("d", [0.0])  # sum of the learning rates since the last fold, the host's own
         self._last_step: int
 
     def ignored_parameters(self) -> set[nn.Parameter]:
@@ -279,7 +280,7 @@ class FoldUpdate(Update):
         for name, entry in self.registry.entries.items():
             factors |= {f"factors.{name}.A": entry.a, f"factors.{name}.B": entry.b}
         views = self.registry.named_views(self.registry.deltas.detach())
-        unfolded = {f"residuals.{name}": view for name, view in views} | {"unfolded.rates": self._rates}
+        unfolded = {f"residuals.{name}": view for name, view in views} | {"unfolded.rates": _tensor_of(self._rates)}
         unfolded = {key: value for key, value in unfolded.items() if key.startswith(self._unfolded)}
         return {**super().state(changed_only), **factors, **unfolded}
 
@@ -344,11 +345,11 @@ class FoldUpdate(Update):
         """Fold, if it is time to. A run that goes on behind its last step, because it is given more steps, folds next
         where any other does."""
         h = self.config.hdpissa
-        self._rates += lr
+        self._rates[0] += lr
         self._unfolded = UNFOLDED
         if (step + 1) % h.local_steps == 0 or step == self._last_step:
-            self.fold(self._rates.item(), step)
-            self._rates.zero_()
+            self.fold(self._rates[0], step)
+            self._rates[0] = 0.0
             self._unfolded = UNFOLDED[:1] if h.exchange_dtype == "int8" else ()
 
     def _refresh(self, period: int) -> None:
@@ -407,6 +408,11 @@ class FoldUpdate(Update):
 
     def _zero_gradients(self) -> None:
         self.samples.zero_grad()
+
+
+def _tensor_of(number: array[float]) -> torch.Tensor:
+    """0-dim, float64, of the same memory: a checkpoint is read into it."""
+    return torch.frombuffer(number, dtype=torch.float64).view(())
 
 
 def build_update(model: Decoder, method: Method, dims: ParallelDims, config: JobConfig) -> Update:

@@ -444,14 +444,26 @@ def help_text(topics: typing.Sequence[str] = ()) -> str:
         "",
     ]
     for section, cls in sections.items():
-        shown = [f for f in dataclasses.fields(cls) if not topics or {section, f"{section}.{f.name}"} & {*topics}]
-        lines += [f"[{section}]", *(_key_help(section, cls, f) for f in shown), ""] if shown else []
+        shown = [key for key in documented(cls) if not topics or {section, f"{section}.{key.name}"} & {*topics}]
+        helped = (f"  --{section}.{key.name}  ({key.type}; default {key.default})\n      {key.text}" for key in shown)
+        lines += [f"[{section}]", *helped, ""] if shown else []
     return "\n".join(lines)
 
 
-def _key_help(section: str, cls: type, field: dataclasses.Field) -> str:
-    default, text = json.dumps(getattr(cls(), field.name)), _field_docs()[cls.__name__][field.name]
-    return f"  --{section}.{field.name}  ({field.type}; default {default})\n      {text}"
+class Key(typing.NamedTuple):
+    """A key of a section as it is documented: its type as in Python, its default as in JSON."""
+
+    name: str
+    type: str
+    default: str
+    text: str
+
+
+def documented(section: type) -> list[Key]:
+    """The keys of a section's dataclass, or of a table in a list."""
+    default, texts = section(), _field_docs()[section.__name__]
+    fields = dataclasses.fields(section)
+    return [Key(f.name, str(f.type), json.dumps(getattr(default, f.name)), texts[f.name]) for f in fields]
 
 
 def to_toml(config: JobConfig) -> str:

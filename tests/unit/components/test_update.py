@@ -55,6 +55,22 @@ def test_state_is_allocated_as_the_checkpoint_has_it():
         assert (made[key].shape, made[key].dtype) == (value.shape, value.dtype), key
 
 
+def test_a_fold_comes_after_every_few_steps_and_after_the_last():
+    """With the learning rates since the one before; what waits for it is in a checkpoint."""
+    config, folds, kept = JobConfig(), [], []
+    config.hdpissa.local_steps = 3
+    fold_update = SimpleNamespace(config=config, fold=lambda *at: folds.append(at), _rates=[0.0], _last_step=7)
+    for step in range(8):
+        FoldUpdate.apply(fold_update, 2.0**step, step)
+        kept.append(fold_update._unfolded)
+    assert folds == [(1 + 2 + 4, 2), (8 + 16 + 32, 5), (64 + 128, 7)]
+    both = ("residuals.", "unfolded.")
+    assert kept == [both, both, (), both, both, (), both, ()]
+    config.hdpissa.local_steps, config.hdpissa.exchange_dtype = 1, "int8"
+    FoldUpdate.apply(fold_update, 0.1, 8)
+    assert (folds[-1], fold_update._unfolded) == ((0.1, 8), ("residuals.",))
+
+
 NEVER_ANEW = "hdpissa.refresh_steps: 10 is not below the run's 10 steps: no slice is taken anew"
 ONE_FOLD = "hdpissa.local_steps: 11 is more than the run's 10 steps: there is one fold, after the last"
 
