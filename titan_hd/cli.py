@@ -31,6 +31,7 @@ COMMANDS = {
     "generate": Command("tools/generate.py", (), "answers of a model to prompts, or a chat"),
     "compare": Command("tools/compare_methods.py", (), "several methods side by side, each tuned alike"),
     "plan": Command("run_train.sh", ("--job.print_plan",), "who would hold what, and the memory, without training"),
+    "plot": Command("tools/plot_run.py", (), "curves of runs: pictures, and a page"),
     "export": Command("tools/convert_checkpoint.py", ("dcp-to-hf",), "a Hugging Face directory of a checkpoint"),
     "convert-checkpoint": Command(
         "tools/convert_checkpoint.py", (), "between checkpoints and Hugging Face directories"
@@ -42,7 +43,7 @@ COMMANDS = {
     "rank-analysis": Command("tools/rank_analysis.py", (), "rank and spectrum of what a training changed"),
     "scaling": Command("tools/scaling.py", (), "time and traffic of a run on a cluster"),
 }
-_MAIN = 6  # the first ones are what most users need
+_MAIN = 7  # the first ones are what most users need
 
 
 def main() -> None:

@@ -95,7 +95,7 @@ class Trainer:
         with raise_on_all("locking the folder"), disk_faults(folder):
             self.lock = RunLock(folder) if self.dims.rank == 0 else None
             if self.dims.rank == 0:
-                record_environment(folder, self.dims.world_size)
+                record_environment(folder, self.dims.world_size, config)
         try:
             self._log_start()
             self._build_model()

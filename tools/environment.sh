@@ -1,5 +1,6 @@
 # Sourced by run_train.sh and run_tests.sh: finds a Python that has titan_hd's dependencies, or makes .venv.
-#   setup_environment ROOT [EXTRA]    sets PYTHON and PYTHONPATH; EXTRA is an extra of pyproject.toml, such as dev
+#   setup_environment ROOT [EXTRA]    sets PYTHON and PYTHONPATH; EXTRA is an extra of pyproject.toml that a new .venv
+#                                     gets, such as dev; what dev has is looked for in an environment that is there, too
 
 setup_environment() {
   local root=$1 extra=${2:-}
