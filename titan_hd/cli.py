@@ -63,7 +63,7 @@ def _run(argv: list[str]) -> None:
         return
     name, words = argv[0], with_recipes(argv[1:])
     if name not in COMMANDS:
-        raise UserError(f"{name}: unknown command; there are {', '.join(COMMANDS)}")
+        raise UserError(f"{name}: unknown command{manager.hint(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
     check_bundle()
     os.environ["PYTHON"] = sys.executable  # whatever starts run_train.sh, this Python trains
     command = COMMANDS[name]

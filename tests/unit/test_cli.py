@@ -84,7 +84,7 @@ def test_the_help_has_every_command_and_where_the_recipes_are():
 
 def test_an_unknown_command_is_one_line():
     (line,) = error_lines(call_tool(cli.main, "tren", "--training.steps=3"))
-    assert line.startswith("titan_hd: error: tren: unknown command; there are train, evaluate, ")
+    assert line.startswith("titan_hd: error: tren: unknown command; did you mean train?; there are train, evaluate, ")
 
 
 def test_without_the_bundle_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
