@@ -19,7 +19,7 @@ from titan_hd.adapters.method import Method
 from titan_hd.adapters.methods import build_method, method_errors, method_of
 from titan_hd.adapters.svd import SvdSettings
 from titan_hd.checkpoint.folder import CheckpointFolder, read_train_state
-from titan_hd.checkpoint.resume_check import allow_mismatch_errors
+from titan_hd.checkpoint.resume_check import allow_mismatch_errors, run_identity, weights_fingerprint
 from titan_hd.components.dtypes import dtype_warnings, resolve_dtypes, untouched_dtype
 from titan_hd.components.optimizer import optimizer_class
 from titan_hd.components.trackers.registry import tracker_errors
@@ -149,6 +149,13 @@ def plan_run(
     )
 
 
+def run_identity_of(plan: RunPlan, data: str) -> dict[str, Any]:
+    """What a checkpoint must have in common with this run. data: `RunData.summary`."""
+    c = plan.config
+    weights = "" if c.model.flavor else weights_fingerprint(c.model.hf_assets_path)
+    return run_identity(c, plan.decoder, plan.num_adapters, plan.global_batch_size, data, weights)
+
+
 def update_plan(config: JobConfig, plan: RunPlan) -> UpdatePlan:
     """How the update of every adapted weight will travel, without a model."""
     linears = plan.decoder.linear_shapes()
@@ -207,7 +214,7 @@ def _other_paths(config: JobConfig) -> dict[str, Path]:
     c, dump = config, Path(config.job.dump_folder)
     paths = {
         name: dump / name
-        for name in ("metrics.jsonl", "samples.jsonl", "svd.jsonl", "environment.jsonl", "tb", "wandb")
+        for name in ("metrics.jsonl", "samples.jsonl", "svd.jsonl", "environment.jsonl", "plan.txt", "tb", "wandb")
     }
     if dump.resolve().is_relative_to(export_folder(config).resolve()):
         return {"job.dump_folder": dump}  # and with it all that is in it
@@ -242,8 +249,8 @@ def _period_warnings(config: JobConfig, method: type[Method]) -> list[str]:
     if not method.folds or not between:
         return []
     return [
-        f"{', '.join(between)}: no multiple of hdpissa.local_steps = {every}: between two folds W is that of the last, "
-        "for validation and for who exports a checkpoint (a resumed run goes on from all of it)"
+        f"{', '.join(between)}: no multiple of hdpissa.local_steps = {every}: between two folds validation sees, and "
+        "a checkpoint's weights are, W of the last fold (a resumed run goes on from all of it)"
     ]
 
 

@@ -33,11 +33,11 @@ import torch
 from compare import rank_plots
 from compare.delta_rank import DeltaRank, WeightDelta, Weights, linear_weights, mean_ranks, weight_deltas
 from generate import pick_device
-from tqdm import tqdm
 
 from titan_hd.checkpoint.pretrained import open_pretrained
 from titan_hd.config import manager
 from titan_hd.config.command_line import ToolParser
+from titan_hd.console import Progress, tell
 from titan_hd.errors import UserError
 from titan_hd.files import disk_faults, user_path
 from titan_hd.models.registry import DecoderConfig
@@ -181,11 +181,12 @@ def compute(
 ) -> dict[str, list[WeightDelta]]:
     """Every weight of every run; each spectrum goes into spectrum.csv when it is known. index counts from 1."""
     deltas: dict[str, list[WeightDelta]] = {run.name: [] for run in runs}
-    with open(path, "w", newline="", encoding="utf-8") as file, tqdm(total=len(runs) * weights, unit="weight") as bar:
+    bar = Progress("decomposing", len(runs) * weights, "weights", said=tell, always=True)
+    with open(path, "w", newline="", encoding="utf-8") as file, bar:
         writer = csv.writer(file)
         writer.writerow(("run", "layer", "kind", "index", "value"))
         for run in runs:
-            bar.set_description(run.name)
+            bar.note = run.name
             for delta in measure(run.weights):
                 values = enumerate(delta.values.tolist(), start=1)
                 writer.writerows((run.name, delta.layer, delta.kind, index, f"{v:.10e}") for index, v in values)

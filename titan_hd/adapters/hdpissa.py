@@ -126,6 +126,14 @@ def project_together(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor,
     )
 
 
+_IDEAS = {
+    "orthogonal": "each of K adapters trains another slice of a weight's leading singular directions",
+    "minor": "each of K adapters trains another slice of a weight's last singular directions",
+    "top": "all of K adapters train a weight's r leading singular directions",
+    "random": "each of K adapters trains random directions of a weight",
+}
+
+
 class HDPissa(FoldingMethod):
     """HD-PiSSA: K logical adapters of rank r on every targeted layer; nothing else is trained."""
 
@@ -164,6 +172,7 @@ class HDPissa(FoldingMethod):
     ):
         super().__init__()
         self.num_adapters, self.rank = num_adapters, rank
+        self.idea = f"{_IDEAS[slices]}; what they learn is folded into the one sharded W"
         self.dropout, self.mute_scalar, self.slices, self.samples = dropout, mute_scalar, slices, samples
         self.layer = LocalHDPissaLinear if local_steps > 1 else HDPissaLinear
         self.shares = 1 if samples == "all" else num_adapters

@@ -20,6 +20,7 @@ class Method(abc.ABC):
     Facts of the class:
         name: the value of adapter.method. aliases: other values that mean the same.
         title, paper: for people; paper as "arXiv NUMBER", or another citation.
+        idea: a clause on what is trained, for the start of a run; a run's method may have one of its own.
         how: half a sentence for the model card, on what becomes of the weights.
         trains, size, base: the trained tensors of a layer, their number of elements, and what becomes of W, for the
             table in docs/methods.md.
@@ -46,6 +47,7 @@ class Method(abc.ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str] = ""
+    idea: str
     aliases: ClassVar[tuple[str, ...]] = ()
     how: ClassVar[str] = ""
     trains: ClassVar[str]
@@ -103,6 +105,10 @@ class Method(abc.ABC):
         Raises:
             UserError: a target matches no layer.
         """
+
+    def sentence(self) -> str:
+        """The method with its paper, and its idea."""
+        return f"{self.title}{f' ({self.paper})' if self.paper else ''}: {self.idea}"
 
     def trained_parameters(self, model: nn.Module) -> int:
         """Number of trained elements of a model that the method was applied to, over all logical adapters."""

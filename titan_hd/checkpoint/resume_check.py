@@ -89,6 +89,15 @@ def check_resumable(state: dict[str, Any], current: dict[str, Any], allowed: lis
     return accepted
 
 
+def check_length(step: int, total_steps: int) -> None:
+    """UserError if a run of so many steps cannot go on after `step`."""
+    if step > total_steps:
+        raise UserError(
+            f"training.steps, training.epochs: {total_steps} steps, but the checkpoint to resume from has {step}; name "
+            "more, or checkpoint.load_step, or another job.dump_folder"
+        )
+
+
 def _same(key: str, saved: Any, current: Any) -> bool:
     """Which layers are trained does not depend on the order in which they are named, or on how often; nor a model on
     the order of the keys of its config.json."""

@@ -30,6 +30,7 @@ from titan_hd.adapters.svd import SvdSettings
 from titan_hd.components.host_moments import HostMoments
 from titan_hd.components.optimizer import build_optimizer, clip_flat, clip_gradients, step_if_finite
 from titan_hd.config.job_config import JobConfig
+from titan_hd.console import Progress
 from titan_hd.distributed.adapter_init import initialize_adapters
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.adapter_samples import SAMPLES, Samples
@@ -292,7 +293,6 @@ class FoldUpdate(Update):
         self.samples = SAMPLES[self.registry.method.samples](self.registry, compute, h.exchange_in_flight)
         shapes = {name: entry.local_shape for name, entry in self.registry.entries.items()}
         plan = fold_plan(c, self.method.num_adapters, (self.dims.dp_replicate, self.dims.dp_shard), shapes)
-        logger.info("%s", plan.table())
         wire, decay = getattr(torch, h.exchange_dtype), c.optimizer.weight_decay
         offloaded = c.training.enable_cpu_offload
         settings = FoldSettings(h.aggregate, decay, c.training.seed, wire, h.exchange_in_flight, offloaded)
@@ -361,8 +361,10 @@ class FoldUpdate(Update):
         start = time.perf_counter()
         self.optimizer = self._new_optimizer()
         seed = stable_seed("refresh", self.config.training.seed, period)
-        for _ in compute_factors(self.registry, self.dims, self._slice_settings(seed, cached=False)):
-            pass
+        waves = compute_factors(self.registry, self.dims, self._slice_settings(seed, cached=False))
+        with Progress("taking new slices", self.layers_to_start(), "layers", shown=self.dims.rank == 0) as progress:
+            for wave in waves:
+                progress.update(len(wave))
         self.registry.zero_deltas()  # the residuals that int8 has left belong to the directions from before
         self.samples.factors_changed()
         self.fold.send_factors()

@@ -13,6 +13,7 @@ from typing import Any
 from titan_hd.config.job_config import DataSource, JobConfig
 
 _AT_LEAST = {
+    "job.gpu_gib": 1,
     "data.max_skipped": 0,
     "data.num_workers": 0,
     "data.num_proc": 0,

@@ -20,8 +20,16 @@ class Job:
     print_config: bool = False
     """Print the resolved configuration at the start."""
     print_plan: bool = False
-    """Print which ranks would hold what and how every weight's update would travel, with this configuration and number
-    of workers, and stop. Needs neither GPUs nor weights."""
+    """Print which ranks would hold what, how every weight's update would travel and what takes how much memory, with
+    this configuration and number of workers, and stop. Needs neither GPUs nor weights. Every run writes the same to
+    plan.txt in job.dump_folder."""
+    dry_run: bool = False
+    """Check whether the run would start (all keys, files, the tokenizer, every record, mesh, memory, the checkpoint to
+    resume from), print what it would be, and stop: exit status 0 or 2. Starts no workers and needs no GPU; NGPU, and
+    PET_NNODES for several nodes, say for how many workers. Tokens go to their cache, where the run finds them."""
+    gpu_gib: float | None = None
+    """GiB of one GPU as it is sold (24, 48, 80): job.print_plan and job.dry_run count for GPUs of this size. Not set:
+    for what this machine has."""
 
 
 @dataclass

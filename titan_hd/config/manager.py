@@ -27,6 +27,7 @@ from typing import Any
 from titan_hd.config import job_config
 from titan_hd.config.checks import check_combinations, check_presence
 from titan_hd.config.job_config import DataSource, JobConfig
+from titan_hd.console import painted, printable
 from titan_hd.errors import UserError
 from titan_hd.files import expand_home
 
@@ -82,7 +83,9 @@ def _resolve(path: str | None, overrides: list[tuple[str, Any, str]], errors: li
         values[key] = (value, where)
     config = _build(_renamed(values), errors)
     faulty = {line.partition(":")[0] for line in errors}  # these keys hold their defaults now
-    if not errors and not config.job.print_plan:  # what a faulty source would have given is not missing
+    if not errors and (
+        config.job.dry_run or not config.job.print_plan
+    ):  # what a faulty source would have given is not missing
         errors += check_presence(config)
     errors += [line for line in check_combinations(config) if line.partition(":")[0] not in faulty]
     if errors:
@@ -130,9 +133,14 @@ def _help_topics(argv: list[str]) -> list[str] | None:
 
 def exit_with(errors: list[str]) -> typing.NoReturn:
     """Print one line per user error and leave with status 2."""
-    for line in errors:
-        print(f"titan_hd: error: {line}", file=sys.stderr)
+    print_errors(errors)
     raise SystemExit(2)
+
+
+def print_errors(errors: typing.Iterable[str]) -> None:
+    """One line for each on the standard error."""
+    for line in errors:
+        print(f"{painted('titan_hd: error:', 'red')} {printable(line)}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

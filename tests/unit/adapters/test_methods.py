@@ -7,7 +7,7 @@ import typing
 import pytest
 
 from titan_hd.adapters.methods import METHODS, build_method, ignored_keys, method_errors, method_named
-from titan_hd.config.job_config import Adapter, JobConfig
+from titan_hd.config.job_config import Adapter, HDPissa, JobConfig
 from titan_hd.config.manager import load
 
 NEEDED = ["--data.train", "t", "--training.steps", "1", "--model.name", "llama3", "--model.flavor", "debugmodel"]
@@ -34,6 +34,23 @@ def test_miss_is_bone():
 def test_facts_name_real_keys(method):
     assert set(method.keys) <= KEYS
     assert set(method.resume_keys) <= set(method.keys)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_a_method_in_a_sentence(method):
+    sentence = build_method(load([*NEEDED, "--adapter.method", method.name])).sentence()
+    assert sentence.startswith(f"{method.title} ({method.paper}): " if method.paper else f"{method.title}: ")
+    assert sentence[-1].isalpha()
+    assert len(sentence) < 180
+
+
+def test_a_sentence_knows_the_variant():
+    said = [
+        build_method(load([*NEEDED, "--hdpissa.slices", slices])).sentence()
+        for slices in typing.get_args(typing.get_type_hints(HDPissa)["slices"])
+    ]
+    assert len(set(said)) == len(said)
+    assert "QR" in build_method(load([*NEEDED, "--adapter.method", "lora", "--adapter.init", "olora"])).sentence()
 
 
 def test_every_key_is_read_by_some_method():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -61,6 +62,18 @@ class UpdatePlan:
     def digest(self) -> str:
         """Equal on all ranks, or the run must not start."""
         return hashlib.sha256(repr(self).encode()).hexdigest()
+
+    def summary(self) -> str:
+        """How much travels, and how, on one line; `table` has the kinds of weights."""
+        total = sum(w.received for w in self.weights)
+        if not total:
+            return "nothing travels: there is one worker"
+        counts = Counter(w.route for w in self.weights)
+        routes = " and ".join(f"{route} for {count}" for route, count in counts.items())
+        dense = sum(w.received_by_route["dense"] for w in self.weights)
+        more = f"; all dense would be {dense / total:.1f} times that" if dense > total else ""
+        each = total / self.topology.local_steps / 1e9
+        return f"{each:.3f} GB received per worker and step, {routes} of {len(self.weights)} weights{more}"
 
     def table(self) -> str:
         """One line per kind of weight (equal shape and route), and the totals."""
