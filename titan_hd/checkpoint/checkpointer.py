@@ -259,7 +259,6 @@ class Checkpointer:
         """Fill `tensors` in place from a checkpoint, whatever mesh wrote it."""
         enter_phase("reading the checkpoint")
         dcp.load(tensors, storage_reader=reader, process_group=self.group)
-        logger.info("resumed from %s", reader.folder)
 
 
 def _disk_fault(error: CheckpointException) -> str:
