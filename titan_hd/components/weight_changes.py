@@ -58,8 +58,7 @@ class _Layer:
 class WeightChanges:
     """Life: `remember_base` while the model has the base weights, before an adapter gets its first values;
     `remember_directions` while it has them still, and the fixed factors of a method that folds; around a measured step
-    `begin` and `measure`. Collective. Memory: out x vectors fp32 elements for each layer, in shards (twice that with
-    directions), and between `begin` and `measure` twice that again.
+    `begin` and `measure`. Collective. Memory: `products_bytes`.
 
     device: the one that computes. total_steps: the last of them is measured, too.
     """
@@ -114,7 +113,8 @@ class WeightChanges:
     def begin(self) -> None:
         """A step that is measured comes next."""
         start = time.perf_counter()
-        self._before = {name: self._sketch(name, rows)[0] for name, rows in self._weights()}
+        for name, rows in self._weights():
+            self._before[name] = self._product(self.layers[name], rows, self._vectors(self.layers[name]))[0]
         self.update.settle()  # the step's time is its own
         self._seconds = time.perf_counter() - start
 
@@ -173,7 +173,7 @@ class WeightChanges:
         layer, p, rank, dims = self.layers[name], self.count, self.dims.rank, self.dims
         now, weight = self._sketch(name, rows)
         change = now - self._base[name]
-        step = (now - self._before[name])[:, :p].square().sum()
+        step = (now[:, :p] - self._before[name]).square().sum()
         right = change[:, p:]
         beside = change[:, :p] - right if self.directions else right
         left = [right.new_zeros(())] * 2
@@ -249,6 +249,12 @@ def measured_layers(model: Decoder) -> dict[str, nn.Linear]:
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
+
+
+def products_bytes(rows: int, vectors: int, directions: bool) -> int:
+    """Of the products that are held: the base weights', fp32, and during a measured step those before it, float64.
+    rows: of all measured weights on a worker; directions: with energies."""
+    return rows * vectors * (4 * (1 + directions) + 8)
 
 
 def ranges(values: dict[str, float]) -> str:
