@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
 # Trains on this node:  NGPU=n ./run_train.sh [--config FILE] [--section.key value ...]
-# Without any argument, or with --quickstart among them, it runs the bundled quick start. Relative paths are those of the
-# folder in which it is called. NGPU defaults to the GPUs present, else 2 CPU workers over gloo.
+# Without any argument, or with --quickstart among them, it runs the bundled quick start, and says where its curves are.
+# Relative paths are those of the folder in which it is called. NGPU defaults to the GPUs present, else 2 CPU workers over gloo.
 # Several nodes, the same command on each:  PET_NNODES=2 PET_RDZV_ENDPOINT=HEAD:29500 ./run_train.sh ...
 # (torchrun's own variables: PET_X is its option --x; docs/cluster.md).
 set -euo pipefail
 root=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")") # also where a link to this file is called
 export PYTHONSAFEPATH=1 # modules are not looked for in the folder in which it is called (Python 3.11 and later)
 source "$root/tools/environment.sh"
-setup_environment "$root"
+setup_environment "$root" plots
 
 quickstart=$([ $# -gt 0 ] || echo yes) arguments=()
 for argument in "$@"; do
   if [ "$argument" = --quickstart ]; then quickstart=yes; else arguments+=("$argument"); fi
 done
+program=(-m titan_hd.launch)
 if [ -n "$quickstart" ]; then
   case " ${arguments[*]-}" in
   *" --config"*)
@@ -21,6 +22,7 @@ if [ -n "$quickstart" ]; then
     exit 2
     ;;
   esac
+  program=("$root/tools/quickstart.py")
   assets=$root/assets/quickstart
   set -- --config "$root/train_configs/quickstart.toml" --model.hf_assets_path "$assets/model" \
     --data.train "$assets/train.jsonl" --data.validation "$assets/validation.jsonl" \
@@ -41,4 +43,4 @@ cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPU ? cores / NGPU : 1))}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 export PET_RDZV_BACKEND=${PET_RDZV_BACKEND:-c10d} PET_RDZV_ENDPOINT=${PET_RDZV_ENDPOINT:-127.0.0.1:0}
-exec "$PYTHON" -m titan_hd.launch --nproc_per_node "$NGPU" -- "$@"
+exec "$PYTHON" "${program[@]}" --nproc_per_node "$NGPU" -- "$@"

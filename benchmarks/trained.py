@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from titan_hd.components.metrics import init_logging
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
+from titan_hd.console import init_logging
 from titan_hd.models.registry import flavor_config
 from titan_hd.preflight import plan_run
 from titan_hd.train import Trainer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from titan_hd import __version__
 from titan_hd.bundle import RECIPES, ROOT, check_bundle, recipe
@@ -31,6 +31,7 @@ COMMANDS = {
     "generate": Command("tools/generate.py", (), "answers of a model to prompts, or a chat"),
     "compare": Command("tools/compare_methods.py", (), "several methods side by side, each tuned alike"),
     "plan": Command("run_train.sh", ("--job.print_plan",), "who would hold what, and the memory, without training"),
+    "plot": Command("tools/plot_run.py", (), "curves of runs: pictures, and a page"),
     "export": Command("tools/convert_checkpoint.py", ("dcp-to-hf",), "a Hugging Face directory of a checkpoint"),
     "convert-checkpoint": Command(
         "tools/convert_checkpoint.py", (), "between checkpoints and Hugging Face directories"
@@ -42,7 +43,7 @@ COMMANDS = {
     "rank-analysis": Command("tools/rank_analysis.py", (), "rank and spectrum of what a training changed"),
     "scaling": Command("tools/scaling.py", (), "time and traffic of a run on a cluster"),
 }
-_MAIN = 6  # the first ones are what most users need
+_MAIN = 7  # the first ones are what most users need
 
 
 def main() -> None:
@@ -62,21 +63,17 @@ def _run(argv: list[str]) -> None:
         return
     name, words = argv[0], with_recipes(argv[1:])
     if name not in COMMANDS:
-        raise UserError(f"{name}: unknown command; there are {', '.join(COMMANDS)}")
+        raise UserError(f"{name}: unknown command{manager.hint(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
     check_bundle()
+    os.environ["PYTHON"] = sys.executable  # whatever starts run_train.sh, this Python trains
     command = COMMANDS[name]
     words = [*command.words, *words]
     if command.script == "run_train.sh":
-        _become(words)
+        os.execvp("bash", ["bash", str(ROOT / "run_train.sh"), *words])  # signals and the exit status are its own
     path = ROOT / command.script
     sys.argv = [f"titan-hd {name}", *words]
     sys.path.insert(0, str(path.parent))  # the libraries of one tool stand beside it
     importlib.import_module(path.stem).main()
-
-
-def _become(words: list[str]) -> NoReturn:
-    """Replace this process by run_train.sh with this Python; signals and the exit status are then the run's own."""
-    os.execvpe("bash", ["bash", str(ROOT / "run_train.sh"), *words], {**os.environ, "PYTHON": sys.executable})
 
 
 def with_recipes(words: list[str]) -> list[str]:

@@ -100,6 +100,15 @@ def disk_faults(directory: Path) -> Iterator[None]:
         raise UserError(f"{error.filename or directory}: cannot be written: {error.strerror or error}") from None
 
 
+def folder_size(folder: Path) -> int:
+    """Bytes of the files in a folder, and below it, that are there now; files may come and go meanwhile."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size
+    return total
+
+
 def shown(name: str) -> str:
     """A name out of a file as part of one line of reasonable length."""
     text = name if name.isprintable() else repr(name)

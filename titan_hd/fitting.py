@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 
@@ -14,9 +13,8 @@ from titan_hd.components.memory import GB, Estimate, Sizes, estimate_memory, rec
 from titan_hd.distributed.weight_gathers import CPU_SHARE, CUDA_MARGIN
 from titan_hd.preflight import RunPlan, update_plan
 
-logger = logging.getLogger("titan_hd")
-
 _MOST_SHARDS = 64
+_USABLE = 0.985  # of the GiB that a card is sold with, what cudaMemGetInfo shows as free before a process takes some
 Change = tuple[str, object]  # a key and its value
 
 
@@ -36,6 +34,11 @@ def _sizes(plan: RunPlan, device_type: str) -> Sizes:
     return Sizes(plan.config, plan.decoder, plan.mesh, updates, device_type, plan.untouched)
 
 
+def usable_bytes(card: float) -> int:
+    """Of a GPU that is sold with so many GiB, what a process finds free."""
+    return int(_USABLE * card * 2**30)
+
+
 def device_memory(device: torch.device) -> int:
     """Bytes that one worker may take: what is free on its GPU, or its share of the host's available memory."""
     if device.type == "cuda":
@@ -46,17 +49,6 @@ def device_memory(device: torch.device) -> int:
     except OSError:  # not Linux
         return 2**63
     return 1024 * int(fields["MemAvailable"].split()[0]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def log_memory(plan: RunPlan, device: torch.device) -> None:
-    """Say what a run will need, and warn if its device has less. Before anything is loaded."""
-    logger.info("%s", estimate_run(plan, device.type).table())
-    gathers = gathering(plan, device.type, device_memory(device))
-    if gathers:
-        logger.info("%s", gathers)
-    warning = too_little(plan, device.type, device_memory(device))
-    if warning:
-        logger.warning("%s", warning)
 
 
 def gathering(plan: RunPlan, device_type: str, available: int) -> str | None:

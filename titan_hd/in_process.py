@@ -19,14 +19,16 @@ import torch
 import torch.distributed as dist
 
 from titan_hd.bundle import QUICKSTART_PATHS, RECIPES, recipe
-from titan_hd.components.metrics import finish_failed_run, init_logging, read_metrics
+from titan_hd.components.records import read_records
+from titan_hd.components.trackers.registry import finish_failed_run
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
+from titan_hd.console import init_logging
 from titan_hd.errors import UserError
 from titan_hd.export.hf import export_folder
 from titan_hd.preflight import plan_run
 from titan_hd.process.worker import init_process, stand_alone
-from titan_hd.train import Trainer
+from titan_hd.train import Trainer, show_start
 
 # What `stand_alone` and `init_process` set.
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUBLAS_WORKSPACE_CONFIG")
@@ -48,7 +50,7 @@ class RunResult:
     @property
     def records(self) -> list[dict[str, Any]]:
         """All records of metrics.jsonl, in their order."""
-        return read_metrics(self.folder / "metrics.jsonl")
+        return read_records(self.folder / "metrics.jsonl")
 
 
 def train(
@@ -70,7 +72,7 @@ def train(
         c = trainer.config
         folder, steps = Path(c.job.dump_folder), trainer.step
         model = export_folder(c) if c.export.enable else None
-    records = read_metrics(folder / "metrics.jsonl")
+    records = read_records(folder / "metrics.jsonl")
     last = {name: value for record in records for name, value in record.items() if name != "step"}
     return RunResult(folder, steps, last, model)
 
@@ -88,7 +90,8 @@ def open_trainer(
     """
     settings = load_config(config, overrides, **keywords)
     with _only_worker(settings) as device:
-        trainer = Trainer(settings, plan_run(settings, dist.get_world_size()), device)
+        plan = plan_run(settings, dist.get_world_size())
+        trainer = Trainer(settings, plan, device, overview=show_start(plan, device))
         try:
             yield trainer
         except BaseException:

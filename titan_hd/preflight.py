@@ -19,7 +19,7 @@ from titan_hd.adapters.method import Method
 from titan_hd.adapters.methods import build_method, method_errors, method_of
 from titan_hd.adapters.svd import SvdSettings
 from titan_hd.checkpoint.folder import CheckpointFolder, read_train_state
-from titan_hd.checkpoint.resume_check import allow_mismatch_errors
+from titan_hd.checkpoint.resume_check import allow_mismatch_errors, run_identity, weights_fingerprint
 from titan_hd.components.dtypes import dtype_warnings, resolve_dtypes, untouched_dtype
 from titan_hd.components.optimizer import optimizer_class
 from titan_hd.components.trackers.registry import tracker_errors
@@ -106,6 +106,7 @@ def plan_run(
         attempt(check_data, config.data)
     if config.export.enable and needs_files:
         attempt(_check_export, config)
+    warnings += _period_warnings(config, method_of(config))
     errors += allow_mismatch_errors(config.checkpoint.allow_mismatch)
     method = build_method(config, method_of(config).adapters_for(config, workers))
     if decoder and needs_files:
@@ -143,6 +144,13 @@ def plan_run(
         tuple(warnings),
         untouched_dtype(given, config, files),
     )
+
+
+def run_identity_of(plan: RunPlan, data: str) -> dict[str, Any]:
+    """What a checkpoint must have in common with this run. data: `RunData.summary`."""
+    c = plan.config
+    weights = "" if c.model.flavor else weights_fingerprint(c.model.hf_assets_path)
+    return run_identity(c, plan.decoder, plan.num_adapters, plan.global_batch_size, data, weights)
 
 
 def update_plan(config: JobConfig, plan: RunPlan) -> UpdatePlan:
@@ -210,7 +218,7 @@ def _other_paths(config: JobConfig) -> dict[str, Path]:
     c, dump = config, Path(config.job.dump_folder)
     paths = {
         name: dump / name
-        for name in ("metrics.jsonl", "samples.jsonl", "svd.jsonl", "environment.jsonl", "tb", "wandb")
+        for name in ("metrics.jsonl", "samples.jsonl", "svd.jsonl", "environment.jsonl", "plan.txt", "tb", "wandb")
     }
     if dump.resolve().is_relative_to(export_folder(config).resolve()):
         return {"job.dump_folder": dump}  # and with it all that is in it
@@ -226,6 +234,20 @@ def _other_paths(config: JobConfig) -> dict[str, Path]:
         for place, source in enumerate(sources):
             given[f"{key}[{place}]" if value is sources else key] = source if isinstance(source, str) else source.path
     return paths | {key: Path(path) for key, path in given.items() if path not in ("", "auto")}
+
+
+def _period_warnings(config: JobConfig, method: type[Method]) -> list[str]:
+    """What happens between two folds of `hdpissa.local_steps`, when W is behind what has been learned."""
+    c, every = config, config.hdpissa.local_steps
+    periods = {"validation.freq": (c.validation.enable, c.validation.freq)}
+    periods["checkpoint.interval"] = (c.checkpoint.enable, c.checkpoint.interval)
+    between = [key for key, (enabled, period) in periods.items() if enabled and period % every]
+    if not method.folds or not between:
+        return []
+    return [
+        f"{', '.join(between)}: no multiple of hdpissa.local_steps = {every}: between two folds validation sees, and "
+        "a checkpoint's weights are, W of the last fold (a resumed run goes on from all of it)"
+    ]
 
 
 def _length_warnings(config: JobConfig, decoder: DecoderConfig) -> list[str]:

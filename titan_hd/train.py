@@ -5,8 +5,8 @@ torchrun --nproc_per_node N -m titan_hd.train --config FILE [--section.key value
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import gc
 import logging
 import time
@@ -17,43 +17,36 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from titan_hd import __version__
-from titan_hd.adapters.adapter_linear import untouched_parameters
 from titan_hd.adapters.methods import ignored_keys
 from titan_hd.checkpoint.checkpointer import Checkpointer
-from titan_hd.checkpoint.resume_check import check_resumable, run_identity, weights_fingerprint
+from titan_hd.checkpoint.resume_check import check_length, check_resumable
+from titan_hd.components.assembly import assemble
 from titan_hd.components.best_validation import BestValidation
 from titan_hd.components.lr_scheduler import lr_factor
 from titan_hd.components.metrics import MetricsLogger, NoMetrics, peak_memory_gib, write_svd_report
 from titan_hd.components.phases import Phases
 from titan_hd.components.profiling import build_profiler
 from titan_hd.components.rates import Rates, StepResult
+from titan_hd.components.run_data import read_data
 from titan_hd.components.trackers.registry import saved_run_ids
-from titan_hd.components.update import build_update
-from titan_hd.components.validation import Validator, validation_sets
+from titan_hd.components.validation import Validator
 from titan_hd.components.weight_changes import WeightChanges, ranges
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
-from titan_hd.data.build import DatasetBuilder
+from titan_hd.console import Progress, use_bars
 from titan_hd.data.loader import Batch, GlobalBatches, ReadAhead, TrainLoader, length_buckets
-from titan_hd.data.order.sample_order import OrderSettings
-from titan_hd.data.text.tokenizer import load_tokenizer
-from titan_hd.data.tokens.statistics import statistics_table
 from titan_hd.distributed.collectives import check_equal_on_all_ranks, on_rank_zero, raise_on_all
-from titan_hd.distributed.mesh_picture import mesh_picture
 from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims
-from titan_hd.distributed.parallelize import parallelize
 from titan_hd.distributed.shards import init_weights, load_weights, materialize
-from titan_hd.distributed.tp.tensor_parallel import apply_tensor_parallel
 from titan_hd.distributed.watch import enter_phase
 from titan_hd.distributed.weight_gathers import WeightGathers, gathered_bytes, sums_gradients_once
 from titan_hd.errors import UserError
 from titan_hd.export.hf import export_hf
 from titan_hd.export.peft import export_peft
 from titan_hd.files import disk_faults
-from titan_hd.fitting import log_memory, traffic_gb
-from titan_hd.models.decoder import Decoder
-from titan_hd.preflight import RunPlan
+from titan_hd.fitting import device_memory, traffic_gb
+from titan_hd.overview import Overview, data_lines, screen, version_line
+from titan_hd.preflight import RunPlan, run_identity_of
 from titan_hd.process.environment import record_environment
 from titan_hd.process.run_lock import RunLock
 from titan_hd.process.signals import INTERRUPTED, REQUEUE, StopSignals
@@ -76,12 +69,20 @@ class TokenCounts(NamedTuple):
 class Trainer:
     """One run on one worker. Construct after the process group is there; then `train`, then `close`.
 
-    signals: those of this process; left out, none is listened to.
+    signals: those of this process; left out, none is listened to. overview: what rank 0 knows of the run, for plan.txt.
     """
 
-    def __init__(self, config: JobConfig, plan: RunPlan, device: torch.device, signals: StopSignals | None = None):
+    def __init__(
+        self,
+        config: JobConfig,
+        plan: RunPlan,
+        device: torch.device,
+        signals: StopSignals | None = None,
+        overview: Overview | None = None,
+    ):
         config = plan.config  # with what "auto" stands for
-        self.config, self.plan, self.device = config, plan, device
+        use_bars(config.metrics.progress_bar)
+        self.config, self.plan, self.device, self.overview = config, plan, device, overview
         self.signals = signals or StopSignals()
         self.stop_status = 0  # all workers' agreement on `signals.status`
         self.dims = ParallelDims(plan.dp_replicate, plan.dp_shard, device.type, plan.tp)
@@ -96,7 +97,7 @@ class Trainer:
         with raise_on_all("locking the folder"), disk_faults(folder):
             self.lock = RunLock(folder) if self.dims.rank == 0 else None
             if self.dims.rank == 0:
-                record_environment(folder, self.dims.world_size)
+                record_environment(folder, self.dims.world_size, config)
         try:
             self._log_start()
             self._build_model()
@@ -111,100 +112,54 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------ set-up
 
     def _log_start(self) -> None:
-        config, plan, w = self.config, self.plan, dist.get_world_size()
-        logger.info("titan_hd %s, torch %s, %d x %s", __version__, torch.__version__, w, device_name(self.device))
-        if config.job.print_config:
-            logger.info("configuration:\n%s", manager.to_toml(config))
-        for line in (*ignored_keys(config), *plan.warnings):
+        if self.config.job.print_config:
+            logger.info("configuration:\n%s", manager.to_toml(self.config))
+        for line in (*ignored_keys(self.config), *self.plan.warnings):
             logger.warning("%s", line)
-        hosted = f", {max(1, plan.num_adapters // self.dims.dp_size)} on each worker" if plan.num_adapters > 1 else ""
-        logger.info(
-            "method %s: %d logical adapter(s)%s; global batch %d in %d micro-batch(es) per worker; %s",
-            config.adapter.method,
-            plan.num_adapters,
-            hosted,
-            plan.global_batch_size,
-            self.placement.micro_batches,
-            mesh_picture(*plan.mesh, plan.num_adapters if plan.method.folds else None),
-        )
+        if self.overview:  # rank 0's, which has the lock
+            self.overview.write(Path(self.config.job.dump_folder))
 
     def _build_model(self) -> None:
-        """meta init -> method -> tensor parallelism -> update -> the other wrappers -> memory. Values come later, in
-        `_load_or_resume`."""
-        c, method = self.config, self.plan.method
-        with torch.device("meta"):
-            self.model = Decoder(self.plan.decoder).to(getattr(torch, c.training.master_dtype))
-        self.trained_layers = method.apply(self.model, c.adapter.target_modules)
-        for parameter in untouched_parameters(self.model):
-            parameter.data = parameter.data.to(self.plan.untouched)
-        if self.plan.tp > 1:
-            p, mesh = c.parallelism, self.dims.world["tp"]
-            apply_tensor_parallel(self.model, mesh, p.sequence_parallel, p.loss_parallel)
-        self.update = build_update(self.model, method, self.dims, c)
-        ignored, param_dtype = self.update.ignored_parameters(), getattr(torch, c.training.mixed_precision_param)
-        parallelize(
-            self.model,
-            self.dims,
-            ignored_params=ignored,
-            param_dtype=param_dtype,
-            checkpoint_mode=c.activation_checkpoint.mode,
-            compile_blocks=c.compile.enable,
-            checkpoint_keep=c.activation_checkpoint.keep,
-            dropout=c.adapter.dropout > 0,
-            offload=c.training.enable_cpu_offload,
-        )
+        """The model with its method and its wrappers, then memory. Values come later, in `_load_or_resume`."""
+        c, plan = self.config, self.plan
+        assembled = assemble(c, plan.decoder, plan.method, self.dims, plan.untouched)
+        self.model, self.update, self.trained_layers = assembled[:3]
         materialize(self.model, self.device, torch.device("cpu") if c.training.enable_cpu_offload else None)
-        gathered, micro_batches = [p for p in self.model.parameters() if p not in ignored], self.placement.micro_batches
-        learned = sum(p.numel() for p in gathered if p.requires_grad)
+        gathered = [p for p in self.model.parameters() if p not in assembled.ignored]
+        learned, micro_batches = sum(p.numel() for p in gathered if p.requires_grad), self.placement.micro_batches
         self.gathers = WeightGathers(
             self.model,
             c.parallelism.fsdp_reshard_after_forward,
             micro_batches,
             sums_gradients_once(learned, sum(p.numel() for p in gathered), self.dims.dp_shard, micro_batches),
-            gathered_bytes(self.model, self.dims, ignored, param_dtype),
+            gathered_bytes(self.model, self.dims, assembled.ignored, assembled.param_dtype),
             c.training.seq_len,
             self.device,
         )
         self.update.build_optimizer(self.device)
-        total = sum(p.numel() for p in self.model.parameters())
-        count = sum(p.numel() for p in self.update.trainable)
-        logger.info("%d parameters, %d trainable, in %d layers", total, count, len(self.trained_layers))
 
     def _build_data(self) -> None:
-        c, seq_len = self.config, self.config.training.seq_len
-        tokenizer = functools.cache(lambda: load_tokenizer(c.model.hf_assets_path))
-        builder = DatasetBuilder(c.data, self.plan.decoder.vocab_size, seq_len, tokenizer, c.metrics.progress_bar)
-        order_settings = OrderSettings(c.data.shuffle, c.training.seed, pack_to=seq_len if c.data.pack else None)
+        c, seq_len, batch = self.config, self.config.training.seq_len, self.plan.global_batch_size
         with raise_on_all("reading the data"):
-            dataset = builder.training()
-            self.answering = builder.answering()
-            sets = validation_sets(builder.validation(), c) if c.validation.enable else []
+            data = read_data(c, self.plan.decoder.vocab_size, batch)
+        self.answering, self.data_summary, self.total_steps = data.answering, data.summary, data.total_steps
         # A node with a file of its own that differs would end its steps, or its validation, at another time.
-        self.data_summary = dataset.summary(order_settings.pack_to)
-        check_equal_on_all_ranks("data.train", self.data_summary)
-        for one in sets:
+        check_equal_on_all_ranks("data.train", data.summary)
+        for one in data.sets:
             check_equal_on_all_ranks(one.dataset.statistics.name, one.dataset.summary())
-        rows = dataset.rows + [row for one in sets for row in one.dataset.rows]
-        if rows:
-            logger.info("%s", statistics_table(rows))
         # Compiled blocks want few shapes, and attention to packs on a GPU, which is always compiled, wants one; else
         # padding to the longest row of a micro-batch is enough.
         one_length = c.data.pack and (c.compile.enable or self.device.type == "cuda")
         pad_to = (seq_len,) if one_length else length_buckets(seq_len) if c.compile.enable else ()
-        self.validator = Validator(c, self.dims, self.device, sets, tokenizer) if sets else None
-        batch, order = self.plan.global_batch_size, dataset.order(order_settings)
+        self.validator = Validator(c, self.dims, self.device, data.sets, data.tokenizer) if data.sets else None
         micro_batches = [self.placement.samples(m) for m in range(self.placement.micro_batches)]
-        batches = GlobalBatches(dataset, order, batch, pad_to, c.data.pack)
+        batches = GlobalBatches(data.dataset, data.order, batch, pad_to, c.data.pack)
         loader = TrainLoader(batches, micro_batches, c.data.num_workers)
-        steps, epochs = c.training.steps, c.training.epochs
-        if steps is None:
-            assert epochs is not None  # one of the two is given
-            steps = max(1, order.positions(epochs) // batch)
-        self.total_steps = steps
         self.loader = ReadAhead(loader, self.total_steps, pin=self.device.type == "cuda")
-        logger.info(
-            "%s training records; %d steps of %d", order.records_per_epoch or "streamed", self.total_steps, batch
-        )
+        lines = data_lines(data, c, batch)
+        logger.info("the data:\n%s", screen(lines), extra={"painted": True})
+        if self.overview:
+            self.overview.write(Path(c.job.dump_folder), lines, data.rows)
 
     def _load_or_resume(self) -> None:
         """Weights and what is trained: from the chosen checkpoint, or from the model directory and the SVD."""
@@ -217,12 +172,8 @@ class Trainer:
         )
         self.best = BestValidation(c, self.validator.measured_on() if self.validator else {})
         self.step = (self.checkpointer.choose(c.checkpoint.load_step) or 0) if c.checkpoint.enable else 0
-        if self.step > self.total_steps:
-            raise UserError(
-                f"training.steps, training.epochs: {self.total_steps} steps, but the checkpoint to resume from has "
-                f"{self.step}; name more, or checkpoint.load_step, or another job.dump_folder"
-            )
-        self.identity = on_rank_zero("identifying the run", self._identity)
+        check_length(self.step, self.total_steps)
+        self.identity = on_rank_zero("identifying the run", lambda: run_identity_of(self.plan, self.data_summary))
         self.changes = WeightChanges(self.model, self.update, self.dims, c, self.device, self.total_steps)
         if self.step:
             self._resume()
@@ -247,9 +198,7 @@ class Trainer:
         reader = self.checkpointer.reader(step)
         self.update.allocate(reader.read_metadata())
         tensors = self.update.state(changed_only=state["base"] == "delta")
-        if (
-            self.changes.every and self.changes.directions
-        ):  # they come before the weights: the base model's still lie there
+        if self.changes.every and self.changes.directions:  # first, while the base model's weights are there
             self.checkpointer.load(reader, {key: t for key, t in tensors.items() if key.startswith("factors.")})
             self.changes.remember_directions()
         self.checkpointer.load(reader, tensors)
@@ -262,7 +211,7 @@ class Trainer:
             logger.info("random weights: model.flavor is set")
             init_weights(self.model, self.dims, c.training.seed)
         else:
-            loaded = load_weights(self.model, self.dims, c.model.hf_assets_path, c.metrics.progress_bar)
+            loaded = load_weights(self.model, self.dims, c.model.hf_assets_path)
             self._warn_of_zeros(loaded.zeros)
 
     def _warn_of_zeros(self, weights: list[str]) -> None:
@@ -276,12 +225,11 @@ class Trainer:
         """First values of what is trained, with a report of every SVD in svd.jsonl."""
         enter_phase("computing the adapters' first values")
         layers, reports = self.update.layers_to_start(), []
-        start = last_line = time.perf_counter()
-        for wave in self.update.first_values():
-            reports += wave
-            if time.perf_counter() - last_line > 10:
-                last_line = time.perf_counter()
-                logger.info("factors of %d of %d layers", len(reports), layers)
+        start = time.perf_counter()
+        with Progress("first values of the adapters", layers, "layers", shown=self.dims.rank == 0) as progress:
+            for wave in self.update.first_values():
+                reports += wave
+                progress.update(len(wave))
         if layers:
             logger.info("first values of %d adapted layers in %.1f s", layers, time.perf_counter() - start)
         if reports and self.dims.rank == 0:
@@ -449,7 +397,8 @@ class Trainer:
             if self.changes.due(self.step + 1):
                 self.changes.begin()
             start = time.perf_counter()
-            result = self.train_step()
+            with self._first_step() if self.step == first_step else contextlib.nullcontext():
+                result = self.train_step()
             self.rates.add(result, time.perf_counter() - start)
             for every, hook in self.hooks:
                 if self.step % every == 0 or self.step == self.total_steps:
@@ -458,6 +407,10 @@ class Trainer:
                 self.rates.forget()  # warm-up and compilation
                 self.phases.forget()
                 set_timeout(self.config.comm.train_timeout_seconds, but_not=self.checkpointer.group)
+
+    def _first_step(self) -> Progress:
+        compiles = ", which compiles the blocks" if self.config.compile.enable else ""
+        return Progress(f"the first step{compiles}", shown=self.dims.rank == 0)
 
     # --------------------------------------------------------------------------------------------------- periodic
 
@@ -482,7 +435,8 @@ class Trainer:
         saved."""
         enter_phase(f"validation after step {self.step}")
         assert self.validator is not None
-        values = self.validator.run(self.model)
+        with Progress(f"validation after step {self.step}", shown=self.dims.rank == 0):
+            values = self.validator.run(self.model)
         self.metrics.log(self.step, values)
         for name, rows in self.validator.shown.items():
             self.metrics.log_samples(self.step, name, rows)
@@ -507,11 +461,6 @@ class Trainer:
         self.metrics.sync()
         self.checkpointer.save(self.step, self.update.state(changed_only=base == "delta"), state, self.best.to_keep)
 
-    def _identity(self) -> dict[str, object]:
-        c, plan = self.config, self.plan
-        weights = "" if c.model.flavor else weights_fingerprint(c.model.hf_assets_path)
-        return run_identity(c, plan.decoder, plan.num_adapters, plan.global_batch_size, self.data_summary, weights)
-
     def close(self) -> None:
         self.loader.close()
         self.checkpointer.close()
@@ -522,11 +471,20 @@ class Trainer:
             self.lock.release()
 
 
+def show_start(plan: RunPlan, device: torch.device) -> Overview | None:
+    """Log the run on one screen, before anything is loaded; what it shows, on rank 0."""
+    if dist.get_rank():
+        return None
+    overview = Overview(plan, device.type, device_name(device), device_memory(device))
+    logger.info("%s\n%s", version_line(), screen(overview.lines()), extra={"painted": True})
+    for line in overview.faults():
+        logger.warning("%s", line)
+    return overview
+
+
 def run(config: JobConfig, plan: RunPlan, device: torch.device, signals: StopSignals) -> int:
     """A whole run of this worker; its exit status."""
-    if dist.get_rank() == 0:
-        log_memory(plan, device)
-    trainer = Trainer(config, plan, device, signals)
+    trainer = Trainer(config, plan, device, signals, show_start(plan, device))
     status = trainer.train()
     # Only after success: a rank that fails alone would wait here for others, which wait for it in a collective.
     dist.barrier()

@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.planner import WriteItem
-from tqdm import tqdm
 
 from titan_hd.checkpoint.folder import STATE_FILE, read_train_state
 from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.checkpoint.weights import CheckpointWeights
 from titan_hd.config import manager
 from titan_hd.config.command_line import ToolParser
+from titan_hd.console import Progress, tell
 from titan_hd.data.build import Answering
 from titan_hd.errors import UserError
 from titan_hd.export.hf import beside, check_assets, check_folder, publish, start_folder, write_assets
@@ -70,10 +70,12 @@ def dcp_to_hf(checkpoint: Path, folder: Path, assets: str, dtype: torch.dtype | 
         slots, headers = plan_files(partial, shapes, dtype, max_file_bytes)
         check_space(partial, slots, shapes)
         write_headers(slots, headers)
-        for name in tqdm(shapes, unit="tensor"):
-            values = torch.empty(shapes[name], dtype=torch.float32 if name in weights.merged else stored)
-            weights.read_into(name, values)
-            write_rows(slots[name], 0, values)
+        with Progress("writing the weights", len(shapes), "tensors", said=tell, always=True) as progress:
+            for name in shapes:
+                values = torch.empty(shapes[name], dtype=torch.float32 if name in weights.merged else stored)
+                weights.read_into(name, values)
+                write_rows(slots[name], 0, values)
+                progress.update()
         sync_files(headers)
         publish(partial, folder)
 
@@ -98,7 +100,8 @@ def hf_to_dcp(assets: str, folder: Path, dtype: torch.dtype | None) -> None:
         for name, shape in parameter_shapes(config).items()
     }
     partial = beside(folder)
-    with disk_faults(partial), tqdm(total=len(tensors), unit="tensor") as bar:
+    bar = Progress("writing the weights", len(tensors), "tensors", said=tell, always=True)
+    with disk_faults(partial), bar:
         start_folder(partial)
         # DCP keeps all tensors of a file in memory until the file is closed: hence one file for each.
         writer = dcp.FileSystemWriter(str(partial), single_file_per_rank=False)
@@ -109,7 +112,7 @@ def hf_to_dcp(assets: str, folder: Path, dtype: torch.dtype | None) -> None:
 class _FromFiles(dcp.DefaultSavePlanner):
     """Plans with meta tensors, and reads each one's values when it is about to be written."""
 
-    def __init__(self, files: WeightFiles, bar: tqdm):
+    def __init__(self, files: WeightFiles, bar: Progress):
         super().__init__()
         self.files, self.bar = files, bar
 

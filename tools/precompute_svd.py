@@ -16,7 +16,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from tqdm import tqdm
 
 from titan_hd.adapters.methods import build_method, method_of
 from titan_hd.adapters.svd import SvdSettings
@@ -24,6 +23,7 @@ from titan_hd.adapters.svd_cache import cached_factors
 from titan_hd.config import manager
 from titan_hd.config.command_line import ToolParser
 from titan_hd.config.job_config import JobConfig
+from titan_hd.console import Progress, tell
 from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder, parameter_shapes
 from titan_hd.models.hf_files import open_model_weights
@@ -45,11 +45,13 @@ def precompute(config: JobConfig, share: int, shares: int) -> None:
     said = config.training.master_dtype
     master = torch.float32 if said == "auto" else getattr(torch, said)
     settings = SvdSettings(a.svd, a.svd_niter, method.smallest)
-    for name in tqdm(names, unit="weight"):
-        rows = files.read_rows(f"{name}.weight", 0, shapes[f"{name}.weight"][0])
-        weight = rows.to(device, master).float()
-        *_, report = cached_factors(weight, method.directions, settings, name, a.svd_cache)
-        print(json.dumps(report))
+    with Progress("decomposing", len(names), "weights", said=tell, always=True) as progress:
+        for name in names:
+            rows = files.read_rows(f"{name}.weight", 0, shapes[f"{name}.weight"][0])
+            weight = rows.to(device, master).float()
+            *_, report = cached_factors(weight, method.directions, settings, name, a.svd_cache)
+            print(json.dumps(report))
+            progress.update()
 
 
 def parse_share(text: str) -> tuple[int, int]:

@@ -7,6 +7,10 @@
 BASE and TRAINED are Hugging Face directories or checkpoints of a run, .../step-N (W with its adapter merged in; what a
 "delta" checkpoint leaves out is BASE's). TRAINED may be NAME=PATH. One weight is in memory at a time, in float64.
 
+    python tools/rank_analysis.py --report DIR --output PICTURES
+
+makes the table and the pictures again from the CSV files in DIR alone.
+
 The output directory gets spectrum.csv (run, layer, kind, index, value: every singular value of dW), ranks.csv (a row
 for each weight) and, with matplotlib (the extra `plots`), spectrum.png (mean spectra by kind of layer), layers.png
 (effective rank of every layer) and ranks.png (means side by side). docs/ranks.md explains the columns.
@@ -25,14 +29,15 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
 from compare import rank_plots
-from compare.delta_rank import WeightDelta, Weights, linear_weights, mean_ranks, weight_deltas
+from compare.delta_rank import DeltaRank, WeightDelta, Weights, linear_weights, mean_ranks, weight_deltas
 from generate import pick_device
-from tqdm import tqdm
 
 from titan_hd.checkpoint.pretrained import open_pretrained
 from titan_hd.config import manager
 from titan_hd.config.command_line import ToolParser
+from titan_hd.console import Progress, tell
 from titan_hd.errors import UserError
 from titan_hd.files import disk_faults, user_path
 from titan_hd.models.registry import DecoderConfig
@@ -56,7 +61,7 @@ def main() -> None:
     args = parse_arguments()
     logging.basicConfig(format="titan_hd: warning: %(message)s", level=logging.WARNING)
     try:
-        analyse(args)
+        report(args) if args.report else analyse(args)
     except UserError as error:
         manager.exit_with(str(error).splitlines())
 
@@ -64,21 +69,34 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = ToolParser(__doc__)
     add = parser.add_argument
-    add("base", type=user_path, help="what the training started from")
-    add("trained", nargs="+", help="what it came to: a directory, a checkpoint, or NAME=PATH of one")
+    add("base", type=user_path, nargs="?", help="what the training started from")
+    add("trained", nargs="*", help="what it came to: a directory, a checkpoint, or NAME=PATH of one")
+    add("--report", type=user_path, help="a directory of an earlier --output: draw its tables again")
     add("--output", type=user_path, required=True, help="the directory for tables and pictures")
     add("--threshold", type=float, default=1e-3, help="share of the largest value that counts; default: 1e-3")
     add("--kinds", default="", help="only these layers, for example q_proj,down_proj; default: all seven")
     add("--layers", default="", help="only these blocks, for example 0,15,31; default: all")
     add("--mark", default="", help="ranks that the spectra show as a line, for example 16,256 (r, and 2 * K * r)")
     add("--device", help="default: the GPU if there is one")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if bool(args.report) == bool(args.trained):
+        parser.error("give either BASE and TRAINED, or --report DIR")
+    if not 0 < args.threshold < 1:
+        parser.error(f"--threshold: must be between 0 and 1, not {args.threshold:g}")
+    return args
+
+
+def report(args: argparse.Namespace) -> None:
+    """Table and pictures from the CSV files of an earlier run."""
+    deltas = read_deltas(args.report)
+    print(table(deltas, args.threshold))
+    with disk_faults(args.output):
+        args.output.mkdir(parents=True, exist_ok=True)
+        rank_plots.plot(args.output, deltas, args.threshold, _numbers(args.mark, "--mark"))
 
 
 def analyse(args: argparse.Namespace) -> None:
     """Open everything, so that what is wrong is said at once; then compute, write and print."""
-    if not 0 < args.threshold < 1:
-        raise UserError(f"--threshold: must be between 0 and 1, not {args.threshold:g}")
     marks, layers = (_numbers(getattr(args, option), f"--{option}") for option in ("mark", "layers"))
     config, weights, directory = open_pretrained(args.base, "")
     kinds = [kind for kind in args.kinds.split(",") if kind]
@@ -163,11 +181,12 @@ def compute(
 ) -> dict[str, list[WeightDelta]]:
     """Every weight of every run; each spectrum goes into spectrum.csv when it is known. index counts from 1."""
     deltas: dict[str, list[WeightDelta]] = {run.name: [] for run in runs}
-    with open(path, "w", newline="", encoding="utf-8") as file, tqdm(total=len(runs) * weights, unit="weight") as bar:
+    bar = Progress("decomposing", len(runs) * weights, "weights", said=tell, always=True)
+    with open(path, "w", newline="", encoding="utf-8") as file, bar:
         writer = csv.writer(file)
         writer.writerow(("run", "layer", "kind", "index", "value"))
         for run in runs:
-            bar.set_description(run.name)
+            bar.note = run.name
             for delta in measure(run.weights):
                 values = enumerate(delta.values.tolist(), start=1)
                 writer.writerows((run.name, delta.layer, delta.kind, index, f"{v:.10e}") for index, v in values)
@@ -187,6 +206,44 @@ def write_ranks(path: Path, deltas: dict[str, list[WeightDelta]]) -> None:
                 row = (d.rank.above, d.rank.entropy, d.rank.stable, d.values[0].item(), d.rank.relative_norm, d.floor)
                 numbers = (*(f"{value:.8g}" for value in row), d.above_floor)
                 writer.writerow((name, d.layer, d.kind, len(d.values), *numbers))
+
+
+def read_deltas(folder: Path) -> dict[str, list[WeightDelta]]:
+    """What `compute` and `write_ranks` wrote, as far as the CSV files have it.
+
+    Raises:
+        UserError: one of the two is not there, or is not such a file.
+    """
+    values: dict[tuple[str, str, str], list[float]] = {}
+    deltas: dict[str, list[WeightDelta]] = {}
+    for row in _rows(folder / "spectrum.csv", ("run", "layer", "kind", "index", "value")):
+        values.setdefault((row["run"], row["layer"], row["kind"]), []).append(float(row["value"]))
+    for row in _rows(folder / "ranks.csv", ("run", "layer", "kind", *_RANK_COLUMNS)):
+        of = values.get((row["run"], row["layer"], row["kind"]))
+        if of is None:
+            raise UserError(f"{folder / 'spectrum.csv'}: lacks layer {row['layer']} {row['kind']} of {row['run']}")
+        rank = DeltaRank(*(float(row[column]) for column in ("above", "entropy", "relative_norm", "stable")))
+        delta = WeightDelta(
+            "", int(row["layer"]), row["kind"], torch.tensor(of, dtype=torch.float64), rank, float(row["floor"])
+        )
+        deltas.setdefault(row["run"], []).append(delta)
+    return deltas
+
+
+def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    if not path.is_file():
+        raise UserError(f"{path}: is not there; --report takes a directory that this tool wrote")
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
+            raise UserError(f"{path}: has no column {missing[0]}; it must be one that this tool wrote")
+        for row in reader:
+            try:
+                _ = [float(row[column]) for column in columns[3:]]
+            except (TypeError, ValueError):
+                named = ", ".join(columns[3:])
+                raise UserError(f"{path}, line {reader.line_num}: its columns {named} must be numbers") from None
+            yield row
 
 
 def table(deltas: dict[str, list[WeightDelta]], threshold: float) -> str:

@@ -12,6 +12,7 @@ docs/scaling.md for the assumptions.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from titan_hd.adapters.hdpissa import HDPissaLinear, LocalHDPissaLinear
 from titan_hd.components.flops import flops_per_token
 from titan_hd.components.memory import Group, fold_bytes, fsdp_group_sizes
 from titan_hd.config import manager
@@ -81,7 +83,7 @@ class Cluster:
 @dataclass(frozen=True)
 class Work:
     """The model, and a step of a GPU: tokens per micro-batch, in sequences of `length`. records: of an epoch.
-    wire_bytes: of an element of an update on its way."""
+    wire_bytes: of an element of an update on its way; local_steps: from one fold to the next."""
 
     config: DecoderConfig
     rank: int = 16
@@ -90,6 +92,7 @@ class Work:
     micro_batches: int = 1
     records: int = 0
     wire_bytes: int = 4
+    local_steps: int = 1
 
     def epoch_hours(self, gpus: int, step: float) -> float:
         """Of an epoch's records, with steps of so many seconds."""
@@ -109,7 +112,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One row: seconds per step, GB received per GPU and step, bytes held per GPU."""
+    """One row: seconds per step, GB received per GPU and step, bytes held per GPU. Of several steps for one fold the
+    averages."""
 
     gpus: int
     num_adapters: int
@@ -195,7 +199,8 @@ def compute_seconds(work: Work, cluster: Cluster, dense_gradient: bool = False, 
     that learn from a sample."""
     c = work.config
     weights = sum(out * width for out, width in work.shapes().values())
-    adapters = 4 * together * sum(work.rank * sum(shape) for shape in work.shapes().values())
+    products = LocalHDPissaLinear.skinny if work.local_steps > 1 else HDPissaLinear.skinny
+    adapters = products * together * sum(work.rank * sum(shape) for shape in work.shapes().values())
     flops = flops_per_token(c, work.length, weights if dense_gradient else 0, adapters)
     again = 2 * weights + 4 * c.num_attention_heads * c.head_dim * work.length * c.num_hidden_layers
     return work.micro_batches * work.tokens * (flops + again) / (cluster.peak * cluster.utilisation)
@@ -210,7 +215,8 @@ def gather_seconds(work: Work, topology: Topology, cluster: Cluster) -> tuple[fl
 
 
 def exchange_seconds(work: Work, plan: UpdatePlan, cluster: Cluster) -> tuple[float, float]:
-    """Seconds and bytes of the fold, and of the gradients on their way to the adapters' holders.
+    """Seconds and bytes of the fold, on average over the steps from one to the next, and of the gradients on their way
+    to the adapters' holders.
 
     Holders stand as far apart as they can (workers / holders), so that they are on different nodes where K is at most
     the number of nodes. The products of one bucket run beside the collectives of the next.
@@ -222,8 +228,11 @@ def exchange_seconds(work: Work, plan: UpdatePlan, cluster: Cluster) -> tuple[fl
         wire += sum(cluster.seconds(collective) for collective in route.traffic(shapes, t, bucket.cached))
         products += sum(route.flops(shape, t) for shape in shapes)
     gradients = gradient_collectives(work, t)
-    received = sum(w.received for w in plan.weights) + sum(collective.received for collective in gradients)
-    return max(wire, products / cluster.fold_rate) + sum(map(cluster.seconds, gradients)), received
+    fold, received = max(wire, products / cluster.fold_rate), sum(w.received for w in plan.weights)
+    return (
+        fold / t.local_steps + sum(map(cluster.seconds, gradients)),
+        received / t.local_steps + sum(collective.received for collective in gradients),
+    )
 
 
 def estimate(work: Work, topology: Topology, exchange: str, cluster: Cluster) -> Estimate:
@@ -249,7 +258,7 @@ def authors_estimate(work: Work, gpus: int, cluster: Cluster) -> Estimate:
     whole = sum(group.shard for group in _groups(work.config, 1))
     plan = plan_update(work.shapes(), Topology(1, work.rank, 1, 1))
     memory = 4 * whole + 5 * per_adapter // 2 + passing_bytes(work, plan)
-    compute = compute_seconds(work, cluster, dense_gradient=True)
+    compute = compute_seconds(dataclasses.replace(work, local_steps=1), cluster, dense_gradient=True)
     return Estimate(gpus, gpus, "whole W", "authors", compute, 0.0, wire + products, 0.0, received, memory)
 
 
@@ -257,11 +266,12 @@ def best(work: Work, gpus: int, num_adapters: int, exchange: str, cluster: Clust
     """The mesh of whole nodes that fits into memory and is fastest; of those within 1% of it, the one that gathers
     least. Where none fits, the smallest one in memory."""
     shards = [s for s in range(min(gpus, cluster.node), gpus + 1) if gpus % s == 0 and s % min(gpus, cluster.node) == 0]
-    rows = [
-        estimate(work, Topology(num_adapters, work.rank, gpus // s, s, work.wire_bytes, samples), exchange, cluster)
+    topologies = [
+        Topology(num_adapters, work.rank, gpus // s, s, work.wire_bytes, samples, work.local_steps)
         for s in shards
         if (s & (s - 1)) == 0
     ]
+    rows = [estimate(work, topology, exchange, cluster) for topology in topologies]
     fitting = [row for row in rows if row.memory <= cluster.memory]
     if not fitting:
         return min(rows, key=lambda row: row.memory)
@@ -317,6 +327,7 @@ def main() -> None:
     parser.add_argument(
         "--exchange-dtype", default="float32", choices=list(WIRE_BYTES), help="as hdpissa.exchange_dtype"
     )
+    parser.add_argument("--local-steps", type=int, default=1, help="as hdpissa.local_steps; figures are means per step")
     parser.add_argument("--nvlink", type=float, default=450, help="GB/s per GPU inside a node")
     parser.add_argument("--network", type=float, default=50, help="GB/s per GPU between nodes")
     parser.add_argument("--peak", type=float, default=989, help="TFLOP/s of a GPU in bf16")
@@ -325,7 +336,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         config, sizes = flavor_config(args.model, args.flavor), (args.tokens, args.length, args.micro_batches)
-        work = Work(config, args.rank, *sizes, args.records, WIRE_BYTES[args.exchange_dtype])
+        work = Work(config, args.rank, *sizes, args.records, WIRE_BYTES[args.exchange_dtype], args.local_steps)
     except UserError as error:
         manager.exit_with(str(error).splitlines())
     cluster = Cluster(
@@ -335,6 +346,8 @@ def main() -> None:
         utilisation=args.utilisation,
         memory=args.memory * 1e9,
     )
+    if args.local_steps < 1 or (args.local_steps > 1 and args.samples == "all"):
+        manager.exit_with(["--local-steps: a number of steps, at least 1, and above that with --samples own alone"])
     gpus, adapters = ([int(part) for part in text.split(",")] for text in (args.gpus, args.adapters))
     odd = [(k, n) for n in gpus for k in adapters if max(k, n) % min(k, n)]
     if odd:

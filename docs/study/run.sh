@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The runs of docs/study.md:  docs/study/run.sh PART [option of tools/compare_methods.py ...]
-# Parts: quickstart, clipped, adapters, rank, mute, aggregate, batch, family, smollm2. Each can be killed, and goes on when
-# it is started again. Results are in outputs/study/PART; those of the study itself are in docs/study/PART.
+# Parts: quickstart, spectra (of its best runs), clipped, adapters, rank, mute, aggregate, batch, family, smollm2. Each
+# can be killed, and goes on when it is started again. Results are in outputs/study/PART; those of the study itself are
+# in docs/study/PART.
 set -euo pipefail
 cd "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../.."
 part=${1:?which part}
@@ -27,6 +28,16 @@ quickstart) # adapter.rank is 8: K * r = 64
   arms+=,bone+optimizer.lr=1e-3:1.6e-2:5,bat+optimizer.lr=1e-3:1.6e-2:5
   compare "Quick start, every method tuned" "$arms" --grid $rates --match parameters --baseline hdpissa "$@" \
     "${quickstart[@]}"
+  ;;
+spectra) # Figures 3 and 7
+  trained=()
+  for run in hdpissa:hdpissa hdpissa_1x64:hdpissa+num_adapters=1+rank=64 pissa_8:pissa pissa_64:pissa+rank=64 \
+    lora_8:lora+rslora=true lora_64:lora+rslora=true+rank=64 full:full; do
+    weights=(outputs/study/quickstart/"${run#*:}"/*/hf)
+    trained+=("${run%%:*}=${weights[0]}")
+  done
+  "$PYTHON" tools/rank_analysis.py assets/quickstart/model "${trained[@]}" --kinds q_proj,down_proj --mark 16 \
+    --output outputs/study/spectra
   ;;
 clipped) # the leading arms with gradient clipping, as the recipes have it
   arms=hdpissa,hdpissa+num_adapters=1+rank=64,pissa,pissa+rank=64,lora+rslora=true+optimizer.lr=1e-3:1.6e-2:5
@@ -62,6 +73,7 @@ batch) # K at K * r = 64, along the global batch: how many records a slice learn
 family) # beyond the paper, K = 8 r = 8; the last two arms are the ones to beat
   arms=hdpissa,hdpissa+slices=minor,hdpissa+samples=all,hdpissa+factor_scale=unit,hdpissa+exchange_dtype=int8
   arms+=,hdpissa+refresh_steps=10,hdpissa+refresh_steps=20,hdpissa+refresh_steps=40
+  arms+=,hdpissa+local_steps=2,hdpissa+local_steps=4,hdpissa+local_steps=8
   arms+=,hdpissa+samples=all+factor_scale=unit,hdpissa+samples=all+refresh_steps=10
   arms+=,hdpissa+samples=all+factor_scale=unit+refresh_steps=10,hdpissa+samples=all+slices=random
   arms+=,pissa+rank=64,lora+rslora=true+rank=64+optimizer.lr=2e-4:3.2e-3:5

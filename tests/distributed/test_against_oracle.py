@@ -26,9 +26,17 @@ all-tp                   4        2  1  ... tensor parallelism x FSDP, the dense
 all-tp-groups, all-cube  4, 8     1, 2  ... more of it (slow)
 all-int8                 2        4  1  ... updates, not gradients, in int8 (slow)
 all-compiled             2        2  2  ... torch.compile (slow)
+local-one                1        4  1  L = 4: dA, dB in the forward pass; hosted adapters; weight decay; sum; alpha
+local-four               4        4  1  ... L = 3: the run's end cuts a period short; accumulation; dense route
+local-int8               2        4  1  ... L = 2: what int8 leaves stays in the forward pass
+local-hsdp               4        2  1  ... over replicas, shared by two workers; slices anew; recomputed; on the host
+local-compiled           2        2  2  ... torch.compile (slow)
+local-tp                 4        2  1  ... tensor parallelism x FSDP, uneven shards; selective checkpointing
+local-cube               8        4  1  ... 2 replicas x 2 shards x 2 tp ranks (slow)
 int8                     2        4  1  dA and dB in int8, with what it leaves; two adapters on each worker
 int8-refresh             1        2  2  ... on one worker, where nothing travels; other directions leave nothing
-int8-hsdp                4        2  2  ... over replicas, shared by two workers
+int8-hsdp                4        2  2  ... over replicas, shared by two workers; three micro-batches for each
+int8-compiled            2        2  2  ... torch.compile (slow)
 int8-tp                  4        2  1  ... with rows and columns that two ranks share
 tp                       2        2  1  tensor parallelism alone: both adapters on one pair of ranks
 tp-fsdp, tp-virtual      4        =  1  tensor parallelism x FSDP, uneven shards of tp-local matrices
@@ -62,6 +70,7 @@ TP = {
 ALL = {"hdpissa__samples": "all"}
 REFRESH = {"hdpissa__refresh_steps": 2, "hdpissa__aggregate": "sum"}
 INT8 = {"hdpissa__exchange_dtype": "int8"}
+LOCAL = {"hdpissa__local_steps": 2}
 
 CASES = {
     "one": (1, 1, {"adapter__rank": 2}),
@@ -121,9 +130,50 @@ CASES = {
     "all-tp-groups": (4, 1, {**ALL, **TP, "adapter__rank": 2}),
     "all-int8": (2, 4, {**ALL, **INT8}),
     "all-compiled": (2, 2, {**ALL, "compile__enable": "true", "adapter__rank": 2}),
+    "local-one": (
+        1,
+        4,
+        {
+            "hdpissa__local_steps": 4,
+            "hdpissa__aggregate": "sum",
+            "adapter__alpha": 0.5,
+            "optimizer__eps": 1e-3,
+            "optimizer__weight_decay": 0.3,
+        },
+    ),
+    "local-four": (
+        4,
+        4,
+        {"hdpissa__local_steps": 3, "training__global_batch_size": 12, "hdpissa__exchange": "dense"},
+    ),
+    "local-hsdp": (
+        4,
+        2,
+        {
+            **LOCAL,
+            "hdpissa__refresh_steps": 2,
+            "parallelism__data_parallel_replicate_degree": 2,
+            "activation_checkpoint__mode": "full",
+            "hdpissa__offload_moments": "true",
+            "training__enable_cpu_offload": "true",
+        },
+    ),
+    "local-int8": (2, 4, {**LOCAL, **INT8}),
+    "local-compiled": (2, 2, {**LOCAL, "compile__enable": "true", "adapter__rank": 2}),
+    "local-tp": (4, 2, {**TP, **LOCAL, "activation_checkpoint__mode": "selective"}),
     "int8": (2, 4, {**INT8}),
     "int8-refresh": (1, 2, {**INT8, **REFRESH, "adapter__rank": 2, "model": {"seed": 9}}),
-    "int8-hsdp": (4, 2, {**INT8, "adapter__rank": 2, "parallelism__data_parallel_replicate_degree": 2}),
+    "int8-hsdp": (
+        4,
+        2,
+        {
+            **INT8,
+            "adapter__rank": 2,
+            "parallelism__data_parallel_replicate_degree": 2,
+            "training__global_batch_size": 12,
+        },
+    ),
+    "int8-compiled": (2, 2, {**INT8, "compile__enable": "true", "adapter__rank": 2}),
     "int8-tp": (4, 2, {**TP, **INT8, "model": {**TP["model"], "seed": 6}}),
     "tp": (2, 2, {**TP}),
     "tp-fsdp": (4, 2, {**TP}),
@@ -159,8 +209,12 @@ CASES = {
 }
 CASES["cube"] = (8, 4, {**TP, "parallelism__data_parallel_replicate_degree": 2})
 CASES["cube-all"] = (8, 4, {**CASES["tp-all"][2], "parallelism__data_parallel_replicate_degree": 2})
+CASES["local-cube"] = (8, 4, {**LOCAL, **CASES["cube"][2]})
 CASES["all-cube"] = (8, 2, {**ALL, **CASES["cube"][2]})
-SLOW = ("cube", "cube-all", "all-tp-groups", "all-int8", "all-compiled", "all-cube")
+SLOW = (
+    *("cube", "cube-all", "all-tp-groups", "all-int8", "all-compiled", "all-cube"),
+    *("local-compiled", "local-cube", "int8-compiled"),
+)
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])
@@ -192,6 +246,7 @@ def test_weights_equal_the_oracle(case, request, tmp_path):
         factor_scale=overrides.get("hdpissa__factor_scale", "root"),
         samples=overrides.get("hdpissa__samples", "own"),
         refresh_steps=overrides.get("hdpissa__refresh_steps", 0),
+        local_steps=overrides.get("hdpissa__local_steps", 1),
         exchange_dtype=overrides.get("hdpissa__exchange_dtype", "float32"),
         alpha=overrides.get("adapter__alpha"),
         weight_decay=overrides.get("optimizer__weight_decay", 0.0),

@@ -46,6 +46,7 @@ def waits_of_a_step(argv: list[str]) -> list[str]:
 MESHES = {
     "hdpissa": (2, {"hdpissa__num_adapters": 4}),
     "offload": (2, {"training__enable_cpu_offload": "true", "hdpissa__offload_moments": "true"}),
+    "local": (2, {"hdpissa__local_steps": 3, "hdpissa__num_adapters": 2}),
     "dense": (2, {"hdpissa__exchange": "dense", "hdpissa__num_adapters": 2}),
     "all": (2, {"hdpissa__samples": "all", "hdpissa__num_adapters": 2}),
     "bf16": (2, {"training__master_dtype": "bfloat16", "hdpissa__num_adapters": 2}),

@@ -119,6 +119,12 @@ def test_all_adapters_side_by_side(size: int, argv, workers):
     compare(argv(training__mixed_precision_param="bfloat16", **together), workers, size)
 
 
+@pytest.mark.slow
+def test_local_models(argv, workers):
+    """At a rank at which what they keep for the backward pass is seen."""
+    compare(argv(hdpissa__local_steps=2, adapter__rank=24, training__mixed_precision_param="bfloat16"), workers)
+
+
 @pytest.mark.parametrize("method", ["hdpissa", "lora"])
 def test_weights_that_stay_gathered(method: str, argv, workers):
     compare(argv(adapter__method=method, parallelism__fsdp_reshard_after_forward="never"), workers)
@@ -194,6 +200,13 @@ class TestRemedy:
         assert estimate.passing == {"a weight and its decomposition": 4 * 352 * 128 + decomposed}
         random = fitting._with(plan, [("hdpissa.refresh_steps", 5), ("hdpissa.slices", "random")])
         assert fitting.estimate_run(random, "cpu").phase != "refresh"
+
+    def test_bytes_of_a_fold_are_spread_over_its_steps(self, argv):
+        plan = plan_run(manager.load(argv()), 2)
+        local = fitting._with(plan, [("hdpissa.local_steps", 4)])
+        every, fourth = (fitting.traffic_gb(of, 2, kept=False) for of in (plan, local))
+        assert fourth["gather_gb"] == every["gather_gb"] > 0
+        assert fourth["exchange_gb"] == every["exchange_gb"] / 4 > 0
 
     def test_what_is_offloaded_takes_nothing_of_a_gpu(self, argv):
         plan = self.plan(argv)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tests.kit import runs
+from titan_hd.checkpoint.reader import CheckpointReader
+from tools.convert_checkpoint import dcp_to_hf
 
 # Runs on other numbers of workers add the same fp32 numbers in another order.
 LOSS_TOLERANCE = 1e-5
@@ -275,6 +277,45 @@ def test_resume_within_a_period_of_refreshed_slices(workers, setup, tmp_path):
     (plain,) = workers.run(1, runs.train, setup("plain", **changes))
     first = workers.run(4, runs.train, setup("other", **changes), stop_after=3)[0]
     assert first + workers.run(2, runs.train, setup("other", **changes))[0] == pytest.approx(plain, rel=LOSS_TOLERANCE)
+
+
+def test_resume_between_two_folds(workers, setup, tmp_path, caplog):
+    """L = 4, 6 steps: folds after steps 4 and 6. Bitwise on the same workers, in bf16, from between two folds and from
+    a fold; to rounding on others. Validation, which leaves no trace, sees the W of the last fold."""
+    changes = {"checkpoint__enable": "true", "checkpoint__keep_latest_k": 0}
+    changes |= {"hdpissa__local_steps": 4, "optimizer__weight_decay": 0.3}
+    bf16 = {"training__mixed_precision_param": "bfloat16", "adapter__dropout": 0.1}
+    validation = {"validation__enable": "true", "validation__freq": 1, "data__validation": tmp_path / "records.jsonl"}
+    (whole, _) = workers.run(2, runs.train, setup("whole", **changes, **bf16, **validation))
+    want = runs.exported(tmp_path / "whole")
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    seen = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert [seen.index(loss) for loss in seen] == [0, 0, 0, 0, 4, 4, 6]
+    same = setup("same", **changes, **bf16)
+    first, second = (workers.run(2, runs.train, same, stop_after=n)[0] for n in (3, 1))
+    assert first + second + workers.run(2, runs.train, same)[0] == whole
+    got = runs.exported(tmp_path / "same")
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    kept = {n: CheckpointReader(tmp_path / "same" / "checkpoint" / f"step-{n}").holds for n in (3, 4, 6)}
+    assert [holds("unfolded.rates") for holds in kept.values()] == [True, False, False]
+    assert [holds("residuals.model.layers.0.mlp.up_proj.delta_A") for holds in kept.values()] == [True, False, False]
+    for step, said in ((3, True), (4, False)):
+        caplog.clear()
+        folder, out = tmp_path / "same" / "checkpoint" / f"step-{step}", tmp_path / f"hf-{step}"
+        dcp_to_hf(folder, out, str(tmp_path / "model"), None, 1e9)
+        lines = [record.getMessage() for record in caplog.records if "two folds" in record.getMessage()]
+        assert (
+            lines
+            == [f"{folder}: saved between two folds of hdpissa.local_steps: its weights are those of the last one"]
+            * said
+        )
+
+    (plain,) = workers.run(1, runs.train, setup("plain", **changes))
+    first = workers.run(4, runs.train, setup("other", **changes), stop_after=2)[0]
+    assert first + workers.run(2, runs.train, setup("other", **changes))[0] == pytest.approx(plain, rel=LOSS_TOLERANCE)
+    start = runs.load_file(tmp_path / "model" / "model.safetensors")
+    errors = runs.delta_error(runs.exported(tmp_path / "other"), runs.exported(tmp_path / "plain"), start)
+    assert max(errors.values()) < 1e-4
 
 
 def test_random_slices_are_drawn_anew_for_every_period(workers, setup):

@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -135,6 +136,7 @@ class Terminal(io.StringIO):
 
 def bar_of_a_load(folder: Path) -> tuple[str, str]:
     """What a load writes to a terminal, asked for a bar and not."""
+    from titan_hd.console import use_bars
     from titan_hd.distributed.shards import load_weights
 
     model, dims = sharded_model(folder, (1, 2, 1))
@@ -142,9 +144,12 @@ def bar_of_a_load(folder: Path) -> tuple[str, str]:
     for progress in (True, False):
         sys.stderr = Terminal()
         try:
-            load_weights(model, dims, str(folder), progress)
+            use_bars(progress)
+            with mock.patch.dict(os.environ, TERM="xterm"):
+                load_weights(model, dims, str(folder))
             shown.append(sys.stderr.getvalue())
         finally:
+            use_bars(True)
             sys.stderr = stderr
     return tuple(shown)
 

@@ -82,11 +82,13 @@ def test_the_log_says_what_became_of_the_records(setup, tmp_path: Path):
         f"data.train: 1 records hold no label within training.seq_len = 128 and are skipped; the first: {data}/b"
         in (result.stderr)
     )
-    rows = {line.split()[0]: line.split() for line in result.stderr.splitlines() if line.startswith("  data.")}
+    assert "data.train: 23 records of format chat, " in result.stderr
+    table = (tmp_path / "dump" / "plan.txt").read_text(encoding="utf-8").splitlines()
+    rows = {line.split()[0]: line.split() for line in table if line.startswith("  data.")}
     assert rows["data.train"][1:3] == ["chat", "23"]
     assert rows["data.train"][5:8] == ["0", "1", "1"]
     assert rows["data.validation"][1:3] == ["chat", "12"]
-    assert "23 training records" in result.stderr
+    assert "  steps     1 of 8 records, 0.35 epochs of 23; " in result.stderr
 
 
 def test_a_bad_record_ends_the_run_by_default(setup, tmp_path: Path):

@@ -164,7 +164,8 @@ def test_a_killed_worker_ends_the_run_with_its_signal(setup, tmp_path):
 
 
 def test_the_quick_start_shortened(tmp_path):
-    """`./run_train.sh --quickstart`, cut to a few steps: from any folder, validation of two sets, accuracy, export."""
+    """`./run_train.sh --quickstart`, cut to a few steps: from any folder, validation of two sets, accuracy, export, the
+    page of its curves."""
     plain = {"name": "plain", "path": str(tmp_path / "plain.jsonl"), "format": "text"}
     (tmp_path / "plain.jsonl").write_text('{"text": "Rosa has 87 coins."}\n')
     result = run_train(
@@ -185,6 +186,9 @@ def test_the_quick_start_shortened(tmp_path):
     ] * 2
     assert "data.validation[plain]: its loss is measured, but no exact match" in result.stderr
     assert {p.name for p in (tmp_path / "quickstart" / "hf").iterdir()} >= {"config.json", "model.safetensors"}
+    page = tmp_path / "quickstart" / "plots" / "run.html"
+    assert result.stdout.splitlines()[-1] == f"the curves of this run: {page}"
+    assert all(f'<figure id="{name}">' in page.read_text() for name in ("loss", "validation", "speed", "phases"))
 
 
 def test_a_bug_on_one_rank_ends_the_run_at_once_with_its_traceback(setup, tmp_path):

@@ -16,16 +16,19 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 CPU_ONLY = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+def plain(said: bytes) -> str:
+    """What a command wrote where no terminal is: no carriage returns, no escape codes."""
+    text = said.decode(errors="replace")
+    assert "\r" not in text, text
+    assert "\x1b" not in text, text
+    return text
+
+
 def run_train(*arguments: str, workers: int = 2, timeout: int = 180, **environment: str) -> subprocess.CompletedProcess:
     environment = {**CPU_ONLY, "NGPU": str(workers), **environment}
-    return subprocess.run(
-        [str(REPOSITORY / "run_train.sh"), *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    command = [str(REPOSITORY / "run_train.sh"), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=timeout, check=False)
+    return subprocess.CompletedProcess(command, done.returncode, plain(done.stdout), plain(done.stderr))
 
 
 class Started:
@@ -33,14 +36,14 @@ class Started:
     pipe would stop it after some hundred steps."""
 
     def __init__(self, command: list[str], environment: dict[str, str]):
-        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stderr=self._stderr)
 
     def end(self, timeout: float) -> tuple[int, str]:
         """Exit status and what was said on the standard error."""
         status = self.process.wait(timeout=timeout)
         self._stderr.seek(0)
-        return status, self._stderr.read()
+        return status, plain(self._stderr.read())
 
 
 def start_train(*arguments: str, workers: int = 2, **environment: str) -> Started:

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.kit.commands import CPU_ONLY, REPOSITORY
+from tests.kit.commands import CPU_ONLY, REPOSITORY, plain
 from tests.kit.workers import fork_server
 
 
@@ -43,7 +43,7 @@ def run_forked(
         finally:
             process.kill()
             process.join()
-        out, err = (path.read_text(encoding="utf-8", errors="replace") for path in streams[1:])
+        out, err = (plain(path.read_bytes()) for path in streams[1:])
     return subprocess.CompletedProcess(words, process.exitcode, out, err)
 
 

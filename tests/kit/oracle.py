@@ -8,8 +8,12 @@ G_i of the token-mean loss of that, and
 which its own AdamW turns into dA_i and dB_i. Then W <- W + c sum_i [(B_i + dB_i)(A_i + dA_i) - B_i A_i]. Every
 refresh_steps steps A_i and B_i are taken from the W of that time, and AdamW begins anew.
 
-With exchange_dtype = "int8" each row of dA_i and column of dB_i, plus what the step before has left of it, is rounded
-to multiples of a 127th of its largest magnitude; the difference is left for the next step with these A_i and B_i.
+With exchange_dtype = "int8" each row of dA_i and column of dB_i, plus what the fold before has left of it, is rounded
+to multiples of a 127th of its largest magnitude; the difference is left for the next fold with these A_i and B_i.
+
+With local_steps = L > 1 W changes after every L steps and after the last one. In between adapter i has a model of its
+own, W + (B_i + dB_i)(A_i + dA_i) - B_i A_i; G_i is taken there, grad(dB_i) = s G_i (A_i + dA_i)^T and
+grad(dA_i) = s (B_i + dB_i)^T G_i, and AdamW adds to dA_i and dB_i. Each step's weight decay is of the W that stays.
 """
 
 from __future__ import annotations
@@ -107,6 +111,7 @@ class Settings:
     factor_scale: str = "root"
     samples: str = "own"
     refresh_steps: int = 0
+    local_steps: int = 1
     exchange_dtype: str = "float32"
     alpha: float | None = None
     weight_decay: float = 0.0
@@ -143,28 +148,39 @@ def train(
     shares = s.num_adapters if s.samples == "own" else 1  # of the batch; with "all" every adapter has the one
     scale, share = (s.alpha or s.rank) / s.rank, s.global_batch_size // shares
     c, losses = 1.0 / shares if s.aggregate == "mean" else 1.0, []
+    rates = 0.0  # sum since the last fold
     for step, lr in enumerate(s.lrs):
         if step % (s.refresh_steps or len(s.lrs)) == 0:
             factors = fixed_factors(weights, names, s)
             adams = {(n, i, x): Adam(*s.betas, s.eps) for n, i in factors for x in "AB"}
-            residuals: dict[tuple, torch.Tensor | float] = dict.fromkeys(adams, 0.0)
-        update, total, labels = {n: torch.zeros_like(weights[n]) for n in names}, 0.0, 0
+            deltas = {(n, i): (torch.zeros_like(a), torch.zeros_like(b)) for (n, i), (a, b) in factors.items()}
+        rates, total, labels = rates + lr, 0.0, 0
         for i in range(s.num_adapters):
+            # The parameters of the model that adapter i sees: A_i + dA_i and B_i + dB_i where it has one of its own.
+            seen = {
+                n: tuple(map(sum, zip(factors[n, i], deltas[n, i]))) if s.local_steps > 1 else factors[n, i]
+                for n in names
+            }
             if i < shares:
                 first = step * s.global_batch_size + i * share
                 part = [records[j % len(records)] for j in range(first, first + share)]
-                gradients, loss, count = token_mean_gradients(weights, config, part, names)
+                own = {n: weights[n] + seen[n][1] @ seen[n][0] - factors[n, i][1] @ factors[n, i][0] for n in names}
+                gradients, loss, count = token_mean_gradients({**weights, **own}, config, part, names)
                 total, labels = total + loss, labels + count
             for n in names:
-                a, b = factors[n, i]
-                da = adams[n, i, "A"].update(scale * b.T @ gradients[n], lr)
-                db = adams[n, i, "B"].update(scale * gradients[n] @ a.T, lr)
-                if s.exchange_dtype == "int8":
-                    whole_a, whole_b = da + residuals[n, i, "A"], db + residuals[n, i, "B"]
-                    da, db = in_127_steps(whole_a, 1), in_127_steps(whole_b, 0)
-                    residuals[n, i, "A"], residuals[n, i, "B"] = whole_a - da, whole_b - db
-                update[n] += (b + db) @ (a + da) - b @ a
+                (a, b), (da, db) = seen[n], deltas[n, i]
+                da = da + adams[n, i, "A"].update(scale * b.T @ gradients[n], lr)
+                db = db + adams[n, i, "B"].update(scale * gradients[n] @ a.T, lr)
+                deltas[n, i] = da, db
         losses.append(total / labels)
-        for n in names:
-            weights[n] = (1 - lr * s.weight_decay) * weights[n] + c * update[n]
+        if (step + 1) % s.local_steps == 0 or step + 1 == len(s.lrs):
+            for n in names:
+                weights[n] = (1 - rates * s.weight_decay) * weights[n]
+            for (n, i), (a, b) in factors.items():
+                da, db = folded = deltas[n, i]
+                if s.exchange_dtype == "int8":
+                    da, db = in_127_steps(folded[0], 1), in_127_steps(folded[1], 0)
+                weights[n] += c * ((b + db) @ (a + da) - b @ a)
+                deltas[n, i] = folded[0] - da, folded[1] - db
+            rates = 0.0
     return weights, losses

@@ -105,7 +105,7 @@ def trainer(argv: list[str]):
     """A quiet Trainer on this rank of the worker pool."""
     import torch.distributed as dist
 
-    from titan_hd.components.metrics import init_logging
+    from titan_hd.console import init_logging
     from titan_hd.train import Trainer
 
     init_logging(rank=1)

@@ -16,6 +16,7 @@ from titan_hd.bundle import QUICKSTART_PATHS, ROOT, recipe
 
 # Tools of those who work on titan_hd: they want its repository.
 DEVELOPERS = {"make_quickstart.py", "same_losses.py"}
+STARTED_BY_SCRIPTS = {"quickstart.py"}
 
 
 @pytest.fixture
@@ -23,12 +24,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """What takes this process's place, in its stead."""
     found: list[list[str]] = []
 
-    def become(program: str, words: list[str], environment: dict[str, str]) -> None:
-        assert environment["PYTHON"] == sys.executable, "the run has this Python"
+    def become(program: str, words: list[str]) -> None:
+        assert os.environ["PYTHON"] == sys.executable, "the run has this Python"
         found.append([program, *words[1:]])
         raise SystemExit(0)
 
-    monkeypatch.setattr(os, "execvpe", become)
+    monkeypatch.setattr(os, "execvp", become)
+    monkeypatch.setenv("PYTHON", "another")
     return found
 
 
@@ -45,19 +47,22 @@ def test_train_and_plan_are_run_train(started: list[list[str]]):
 
 
 @pytest.mark.parametrize("name", [name for name, found in cli.COMMANDS.items() if found.script != "run_train.sh"])
-def test_every_other_command_is_its_tool(name: str):
+def test_every_other_command_is_its_tool(name: str, monkeypatch: pytest.MonkeyPatch):
     """Its --help is the tool's own, under the command's name."""
-    path = list(sys.path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHON", "another")
     result = call_tool(cli.main, name, "--help")
-    sys.path[:] = path
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"usage: titan-hd {name} ")
+    assert os.environ["PYTHON"] == sys.executable, "a comparison's runs have it, too"
 
 
 def test_all_tools_for_users_are_there():
     """A new script in tools/ gets a command, or is for developers."""
     scripts = {path.name for path in (REPOSITORY / "tools").glob("*.py") if _is_script(path)}
-    assert {Path(command.script).name for command in cli.COMMANDS.values()} - {"run_train.sh"} == scripts - DEVELOPERS
+    assert {Path(command.script).name for command in cli.COMMANDS.values()} - {
+        "run_train.sh"
+    } == scripts - DEVELOPERS - STARTED_BY_SCRIPTS
 
 
 def _is_script(path: Path) -> bool:
@@ -79,7 +84,7 @@ def test_the_help_has_every_command_and_where_the_recipes_are():
 
 def test_an_unknown_command_is_one_line():
     (line,) = error_lines(call_tool(cli.main, "tren", "--training.steps=3"))
-    assert line.startswith("titan_hd: error: tren: unknown command; there are train, evaluate, ")
+    assert line.startswith("titan_hd: error: tren: unknown command; did you mean train?; there are train, evaluate, ")
 
 
 def test_without_the_bundle_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -76,6 +76,18 @@ def test_what_slices_of_the_current_weights_cost(config):
         assert refresh_line(plan_run(config(*without), 2)) is None
 
 
+def test_what_happens_between_two_folds_is_said(config):
+    def said(*argv: str) -> list[str]:
+        local = ["--hdpissa.local_steps", "4", "--checkpoint.enable", "--checkpoint.interval"]
+        return [line for line in plan_run(config(*local, *argv), 1).warnings if "local_steps" in line]
+
+    (line,) = said("6")
+    assert line.startswith(
+        "checkpoint.interval: no multiple of hdpissa.local_steps = 4: between two folds validation sees"
+    )
+    assert said("8") == said("6", "--adapter.method", "lora") == []
+
+
 def test_replicas(config):
     plan = plan_run(config("--parallelism.data_parallel_replicate_degree", "2"), 8)
     assert (plan.dp_replicate, plan.dp_shard) == (2, 4)

@@ -92,6 +92,7 @@ class BatLinear(AdapterLinear):
 
 class Bat(AdapterMethod):
     name, title, paper = "bat", "Bat", "arXiv 2409.15371"
+    idea = "square blocks that multiply a frozen weight's own blocks are trained beside it"
     trains, size = "D [out/b, b, b], or [in/b, b, b]", "b out, or b in"
     keys = resume_keys = ("adapter.rank", "adapter.dropout", "adapter.bat_form")
     layer = BatLinear

@@ -50,6 +50,7 @@ class BoneLinear(AdapterLinear):
 
 class Bone(AdapterMethod):
     name, title, paper, aliases = "bone", "Bone", "arXiv 2409.15371", ("miss",)
+    idea = "one block that all column blocks of a frozen weight share is trained beside it"
     trains, size = "D [b, out], b = `adapter.rank`", "b out"
     keys = resume_keys = ("adapter.rank", "adapter.dropout")
     layer = BoneLinear

@@ -59,6 +59,7 @@ class DoRALinear(LoRALinear):
 
 class DoRA(LoRA):
     name, title, paper = "dora", "DoRA", "arXiv 2402.09353"
+    idea = "LoRA for the directions of a frozen weight's rows, and their lengths are trained by themselves"
     trains, size = "A, B, delta [out]", "r (in + out) + out"
     resume_keys = ("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.rslora")
     keys = (*resume_keys, "adapter.loraplus_lr_ratio")

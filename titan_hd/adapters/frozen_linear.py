@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -45,8 +47,20 @@ class FrozenLinear(nn.Linear):
         raise NotImplementedError
 
 
+class Operands(NamedTuple):
+    """What one folding layer computes with: weight [out, in], bias [out] or None, and the bound adapter's
+    a, da [r, in] and b, db [out, r]; da and db in fp32, a and b in fp32 or in the dtype of the computation."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    a: torch.Tensor
+    b: torch.Tensor
+    da: torch.Tensor
+    db: torch.Tensor
+
+
 class FoldingLinear(FrozenLinear):
-    """A frozen layer whose trained tensors are folded into its weight after every step.
+    """A frozen layer whose trained tensors are folded into its weight, after every step or after several.
 
     `delta_A` [K, r, in] and `delta_B` [K, out, r] hold those of all K logical adapters. The adapter registry makes
     them, and binds the slice of the adapter whose micro-batch comes next.
@@ -64,3 +78,8 @@ class FoldingLinear(FrozenLinear):
     def bind(self, a: torch.Tensor, b: torch.Tensor, da: torch.Tensor, db: torch.Tensor) -> None:
         """Make one adapter the active one: a, da [r, in]; b, db [out, r]; da and db are leaves that take gradients."""
         self.bound = (a, b, da, db)
+
+    def operands(self) -> Operands:
+        """What the next forward pass computes with."""
+        assert self.bound is not None, "no adapter is bound; AdapterRegistry.activate comes first"
+        return Operands(*self.parameters_for_compute(), *self.bound)

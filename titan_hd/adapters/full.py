@@ -13,6 +13,7 @@ class FullFineTuning(Method):
     """Trains every parameter, or only the weights of the targeted linear layers."""
 
     name, title = "full", "full fine-tuning"
+    idea = "the weights themselves are trained"
     trains, size, base = "W (everything, or the targets' weights)", "in out", "trained"
     keys = resume_keys = ()
     master_dtypes = ("float32",)  # small updates would vanish in others

@@ -13,32 +13,21 @@ one input (query, key and value; gate and up) share their products with it and s
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from titan_hd.adapters.frozen_linear import FoldingLinear
+from titan_hd.adapters.frozen_linear import FoldingLinear, Operands
 from titan_hd.adapters.inject import replace_linears
+from titan_hd.adapters.local_model import local_model
 from titan_hd.adapters.method import FoldingMethod
-from titan_hd.adapters.shared_products import by_layer, joined, let_share, outputs_in_order
+from titan_hd.adapters.shared_products import by_layer, fp32_product, joined, let_share, outputs_in_order
 from titan_hd.config import job_config
 from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
-
-
-class Operands(NamedTuple):
-    """What one adapted layer computes with: weight [out, in], bias [out] or None, and the bound adapter's
-    a, da [r, in] and b, db [out, r]; da and db in fp32, a and b in fp32 or in the dtype of the computation. The values
-    of da and db are not read."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    a: torch.Tensor
-    b: torch.Tensor
-    da: torch.Tensor
-    db: torch.Tensor
 
 
 class _ExactMute(torch.autograd.Function):
@@ -64,21 +53,12 @@ class _ExactMute(torch.autograd.Function):
                 dx.addmm_(gy, weight)
             dx = dx.view(shape)
         gb = [gy @ factor.to(gy.dtype) for gy, factor in zip(gys, b)]  # [tokens, r] each
-        grad_da = _gradient(joined(gb, 1).T, x, ctx.scale)
+        grad_da = fp32_product(joined(gb, 1).T, x, ctx.scale)
         xa = (x @ joined(a, 0).to(x.dtype).T).split([factor.shape[0] for factor in a], 1)
         grads = []
         for gy, part, da in zip(gys, xa, grad_da.split([factor.shape[0] for factor in a])):
-            grads += [None, None, None, None, da, _gradient(part.T, gy, ctx.scale).T]
+            grads += [None, None, None, None, da, fp32_product(part.T, gy, ctx.scale).T]
         return dx, None, None, *grads
-
-
-def _gradient(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale * left @ right in fp32; on a GPU no 16-bit value is rounded on the way."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        product = torch.mm(left, right, out_dtype=torch.float32)
-    else:
-        product = (left @ right).float()
-    return product if scale == 1.0 else product * scale
 
 
 def exact_mute(
@@ -86,7 +66,7 @@ def exact_mute(
 ) -> tuple[torch.Tensor, ...]:
     """y = x W^T + bias [..., out] of each layer, with gradients to x [..., in] and (fp32) to da and db as said above.
 
-    x_adapter is what the adapters see: x itself, or x after dropout.
+    x_adapter is what the adapters see: x itself, or x after dropout. The values of da and db are not read.
     """
     seen = x if x_adapter is None else x_adapter
     return _ExactMute.apply(x, seen.detach(), scale, *(tensor for layer in layers for tensor in layer))
@@ -96,21 +76,20 @@ class HDPissaLinear(FoldingLinear):
     """A frozen linear layer with the slice of one logical adapter bound to it, or with those of all.
 
     scale: alpha / r. mute_scalar: the paper's g, or 0 for the exact mute. together: adapters that are bound side by
-    side, as one of rank K r: 1, or all of them.
+    side, as one of rank K r: 1, or all of them. compute: the layers' outputs, as `exact_mute` has it. skinny: products
+    of width r that it takes beside the frozen layer's.
     """
+
+    compute: ClassVar[Callable[..., tuple[torch.Tensor, ...]]] = staticmethod(exact_mute)
+    skinny: ClassVar[int] = 4
 
     def __init__(self, linear: nn.Linear, scale: float, dropout: float, mute_scalar: float, together: int = 1):
         super().__init__(linear, dropout)
         self.scale, self.mute_scalar, self.together = scale, mute_scalar, together
 
-    def operands(self) -> Operands:
-        """What `exact_mute` needs of this layer."""
-        assert self.bound is not None, "no adapter is bound; AdapterRegistry.activate comes first"
-        return Operands(*self.parameters_for_compute(), *self.bound)
-
     @property
     def shares_products(self) -> bool:
-        """Whether the exact mute runs on the layer's own input: dropout draws another mask for every layer."""
+        """Whether `compute` runs on the layer's own input: dropout draws another mask for every layer."""
         return self.mute_scalar == 0.0 and not self.drops
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -119,15 +98,23 @@ class HDPissaLinear(FoldingLinear):
         layer = self.operands()
         x_adapter = self.dropped(x)
         if self.mute_scalar == 0.0:
-            return exact_mute(x, [layer], self.scale, x_adapter)[0]
+            return self.compute(x, [layer], self.scale, x_adapter)[0]
         low_rank = F.linear(x_adapter, (layer.a + layer.da).to(x.dtype))
         low_rank = F.linear(low_rank, (layer.b + layer.db).to(x.dtype))
         return F.linear(x, layer.weight, layer.bias) + self.mute_scalar * self.scale * low_rank
 
     def flops(self, tokens: float) -> float:
-        """The exact mute's four skinny products; with a mute scalar LoRA's six."""
+        """The skinny products; with a mute scalar LoRA's six."""
         rank = self.together * self.delta_A.shape[1]
-        return (6 if self.mute_scalar else 4) * rank * (self.in_features + self.out_features)
+        return (6 if self.mute_scalar else self.skinny) * rank * (self.in_features + self.out_features)
+
+
+class LocalHDPissaLinear(HDPissaLinear):
+    """Computes with W + (B + dB)(A + dA) - B A: what `hdpissa.local_steps` has not folded yet is in the forward pass.
+    (Without gradients, as in validation, it is the frozen layer: W as the last fold left it.)"""
+
+    compute = staticmethod(local_model)
+    skinny = 10
 
 
 def project_together(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -135,8 +122,16 @@ def project_together(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor,
     learning = torch.is_grad_enabled()
     sharing = [layer for layer in layers if isinstance(layer, HDPissaLinear) and layer.shares_products and learning]
     return outputs_in_order(
-        x, layers, sharing, lambda shared: exact_mute(x, [layer.operands() for layer in shared], shared[0].scale)
+        x, layers, sharing, lambda shared: shared[0].compute(x, [layer.operands() for layer in shared], shared[0].scale)
     )
+
+
+_IDEAS = {
+    "orthogonal": "each of K adapters trains another slice of a weight's leading singular directions",
+    "minor": "each of K adapters trains another slice of a weight's last singular directions",
+    "top": "all of K adapters train a weight's r leading singular directions",
+    "random": "each of K adapters trains random directions of a weight",
+}
 
 
 class HDPissa(FoldingMethod):
@@ -144,8 +139,8 @@ class HDPissa(FoldingMethod):
 
     name, title, paper = "hdpissa", "HD-PiSSA", "arXiv 2505.18777"
     how = "logical adapters train different SVD slices of each weight; their updates are folded into the weight itself"
-    trains, size = "dA [K, r, in], dB [K, out, r], zero after every step", "K r (in + out)"
-    base = "changed by every step"
+    trains, size = "dA [K, r, in], dB [K, out, r], zero after every fold", "K r (in + out)"
+    base = "changed by every fold"
     resume_keys = (
         "adapter.rank",
         "adapter.alpha",
@@ -154,6 +149,7 @@ class HDPissa(FoldingMethod):
         "hdpissa.factor_scale",
         "hdpissa.samples",
         "hdpissa.refresh_steps",
+        "hdpissa.local_steps",
         "hdpissa.aggregate",
         "hdpissa.mute_scalar",
     )
@@ -172,10 +168,13 @@ class HDPissa(FoldingMethod):
         mute_scalar: float = 0.0,
         slices: str = "orthogonal",
         samples: str = "own",
+        local_steps: int = 1,
     ):
         super().__init__()
         self.num_adapters, self.rank = num_adapters, rank
+        self.idea = f"{_IDEAS[slices]}; what they learn is folded into the one sharded W"
         self.dropout, self.mute_scalar, self.slices, self.samples = dropout, mute_scalar, slices, samples
+        self.layer = LocalHDPissaLinear if local_steps > 1 else HDPissaLinear
         self.shares = 1 if samples == "all" else num_adapters
         self.scale = (rank if alpha is None else alpha) / rank
         # "top" and "random" give every adapter directions of its own choice, of which the weight needs r.
@@ -186,7 +185,7 @@ class HDPissa(FoldingMethod):
     @classmethod
     def from_config(cls, config: JobConfig, num_adapters: int = 1) -> HDPissa:
         a, h = config.adapter, config.hdpissa
-        return cls(num_adapters, a.rank, a.alpha, a.dropout, h.mute_scalar, h.slices, h.samples)
+        return cls(num_adapters, a.rank, a.alpha, a.dropout, h.mute_scalar, h.slices, h.samples, h.local_steps)
 
     @classmethod
     def config_errors(cls, config: JobConfig) -> list[str]:
@@ -205,6 +204,12 @@ class HDPissa(FoldingMethod):
             "hdpissa.slices: top slices that learn from all samples would all learn the same; use orthogonal": (
                 h.samples == "all" and h.slices == "top"
             ),
+            "hdpissa.local_steps: dA and dB of several steps stay in the forward pass, which a mute scalar would mute; "
+            "set hdpissa.mute_scalar to 0": h.local_steps > 1 and h.mute_scalar != 0.0,
+            "hdpissa.local_steps: with samples = all every worker would need everybody's dA and dB in every step; "
+            "set it to 1, or hdpissa.samples to own": h.local_steps > 1 and h.samples == "all",
+            f"hdpissa.refresh_steps: slices are taken from a W that is folded; use a multiple of hdpissa.local_steps = "
+            f"{h.local_steps}": h.refresh_steps % max(1, h.local_steps) != 0,
             "hdpissa.exchange: dense sends sums of updates, which int8 cannot hold; use auto or factors": (
                 h.exchange_dtype == "int8" and h.exchange == "dense"
             ),
@@ -235,7 +240,7 @@ class HDPissa(FoldingMethod):
         """
         model.requires_grad_(False)
         settings = self.scale, self.dropout, self.mute_scalar, self.together
-        layers = replace_linears(model, target_modules, lambda linear: HDPissaLinear(linear, *settings))
+        layers = replace_linears(model, target_modules, lambda linear: self.layer(linear, *settings))
         for name, layer in layers.items():
             error = self.shape_error(name, (layer.out_features, layer.in_features))
             if error:

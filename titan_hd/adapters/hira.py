@@ -65,6 +65,7 @@ class HiraLinear(AdapterLinear):
 
 class Hira(AdapterMethod):
     name, title, paper = "hira", "HiRA", "ICLR 2025"
+    idea = "a frozen W becomes W + W * B A, element by element, and B A of rank r is trained"
     trains, size = "A, B", "r (in + out)"
     keys = resume_keys = ("adapter.rank", "adapter.dropout")
     scales_weight = True

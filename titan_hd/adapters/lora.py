@@ -151,6 +151,7 @@ class LoRA(AdapterMethod):
     """LoRA with its variants rsLoRA, LoRA+ and OLoRA."""
 
     name, title, paper = "lora", "LoRA", "arXiv 2106.09685"
+    idea = "a product B A of rank r is trained beside each frozen weight"
     trains, size = "A [r, in], B [out, r]", "r (in + out)"
     resume_keys = ("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.rslora", "adapter.init")
     keys = (*resume_keys, "adapter.loraplus_lr_ratio")
@@ -165,6 +166,10 @@ class LoRA(AdapterMethod):
             param = config.training.mixed_precision_param
             settings["dtype"] = torch.float32 if param == "auto" else getattr(torch, param)
         method = cls(layer, **settings)
+        if layer is OLoRALinear:
+            method.idea = (
+                "a product B A of rank r that begins as a part of W, by its QR decomposition, beside the frozen rest"
+            )
         ratio = config.adapter.loraplus_lr_ratio
         method.lr_ratios = {} if ratio == 1.0 else {"lora_B": ratio}
         return method

@@ -20,13 +20,14 @@ class Method(abc.ABC):
     Facts of the class:
         name: the value of adapter.method. aliases: other values that mean the same.
         title, paper: for people; paper as "arXiv NUMBER", or another citation.
+        idea: a clause on what is trained, for the start of a run; a run's method may have one of its own.
         how: half a sentence for the model card, on what becomes of the weights.
         trains, size, base: the trained tensors of a layer, their number of elements, and what becomes of W, for the
             table in docs/methods.md.
         keys: the keys of [adapter] and [hdpissa], beside method and target_modules, that it reads.
         resume_keys: those of them in which a checkpoint and the run that resumes from it must agree.
-        folds: the trained tensors are zero when a step begins, and what the optimizer added to them is folded into W
-            after the step (`components.update.FoldUpdate`). Otherwise the optimizer's step is all.
+        folds: the trained tensors are zero when a run begins, and what the optimizer added to them is folded into W
+            (`components.update.FoldUpdate`). Otherwise the optimizer's step is all.
         master_dtypes: what training.master_dtype may be: a frozen W is held in any of them, a fold rounds
             stochastically to bfloat16.
         scales_weight: it changes W by multiples of W's own elements, so that a W of zeros can never move. (Methods with
@@ -46,6 +47,7 @@ class Method(abc.ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str] = ""
+    idea: str
     aliases: ClassVar[tuple[str, ...]] = ()
     how: ClassVar[str] = ""
     trains: ClassVar[str]
@@ -104,6 +106,10 @@ class Method(abc.ABC):
             UserError: a target matches no layer.
         """
 
+    def sentence(self) -> str:
+        """The method with its paper, and its idea."""
+        return f"{self.title}{f' ({self.paper})' if self.paper else ''}: {self.idea}"
+
     def trained_parameters(self, model: nn.Module) -> int:
         """Number of trained elements of a model that the method was applied to, over all logical adapters."""
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -130,7 +136,8 @@ class Method(abc.ABC):
 
 
 class FoldingMethod(Method):
-    """A method whose layers are `FoldingLinear`s: K logical adapters of rank r, folded into W after every step.
+    """A method whose layers are `FoldingLinear`s: K logical adapters of rank r, folded into W after every step or every
+    few.
 
     mute_scalar: 0, or what the adapters' gradients are to be divided by. slices: which singular directions the fixed
     factors take (`svd.cut_slices`). samples: what an adapter learns from, its "own" share of the global batch or "all".

@@ -83,6 +83,7 @@ class MoraLinear(AdapterLinear):
 
 class Mora(AdapterMethod):
     name, title, paper = "mora", "MoRA", "arXiv 2405.12130"
+    idea = "a square matrix, with as many parameters as LoRA's two, is trained beside each frozen weight"
     trains, size = "M [q, q], q = floor(sqrt((in + out) r) + 1/2)", "about r (in + out)"
     keys = resume_keys = ("adapter.rank", "adapter.dropout", "adapter.mora_type")
     layer = MoraLinear

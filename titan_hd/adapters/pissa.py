@@ -45,6 +45,7 @@ class PiSSALinear(LoRALinear):
 
 class PiSSA(LoRA):
     name, title, paper = "pissa", "PiSSA", "arXiv 2404.02948"
+    idea = "a product B A of rank r that begins as a weight's principal part is trained beside the frozen rest"
     trains, base = "A, B", "W without its principal part, frozen"
     resume_keys = ("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.rslora")
     keys = (*resume_keys, "adapter.loraplus_lr_ratio", "adapter.svd", "adapter.svd_niter", "adapter.svd_cache")

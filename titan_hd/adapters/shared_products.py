@@ -39,3 +39,12 @@ def by_layer(flat: tuple, operands: Callable[..., Operands], width: int) -> list
 def joined(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
     """torch.cat; a single tensor is not copied."""
     return torch.cat(tensors, dim) if len(tensors) > 1 else tensors[0]
+
+
+def fp32_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * left @ right in fp32; on a GPU no 16-bit value is rounded on the way."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        product = torch.mm(left, right, out_dtype=torch.float32)
+    else:
+        product = (left @ right).float()
+    return product if scale == 1.0 else product * scale

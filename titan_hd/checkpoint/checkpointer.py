@@ -37,10 +37,11 @@ from titan_hd.checkpoint.folder import CheckpointFolder, Files, damage, read_man
 from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.checkpoint.writer import CheckpointWriter
 from titan_hd.components.best_validation import Best
+from titan_hd.console import Progress
 from titan_hd.distributed.collectives import on_rank_zero
 from titan_hd.distributed.watch import enter_phase
 from titan_hd.errors import UserError
-from titan_hd.files import shown_size
+from titan_hd.files import folder_size, shown_size
 
 logger = logging.getLogger("titan_hd")
 
@@ -104,7 +105,8 @@ class Checkpointer:
         self.warn_of_failure()
         self.last_step = step
         if not self._executor:
-            self._failure = self._write(step, tensors, train_state, best, start)
+            with self._writing(step, tensors):
+                self._failure = self._write(step, tensors, train_state, best, start)
             return
         staged = self._host.take(tensors)
         logger.info("checkpoint of step %d: training stopped for %.3f s", step, time.perf_counter() - start)
@@ -113,7 +115,8 @@ class Checkpointer:
     def wait(self) -> str | None:
         """Wait for the save that is under way. Returns why the last one failed, None if it did not."""
         if self._pending:
-            self._failure, self._pending = self._pending.result(), None
+            with Progress("waiting for the last checkpoint to be written", shown=dist.get_rank() == 0):
+                self._failure, self._pending = self._pending.result(), None
         return self._failure
 
     def warn_of_failure(self) -> None:
@@ -127,6 +130,12 @@ class Checkpointer:
     def close(self) -> None:
         if self._executor:
             self._executor.shutdown()
+
+    def _writing(self, step: int, tensors: dict[str, Any]) -> Progress:
+        """Shows how many bytes of a checkpoint are on the disk."""
+        size = sum(t.numel() * t.element_size() for t in tensors.values() if isinstance(t, torch.Tensor))
+        what, partial = f"saving step {step}", self.files.partial(step)
+        return Progress(what, size, "B", shown=dist.get_rank() == 0, poll=lambda: min(size, folder_size(partial)))
 
     def _write(
         self, step: int, tensors: dict[str, Any], train_state: dict[str, Any], best: Best | None, start: float
@@ -235,7 +244,11 @@ class Checkpointer:
                 fault = str(error)
         files, fault = self._from_rank_zero((files, fault))
         mine = sorted(files)[dist.get_rank() :: dist.get_world_size()]
-        found = [line for name in mine if (line := damage(folder / name, files[name]))]
+        found, size = [], sum(files[name]["size"] for name in mine)
+        with Progress(f"checking {folder.name}", size, "B", shown=dist.get_rank() == 0) as progress:
+            for name in mine:
+                found += [line] if (line := damage(folder / name, files[name])) else []
+                progress.update(files[name]["size"])
         return [fault] if fault else [line for lines in self._gather(found) for line in lines]
 
     def tell_of_best(self, step: int) -> None:
@@ -258,7 +271,8 @@ class Checkpointer:
     def load(self, reader: CheckpointReader, tensors: dict[str, Any]) -> None:
         """Fill `tensors` in place from a checkpoint, whatever mesh wrote it."""
         enter_phase("reading the checkpoint")
-        dcp.load(tensors, storage_reader=reader, process_group=self.group)
+        with Progress(f"reading {reader.folder.name}", shown=dist.get_rank() == 0):
+            dcp.load(tensors, storage_reader=reader, process_group=self.group)
 
 
 def _disk_fault(error: CheckpointException) -> str:

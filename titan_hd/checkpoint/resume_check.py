@@ -20,6 +20,7 @@ MAY_DIFFER = (
     "hdpissa.mute_scalar",
     "hdpissa.samples",
     "hdpissa.refresh_steps",
+    "hdpissa.local_steps",
     "training.global_batch_size",
     "training.seed",
     "training.master_dtype",
@@ -32,7 +33,12 @@ _WHY = {
     "hdpissa.num_adapters = 0, K is the number of data-parallel workers",
 }
 # What a checkpoint means that was saved before there was a key.
-_BEFORE = {"hdpissa.factor_scale": "root", "hdpissa.samples": "own", "hdpissa.refresh_steps": 0}
+_BEFORE = {
+    "hdpissa.factor_scale": "root",
+    "hdpissa.samples": "own",
+    "hdpissa.refresh_steps": 0,
+    "hdpissa.local_steps": 1,
+}
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
@@ -81,6 +87,15 @@ def check_resumable(state: dict[str, Any], current: dict[str, Any], allowed: lis
     if errors:
         raise UserError("\n".join(errors))
     return accepted
+
+
+def check_length(step: int, total_steps: int) -> None:
+    """UserError if a run of so many steps cannot go on after `step`."""
+    if step > total_steps:
+        raise UserError(
+            f"training.steps, training.epochs: {total_steps} steps, but the checkpoint to resume from has {step}; name "
+            "more, or checkpoint.load_step, or another job.dump_folder"
+        )
 
 
 def _same(key: str, saved: Any, current: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder, parameter_shapes
 from titan_hd.models.hf_files import open_model_weights
 from titan_hd.models.registry import DecoderConfig
+
+logger = logging.getLogger("titan_hd")
 
 
 class CheckpointWeights:
@@ -55,6 +58,9 @@ class CheckpointWeights:
         reader.tensor_dtypes(beside, "adapters.")
         if state:  # what no run of ours wrote has no checksums
             check_files(reader.folder)
+        if reader.holds("unfolded.rates"):
+            line = "%s: saved between two folds of hdpissa.local_steps: its weights are those of the last one"
+            logger.warning(line, reader.folder)
 
     def _of_the_base(self, state: dict[str, Any], directory: str) -> set[str]:
         if state.get("base") != "delta":

@@ -347,7 +347,8 @@ def _block_memory(
 ) -> BlockMemory:
     """`block_memory`, remembered: looking for what would make a run fit asks for the same block many times."""
     h = c.hdpissa
-    key = repr((local, c.adapter, h.mute_scalar, h.samples, num_adapters, tokens, compute, c.activation_checkpoint))
+    forward = h.mute_scalar, h.samples, h.local_steps > 1
+    key = repr((local, c.adapter, *forward, num_adapters, tokens, compute, c.activation_checkpoint))
     if key not in _BLOCKS:
         method, dropout = build_method(c, num_adapters), c.adapter.dropout > 0
         _BLOCKS[key] = block_memory(
@@ -373,19 +374,19 @@ def _optimizer_temporaries(sizes: Sizes, groups: list[Group]) -> int:
     return 4 * min(elements, PART_ELEMENTS) * (state_tensors(name) + (not fused))
 
 
-def received_bytes(sizes: Sizes, micro_batches: int, kept: bool = False) -> tuple[int, int]:
+def received_bytes(sizes: Sizes, micro_batches: int, kept: bool = False) -> tuple[int, float]:
     """What a worker receives in a step: all-gathers of the weights, and the exchange of the updates of a method that
-    folds, with the gradients on their way to the adapters' holders. Other gradients that are summed over workers are
-    not in it. kept: the weights are gathered once for the step."""
+    folds (on average over the steps from fold to fold), with the gradients on their way to the adapters' holders. Other
+    gradients that are summed over workers are not in it. kept: the weights are gathered once for the step."""
     shards = sizes.mesh[1]
     model, _ = _meta_model(sizes)
     embeds = model.model.embed_tokens.weight.requires_grad
     groups = fsdp_group_sizes(model, shards)
     elements = sum((1 if kept else micro_batches * group.gathers(embeds)) * group.shard for group in groups)
-    exchanged = 0
+    exchanged = 0.0
     if sizes.updates is not None:
         traffic = gradient_traffic([weight.shape for weight in sizes.updates.weights], sizes.updates.topology)
-        exchanged = sum(weight.received for weight in sizes.updates.weights)
+        exchanged = sum(weight.received for weight in sizes.updates.weights) / sizes.updates.topology.local_steps
         exchanged += sum(collective.received for collective in traffic if collective.kind == "reduce_scatter")
     return (shards - 1) * elements * sizes.compute.itemsize, exchanged
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import resource
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,31 +13,13 @@ import torch
 from tqdm import tqdm
 
 from titan_hd.components.records import RecordFile
+from titan_hd.components.step_line import StepLines
 from titan_hd.components.trackers.registry import Trackers
 from titan_hd.components.trackers.tracker import METRICS, SAMPLES, Sample, Samples
 from titan_hd.config.job_config import JobConfig
+from titan_hd.console import on_terminal
 
 logger = logging.getLogger("titan_hd")
-
-
-class TqdmHandler(logging.StreamHandler):
-    """Writes log lines above a progress bar instead of through it. What cannot be written stops nothing."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            tqdm.write(self.format(record), file=sys.stderr)
-        except Exception:
-            self.handleError(record)
-
-
-def init_logging(rank: int) -> None:
-    """Rank 0 logs from INFO on. Other ranks log errors only; their warnings would repeat rank 0's."""
-    handler = TqdmHandler()
-    prefix = "" if rank == 0 else f"[rank {rank}] "
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    logger.propagate = False
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -89,9 +70,9 @@ class MetricsLogger(NoMetrics):
         folder.mkdir(parents=True, exist_ok=True)
         self.records = RecordFile(folder / METRICS, first_step)
         self.samples = RecordFile(folder / SAMPLES, first_step, lazily=True)
-        self._bar = None
-        if config.metrics.progress_bar and sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self._lines, self._bar = StepLines(first_step, total_steps), None
+        if config.metrics.progress_bar and on_terminal():
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=False)
         went_back = self.records.went_back or self.samples.went_back
         self.trackers = Trackers(config, first_step, tracker_runs or {}, went_back)
 
@@ -101,7 +82,7 @@ class MetricsLogger(NoMetrics):
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.log_detail(step, values)
-        logger.info("step %d  %s", step, "  ".join(f"{k} {_short(v)}" for k, v in values.items()))
+        logger.info("%s", self._lines.line(step, values), extra={"painted": True})
 
     def log_detail(self, step: int, values: dict[str, float]) -> None:
         self.records.append({"step": step, **values})
@@ -117,6 +98,9 @@ class MetricsLogger(NoMetrics):
         self.samples.write(sync=True)
 
     def advance(self, loss: float) -> None:
+        expected = self._lines.advance()
+        if expected:
+            logger.info("%s", expected)
         if self._bar:
             self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             self._bar.update()
@@ -156,7 +140,3 @@ def _list(names: list[str], most: int = 20) -> str:
     """Names on one line, of many the first."""
     more = f" and {len(names) - most} more (svd.jsonl)" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def _short(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.4g}"

@@ -16,6 +16,7 @@ import logging
 import math
 import re
 import time
+from array import array
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ from titan_hd.adapters.svd import SvdSettings
 from titan_hd.components.host_moments import HostMoments
 from titan_hd.components.optimizer import build_optimizer, clip_flat, clip_gradients, step_if_finite
 from titan_hd.config.job_config import JobConfig
+from titan_hd.console import Progress
 from titan_hd.distributed.adapter_init import initialize_adapters
 from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.adapter_samples import SAMPLES, Samples
@@ -46,6 +48,7 @@ from titan_hd.seeding import stable_seed
 logger = logging.getLogger("titan_hd")
 
 Reports = list[dict[str, Any]]
+UNFOLDED = ("residuals.", "unfolded.")  # first words of the keys of dA and dB, and of what else waits for a fold
 
 
 class Update:
@@ -233,6 +236,10 @@ class FoldUpdate(Update):
     zero again, but for what int8 on the way could not hold (`update.outgoing`). The adapter registry holds them,
     outside of FSDP2.
 
+    With local_steps = L, a fold comes after every L steps, counted from the first of the run, and after its last one.
+    In between the layers compute with what is not folded (`adapters.local_model`), and a checkpoint has it: by logical
+    adapter, as the moments, so that any number of workers may go on.
+
     The optimizer gets the registry's flat tensor alone, and its moments are flat too; a checkpoint has them by layer.
     """
 
@@ -245,7 +252,10 @@ class FoldUpdate(Update):
         self.samples: Samples
         self.fold: Fold
         self._refresh_seconds = 0.0
-        self._residuals = False  # whether a checkpoint has them: the one that is read, then those that are saved
+        # First words of what a checkpoint has until a fold: of the one that is read, then of those that are saved.
+        self._unfolded: tuple[str, ...] = ()
+        self._rates = array("d", [0.0])  # sum of the learning rates since the last fold, the host's own
+        self._last_step: int
 
     def ignored_parameters(self) -> set[nn.Parameter]:
         return self.registry.parameters()
@@ -262,15 +272,17 @@ class FoldUpdate(Update):
 
     def allocate(self, metadata: Metadata) -> None:
         super().allocate(metadata)
-        self._residuals = any(key.startswith("residuals.") for key in metadata.state_dict_metadata)
+        there = metadata.state_dict_metadata
+        self._unfolded = tuple(first for first in UNFOLDED if any(key.startswith(first) for key in there))
 
     def state(self, changed_only: bool) -> dict[str, Any]:
         factors = {}
         for name, entry in self.registry.entries.items():
             factors |= {f"factors.{name}.A": entry.a, f"factors.{name}.B": entry.b}
-        views = self.registry.named_views(self.registry.deltas.detach()) if self._residuals else ()
-        residuals = {f"residuals.{name}": view for name, view in views}
-        return {**super().state(changed_only), **factors, **residuals}
+        views = self.registry.named_views(self.registry.deltas.detach())
+        unfolded = {f"residuals.{name}": view for name, view in views} | {"unfolded.rates": _tensor_of(self._rates)}
+        unfolded = {key: value for key, value in unfolded.items() if key.startswith(self._unfolded)}
+        return {**super().state(changed_only), **factors, **unfolded}
 
     def start(self, total_steps: int) -> None:
         """As `Update.start`: binds the adapters, plans the exchange, and sends the fixed factors that are cached."""
@@ -280,13 +292,15 @@ class FoldUpdate(Update):
         self.samples = SAMPLES[self.registry.method.samples](self.registry, compute, h.exchange_in_flight)
         shapes = {name: entry.local_shape for name, entry in self.registry.entries.items()}
         plan = fold_plan(c, self.method.num_adapters, (self.dims.dp_replicate, self.dims.dp_shard), shapes)
-        logger.info("%s", plan.table())
         wire, decay = getattr(torch, h.exchange_dtype), c.optimizer.weight_decay
         offloaded = c.training.enable_cpu_offload
         settings = FoldSettings(h.aggregate, decay, c.training.seed, wire, h.exchange_in_flight, offloaded)
         self.fold = Fold(self.registry, self.dims, plan, settings)
         self.fold.prepare()
-        self._residuals = h.exchange_dtype == "int8"
+        self._last_step = total_steps - 1
+        if h.local_steps > total_steps:
+            line = "hdpissa.local_steps: %d is more than the run's %d steps: there is one fold, after the last"
+            logger.warning(line, h.local_steps, total_steps)
         if h.refresh_steps >= total_steps:
             logger.warning(
                 "hdpissa.refresh_steps: %d is not below the run's %d steps: no slice is taken anew",
@@ -328,7 +342,15 @@ class FoldUpdate(Update):
         refuse_non_finite(self.registry, step, norm, proposal)
 
     def apply(self, lr: float, step: int) -> None:
-        self.fold(lr, step)
+        """Fold, if it is time to. A run that goes on behind its last step, because it is given more steps, folds next
+        where any other does."""
+        h = self.config.hdpissa
+        self._rates[0] += lr
+        self._unfolded = UNFOLDED
+        if (step + 1) % h.local_steps == 0 or step == self._last_step:
+            self.fold(self._rates[0], step)
+            self._rates[0] = 0.0
+            self._unfolded = UNFOLDED[:1] if h.exchange_dtype == "int8" else ()
 
     def _refresh(self, period: int) -> None:
         """Slices of the current W for all layers, and an optimizer without memory. The cache of decompositions stays
@@ -337,8 +359,10 @@ class FoldUpdate(Update):
         start = time.perf_counter()
         self.optimizer = self._new_optimizer()
         seed = stable_seed("refresh", self.config.training.seed, period)
-        for _ in compute_factors(self.registry, self.dims, self._slice_settings(seed, cached=False)):
-            pass
+        waves = compute_factors(self.registry, self.dims, self._slice_settings(seed, cached=False))
+        with Progress("taking new slices", self.layers_to_start(), "layers", shown=self.dims.rank == 0) as progress:
+            for wave in waves:
+                progress.update(len(wave))
         self.registry.zero_deltas()  # the residuals that int8 has left belong to the directions from before
         self.samples.factors_changed()
         self.fold.send_factors()
@@ -386,6 +410,11 @@ class FoldUpdate(Update):
         self.samples.zero_grad()
 
 
+def _tensor_of(number: array[float]) -> torch.Tensor:
+    """0-dim, float64, of the same memory: a checkpoint is read into it."""
+    return torch.frombuffer(number, dtype=torch.float64).view(())
+
+
 def build_update(model: Decoder, method: Method, dims: ParallelDims, config: JobConfig) -> Update:
     """The update of a method that was applied to a meta model."""
     if isinstance(method, FoldingMethod):
@@ -402,5 +431,7 @@ def fold_plan(
     model's order.
     """
     h = config.hdpissa
-    topology = Topology(num_adapters, config.adapter.rank, *mesh, WIRE_BYTES[h.exchange_dtype], h.samples)
+    topology = Topology(
+        num_adapters, config.adapter.rank, *mesh, WIRE_BYTES[h.exchange_dtype], h.samples, h.local_steps
+    )
     return plan_update(shapes, topology, h.exchange, h.factor_cache_gb)

@@ -13,6 +13,7 @@ from typing import Any
 from titan_hd.config.job_config import DataSource, JobConfig
 
 _AT_LEAST = {
+    "job.gpu_gib": 1,
     "data.max_skipped": 0,
     "data.num_workers": 0,
     "data.num_proc": 0,
@@ -31,6 +32,7 @@ _AT_LEAST = {
     "adapter.svd_niter": 0,
     "hdpissa.num_adapters": 0,
     "hdpissa.refresh_steps": 0,
+    "hdpissa.local_steps": 1,
     "hdpissa.mute_scalar": 0,
     "hdpissa.factor_cache_gb": 0,
     "hdpissa.exchange_in_flight": 1,

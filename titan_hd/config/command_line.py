@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from titan_hd.config import manager
+from titan_hd.console import silence_libraries
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -23,6 +24,7 @@ class ToolParser(argparse.ArgumentParser):
     def __init__(self, description: str | None = None, **settings: Any):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(description=description, **settings)
+        silence_libraries()  # a tool begins with its parser
 
     # pyrefly: ignore[bad-override]: an overload for each kind of namespace would say no more
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:

@@ -20,8 +20,16 @@ class Job:
     print_config: bool = False
     """Print the resolved configuration at the start."""
     print_plan: bool = False
-    """Print which ranks would hold what and how every weight's update would travel, with this configuration and number
-    of workers, and stop. Needs neither GPUs nor weights."""
+    """Print which ranks would hold what, how every weight's update would travel and what takes how much memory, with
+    this configuration and number of workers, and stop. Needs neither GPUs nor weights. Every run writes the same to
+    plan.txt in job.dump_folder."""
+    dry_run: bool = False
+    """Check whether the run would start (all keys, files, the tokenizer, every record, mesh, memory, the checkpoint to
+    resume from), print what it would be, and stop: exit status 0 or 2. Starts no workers and needs no GPU; NGPU, and
+    PET_NNODES for several nodes, say for how many workers. Tokens go to their cache, where the run finds them."""
+    gpu_gib: float | None = None
+    """GiB of one GPU as it is sold (24, 48, 80): job.print_plan and job.dry_run count for GPUs of this size. Not set:
+    for what this machine has."""
 
 
 @dataclass
@@ -277,6 +285,11 @@ class HDPissa:
     """T: every T steps the slices are taken from the weights as they are then, and the optimizer's moments begin anew.
     Costs the start's decompositions each time (refresh_seconds in the metrics). 0: the slices of the start stay, as in
     the paper."""
+    local_steps: int = 1
+    """L: dA and dB stay in the forward pass for L optimizer steps before they are exchanged and folded into the
+    weights, so that 1/L of the bytes travel. In between each adapter learns at the weights with its own dA and dB;
+    validation and the weights of a checkpoint are those of the last fold (docs/methods.md). The last step of a run
+    folds too. 1: every step folds, as in the paper."""
     mute_scalar: float = 0.0
     """0: exact mute (the limit, no extra forward work). Otherwise the paper's scalar g in Y = X(W + g A B)."""
     exchange: Literal["auto", "factors", "dense"] = "auto"

@@ -27,6 +27,7 @@ from typing import Any
 from titan_hd.config import job_config
 from titan_hd.config.checks import check_combinations, check_presence
 from titan_hd.config.job_config import DataSource, JobConfig
+from titan_hd.console import painted, printable
 from titan_hd.errors import UserError
 from titan_hd.files import expand_home
 
@@ -82,7 +83,9 @@ def _resolve(path: str | None, overrides: list[tuple[str, Any, str]], errors: li
         values[key] = (value, where)
     config = _build(_renamed(values), errors)
     faulty = {line.partition(":")[0] for line in errors}  # these keys hold their defaults now
-    if not errors and not config.job.print_plan:  # what a faulty source would have given is not missing
+    if not errors and (
+        config.job.dry_run or not config.job.print_plan
+    ):  # what a faulty source would have given is not missing
         errors += check_presence(config)
     errors += [line for line in check_combinations(config) if line.partition(":")[0] not in faulty]
     if errors:
@@ -130,9 +133,14 @@ def _help_topics(argv: list[str]) -> list[str] | None:
 
 def exit_with(errors: list[str]) -> typing.NoReturn:
     """Print one line per user error and leave with status 2."""
-    for line in errors:
-        print(f"titan_hd: error: {line}", file=sys.stderr)
+    print_errors(errors)
     raise SystemExit(2)
+
+
+def print_errors(errors: typing.Iterable[str]) -> None:
+    """One line for each on the standard error."""
+    for line in errors:
+        print(f"{painted('titan_hd: error:', 'red')} {printable(line)}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -436,14 +444,26 @@ def help_text(topics: typing.Sequence[str] = ()) -> str:
         "",
     ]
     for section, cls in sections.items():
-        shown = [f for f in dataclasses.fields(cls) if not topics or {section, f"{section}.{f.name}"} & {*topics}]
-        lines += [f"[{section}]", *(_key_help(section, cls, f) for f in shown), ""] if shown else []
+        shown = [key for key in documented(cls) if not topics or {section, f"{section}.{key.name}"} & {*topics}]
+        helped = (f"  --{section}.{key.name}  ({key.type}; default {key.default})\n      {key.text}" for key in shown)
+        lines += [f"[{section}]", *helped, ""] if shown else []
     return "\n".join(lines)
 
 
-def _key_help(section: str, cls: type, field: dataclasses.Field) -> str:
-    default, text = json.dumps(getattr(cls(), field.name)), _field_docs()[cls.__name__][field.name]
-    return f"  --{section}.{field.name}  ({field.type}; default {default})\n      {text}"
+class Key(typing.NamedTuple):
+    """A key of a section as it is documented: its type as in Python, its default as in JSON."""
+
+    name: str
+    type: str
+    default: str
+    text: str
+
+
+def documented(section: type) -> list[Key]:
+    """The keys of a section's dataclass, or of a table in a list."""
+    default, texts = section(), _field_docs()[section.__name__]
+    fields = dataclasses.fields(section)
+    return [Key(f.name, str(f.type), json.dumps(getattr(default, f.name)), texts[f.name]) for f in fields]
 
 
 def to_toml(config: JobConfig) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 from titan_hd import __version__
 from titan_hd.config.job_config import Data, DataSource
+from titan_hd.console import is_first_rank
 from titan_hd.data.dataset import Concatenation, Dataset, FiniteDataset, Mixture, TokenizedDataset
 from titan_hd.data.fields import log_unused, without_ignored
 from titan_hd.data.formats import FORMATS, Format, QuestionFormat, detect_format
@@ -132,7 +133,6 @@ class DatasetBuilder:
     """Makes the datasets of a run, the same on every worker.
 
     vocab_size: the model's. tokenizer: called only where a format needs one.
-    progress: show a bar where this process tokenizes, if the standard error is a terminal.
 
     Raises (both methods):
         UserError: names the key, or the file and its line; or no record is left.
@@ -142,7 +142,6 @@ class DatasetBuilder:
     vocab_size: int
     seq_len: int
     tokenizer: Callable[[], Tokenizer]
-    progress: bool = False
     _trained: list[Format] = dataclasses.field(default_factory=list)  # of the sources of data.train, when it was built
 
     def training(self) -> Dataset:
@@ -214,7 +213,8 @@ class DatasetBuilder:
         encoder, config = self._encoder(source, keep_questions), source.config
         files = InputFiles(source.path, source.name)
         folder, processes = (None, 1) if _is_small(files) else (cache_folder(config.cache_dir), _process_count(config))
-        write = functools.partial(tokenize, files, encoder, _faults(config), processes, self.progress)
+        shown = folder is not None or is_first_rank()  # without a cache all ranks do the same
+        write = functools.partial(tokenize, files, encoder, _faults(config), processes, shown)
         if folder is None:
             buffers: dict[str, io.BytesIO] = {}
             statistics = write(lambda name: buffers.setdefault(name, io.BytesIO()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
 from titan_hd.adapters.adapter_linear import adapter_layers
+from titan_hd.console import Progress
 from titan_hd.distributed.adapter_init import merged_weights
 from titan_hd.distributed.collectives import on_rank_zero, raise_on_all
 from titan_hd.distributed.parallel_dims import Block, ParallelDims, local_part, owned_block
@@ -67,11 +66,9 @@ class LoadedWeights(NamedTuple):
 
 
 @torch.no_grad()
-def load_weights(model: Decoder, dims: ParallelDims, directory: str, progress: bool = False) -> LoadedWeights:
+def load_weights(model: Decoder, dims: ParallelDims, directory: str) -> LoadedWeights:
     """Fill the shards from a HF directory. Rank 0 reads the index and the headers; every rank reads just the byte
     ranges of its own blocks. Collective.
-
-    progress: show a bar, on rank 0, if the standard error is a terminal.
 
     Raises:
         UserError: one line for everything that is wrong with the files, on every rank, before any rank loads anything;
@@ -84,16 +81,13 @@ def load_weights(model: Decoder, dims: ParallelDims, directory: str, progress: b
     files = on_rank_zero("checking the weights", lambda: WeightFiles(directory, expected, tied_head=tied))
     parts = {name: local_part(p).numel() / p.numel() for name, p in parameters.items()}
     total = round(sum(files.nbytes(name) * part for name, part in parts.items()))
-    hidden = not (progress and dims.rank == 0 and sys.stderr.isatty())
-    with (
-        raise_on_all("reading the weights"),
-        tqdm(total=total, unit="B", unit_scale=True, desc="reading the weights", disable=hidden) as bar,
-    ):
+    progress = Progress("reading the weights", total, "B", shown=dims.rank == 0)
+    with raise_on_all("reading the weights"), progress:
         for name, parameter in parameters.items():
             block = _block(parameter, dims)
             if block.rows:
                 files.read_into(name, local_part(parameter), block.row, block.column)
-                bar.update(files.bytes_read - bar.n)
+                progress.update(files.bytes_read - progress.done)
     files.close()
     read = torch.tensor([files.bytes_read, *(name in files.nonzero for name in parameters)])
     dist.all_reduce(read)
@@ -114,20 +108,27 @@ def init_weights(model: Decoder, dims: ParallelDims, seed: int, std: float = 0.0
     """Random weights: norms 1, biases 0, the rest normal. Drawn on the host in blocks of rows, each with a generator
     keyed by (seed, name, block), so that the model is the same on any number of workers and any device."""
     norms = {f"{n}.weight" for n, module in model.named_modules() if isinstance(module, RMSNorm)}
-    for name, parameter in base_parameters(model):
-        local = local_part(parameter)
-        if parameter.dim() == 1:
-            local.fill_(1.0 if name in norms else 0.0)
-            continue
-        mine = _block(parameter, dims)
-        for number in range(mine.row // _INIT_ROWS, math.ceil((mine.row + mine.rows) / _INIT_ROWS)):
-            lo, hi = number * _INIT_ROWS, min(parameter.shape[0], (number + 1) * _INIT_ROWS)
-            generator = torch.Generator().manual_seed(stable_seed("init", seed, name, number))
-            drawn = torch.empty(hi - lo, parameter.shape[1]).normal_(0.0, std, generator=generator)
-            first, last = max(lo, mine.row), min(hi, mine.row + mine.rows)
-            if first < last:
-                part = drawn[first - lo : last - lo, mine.column : mine.column + mine.columns]
-                local[first - mine.row : last - mine.row].copy_(part)
+    parameters = dict(base_parameters(model))
+    with Progress("drawing random weights", len(parameters), "tensors", shown=dims.rank == 0) as progress:
+        for name, parameter in parameters.items():
+            if parameter.dim() == 1:
+                local_part(parameter).fill_(1.0 if name in norms else 0.0)
+            else:
+                _draw(name, parameter, dims, seed, std)
+            progress.update()
+
+
+def _draw(name: str, parameter: nn.Parameter, dims: ParallelDims, seed: int, std: float) -> None:
+    """Random values of a matrix, into this rank's part."""
+    local, mine = local_part(parameter), _block(parameter, dims)
+    for number in range(mine.row // _INIT_ROWS, math.ceil((mine.row + mine.rows) / _INIT_ROWS)):
+        lo, hi = number * _INIT_ROWS, min(parameter.shape[0], (number + 1) * _INIT_ROWS)
+        generator = torch.Generator().manual_seed(stable_seed("init", seed, name, number))
+        drawn = torch.empty(hi - lo, parameter.shape[1]).normal_(0.0, std, generator=generator)
+        first, last = max(lo, mine.row), min(hi, mine.row + mine.rows)
+        if first < last:
+            part = drawn[first - lo : last - lo, mine.column : mine.column + mine.columns]
+            local[first - mine.row : last - mine.row].copy_(part)
 
 
 @torch.no_grad()
@@ -153,13 +154,15 @@ def write_weights(
     adapted = {f"{name}.weight" for name in adapter_layers(model)}
     own = [(name, local_part(p)) for name, p in parameters.items() if name not in adapted]
     written = set()
-    for wave in itertools.chain([own], merged_weights(model, dims)):
-        with raise_on_all("writing the weights"), disk_faults(directory):
-            for name, local in wave:
-                parameter = parameters[name]
-                if dims.first_copy(dims.rank, tp_split(parameter)) and local.numel():
-                    block = _block(parameter, dims)
-                    write_rows(slots[name], block.row, local, block.column)
-                    written.add(slots[name].file)
+    with Progress("exporting the weights", len(parameters), "tensors", shown=dims.rank == 0) as progress:
+        for wave in itertools.chain([own], merged_weights(model, dims)):
+            with raise_on_all("writing the weights"), disk_faults(directory):
+                for name, local in wave:
+                    parameter = parameters[name]
+                    if dims.first_copy(dims.rank, tp_split(parameter)) and local.numel():
+                        block = _block(parameter, dims)
+                        write_rows(slots[name], block.row, local, block.column)
+                        written.add(slots[name].file)
+                    progress.update()
     with raise_on_all("writing the weights"), disk_faults(directory):
         sync_files(sorted(written))

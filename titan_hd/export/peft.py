@@ -28,6 +28,7 @@ from titan_hd.adapters.lora import LoRALinear
 from titan_hd.adapters.methods import method_of
 from titan_hd.adapters.svd import SvdSettings, principal_factors
 from titan_hd.config.job_config import JobConfig
+from titan_hd.console import Progress
 from titan_hd.data.build import NO_ANSWERS, Answering
 from titan_hd.distributed.adapter_init import collect_tensors
 from titan_hd.distributed.collectives import raise_on_all
@@ -60,8 +61,11 @@ def export_peft(model: Decoder, dims: ParallelDims, config: JobConfig, answering
     with raise_on_all("looking at the export folder"):
         check_folder(folder, assets)
         base = _base_files(model, assets)
-    for wave in _adapter_waves(model, dims, base):
-        tensors |= wave
+    layers = len(adapter_layers(model))
+    with Progress("collecting the adapters", layers, "layers", shown=dims.rank == 0) as progress:
+        for wave in _adapter_waves(model, dims, base):
+            tensors |= wave
+            progress.update(min(dims.world_size, layers - progress.done))
     with raise_on_all("writing the adapter"), disk_faults(partial):
         if dims.rank == 0:
             start_folder(partial)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from titan_hd.components.source_code import commit
+from titan_hd.config.job_config import JobConfig
 
 logger = logging.getLogger("titan_hd")
 
@@ -23,9 +25,9 @@ _PREFIXES = ("SLURM_", "NCCL_", "GLOO_", "TORCH", "PYTORCH_", "CUDA_", "OMP_", "
 _SECRETS = ("TOKEN", "SECRET", "PASSWORD", "JWT", "KEY")
 
 
-def record_environment(folder: Path, world_size: int) -> None:
-    """Append versions, command, commit, device and the variables of the scheduler and of torch. One process does this;
-    a disk that does not take it gives a warning.
+def record_environment(folder: Path, world_size: int, config: JobConfig) -> None:
+    """Append versions, command, configuration, commit, device and the variables of the scheduler and of torch. One
+    process does this; a disk that does not take it gives a warning.
 
     Variables are chosen by their prefixes, so that no other program's secrets are written down.
     """
@@ -33,6 +35,7 @@ def record_environment(folder: Path, world_size: int) -> None:
     record = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
+        "config": dataclasses.asdict(config),
         "world_size": world_size,
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),

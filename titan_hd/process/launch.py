@@ -27,9 +27,10 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from titan_hd.config import manager
-from titan_hd.distributed.mesh_picture import mesh_picture
-from titan_hd.fitting import estimate_run
-from titan_hd.preflight import plan_run, refresh_line, update_plan
+from titan_hd.config.job_config import JobConfig
+from titan_hd.errors import UserError
+from titan_hd.fitting import device_memory, usable_bytes
+from titan_hd.preflight import plan_run
 from titan_hd.process.network import LOOPBACK, address_towards, addresses_of, interface_of
 from titan_hd.process.signals import REQUEUE, STATUS, outlives_terminal
 from titan_hd.process.streams import keep_streams
@@ -53,19 +54,38 @@ def main() -> None:
     assert local_workers is not None  # torch does not say so
     workers = local_workers * run.parse_min_max_nnodes(args.nnodes)[1]
     try:
-        plan = plan_run(config, workers, needs_files=not config.job.print_plan)
-    except manager.ConfigError as error:
-        manager.exit_with(error.errors)
-    if config.job.print_plan:
-        folds = plan.method.folds
-        print(mesh_picture(*plan.mesh, plan.num_adapters if folds else None))
-        print(update_plan(config, plan).table() if folds else "nothing is folded")
-        if refresh := refresh_line(plan):
-            print(refresh)
-        device_type = "cuda" if torch.cuda.is_available() else "cpu"
-        print(estimate_run(plan, device_type).table())
-        return
+        if config.job.print_plan or config.job.dry_run:
+            ask_plan(config, workers, local_workers)
+            return
+        plan_run(config, workers)
+    except UserError as error:
+        manager.exit_with(str(error).splitlines())
     start_workers(args, Path(config.job.dump_folder))
+
+
+def ask_plan(config: JobConfig, workers: int, local_workers: int) -> None:
+    """job.print_plan and job.dry_run, of a run on so many workers: counted for the GPUs of job.gpu_gib, or for what
+    this machine has.
+
+    Raises:
+        UserError: a line for everything that would keep the run from starting.
+    """
+    # Only here: a run's launcher needs none of it, and would start later.
+    from titan_hd.overview import Overview, screen
+    from titan_hd.process.dry_run import dry_run
+
+    job, cuda = config.job, torch.cuda.is_available()
+    if job.gpu_gib is not None:
+        device_type, device, available = "cuda", f"GPU of {job.gpu_gib:g} GiB", usable_bytes(job.gpu_gib)
+    else:
+        device_type, device = ("cuda", torch.cuda.get_device_name()) if cuda else ("cpu", "CPU")
+        available = device_memory(torch.device(device_type)) // (1 if cuda else local_workers)
+    plan = plan_run(config, workers, job.dry_run, device_type)
+    overview = Overview(plan, device_type, device, available)
+    if job.dry_run:
+        dry_run(config, plan, overview)
+    else:
+        print(screen(overview.lines()), overview.tables(), *overview.faults(), sep="\n")
 
 
 def start_workers(args: argparse.Namespace, folder: Path) -> None:

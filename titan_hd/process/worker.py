@@ -20,10 +20,10 @@ import torch._dynamo
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from titan_hd.components.metrics import init_logging
 from titan_hd.components.trackers.registry import finish_failed_run
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
+from titan_hd.console import init_logging, silence_libraries
 from titan_hd.distributed.collectives import on_rank_zero
 from titan_hd.distributed.watch import Watch
 from titan_hd.errors import UserError
@@ -182,6 +182,7 @@ def _exit_status(run: Run) -> int:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     keep_streams()
     init_logging(rank)
+    silence_libraries()
     signals = StopSignals()
     signals.listen()
     handler = get_error_handler()
@@ -206,5 +207,5 @@ def say(error: Exception, rank: int) -> int:
         return 1
     # These are the same on every rank (see `raise_on_all`): one says them, all leave with the same status.
     if rank == 0:
-        print(*(f"titan_hd: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        manager.print_errors(str(error).splitlines())
     return 2 if isinstance(error, UserError) else DIVERGED

@@ -5,26 +5,15 @@ A figure also says where its points lie and what is to be read there, for the pa
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compare.drawing import (
-    Picture,
-    Series,
-    cross,
-    is_wide,
-    is_wide_metric,
-    mark_of,
-    metric_text,
-    new_picture,
-    scatter,
-    set_log,
-    style_of,
-)
+from charts.drawing import Picture, Series, is_wide, mark_of, running_mean, set_log, style_of
+
+from compare.drawing import cross, is_wide_metric, metric_text, new_picture, scatter
 from compare.grid_figure import grid_picture
 from compare.outcome import Curve, Outcome
 
@@ -32,14 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _HOVER_POINTS = 200  # of a curve, at most; what is drawn has all
-
-
-def matplotlib_is_there() -> bool:
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def pictures_of(outcome: Outcome) -> list[Picture]:
@@ -142,13 +123,6 @@ def mean_curve(curves: Iterable[Curve], column: str) -> MeanCurve:
     steps = sorted(places)
     seconds, losses = ([statistics.fmean(pair[i] for pair in places[step]) for step in steps] for i in (0, 1))
     return MeanCurve(steps, seconds, running_mean(losses, len(losses) // 50) if column == "loss" else losses)
-
-
-def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean of each value and the window - 1 before it, of fewer at the beginning; window below 2: as they are."""
-    sums = [0.0, *itertools.accumulate(values)]
-    starts = [max(0, end - max(1, window)) for end in range(1, len(sums))]
-    return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, 1)]
 
 
 def _losses(outcome: Outcome) -> Picture | None:

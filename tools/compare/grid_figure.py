@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from compare.drawing import Picture, Series, is_wide_metric, mark_of, new_picture, set_log, style_of
+from charts.drawing import Picture, Series, mark_of, set_log, style_of
+
+from compare.drawing import is_wide_metric, new_picture
 from compare.outcome import FAILURES, Arm, Outcome, Point, show_value
 
 if TYPE_CHECKING:

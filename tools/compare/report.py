@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from charts.drawing import matplotlib_is_there
+
 from compare import figures
 from compare.outcome import read_outcome
 from compare.page import page
@@ -31,7 +33,7 @@ def write(folder: Path, output: Path | None = None) -> str:
     text = table_md(outcome)
     files = {"table.md": text, "table.csv": table_csv(outcome), "points.csv": points_csv(outcome)}
     pictures = []
-    if figures.matplotlib_is_there():
+    if matplotlib_is_there():
         pictures = figures.pictures_of(outcome)
     else:
         logger.warning("no figures: matplotlib is missing (the extra `plots`); the tables are complete")

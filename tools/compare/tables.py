@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
-from dataclasses import dataclass
 from typing import Any
+
+from charts.page import Table
 
 from compare.outcome import BEFORE, FAILURES, Arm, Outcome, Point, show_value
 from compare.statistics import Summary, scipy_is_there
@@ -32,14 +33,6 @@ _RANKS = {
     "dw_stable": ("dW: stable rank", ".1f"),
     "dw_relative_norm": ("dW / W", ".2e"),
 }
-
-
-@dataclass(frozen=True)
-class Table:
-    """rows: column -> text, the same columns in every row; the first column says what the row is of."""
-
-    title: str
-    rows: list[dict[str, str]]
 
 
 def tables_of(outcome: Outcome) -> list[Table]:

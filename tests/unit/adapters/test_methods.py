@@ -7,7 +7,7 @@ import typing
 import pytest
 
 from titan_hd.adapters.methods import METHODS, build_method, ignored_keys, method_errors, method_named
-from titan_hd.config.job_config import Adapter, JobConfig
+from titan_hd.config.job_config import Adapter, HDPissa, JobConfig
 from titan_hd.config.manager import load
 
 NEEDED = ["--data.train", "t", "--training.steps", "1", "--model.name", "llama3", "--model.flavor", "debugmodel"]
@@ -34,6 +34,23 @@ def test_miss_is_bone():
 def test_facts_name_real_keys(method):
     assert set(method.keys) <= KEYS
     assert set(method.resume_keys) <= set(method.keys)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_a_method_in_a_sentence(method):
+    sentence = build_method(load([*NEEDED, "--adapter.method", method.name])).sentence()
+    assert sentence.startswith(f"{method.title} ({method.paper}): " if method.paper else f"{method.title}: ")
+    assert sentence[-1].isalpha()
+    assert len(sentence) < 180
+
+
+def test_a_sentence_knows_the_variant():
+    said = [
+        build_method(load([*NEEDED, "--hdpissa.slices", slices])).sentence()
+        for slices in typing.get_args(typing.get_type_hints(HDPissa)["slices"])
+    ]
+    assert len(set(said)) == len(said)
+    assert "QR" in build_method(load([*NEEDED, "--adapter.method", "lora", "--adapter.init", "olora"])).sentence()
 
 
 def test_every_key_is_read_by_some_method():
@@ -106,6 +123,18 @@ def test_combinations_of_the_folding_family_that_make_no_sense():
     assert line.startswith("hdpissa.slices: top slices that learn from all samples")
     (line,) = errors_of(*unit, "--hdpissa.slices", "random")
     assert line.startswith("hdpissa.factor_scale: unit is for singular directions")
+    local = ["--hdpissa.local_steps", "4"]
+    assert errors_of(*local, *minor, *unit) == errors_of(*local, "--hdpissa.refresh_steps", "8") == []
+    assert errors_of(*local, "--hdpissa.exchange_dtype", "int8", "--adapter.dropout", "0.1") == []
+    assert errors_of(*local, "--adapter.method", "lora") == []  # named among the keys that are not used
+    (line,) = errors_of(*local, "--hdpissa.mute_scalar", "1e-16")
+    assert line.startswith("hdpissa.local_steps: dA and dB of several steps stay in the forward pass")
+    (line,) = errors_of(*local, *together)
+    assert line.startswith("hdpissa.local_steps: with samples = all every worker would need everybody's dA and dB")
+    (line,) = errors_of(*local, "--hdpissa.refresh_steps", "10")
+    assert line.startswith(
+        "hdpissa.refresh_steps: slices are taken from a W that is folded; use a multiple of hdpissa."
+    )
     int8 = ["--hdpissa.exchange_dtype", "int8"]
     assert errors_of(*int8) == errors_of(*int8, "--hdpissa.exchange", "factors", "--optimizer.name", "SGD") == []
     for key, value in (("hdpissa.exchange", "dense"), ("hdpissa.mute_scalar", "1e-16"), ("optimizer.name", "ASGD")):

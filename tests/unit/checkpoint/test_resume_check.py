@@ -80,6 +80,8 @@ class TestCheckResumable:
             compare({}, {"hdpissa.factor_scale": "unit"})
         with pytest.raises(UserError, match=r"refresh_steps: the checkpoint has 0, this run 10; set it back, or check"):
             compare({}, {"hdpissa.refresh_steps": 10})
+        assert compare({}, {"hdpissa.local_steps": 1}) == []
+        assert len(compare({}, {"hdpissa.local_steps": 4}, ["hdpissa.local_steps"])) == 1
 
     def test_the_base_model(self):
         """Not needed for a full checkpoint, if it is not at hand; never another one for a delta."""

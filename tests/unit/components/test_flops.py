@@ -67,6 +67,11 @@ def test_all_adapters_learn_from_a_token_side_by_side():
     assert work(HDPissa(8, 16)) == (0, 4 * WIDTH)
 
 
+def test_a_local_model_costs_ten():
+    """Forward, x [A ; dA]^T and the product with [dB | B + dB]; backward, both again for dx, and two of width r."""
+    assert work(HDPissa(8, 16, local_steps=4)) == (0, 10 * WIDTH)
+
+
 def test_cards_by_the_name_that_torch_gives():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12

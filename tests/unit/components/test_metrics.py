@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from titan_hd.components.metrics import MetricsLogger, TqdmHandler, write_svd_report
+from titan_hd.components.metrics import MetricsLogger, write_svd_report
 from titan_hd.components.records import keep_records_until
 from titan_hd.config.job_config import JobConfig
+from titan_hd.console import TqdmHandler
 
 
 def lines(*steps: int) -> str:

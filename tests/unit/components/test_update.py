@@ -55,10 +55,34 @@ def test_state_is_allocated_as_the_checkpoint_has_it():
         assert (made[key].shape, made[key].dtype) == (value.shape, value.dtype), key
 
 
-@pytest.mark.parametrize(("refresh_steps", "warned"), [(0, False), (9, False), (10, True)])
-def test_slices_that_are_never_taken_anew_are_said(refresh_steps: int, warned: bool, monkeypatch, caplog):
+def test_a_fold_comes_after_every_few_steps_and_after_the_last():
+    """With the learning rates since the one before; what waits for it is in a checkpoint."""
+    config, folds, kept = JobConfig(), [], []
+    config.hdpissa.local_steps = 3
+    fold_update = SimpleNamespace(config=config, fold=lambda *at: folds.append(at), _rates=[0.0], _last_step=7)
+    for step in range(8):
+        FoldUpdate.apply(fold_update, 2.0**step, step)
+        kept.append(fold_update._unfolded)
+    assert folds == [(1 + 2 + 4, 2), (8 + 16 + 32, 5), (64 + 128, 7)]
+    both = ("residuals.", "unfolded.")
+    assert kept == [both, both, (), both, both, (), both, ()]
+    config.hdpissa.local_steps, config.hdpissa.exchange_dtype = 1, "int8"
+    FoldUpdate.apply(fold_update, 0.1, 8)
+    assert (folds[-1], fold_update._unfolded) == ((0.1, 8), ("residuals.",))
+
+
+NEVER_ANEW = "hdpissa.refresh_steps: 10 is not below the run's 10 steps: no slice is taken anew"
+ONE_FOLD = "hdpissa.local_steps: 11 is more than the run's 10 steps: there is one fold, after the last"
+
+
+@pytest.mark.parametrize(
+    ("refresh_steps", "local_steps", "said"),
+    [(0, 1, []), (9, 1, []), (10, 1, [NEVER_ANEW]), (0, 10, []), (0, 11, [ONE_FOLD])],
+)
+def test_periods_that_never_end_are_said(refresh_steps: int, local_steps: int, said: list, monkeypatch, caplog):
     config = JobConfig()
     config.hdpissa.refresh_steps, config.training.mixed_precision_param = refresh_steps, "float32"
+    config.hdpissa.local_steps = local_steps
     for name in ("fold_plan", "Fold"):
         monkeypatch.setattr(updates, name, lambda *_: SimpleNamespace(table=str, prepare=lambda: None))
     monkeypatch.setattr(updates, "SAMPLES", {"own": lambda *_: None})
@@ -66,5 +90,4 @@ def test_slices_that_are_never_taken_anew_are_said(refresh_steps: int, warned: b
     dims = SimpleNamespace(dp_replicate=1, dp_shard=1)
     fold_update = SimpleNamespace(config=config, registry=registry, dims=dims, method=SimpleNamespace(num_adapters=1))
     FoldUpdate.start(fold_update, total_steps=10)
-    said = ["hdpissa.refresh_steps: 10 is not below the run's 10 steps: no slice is taken anew"]
-    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == said * warned
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == said

@@ -56,6 +56,19 @@ class TestPlan:
         gathered = plan_update(shapes, Topology(8, 2, 2, 2, wire_bytes=1), "factors", cache_gb=0.0)
         assert received(gathered) == w.received + 3 * 2 * 2 * (60 + 50) * 4, "the fixed factors travel in fp32"
 
+    def test_a_fold_every_few_steps(self):
+        """The same plan, but for what it says: its bytes are a fold's."""
+        shapes = {"layers.0.w": (100, 60)}
+        every, fourth = (plan_update(shapes, Topology(8, 2, 2, 2, local_steps=n)) for n in (1, 4))
+        assert fourth.weights == every.weights
+        assert "received per worker and step:" in every.table()
+        assert "received per worker and fold:" in fourth.table()
+        assert "a fold every" not in every.table()
+        large = plan_update({"layers.0.w": (10000, 20000)}, Topology(8, 2, 1, 8, local_steps=4))
+        bytes_ = 7 * 2 * (20000 + 1250) * 4
+        assert f"  a fold every 4 steps: {bytes_ / 4e9:.3f} GB per step on average" in large.table().splitlines()
+        assert large.digest() != plan_update({"layers.0.w": (10000, 20000)}, Topology(8, 2, 1, 8)).digest()
+
     def test_int8_quarters_the_bytes_of_llama_8b(self):
         whole, rounded = (
             received(plan_update(SHAPES_8B, Topology(8, 16, 1, 8, wire_bytes=size), "factors")) for size in (4, 1)

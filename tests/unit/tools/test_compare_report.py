@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import csv
-import html.parser
 import json
 import re
 from pathlib import Path
 
 import pytest
+from charts.drawing import running_mean, style_of
 from compare import figures, report, tables
-from compare.drawing import style_of
-from compare.figures import mean_curve, running_mean
+from compare.figures import mean_curve
 from compare.outcome import Curve, Outcome, read_outcome
 
 from tests.kit.comparison_files import RATES, write_comparison, write_csv
+from tests.kit.html_page import Page, assert_alone
 from titan_hd.errors import UserError
 
 
@@ -212,44 +212,6 @@ def test_sixteen_arms_can_be_told_apart():
     assert len({(style.colour, style.line) for style in styles}) == 16
 
 
-class Page(html.parser.HTMLParser):
-    """What a page is made of. It asks a server for nothing if no attribute names one."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.ids: list[str] = []
-        self.addresses: list[str] = []
-        self.tags: list[str] = []
-        self.classes: set[str] = set()
-        self.open: list[str] = []
-        self.data: dict[str, list] = {}  # figure -> its points
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        named = dict(attrs)
-        self.tags.append(tag)
-        self.ids += [named["id"]] if "id" in named else []
-        self.classes |= set((named.get("class") or "").split())
-        self.addresses += [value for key, value in attrs if key in ("src", "href", "xlink:href", "data")]
-        if tag == "figure":
-            self.data[named["id"]] = []
-        if tag not in ("meta", "path", "use", "rect"):
-            self.open.append(named.get("type") or tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if self.open and self.open[-1] == tag:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        if tag not in ("meta", "path", "use", "rect"):
-            self.open.pop()
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] == "application/json":
-            self.data[list(self.data)[-1]] += json.loads(data)
-
-
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory) -> Path:
     pytest.importorskip("matplotlib")
@@ -268,12 +230,7 @@ def test_figures(reported: Path):
 def test_the_page_is_whole_and_alone(reported: Path):
     text = (reported / "comparison.html").read_text()
     page = Page(text)
-    assert page.open == [], "every element is closed"
-    assert all(address.startswith(("#", "data:")) for address in page.addresses), page.addresses
-    assert not re.search(r"@import|url\((?!#)", text)
-    assert len(page.ids) == len(set(page.ids)), "several figures in one page"
-    assert {address[1:] for address in page.addresses if address[0] == "#"} <= set(page.ids)
-    assert set(re.findall(r"url\(#([^)]*)\)", text)) <= set(page.ids)
+    assert_alone(text)
     assert (page.tags.count("svg"), page.tags.count("table")) == (6, 4)
     assert {f"arm{index}" for index in range(5)} <= page.classes
     assert "its best value" not in text, "hira is not among these arms"
@@ -360,7 +317,7 @@ def test_a_key_of_some_arms_and_no_key_at_all(tmp_path):
 def test_without_matplotlib_there_are_tables(tmp_path, monkeypatch: pytest.MonkeyPatch, caplog):
     write_comparison(tmp_path, arms=2, seeds=1, steps=6)
     (tmp_path / "losses.csv").unlink()
-    monkeypatch.setattr(figures, "matplotlib_is_there", lambda: False)
+    monkeypatch.setattr(report, "matplotlib_is_there", lambda: False)
     report.write(tmp_path)
     assert "no figures: matplotlib is missing" in caplog.text
     assert not list(tmp_path.glob("*.png"))

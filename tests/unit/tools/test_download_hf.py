@@ -224,3 +224,15 @@ def test_goes_on_after_an_interruption(hub, tmp_path: Path):
     fetched = {path.rsplit("/", 1)[1] for path, _, body in hub.seen if body and "/resolve/" in path}
     assert "model-00002-of-00002.safetensors" in fetched
     assert "config.json" not in fetched
+
+
+def test_progress_counts_whole_files_and_parts(tmp_path: Path):
+    """Of the files that are wanted; the hub's library writes parts below .cache."""
+    import hub
+
+    (tmp_path / ".cache" / "huggingface" / "download").mkdir(parents=True)
+    (tmp_path / "a.json").write_bytes(bytes(5))
+    (tmp_path / "other").write_bytes(bytes(100))
+    (tmp_path / ".cache/huggingface/download/x.etag.incomplete").write_bytes(bytes(7))
+    (tmp_path / ".cache/huggingface/download/x.lock").write_bytes(bytes(9))
+    assert hub._fetched(tmp_path, ["a.json", "b.json"]) == 12

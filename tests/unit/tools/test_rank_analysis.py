@@ -115,6 +115,37 @@ def test_pictures_or_one_warning(tmp_path, caplog):
     assert any("no weight differs" in r.getMessage() for r in caplog.records)
 
 
+def test_a_report_from_the_tables_alone(tmp_path):
+    write_trained(tmp_path / "one", tmp_path / "base")
+    out, again = tmp_path / "out", tmp_path / "again"
+    first = analyse(tmp_path / "base", tmp_path / "one", f"same={tmp_path / 'base'}", "--output", out)
+    second = call_tool(rank_analysis.main, "--report", out, "--output", again)
+    assert second.returncode == 0, second.stderr
+    assert second.stdout == first.stdout
+    for picture in out.glob("*.png"):
+        assert (again / picture.name).read_bytes() == picture.read_bytes()
+
+    def refused() -> str:
+        (line,) = error_lines(call_tool(rank_analysis.main, "--report", out, "--output", again))
+        return line
+
+    spectrum = out / "spectrum.csv"
+    text = spectrum.read_text()
+    head, line, *_ = text.splitlines(keepends=True)
+    spectrum.write_text(head + line)
+    assert "spectrum.csv: lacks layer 0 k_proj of one" in refused()
+    spectrum.write_text(head + line.rpartition(",")[0] + ",much\n")
+    assert "spectrum.csv, line 2: its columns index, value must be numbers" in refused()
+    spectrum.unlink()
+    assert f"{spectrum}: is not there" in refused()
+    assert "give either BASE and TRAINED, or --report DIR" in refused_options(out)
+
+
+def refused_options(out: Path) -> str:
+    (line,) = error_lines(call_tool(rank_analysis.main, "base", "--output", out))
+    return line
+
+
 def test_what_is_refused(tmp_path):
     base, one = tmp_path / "base", tmp_path / "one"
     write_trained(one, base)

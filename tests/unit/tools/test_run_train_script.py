@@ -12,13 +12,14 @@ from tests.kit.commands import REPOSITORY
 
 # Says in which folder it is started, and its arguments one a line.
 PYTHON = """#!/usr/bin/env bash
-[ "$1" = -m ] || exit 0
+[ "$1" != -c ] || exit 0
 pwd
 echo "$PYTHONPATH"
 echo "safe path $PYTHONSAFEPATH"
 printf '%s\\n' "$@"
 """
-HEAD = ["-m", "titan_hd.launch", "--nproc_per_node", "3", "--"]
+PROGRAM, QUICKSTART_PROGRAM = ["-m", "titan_hd.launch"], [f"{REPOSITORY}/tools/quickstart.py"]
+HEAD = ["--nproc_per_node", "3", "--"]
 QUICKSTART = ["--config", f"{REPOSITORY}/train_configs/quickstart.toml"]
 
 
@@ -30,7 +31,13 @@ def call(tmp_path: Path):
     folder = tmp_path / "a folder"
     folder.mkdir()
 
-    def run(*words: str, script: str = f"{REPOSITORY}/run_train.sh", cwd: Path = folder, **variables: str) -> list[str]:
+    def run(
+        *words: str,
+        script: str = f"{REPOSITORY}/run_train.sh",
+        cwd: Path = folder,
+        program: list[str] = PROGRAM,
+        **variables: str,
+    ) -> list[str]:
         environment = {"PATH": os.environ["PATH"], "PYTHON": str(tmp_path / "python"), "NGPU": "3", **variables}
         done = subprocess.run([script, *words], env=environment, cwd=cwd, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -38,8 +45,9 @@ def call(tmp_path: Path):
         assert where == str(cwd), "relative paths are the caller's"
         assert path == str(REPOSITORY)
         assert safe == "safe path 1", "a titan_hd, or a json.py, of the caller's folder is not what is meant"
-        assert arguments[: len(HEAD)] == HEAD
-        return arguments[len(HEAD) :]
+        head = [*program, *HEAD]
+        assert arguments[: len(head)] == head
+        return arguments[len(head) :]
 
     return run
 
@@ -65,8 +73,10 @@ def test_the_quick_start_runs_without_arguments_or_by_its_flag(call):
     }
     expected = [*QUICKSTART, *(word for key, name in keys.items() for word in (f"--{key}", f"{assets}/{name}"))]
     assert all(Path(assets, name).exists() for name in keys.values())
-    assert call() == call("--quickstart") == expected
-    assert call("--training.steps=3", "--quickstart") == [*expected, "--training.steps=3"], "the caller's hold"
+    program = QUICKSTART_PROGRAM
+    assert call(program=program) == call("--quickstart", program=program) == expected
+    more = call("--training.steps=3", "--quickstart", program=program)
+    assert more == [*expected, "--training.steps=3"], "the caller's hold"
 
 
 def test_it_has_a_configuration_of_its_own():
@@ -90,6 +100,20 @@ def test_cdpath_does_not_lead_it_astray(call):
     relative = f"{REPOSITORY.name}/run_train.sh"
     words = {"script": relative, "cwd": REPOSITORY.parent, "CDPATH": str(REPOSITORY.parent)}
     assert call("--config=a", **words) == ["--config=a"]
+
+
+def test_in_a_wheel_nothing_is_installed(tmp_path: Path):
+    """Where no pyproject.toml is beside it, the Python that it is given is taken, whatever that has."""
+    for name in ("run_train.sh", "tools/environment.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((REPOSITORY / name).read_bytes())
+    (tmp_path / "python").write_text(PYTHON.replace("exit 0", "exit 1"))
+    (tmp_path / "python").chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(tmp_path / "python"), "NGPU": "3"}
+    words = ["bash", str(tmp_path / "run_train.sh"), "--config=a"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[3:] == [*PROGRAM, *HEAD, "--config=a"], done.stderr
+    assert not (tmp_path / ".venv").exists()
 
 
 def test_run_tests_neither(tmp_path: Path):

@@ -76,6 +76,21 @@ def test_int8_on_the_way_is_a_quarter_of_the_bytes():
     assert sharing[1] > hosted, "what two workers sum of an adapter's gradients stays in fp32"
 
 
+def test_local_steps_divide_the_fold_alone():
+    """Sixteen GPUs, of which two share an adapter: what these sum in every step stays."""
+    slow, t = Cluster(node=2, network=0.125e9), Topology(8, 16, 8, 2)
+    every, fourth = (
+        estimate(replace(LLAMA_8B, local_steps=n), replace(t, local_steps=n), "factors", slow) for n in (1, 4)
+    )
+    shared = 4 * 16 * sum(sum(shape) for shape in LLAMA_8B.shapes().values())
+    assert fourth.exchanged - shared == (every.exchanged - shared) / 4
+    sums = 2 * slow.ring(shared / 2, 2, 2)
+    assert fourth.exchange - sums == pytest.approx((every.exchange - sums) / 4)
+    ten, four = (compute_seconds(replace(LLAMA_8B, local_steps=n), CLUSTER) for n in (4, 1))
+    added = LLAMA_8B.tokens * 6 * shared / 4 / (CLUSTER.peak * CLUSTER.utilisation)
+    assert ten - four == pytest.approx(added)
+
+
 def test_a_model_that_fits_nowhere_is_said_to():
     assert "does not fit" in table(Work(flavor_config("llama3", "70B")), [8], [8], CLUSTER)
 
@@ -88,6 +103,7 @@ def test_command_line_and_its_faults():
     assert len(done.stdout.splitlines()) == 2 + 3 + 5
     for argv, line in {
         ("--flavor", "9B"): "model.flavor: must be one of",
+        ("--local-steps", "2", "--samples", "all"): "--local-steps: a number of steps, at least 1, and above that with",
         ("--adapters", "3"): "--adapters: 3 adapters cannot be dealt to 8 GPUs; one number must divide the other",
     }.items():
         done = call_tool(main, *argv)

@@ -26,6 +26,7 @@ from typing import BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 
+from titan_hd.console import Progress
 from titan_hd.data.tokens.encoding import as_array
 from titan_hd.data.tokens.statistics import Statistics
 from titan_hd.errors import UserError
@@ -202,7 +203,8 @@ class TokenCache:
             lock.acquire(timeout=0)
         except Timeout:
             logger.info("waiting for the process that tokenizes into %s", self._folder)
-            lock.acquire()
+            with Progress("waiting for the tokens"):
+                lock.acquire()
             failures = self._failures(key)
             if len(failures) > len(before):
                 lock.release()

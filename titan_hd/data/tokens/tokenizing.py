@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
-from tqdm import tqdm
-
+from titan_hd.console import Progress
 from titan_hd.data.sources import Faults, InputFiles, RawRecord, read_raw
 from titan_hd.data.tokens.encoding import ArrayWriter, Chunk, Encoder
 from titan_hd.data.tokens.processes import TokenProcesses
@@ -21,26 +19,25 @@ def tokenize(
     encoder: Encoder,
     faults: Faults,
     processes: int,
-    progress: bool,
+    shown: bool,
     open_file: Callable[[str], BinaryIO],
 ) -> Statistics:
     """Encode the records of a source in the order of its files, whoever encodes them, and write their arrays.
 
-    processes: how many encode; 1 is this one. progress: show a bar, if the standard error is a terminal.
+    processes: how many encode; 1 is this one. shown: say how far it is.
     open_file: gives the file of an array by its name.
 
     Raises:
         UserError: a bad record that `faults` does not let pass, or a file that was changed meanwhile.
     """
     statistics, writer = encoder.new_statistics(), ArrayWriter(encoder.names, open_file)
-    hidden = not (progress and sys.stderr.isatty())
-    with tqdm(desc=f"tokenizing {encoder.name}", unit=" records", disable=hidden) as bar:
+    with Progress(f"tokenizing {encoder.name}", unit="records", shown=shown) as progress:
         for chunk in _encoded(_chunks(read_raw(files.source, encoder.name)), encoder, processes):
             for line in chunk.faults:
                 faults.report(line)
             writer.add(chunk.arrays)
             statistics.add(chunk.statistics)
-            bar.update(chunk.read)
+            progress.update(chunk.read)
     statistics.bad, statistics.first_bad, statistics.content = faults.count, faults.first, writer.content()
     files.check_unchanged(encoder.name)
     return statistics

@@ -38,7 +38,7 @@ class Fold:
     """W <- (1 - lr * weight_decay) W + c * sum_i [dB_i A_i + (B_i + dB_i) dA_i], then dA_i = dB_i = 0.
 
     `prepare` once, when the fixed factors A, B are there, and `send_factors` when they have changed; then call it after
-    every step of the optimizer, when `refuse_non_finite` has found nothing. Extra memory: the cached fixed factors, and
+    a step of the optimizer, when `refuse_non_finite` has found nothing. Extra memory: the cached fixed factors, and
     what `Route.memory` says of `in_flight` buckets.
     """
 
@@ -70,8 +70,8 @@ class Fold:
 
     @torch.no_grad()
     def __call__(self, lr: float, step: int) -> None:
-        """Update every adapted weight in place. lr scales the weight decay; step keys the stochastic rounding. The host
-        waits for the device nowhere.
+        """Update every adapted weight in place. lr, the sum of the learning rates since the last fold, scales the
+        weight decay; step keys the stochastic rounding. The host waits for the device nowhere.
 
         Where dA and dB travel as int8, their scales come first, all at once. Then:
 

@@ -1,6 +1,6 @@
 """How each weight's update will travel: decided once, from shapes, meshes and dtypes alone.
 
-Bytes are what the worker with the largest shard receives per step; `factors.py` and `dense.py` have the formulas. No
+Bytes are what the worker with the largest shard receives per fold; `factors.py` and `dense.py` have the formulas. No
 torch in here, nor in what a route counts by: the plan of a 405B model on 4,096 GPUs is computed on a laptop.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class WeightPlan:
     """One adapted weight and its route. Byte counts are per worker.
 
     cached: the route's fixed factors stay on the workers. cache_bytes: what that takes; 0 if none travel.
-    received_by_route: bytes per step on each of `ROUTES`, by name.
+    received_by_route: bytes per fold on each of `ROUTES`, by name.
     """
 
     name: str
@@ -37,7 +38,7 @@ class WeightPlan:
 
     @property
     def received(self) -> int:
-        """Bytes per step on the chosen route."""
+        """Bytes per fold on the chosen route."""
         return self.received_by_route[self.route]
 
 
@@ -62,15 +63,28 @@ class UpdatePlan:
         """Equal on all ranks, or the run must not start."""
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
+    def summary(self) -> str:
+        """How much travels, and how, on one line; `table` has the kinds of weights."""
+        total = sum(w.received for w in self.weights)
+        if not total:
+            return "nothing travels: there is one worker"
+        counts = Counter(w.route for w in self.weights)
+        routes = " and ".join(f"{route} for {count}" for route, count in counts.items())
+        dense = sum(w.received_by_route["dense"] for w in self.weights)
+        more = f"; all dense would be {dense / total:.1f} times that" if dense > total else ""
+        each = total / self.topology.local_steps / 1e9
+        return f"{each:.3f} GB received per worker and step, {routes} of {len(self.weights)} weights{more}"
+
     def table(self) -> str:
         """One line per kind of weight (equal shape and route), and the totals."""
         kinds: dict[tuple, list[WeightPlan]] = {}
         for w in self.weights:
             kinds.setdefault((w.name.rpartition(".")[2], w.shape, w.route, w.cached), []).append(w)
         t = self.topology
+        once = "step" if t.local_steps == 1 else "fold"
         lines = [
             f"update of {len(self.weights)} weights, K = {t.num_adapters}, r = {t.rank}, "
-            f"{t.dp_replicate} x {t.dp_shard} workers, {_wire(t)}; received per worker and step:",
+            f"{t.dp_replicate} x {t.dp_shard} workers, {_wire(t)}; received per worker and {once}:",
             f"  {'layer':<12}{'[out, in]':<18}{'count':>5}  {'route':<9}{'static':<10}"
             + "".join(f"{name + ' MB':>12}" for name in ROUTES),
         ]
@@ -87,6 +101,10 @@ class UpdatePlan:
         ratio = f"; all dense would be {dense / total:.1f} times that" if total else ""
         lines.append(f"  total {total / 1e9:.3f} GB{ratio}; static factors cached: {cache / 1e9:.3f} GB")
         shapes = [w.shape for w in self.weights]
+        if t.local_steps > 1:
+            lines.append(
+                f"  a fold every {t.local_steps} steps: {total / t.local_steps / 1e9:.3f} GB per step on average"
+            )
         if t.samples == "all":
             received = sum(collective.received for collective in gradient_traffic(shapes, t))
             lines.append(

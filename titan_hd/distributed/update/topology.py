@@ -12,7 +12,8 @@ WIRE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of an element of dA or 
 @dataclass(frozen=True)
 class Topology:
     """K adapters of rank r on dp_replicate x dp_shard workers; wire_bytes is the size of an element that travels;
-    samples: of the global batch, that an adapter learns from: its "own" share or "all"."""
+    samples: of the global batch, that an adapter learns from: its "own" share or "all"; local_steps: from one fold to
+    the next."""
 
     num_adapters: int
     rank: int
@@ -20,6 +21,7 @@ class Topology:
     dp_shard: int
     wire_bytes: int = 4
     samples: str = "own"
+    local_steps: int = 1
 
     @property
     def directions(self) -> int:

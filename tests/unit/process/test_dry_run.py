@@ -1,0 +1,124 @@
+"""job.dry_run, as the launcher does it: everything is checked, nothing starts, all faults come at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.kit import runs
+from titan_hd.checkpoint.folder import STATE_FILE
+from titan_hd.components.run_data import read_data
+from titan_hd.config import manager
+from titan_hd.preflight import plan_run, run_identity_of
+from titan_hd.process import launch
+
+
+@pytest.fixture
+def ask(tmp_path: Path, monkeypatch, capsys):
+    """Asks on one process whether a run of so many workers would start; (exit status, what it prints, error lines)."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 38}
+    runs.write_model(tmp_path / "model", **sizes)
+    runs.write_records(tmp_path / "records.jsonl")
+    loggers = [logging.getLogger(name) for name in ("titan_hd", "titan_hd.progress", "torch.distributed.elastic")]
+    before = [(log.handlers[:], log.level, log.propagate) for log in loggers]
+    monkeypatch.setattr(launch, "start_workers", lambda *_: pytest.fail("a dry run starts nothing"))
+
+    def dry_run(workers: int, *more: str, **overrides) -> tuple[int, str, list[str]]:
+        options = runs.options(tmp_path / "model", tmp_path / "records.jsonl", tmp_path / "dump", **overrides)
+        words = ["--nproc_per_node", str(workers), "--", *options, "--job.dry_run", *more]
+        monkeypatch.setattr(sys, "argv", ["launch", *words])
+        status = 0
+        try:
+            launch.main()
+        except SystemExit as left:
+            status = left.code
+        said = capsys.readouterr()
+        return status, said.out, [line for line in said.err.splitlines() if line.startswith("titan_hd: error: ")]
+
+    yield dry_run
+    for log, (handlers, level, propagate) in zip(loggers, before):
+        log.handlers[:], log.level, log.propagate = handlers, level, propagate
+
+
+@pytest.mark.parametrize(
+    ("workers", "settings"),
+    [
+        (1, {}),
+        (64, {"hdpissa__num_adapters": 8, "job__gpu_gib": 80}),
+        (16, {"parallelism__data_parallel_replicate_degree": 2, "parallelism__tensor_parallel_degree": 2,
+              "hdpissa__num_adapters": 4}),
+        (8, {"adapter__method": "lora", "compile__enable": "true", "activation_checkpoint__mode": "selective"}),
+        (4, {"adapter__method": "full", "validation__enable": "true", "data__validation": "{records}"}),
+        (2, {"data__streaming": "true", "job__print_plan": "true"}),
+    ],
+)  # fmt: skip
+def test_a_run_that_would_start(workers: int, settings: dict, ask, tmp_path: Path):
+    settings = {key: str(value).format(records=tmp_path / "records.jsonl") for key, value in settings.items()}
+    status, out, errors = ask(workers, **settings)
+    assert (status, errors) == (0, [])
+    lines = out.splitlines()
+    assert lines[0].startswith("titan_hd ")
+    assert sum(line.startswith("  mesh ") for line in lines) == 1
+    assert f"as rank 0 of {workers}" in " ".join(out.split())
+    assert lines[-1] == "the run would start"
+    assert ("update of " in out) == ("job__print_plan" in settings)
+    assert "GPU of 80 GiB" in out or "job.gpu_gib" in out
+    assert not (tmp_path / "dump").exists()
+    assert not dist.is_initialized()
+
+
+def test_all_faults_at_once(ask, tmp_path: Path):
+    path = tmp_path / "records.jsonl"
+    path.write_text(path.read_text() + '{"input_ids": [1, 2], "labels": [1]}\n')
+    (tmp_path / "dump").write_text("")
+    status, out, errors = ask(2, job__gpu_gib=1)
+    assert status == 2
+    assert [line.removeprefix("titan_hd: error: ").partition(": ")[0] for line in errors] == [
+        "job.dump_folder",
+        f"{path}:25",
+        "memory",
+    ]
+    assert "would start" not in out
+
+
+def test_faults_of_the_plan_come_first(ask, tmp_path: Path):
+    (tmp_path / "model" / "model.safetensors").unlink()
+    status, _, errors = ask(3, training__global_batch_size=4, export__enable="false")
+    assert status == 2
+    assert len(errors) == 2
+    assert ask(1, "--training.epochs", "1")[2] == [
+        "titan_hd: error: training.steps: give either training.steps or training.epochs"
+    ]
+
+
+def test_what_is_missing_is_missing_in_spite_of_print_plan(ask):
+    assert "data.train: is missing" in ask(1, "--job.print_plan", data__train="")[2][0]
+
+
+def test_a_folder_that_cannot_be_written(ask, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    (line,) = ask(1, export__enable="false")[2]
+    assert line == f"titan_hd: error: job.dump_folder: {tmp_path} cannot be written by this user; name another one"
+
+
+def test_the_checkpoint_that_it_would_go_on_from(ask, tmp_path: Path):
+    argv = runs.options(tmp_path / "model", tmp_path / "records.jsonl", tmp_path / "dump", checkpoint__enable="true")
+    plan = plan_run(manager.load(argv), 2)
+    identity = run_identity_of(plan, read_data(plan.config, plan.decoder.vocab_size, 2).summary)
+    state = {"step": 3, "base": "full", "identity": identity, "config": ""}
+    folder = tmp_path / "dump" / "checkpoint" / "step-3"
+    folder.mkdir(parents=True)
+    (folder / STATE_FILE).write_text(json.dumps(state))
+    status, out, errors = ask(2, checkpoint__enable="true")
+    assert (status, errors) == (0, [])
+    assert f"from {folder}" in " ".join(out.split())
+    (line,) = ask(2, checkpoint__enable="true", training__seed=7)[2]
+    assert line.startswith("titan_hd: error: training.seed: the checkpoint has 42, this run 7")
+    (line,) = ask(2, checkpoint__enable="true", training__steps=2)[2]
+    assert "2 steps, but the checkpoint to resume from has 3" in line
