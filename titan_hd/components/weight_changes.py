@@ -209,7 +209,7 @@ class WeightChanges:
             kinds[layer.kind].append(row)
         values = {}
         for kind, rows in kinds.items():
-            change, rank, step, right, beside, weight, core, left = map(sum, zip(*rows))
+            change, rank, step, right, beside, weight, core, left = (float(sum(column)) for column in zip(*rows))
             values[f"update_size/{kind}"] = _ratio(step / p, weight) ** 0.5
             values[f"weight_change/{kind}"] = _ratio(change, weight) ** 0.5
             values[f"effective_rank/{kind}"] = rank / len(rows)
