@@ -413,8 +413,9 @@ class Trainer:
         saved."""
         enter_phase(f"validation after step {self.step}")
         assert self.validator is not None
-        with Progress(f"validation after step {self.step}", shown=self.dims.rank == 0):
-            values = self.validator.run(self.model)
+        what, batches = f"validation after step {self.step}", self.validator.batches()
+        with Progress(what, batches, "batches", shown=self.dims.rank == 0) as progress:
+            values = self.validator.run(self.model, progress.update)
         self.metrics.log(self.step, values)
         for name, rows in self.validator.shown.items():
             self.metrics.log_samples(self.step, name, rows)
