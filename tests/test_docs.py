@@ -17,6 +17,7 @@ import pytest
 
 from tests.kit.commands import REPOSITORY
 from titan_hd.config.manager import every_key
+from titan_hd.in_process import RunResult
 
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in (*DOCS, *map(REPOSITORY.joinpath, ("README.md",)))}
@@ -121,6 +122,25 @@ def test_names_of_pages_become_links():
     linked = "See [Data](data.md), [Slices](svd.md), `docs/data.md`, x/data.md and [Contributing](contributing.md).\n\n"
     assert docs_pages.with_links(text, titles, "other.md") == linked + "    docs/data.md\n\n[a](data.md)"
     assert docs_pages.with_links("docs/data.md", titles, "data.md") == "docs/data.md"
+
+
+def test_a_page_shows_the_source_that_it_names():
+    shown = docs_pages.completed("a\n\n<!-- source: titan_hd/adapters/bone.py BoneLinear -->\n\nb")
+    assert shown.startswith("a\n\n```python\nclass BoneLinear(AdapterLinear):\n")
+    assert shown.endswith("return 6 * self.miss_block.numel()\n```\n\nb")
+    assert docs_pages.source_of(REPOSITORY / "titan_hd/models/registry.py", "ARCHITECTURES").startswith("ARCHITECTURES")
+    with pytest.raises(ValueError, match="has no"):
+        docs_pages.source_of(REPOSITORY / "titan_hd/adapters/bone.py", "Bones")
+
+
+def test_what_the_page_on_python_names_exists():
+    trainer = ast.parse((REPOSITORY / "titan_hd" / "train.py").read_text(encoding="utf-8"))
+    known = {node.attr for node in ast.walk(trainer) if isinstance(node, ast.Attribute)}
+    known |= {node.name for node in ast.walk(trainer) if isinstance(node, ast.FunctionDef)}
+    named = set(re.findall(r"\btrainer\.(\w+)", TEXTS["python.md"]))
+    assert {"train_step", "add_hook", "model"} <= named <= known
+    fields = set(RunResult.__dataclass_fields__) | {"records"}
+    assert all(f"`{field}`" in TEXTS["python.md"] for field in fields)
 
 
 def test_the_home_page_is_the_readme():

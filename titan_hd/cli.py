@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from titan_hd import __version__
 from titan_hd.bundle import RECIPES, ROOT, check_bundle, recipe
@@ -65,19 +65,15 @@ def _run(argv: list[str]) -> None:
     if name not in COMMANDS:
         raise UserError(f"{name}: unknown command{manager.hint(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
     check_bundle()
+    os.environ["PYTHON"] = sys.executable  # whatever starts run_train.sh, this Python trains
     command = COMMANDS[name]
     words = [*command.words, *words]
     if command.script == "run_train.sh":
-        _become(words)
+        os.execvp("bash", ["bash", str(ROOT / "run_train.sh"), *words])  # signals and the exit status are its own
     path = ROOT / command.script
     sys.argv = [f"titan-hd {name}", *words]
     sys.path.insert(0, str(path.parent))  # the libraries of one tool stand beside it
     importlib.import_module(path.stem).main()
-
-
-def _become(words: list[str]) -> NoReturn:
-    """Replace this process by run_train.sh with this Python; signals and the exit status are then the run's own."""
-    os.execvpe("bash", ["bash", str(ROOT / "run_train.sh"), *words], {**os.environ, "PYTHON": sys.executable})
 
 
 def with_recipes(words: list[str]) -> list[str]:

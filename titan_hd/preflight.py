@@ -238,8 +238,8 @@ def _period_warnings(config: JobConfig, method: type[Method]) -> list[str]:
     if not method.folds or not between:
         return []
     return [
-        f"{', '.join(between)}: no multiple of hdpissa.local_steps = {every}: between two folds W is that of the last, "
-        "for validation and for who exports a checkpoint (a resumed run goes on from all of it)"
+        f"{', '.join(between)}: no multiple of hdpissa.local_steps = {every}: between two folds validation sees, and "
+        "a checkpoint's weights are, W of the last fold (a resumed run goes on from all of it)"
     ]
 
 

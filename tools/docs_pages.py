@@ -9,6 +9,7 @@ another one, as docs/data.md, the site has a link.
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 import typing
@@ -25,6 +26,7 @@ from titan_hd.config.manager import documented, every_key
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 _MESSAGES = re.compile(r"^<!-- messages: (.+) -->$", re.MULTILINE)
+_SOURCE = re.compile(r"^<!-- source: (\S+) (\S+) -->$", re.MULTILINE)
 _CODE = re.compile(r"(^ {4,}[^\n]*$|^```.*?^```|`[^`]*`|\]\([^)]*\))", re.MULTILINE | re.DOTALL)
 _PAGE = re.compile(r"(?<![\w/.-])(?:docs/)?([A-Za-z_]+\.md)(?![\w/])")
 
@@ -108,8 +110,19 @@ def title_of(text: str) -> str:
 
 
 def completed(text: str) -> str:
-    """A page with the tables of messages in the places that name files of the code."""
+    """A page with what its places name: the messages of files, the source of a class or of a table."""
+    text = _SOURCE.sub(lambda match: f"```python\n{source_of(ROOT / match[1], match[2])}\n```", text)
     return _MESSAGES.sub(lambda match: tables(match[1].split()), text)
+
+
+def source_of(path: Path, name: str) -> str:
+    """The lines of a class, a function, or what is assigned to a name at the top of a file."""
+    text = path.read_text(encoding="utf-8")
+    for node in ast.parse(text).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", node)
+        if name in (getattr(node, "name", ""), getattr(target, "id", "")):
+            return "\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])
+    raise ValueError(f"{path}: has no {name}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

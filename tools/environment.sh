@@ -12,6 +12,10 @@ setup_environment() {
 assert (2, 11) <= tuple(map(int, metadata.version('torch').split('.')[:2])) < (2, 14)
 assert all(map(util.find_spec, '''$packages'''.split()))"
   export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+  if [ ! -f "$root/pyproject.toml" ]; then # in a wheel, which pip has installed with what it needs
+    PYTHON=${PYTHON:-python3}
+    return
+  fi
   local candidate
   for candidate in ${PYTHON:+"$PYTHON"} "$root/.venv/bin/python" python3; do
     if command -v "$candidate" >/dev/null && "$candidate" -c "$complete" 2>/dev/null; then

@@ -7,6 +7,7 @@ import torch
 
 from tests.kit import runs
 from titan_hd.checkpoint.reader import CheckpointReader
+from tools.convert_checkpoint import dcp_to_hf
 
 # Runs on other numbers of workers add the same fp32 numbers in another order.
 LOSS_TOLERANCE = 1e-5
@@ -278,7 +279,7 @@ def test_resume_within_a_period_of_refreshed_slices(workers, setup, tmp_path):
     assert first + workers.run(2, runs.train, setup("other", **changes))[0] == pytest.approx(plain, rel=LOSS_TOLERANCE)
 
 
-def test_resume_between_two_folds(workers, setup, tmp_path):
+def test_resume_between_two_folds(workers, setup, tmp_path, caplog):
     """L = 4, 6 steps: folds after steps 4 and 6. Bitwise on the same workers, in bf16, from between two folds and from
     a fold; to rounding on others. Validation, which leaves no trace, sees the W of the last fold."""
     changes = {"checkpoint__enable": "true", "checkpoint__keep_latest_k": 0}
@@ -298,6 +299,16 @@ def test_resume_between_two_folds(workers, setup, tmp_path):
     kept = {n: CheckpointReader(tmp_path / "same" / "checkpoint" / f"step-{n}").holds for n in (3, 4, 6)}
     assert [holds("unfolded.rates") for holds in kept.values()] == [True, False, False]
     assert [holds("residuals.model.layers.0.mlp.up_proj.delta_A") for holds in kept.values()] == [True, False, False]
+    for step, said in ((3, True), (4, False)):
+        caplog.clear()
+        folder, out = tmp_path / "same" / "checkpoint" / f"step-{step}", tmp_path / f"hf-{step}"
+        dcp_to_hf(folder, out, str(tmp_path / "model"), None, 1e9)
+        lines = [record.getMessage() for record in caplog.records if "two folds" in record.getMessage()]
+        assert (
+            lines
+            == [f"{folder}: saved between two folds of hdpissa.local_steps: its weights are those of the last one"]
+            * said
+        )
 
     (plain,) = workers.run(1, runs.train, setup("plain", **changes))
     first = workers.run(4, runs.train, setup("other", **changes), stop_after=2)[0]

@@ -24,12 +24,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """What takes this process's place, in its stead."""
     found: list[list[str]] = []
 
-    def become(program: str, words: list[str], environment: dict[str, str]) -> None:
-        assert environment["PYTHON"] == sys.executable, "the run has this Python"
+    def become(program: str, words: list[str]) -> None:
+        assert os.environ["PYTHON"] == sys.executable, "the run has this Python"
         found.append([program, *words[1:]])
         raise SystemExit(0)
 
-    monkeypatch.setattr(os, "execvpe", become)
+    monkeypatch.setattr(os, "execvp", become)
+    monkeypatch.setenv("PYTHON", "another")
     return found
 
 
@@ -46,13 +47,14 @@ def test_train_and_plan_are_run_train(started: list[list[str]]):
 
 
 @pytest.mark.parametrize("name", [name for name, found in cli.COMMANDS.items() if found.script != "run_train.sh"])
-def test_every_other_command_is_its_tool(name: str):
+def test_every_other_command_is_its_tool(name: str, monkeypatch: pytest.MonkeyPatch):
     """Its --help is the tool's own, under the command's name."""
-    path = list(sys.path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHON", "another")
     result = call_tool(cli.main, name, "--help")
-    sys.path[:] = path
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"usage: titan-hd {name} ")
+    assert os.environ["PYTHON"] == sys.executable, "a comparison's runs have it, too"
 
 
 def test_all_tools_for_users_are_there():

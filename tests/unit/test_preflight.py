@@ -82,7 +82,9 @@ def test_what_happens_between_two_folds_is_said(config):
         return [line for line in plan_run(config(*local, *argv), 1).warnings if "local_steps" in line]
 
     (line,) = said("6")
-    assert line.startswith("checkpoint.interval: no multiple of hdpissa.local_steps = 4: between two folds W is")
+    assert line.startswith(
+        "checkpoint.interval: no multiple of hdpissa.local_steps = 4: between two folds validation sees"
+    )
     assert said("8") == said("6", "--adapter.method", "lora") == []
 
 

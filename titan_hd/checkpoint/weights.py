@@ -59,7 +59,7 @@ class CheckpointWeights:
         if state:  # what no run of ours wrote has no checksums
             check_files(reader.folder)
         if reader.holds("unfolded.rates"):
-            line = "%s: saved between two folds of hdpissa.local_steps: its weights are those of the last fold"
+            line = "%s: saved between two folds of hdpissa.local_steps: its weights are those of the last one"
             logger.warning(line, reader.folder)
 
     def _of_the_base(self, state: dict[str, Any], directory: str) -> set[str]:

@@ -102,6 +102,20 @@ def test_cdpath_does_not_lead_it_astray(call):
     assert call("--config=a", **words) == ["--config=a"]
 
 
+def test_in_a_wheel_nothing_is_installed(tmp_path: Path):
+    """Where no pyproject.toml is beside it, the Python that it is given is taken, whatever that has."""
+    for name in ("run_train.sh", "tools/environment.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((REPOSITORY / name).read_bytes())
+    (tmp_path / "python").write_text(PYTHON.replace("exit 0", "exit 1"))
+    (tmp_path / "python").chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(tmp_path / "python"), "NGPU": "3"}
+    words = ["bash", str(tmp_path / "run_train.sh"), "--config=a"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[3:] == [*PROGRAM, *HEAD, "--config=a"], done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
 def test_run_tests_neither(tmp_path: Path):
     (tmp_path / "tests").symlink_to(REPOSITORY / "run_tests.sh")
     (tmp_path / "python").write_text(PYTHON.replace('echo "safe path $PYTHONSAFEPATH"', ""))
