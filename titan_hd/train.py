@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import gc
 import logging
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -156,7 +157,7 @@ class Trainer:
         loader = TrainLoader(batches, micro_batches, c.data.num_workers)
         self.loader = ReadAhead(loader, self.total_steps, pin=self.device.type == "cuda")
         lines = data_lines(data, c, batch)
-        logger.info("the data:\n%s", screen(lines), extra={"painted": True})
+        logger.info("the data:\n%s", screen(lines, sys.stderr), extra={"painted": True})
         if self.overview:
             self.overview.write(Path(c.job.dump_folder), lines, data.rows)
 
@@ -455,7 +456,7 @@ def show_start(plan: RunPlan, device: torch.device) -> Overview | None:
     if dist.get_rank():
         return None
     overview = Overview(plan, device.type, device_name(device), device_memory(device))
-    logger.info("%s\n%s", version_line(), screen(overview.lines()), extra={"painted": True})
+    logger.info("%s\n%s", version_line(), screen(overview.lines(), sys.stderr), extra={"painted": True})
     for line in overview.faults():
         logger.warning("%s", line)
     return overview
