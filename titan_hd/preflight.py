@@ -192,9 +192,16 @@ def _check_start(config: JobConfig, decoder: DecoderConfig, method: Method) -> N
     resumes = c.enable and checkpoints.candidates(c.load_step)
     # The export of an adapter over a base that the method has changed reads the weights that the run started from.
     export_reads_base = method.changes_base and config.export.enable and config.export.format == "peft"
-    if (resumes and c.base == "full" and not export_reads_base) or config.model.flavor:
+    measures_changes = config.metrics.update_freq > 0
+    if (resumes and c.base == "full" and not export_reads_base and not measures_changes) or config.model.flavor:
         return
-    open_model_weights(config.model.hf_assets_path, decoder)
+    try:
+        open_model_weights(config.model.hf_assets_path, decoder)
+    except UserError as error:
+        if not (resumes and measures_changes):
+            raise
+        need = "metrics.update_freq: changes are measured from the base model on; 0 goes on without its files"
+        raise UserError(f"{error}\n{need}") from None
 
 
 def _check_export(config: JobConfig) -> None:

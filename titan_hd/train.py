@@ -31,6 +31,7 @@ from titan_hd.components.rates import Rates, StepResult
 from titan_hd.components.run_data import read_data
 from titan_hd.components.trackers.registry import saved_run_ids
 from titan_hd.components.validation import Validator
+from titan_hd.components.weight_changes import WeightChanges, ranges
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
 from titan_hd.console import Progress, use_bars
@@ -174,12 +175,15 @@ class Trainer:
         self.step = (self.checkpointer.choose(c.checkpoint.load_step) or 0) if c.checkpoint.enable else 0
         check_length(self.step, self.total_steps)
         self.identity = on_rank_zero("identifying the run", lambda: run_identity_of(self.plan, self.data_summary))
+        self.changes = WeightChanges(self.model, self.update, self.dims, c, self.device, self.total_steps)
         if self.step:
             self._resume()
         else:
             self.tracker_runs: dict[str, str] = {}
             self._load_base()
+            self.changes.remember_base()
             self._set_first_values()
+            self.changes.remember_directions()
         self.update.start(self.total_steps)
 
     def _resume(self) -> None:
@@ -189,11 +193,17 @@ class Trainer:
             logger.warning("%s; checkpoint.allow_mismatch accepts it", line)
         self.tracker_runs = saved_run_ids(state)
         self.best.go_on_from(state.get("best"))
-        if state["base"] == "delta":
+        if state["base"] == "delta" or self.changes.every:
             self._load_base()
+        self.changes.remember_base()
         reader = self.checkpointer.reader(step)
         self.update.allocate(reader.read_metadata())
-        self.checkpointer.load(reader, self.update.state(changed_only=state["base"] == "delta"))
+        tensors = self.update.state(changed_only=state["base"] == "delta")
+        if self.changes.every and self.changes.directions:  # first, while the base model's weights are there
+            self.checkpointer.load(reader, {key: t for key, t in tensors.items() if key.startswith("factors.")})
+            self.changes.remember_directions()
+        self.checkpointer.load(reader, tensors)
+        logger.info("resumed from %s", reader.folder)
 
     def _load_base(self) -> None:
         """The weights of the base model, or random ones."""
@@ -246,6 +256,8 @@ class Trainer:
         if self.profiler:
             self.add_hook(1, lambda _: self.profiler.step())
         self.add_hook(c.metrics.log_freq, self._log)
+        if self.changes.every:
+            self.add_hook(self.changes.every, self._log_changes)
         # Of an earlier save; a failure of the last step's is no warning.
         self.add_hook(1, lambda _: self.checkpointer.warn_of_failure())
         self.add_hook(c.training.gc_freq, lambda _: gc.collect(1))
@@ -383,6 +395,8 @@ class Trainer:
     def _train_steps(self, first_step: int) -> None:
         """Until the last step, the end of validation.patience, or the first step after a signal."""
         while self.step < self.total_steps and not self.best.exhausted and not self.stop_status:
+            if self.changes.due(self.step + 1):
+                self.changes.begin()
             start = time.perf_counter()
             with self._first_step() if self.step == first_step else contextlib.nullcontext():
                 result = self.train_step()
@@ -408,6 +422,14 @@ class Trainer:
         values |= self.update.take_seconds() | self.traffic[self.gathers.kept]
         values["peak_memory_gib"] = peak_memory_gib(self.device)
         self.metrics.log(self.step, values)
+
+    def _log_changes(self, last: StepResult) -> None:
+        """What the last step, and all of them, have done to the weights; on the console only from where to where the
+        values go."""
+        enter_phase(f"measuring step {self.step}")
+        values = self.changes.measure(last.grad_norm)
+        self.metrics.log_detail(self.step, values)
+        logger.info("step %d  %s", self.step, ranges(values))
 
     def validate(self) -> None:
         """Validation loss and, if asked for, exact match of generated answers, logged under this step; the best is

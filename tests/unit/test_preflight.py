@@ -203,6 +203,8 @@ def test_a_run_that_resumes_needs_no_weights(config, tmp_path: Path):
     adapter = ("--adapter.method", "pissa", "--adapter.rank", "2", "--export.enable", "--export.format", "peft")
     (line,) = errors_of(config(*argv, *adapter, model=model), 1)
     assert "holds no model.safetensors" in line, "the adapter of rank 2r is relative to them"
+    *_, line = errors_of(config(*argv, "--metrics.update_freq", "5", model=model), 1)
+    assert line == "metrics.update_freq: changes are measured from the base model on; 0 goes on without its files"
     (line,) = errors_of(config(*argv, "--checkpoint.load_step", "2", model=model), 1)
     assert line.startswith("checkpoint.load_step: ")
     (line,) = errors_of(config(*argv, "--checkpoint.load_step", "0", model=model), 1)

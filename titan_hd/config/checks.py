@@ -45,6 +45,8 @@ _AT_LEAST = {
     "checkpoint.keep_latest_k": 0,
     "checkpoint.load_step": -1,
     "metrics.log_freq": 1,
+    "metrics.update_freq": 0,
+    "metrics.update_vectors": 2,
     "validation.freq": 1,
     "validation.patience": 0,
     "validation.exact_match_samples": 0,

@@ -417,6 +417,13 @@ class Export:
 class Metrics:
     log_freq: int = 1
     """Steps between two log lines and records in metrics.jsonl."""
+    update_freq: int = 0
+    """Steps between two measurements of what training does to the weights: the size of the update and of all change by
+    kind of layer, its effective rank, how much of it is in HD-PiSSA's initial directions, and the gradient of every
+    logical adapter; in records of their own (docs/metrics.md has their cost). The last step is measured, too. 0: off.
+    """
+    update_vectors: int = 32
+    """Random vectors by whose products with the weights that is estimated: more are more exact, and cost more."""
     progress_bar: bool = True
     """Show a progress bar when the standard error is a terminal."""
     trackers: list[str] = field(default_factory=list)
