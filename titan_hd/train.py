@@ -45,13 +45,13 @@ from titan_hd.errors import UserError
 from titan_hd.export.hf import export_hf
 from titan_hd.export.peft import export_peft
 from titan_hd.files import disk_faults
-from titan_hd.fitting import device_memory, traffic_gb
-from titan_hd.overview import Overview, data_lines, screen, version_line
+from titan_hd.fitting import traffic_gb
+from titan_hd.overview import Overview, data_lines, screen
 from titan_hd.preflight import RunPlan, run_identity_of
 from titan_hd.process.environment import record_environment
 from titan_hd.process.run_lock import RunLock
 from titan_hd.process.signals import INTERRUPTED, REQUEUE, StopSignals
-from titan_hd.process.worker import device_name, run_worker, set_timeout
+from titan_hd.process.worker import run_worker, set_timeout, show_start
 from titan_hd.seeding import stable_seed
 
 logger = logging.getLogger("titan_hd")
@@ -471,17 +471,6 @@ class Trainer:
             self.profiler.stop()
         if self.lock:
             self.lock.release()
-
-
-def show_start(plan: RunPlan, device: torch.device) -> Overview | None:
-    """Log the run on one screen, before anything is loaded; what it shows, on rank 0."""
-    if dist.get_rank():
-        return None
-    overview = Overview(plan, device.type, device_name(device), device_memory(device))
-    logger.info("%s\n%s", version_line(), screen(overview.lines(), sys.stderr), extra={"painted": True})
-    for line in overview.faults():
-        logger.warning("%s", line)
-    return overview
 
 
 def run(config: JobConfig, plan: RunPlan, device: torch.device, signals: StopSignals) -> int:

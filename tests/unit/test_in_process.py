@@ -152,8 +152,8 @@ def test_train_is_the_function_and_the_module():
     assert titan_hd.train is module
     assert module.Trainer is titan_hd.Trainer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("titan_hd.train.device_name", "changed")
-        assert sys.modules["titan_hd.train"].device_name == "changed"
-    assert callable(sys.modules["titan_hd.train"].device_name)
+        patch.setattr("titan_hd.train.run_worker", "changed")
+        assert sys.modules["titan_hd.train"].run_worker == "changed"
+    assert callable(sys.modules["titan_hd.train"].run_worker)
     with pytest.raises(AttributeError):
         titan_hd.no_such_name  # noqa: B018
