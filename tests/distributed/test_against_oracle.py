@@ -27,8 +27,8 @@ all-tp-groups, all-cube  4, 8     1, 2  ... more of it (slow)
 all-int8                 2        4  1  ... updates, not gradients, in int8 (slow)
 all-compiled             2        2  2  ... torch.compile (slow)
 local-one                1        4  1  L = 4: dA, dB in the forward pass; hosted adapters; weight decay; sum; alpha
-local-four               4        4  1  ... L = 3: the run's end cuts a period short; accumulation; dense route
-local-int8               2        4  1  ... L = 2: what int8 leaves stays in the forward pass
+local-cut                2        4  1  ... L = 3: the run's end cuts a period short; accumulation; dense route
+local-int8               2        4  1  ... L = 2: what int8 leaves stays in the forward pass (slow)
 local-hsdp               4        2  1  ... over replicas, shared by two workers; slices anew; recomputed; on the host
 local-compiled           2        2  2  ... torch.compile (slow)
 local-tp                 4        2  1  ... tensor parallelism x FSDP, uneven shards; selective checkpointing
@@ -141,8 +141,8 @@ CASES = {
             "optimizer__weight_decay": 0.3,
         },
     ),
-    "local-four": (
-        4,
+    "local-cut": (
+        2,
         4,
         {"hdpissa__local_steps": 3, "training__global_batch_size": 12, "hdpissa__exchange": "dense"},
     ),
@@ -213,7 +213,7 @@ CASES["local-cube"] = (8, 4, {**LOCAL, **CASES["cube"][2]})
 CASES["all-cube"] = (8, 2, {**ALL, **CASES["cube"][2]})
 SLOW = (
     *("cube", "cube-all", "all-tp-groups", "all-int8", "all-compiled", "all-cube"),
-    *("local-compiled", "local-cube", "int8-compiled"),
+    *("local-int8", "local-compiled", "local-cube", "int8-compiled"),
 )
 
 
