@@ -84,7 +84,10 @@ def plan_run(
     """
     errors = method_errors(config)
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    warnings = dtype_warnings(config, device_type)
+    warnings = dtype_warnings(config, device_type) + _profiling_warnings(config, device_type)
+    absent = [rank for rank in config.profiling.profile_ranks if rank >= world_size]
+    if absent and (config.profiling.enable_profiling or config.profiling.memory_snapshot_steps):
+        errors.append(f"profiling.profile_ranks: {', '.join(map(str, absent))}: the ranks are 0 to {world_size - 1}")
 
     def attempt(function: Callable[..., T], *args: object) -> T | None:
         try:
@@ -192,9 +195,16 @@ def _check_start(config: JobConfig, decoder: DecoderConfig, method: Method) -> N
     resumes = c.enable and checkpoints.candidates(c.load_step)
     # The export of an adapter over a base that the method has changed reads the weights that the run started from.
     export_reads_base = method.changes_base and config.export.enable and config.export.format == "peft"
-    if (resumes and c.base == "full" and not export_reads_base) or config.model.flavor:
+    measures_changes = config.metrics.update_freq > 0
+    if (resumes and c.base == "full" and not export_reads_base and not measures_changes) or config.model.flavor:
         return
-    open_model_weights(config.model.hf_assets_path, decoder)
+    try:
+        open_model_weights(config.model.hf_assets_path, decoder)
+    except UserError as error:
+        if not (resumes and measures_changes):
+            raise
+        need = "metrics.update_freq: changes are measured from the base model on; 0 goes on without its files"
+        raise UserError(f"{error}\n{need}") from None
 
 
 def _check_export(config: JobConfig) -> None:
@@ -219,6 +229,8 @@ def _other_paths(config: JobConfig) -> dict[str, Path]:
         paths["checkpoint.folder"] = dump / c.checkpoint.folder
     if c.profiling.enable_profiling:
         paths["profiling.save_traces_folder"] = dump / c.profiling.save_traces_folder
+    if c.profiling.enable_memory_snapshot:
+        paths["profiling.save_memory_snapshot_folder"] = dump / c.profiling.save_memory_snapshot_folder
     given = {"adapter.svd_cache": c.adapter.svd_cache, "data.cache_dir": c.data.cache_dir}
     if not c.model.flavor:
         given["model.hf_assets_path"] = c.model.hf_assets_path
@@ -227,6 +239,12 @@ def _other_paths(config: JobConfig) -> dict[str, Path]:
         for place, source in enumerate(sources):
             given[f"{key}[{place}]" if value is sources else key] = source if isinstance(source, str) else source.path
     return paths | {key: Path(path) for key, path in given.items() if path not in ("", "auto")}
+
+
+def _profiling_warnings(config: JobConfig, device_type: str) -> list[str]:
+    """What of [profiling] is for a GPU alone."""
+    asked = [key for key in ("enable_memory_snapshot", "enable_nvtx") if getattr(config.profiling, key)]
+    return [f"profiling.{key}: there is no GPU; it is left out" for key in asked if device_type != "cuda"]
 
 
 def _period_warnings(config: JobConfig, method: type[Method]) -> list[str]:

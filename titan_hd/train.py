@@ -25,11 +25,12 @@ from titan_hd.components.best_validation import BestValidation
 from titan_hd.components.lr_scheduler import lr_factor
 from titan_hd.components.metrics import MetricsLogger, NoMetrics, peak_memory_gib, write_svd_report
 from titan_hd.components.phases import Phases
-from titan_hd.components.profiling import build_profiler
+from titan_hd.components.profiling import Profiling
 from titan_hd.components.rates import Rates, StepResult
 from titan_hd.components.run_data import read_data
 from titan_hd.components.trackers.registry import saved_run_ids
 from titan_hd.components.validation import Validator
+from titan_hd.components.weight_changes import WeightChanges, ranges
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
 from titan_hd.console import Progress, use_bars
@@ -97,13 +98,16 @@ class Trainer:
             self.lock = RunLock(folder) if self.dims.rank == 0 else None
             if self.dims.rank == 0:
                 record_environment(folder, self.dims.world_size, config)
+        self.profiling = Profiling(config, self.dims.rank, device)
         try:
-            self._log_start()
-            self._build_model()
-            self._build_data()
-            self._load_or_resume()
-            self._build_metrics()
+            with self.profiling.watching_memory(lambda: 0):
+                self._log_start()
+                self._build_model()
+                self._build_data()
+                self._load_or_resume()
+                self._build_metrics()
         except BaseException:  # in a process that goes on, another run may want the folder
+            self.profiling.close()
             if self.lock:
                 self.lock.release()
             raise
@@ -173,12 +177,15 @@ class Trainer:
         self.step = (self.checkpointer.choose(c.checkpoint.load_step) or 0) if c.checkpoint.enable else 0
         check_length(self.step, self.total_steps)
         self.identity = on_rank_zero("identifying the run", lambda: run_identity_of(self.plan, self.data_summary))
+        self.changes = WeightChanges(self.model, self.update, self.dims, c, self.device, self.total_steps)
         if self.step:
             self._resume()
         else:
             self.tracker_runs: dict[str, str] = {}
             self._load_base()
+            self.changes.remember_base()
             self._set_first_values()
+            self.changes.remember_directions()
         self.update.start(self.total_steps)
 
     def _resume(self) -> None:
@@ -188,11 +195,17 @@ class Trainer:
             logger.warning("%s; checkpoint.allow_mismatch accepts it", line)
         self.tracker_runs = saved_run_ids(state)
         self.best.go_on_from(state.get("best"))
-        if state["base"] == "delta":
+        if state["base"] == "delta" or self.changes.every:
             self._load_base()
+        self.changes.remember_base()
         reader = self.checkpointer.reader(step)
         self.update.allocate(reader.read_metadata())
-        self.checkpointer.load(reader, self.update.state(changed_only=state["base"] == "delta"))
+        tensors = self.update.state(changed_only=state["base"] == "delta")
+        if self.changes.every and self.changes.directions:  # first, while the base model's weights are there
+            self.checkpointer.load(reader, {key: t for key, t in tensors.items() if key.startswith("factors.")})
+            self.changes.remember_directions()
+        self.checkpointer.load(reader, tensors)
+        logger.info("resumed from %s", reader.folder)
 
     def _load_base(self) -> None:
         """The weights of the base model, or random ones."""
@@ -234,7 +247,7 @@ class Trainer:
             self.metrics: NoMetrics = NoMetrics()
             if rank == 0:
                 self.metrics = MetricsLogger(c, self.total_steps, self.step, self.tracker_runs)
-            self.profiler = build_profiler(c, rank)
+            self.profiling.start(self.step, self.total_steps)
         # By whether W stays gathered for a whole step, which may be decided after the first one.
         self.traffic = {kept: traffic_gb(self.plan, self.placement.micro_batches, kept) for kept in (False, True)}
         passes = self.placement.micro_batches * self.dims.dp_size
@@ -242,9 +255,11 @@ class Trainer:
         self.phases = Phases(self.device)
         self.hooks: list[tuple[int, Callable[[StepResult], object]]] = []
         self.add_hook(1, lambda result: self.metrics.advance(result.loss))
-        if self.profiler:
-            self.add_hook(1, lambda _: self.profiler.step())
+        for profile in self.profiling.after_each_step:
+            self.add_hook(1, lambda _, profile=profile: profile(self.step))
         self.add_hook(c.metrics.log_freq, self._log)
+        if self.changes.every:
+            self.add_hook(self.changes.every, self._log_changes)
         # Of an earlier save; a failure of the last step's is no warning.
         self.add_hook(1, lambda _: self.checkpointer.warn_of_failure())
         self.add_hook(c.training.gc_freq, lambda _: gc.collect(1))
@@ -347,12 +362,13 @@ class Trainer:
             UserError: the last checkpoint could not be saved; the model has been exported.
         """
         if self.config.validation.enable and self.step == 0:
-            self.validate()
+            with self.profiling.watching_memory(lambda: self.step):
+                self.validate()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # the SVD's peak is not the training's
         gc.disable()  # collected by a hook instead: workers that pause at different times wait for each other
         first_step = self.step
-        with self.signals.deferred():
+        with self.signals.deferred(), self.profiling.watching_memory(lambda: self.step):
             try:
                 self._train_steps(first_step)
             except (FloatingPointError, UserError):  # of all workers alike; what is being saved is from before
@@ -382,6 +398,8 @@ class Trainer:
     def _train_steps(self, first_step: int) -> None:
         """Until the last step, the end of validation.patience, or the first step after a signal."""
         while self.step < self.total_steps and not self.best.exhausted and not self.stop_status:
+            if self.changes.due(self.step + 1):
+                self.changes.begin()
             start = time.perf_counter()
             with self._first_step() if self.step == first_step else contextlib.nullcontext():
                 result = self.train_step()
@@ -407,6 +425,14 @@ class Trainer:
         values |= self.update.take_seconds() | self.traffic[self.gathers.kept]
         values["peak_memory_gib"] = peak_memory_gib(self.device)
         self.metrics.log(self.step, values)
+
+    def _log_changes(self, last: StepResult) -> None:
+        """What the last step, and all of them, have done to the weights; on the console only from where to where the
+        values go."""
+        enter_phase(f"measuring step {self.step}")
+        values = self.changes.measure(last.grad_norm)
+        self.metrics.log_detail(self.step, values)
+        logger.info("step %d  %s", self.step, ranges(values))
 
     def validate(self) -> None:
         """Validation loss and, if asked for, exact match of generated answers, logged under this step; the best is
@@ -443,8 +469,7 @@ class Trainer:
         self.loader.close()
         self.checkpointer.close()
         self.metrics.close()
-        if self.profiler:
-            self.profiler.stop()
+        self.profiling.close()
         if self.lock:
             self.lock.release()
 

@@ -203,6 +203,8 @@ def test_a_run_that_resumes_needs_no_weights(config, tmp_path: Path):
     adapter = ("--adapter.method", "pissa", "--adapter.rank", "2", "--export.enable", "--export.format", "peft")
     (line,) = errors_of(config(*argv, *adapter, model=model), 1)
     assert "holds no model.safetensors" in line, "the adapter of rank 2r is relative to them"
+    *_, line = errors_of(config(*argv, "--metrics.update_freq", "5", model=model), 1)
+    assert line == "metrics.update_freq: changes are measured from the base model on; 0 goes on without its files"
     (line,) = errors_of(config(*argv, "--checkpoint.load_step", "2", model=model), 1)
     assert line.startswith("checkpoint.load_step: ")
     (line,) = errors_of(config(*argv, "--checkpoint.load_step", "0", model=model), 1)
@@ -265,6 +267,10 @@ class TestWhatWouldBeLostAtTheEnd:
             (("--checkpoint.enable", "--checkpoint.folder=hf.old"), "is checkpoint.folder with hf.old"),
             (("--checkpoint.enable", "--checkpoint.folder=hf.partial"), "is checkpoint.folder with hf.partial"),
             (("--profiling.enable_profiling", "--export.folder=profile_traces"), "is profiling.save_traces_folder"),
+            (
+                ("--profiling.enable_memory_snapshot", "--export.folder=memory_snapshots"),
+                "is profiling.save_memory_snapshot_folder",
+            ),
             (("--export.folder=metrics.jsonl",), "is metrics.jsonl"),
             (("--export.folder=tb",), "is tb"),
             (("--adapter.svd_cache={run}/hf/svd",), "adapter.svd_cache lies in it"),
@@ -313,6 +319,18 @@ class TestWhatWouldBeLostAtTheEnd:
             plan_run(config(), 1)
         with mock.patch("titan_hd.components.trackers.registry.find_spec", return_value=object()):
             plan_run(config(f"--metrics.enable_{package}"), 1)
+
+
+def test_profiling_of_ranks_and_devices_that_there_are_not(config):
+    switch = "--profiling.enable_profiling"
+    (line,) = errors_of(config(switch, "--profiling.profile_ranks=0,2,5"), 2)
+    assert line == "profiling.profile_ranks: 2, 5: the ranks are 0 to 1"
+    plan_run(config(switch, "--profiling.profile_ranks=0,1"), 2)
+    for key in ("enable_memory_snapshot", "enable_nvtx"):
+        asked = config(f"--profiling.{key}", "--training.seq_len=64")
+        said = plan_run(asked, 1, device_type="cpu").warnings
+        assert said == (f"profiling.{key}: there is no GPU; it is left out",)
+        assert plan_run(asked, 1, device_type="cuda").warnings == ()
 
 
 def test_positions_that_the_model_has_not_seen(config, tmp_path: Path):

@@ -273,7 +273,6 @@ class Checkpointer:
         enter_phase("reading the checkpoint")
         with Progress(f"reading {reader.folder.name}", shown=dist.get_rank() == 0):
             dcp.load(tensors, storage_reader=reader, process_group=self.group)
-        logger.info("resumed from %s", reader.folder)
 
 
 def _disk_fault(error: CheckpointException) -> str:

@@ -22,6 +22,7 @@ from titan_hd.adapters.svd import SvdSettings, working_bytes
 from titan_hd.components.host_moments import PART_ELEMENTS
 from titan_hd.components.live_bytes import BlockMemory, block_memory, head_memory
 from titan_hd.components.optimizer import optimizer_class
+from titan_hd.components.weight_changes import measured_layers, products_bytes
 from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.parallelize import fsdp_groups
 from titan_hd.distributed.row_shards import chunk_rows
@@ -235,7 +236,16 @@ def _held(sizes: Sizes, model: Decoder, groups: list[Group]) -> dict[str, int]:
         "gradients of all adapters": 4 * together,
         "optimizer's moments": state_tensors(sizes.config.optimizer.name) * moments,
         "cache of all workers' factors": cache,
+        "products of the weights, for metrics.update_freq": _products(sizes, model),
     }
+
+
+def _products(sizes: Sizes, model: Decoder) -> int:
+    metrics, layers = sizes.config.metrics, measured_layers(model).values()
+    if not metrics.update_freq:
+        return 0
+    rows = sum(chunk_rows(layer.weight.shape[0], sizes.mesh[1]) for layer in layers)
+    return products_bytes(rows, metrics.update_vectors, sizes.updates is not None)
 
 
 def _cached(planned: int, shape: tuple[int, int], updates: UpdatePlan) -> int:
