@@ -124,6 +124,12 @@ def test_names_of_pages_become_links():
     assert docs_pages.with_links("docs/data.md", titles, "data.md") == "docs/data.md"
 
 
+def test_what_belongs_to_an_item_of_a_list_is_indented_by_four():
+    text = "* one\n  goes on\n\n  and on\n\n      code\n* two\n* three\n\nend\n\n    code\n\n```\n* x\n  y\n```"
+    wide = "* one\n    goes on\n\n    and on\n\n        code\n\n* two\n* three\n\nend\n\n    code\n\n```\n* x\n  y\n```"
+    assert docs_pages.with_wide_lists(text) == wide
+
+
 def test_a_page_shows_the_source_that_it_names():
     shown = docs_pages.completed("a\n\n<!-- source: titan_hd/adapters/bone.py BoneLinear -->\n\nb")
     assert shown.startswith("a\n\n```python\nclass BoneLinear(AdapterLinear):\n")
@@ -208,7 +214,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path):
     assert "WARNING" not in done.stdout + done.stderr
     for page in (*DOCS, *map(Path, docs_pages.made_pages())):
         name = "index.html" if page.stem == "index" else f"{page.stem}/index.html"
-        assert (tmp_path / "site" / name).is_file()
+        text = re.sub(r"<pre.*?</pre>", "", (tmp_path / "site" / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert not re.search(r"^(?:<p>)?[*-] ", text, re.MULTILINE), f"{name}: a list that is none"
     page = (tmp_path / "site" / "troubleshooting" / "index.html").read_text(encoding="utf-8")
     assert "training.steps: give either training.steps or training.epochs" in page
     assert "https://fonts" not in page, "nothing is fetched from elsewhere"

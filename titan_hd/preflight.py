@@ -84,7 +84,10 @@ def plan_run(
     """
     errors = method_errors(config)
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    warnings = dtype_warnings(config, device_type)
+    warnings = dtype_warnings(config, device_type) + _profiling_warnings(config, device_type)
+    absent = [rank for rank in config.profiling.profile_ranks if rank >= world_size]
+    if absent and (config.profiling.enable_profiling or config.profiling.memory_snapshot_steps):
+        errors.append(f"profiling.profile_ranks: {', '.join(map(str, absent))}: the ranks are 0 to {world_size - 1}")
 
     def attempt(function: Callable[..., T], *args: object) -> T | None:
         try:
@@ -226,6 +229,8 @@ def _other_paths(config: JobConfig) -> dict[str, Path]:
         paths["checkpoint.folder"] = dump / c.checkpoint.folder
     if c.profiling.enable_profiling:
         paths["profiling.save_traces_folder"] = dump / c.profiling.save_traces_folder
+    if c.profiling.enable_memory_snapshot:
+        paths["profiling.save_memory_snapshot_folder"] = dump / c.profiling.save_memory_snapshot_folder
     given = {"adapter.svd_cache": c.adapter.svd_cache, "data.cache_dir": c.data.cache_dir}
     if not c.model.flavor:
         given["model.hf_assets_path"] = c.model.hf_assets_path
@@ -234,6 +239,12 @@ def _other_paths(config: JobConfig) -> dict[str, Path]:
         for place, source in enumerate(sources):
             given[f"{key}[{place}]" if value is sources else key] = source if isinstance(source, str) else source.path
     return paths | {key: Path(path) for key, path in given.items() if path not in ("", "auto")}
+
+
+def _profiling_warnings(config: JobConfig, device_type: str) -> list[str]:
+    """What of [profiling] is for a GPU alone."""
+    asked = [key for key in ("enable_memory_snapshot", "enable_nvtx") if getattr(config.profiling, key)]
+    return [f"profiling.{key}: there is no GPU; it is left out" for key in asked if device_type != "cuda"]
 
 
 def _period_warnings(config: JobConfig, method: type[Method]) -> list[str]:

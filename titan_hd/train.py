@@ -25,7 +25,7 @@ from titan_hd.components.best_validation import BestValidation
 from titan_hd.components.lr_scheduler import lr_factor
 from titan_hd.components.metrics import MetricsLogger, NoMetrics, peak_memory_gib, write_svd_report
 from titan_hd.components.phases import Phases
-from titan_hd.components.profiling import build_profiler
+from titan_hd.components.profiling import Profiling
 from titan_hd.components.rates import Rates, StepResult
 from titan_hd.components.run_data import read_data
 from titan_hd.components.trackers.registry import saved_run_ids
@@ -98,13 +98,16 @@ class Trainer:
             self.lock = RunLock(folder) if self.dims.rank == 0 else None
             if self.dims.rank == 0:
                 record_environment(folder, self.dims.world_size, config)
+        self.profiling = Profiling(config, self.dims.rank, device)
         try:
-            self._log_start()
-            self._build_model()
-            self._build_data()
-            self._load_or_resume()
-            self._build_metrics()
+            with self.profiling.watching_memory(lambda: 0):
+                self._log_start()
+                self._build_model()
+                self._build_data()
+                self._load_or_resume()
+                self._build_metrics()
         except BaseException:  # in a process that goes on, another run may want the folder
+            self.profiling.close()
             if self.lock:
                 self.lock.release()
             raise
@@ -244,7 +247,7 @@ class Trainer:
             self.metrics: NoMetrics = NoMetrics()
             if rank == 0:
                 self.metrics = MetricsLogger(c, self.total_steps, self.step, self.tracker_runs)
-            self.profiler = build_profiler(c, rank)
+            self.profiling.start(self.step, self.total_steps)
         # By whether W stays gathered for a whole step, which may be decided after the first one.
         self.traffic = {kept: traffic_gb(self.plan, self.placement.micro_batches, kept) for kept in (False, True)}
         passes = self.placement.micro_batches * self.dims.dp_size
@@ -252,8 +255,8 @@ class Trainer:
         self.phases = Phases(self.device)
         self.hooks: list[tuple[int, Callable[[StepResult], object]]] = []
         self.add_hook(1, lambda result: self.metrics.advance(result.loss))
-        if self.profiler:
-            self.add_hook(1, lambda _: self.profiler.step())
+        for profile in self.profiling.after_each_step:
+            self.add_hook(1, lambda _, profile=profile: profile(self.step))
         self.add_hook(c.metrics.log_freq, self._log)
         if self.changes.every:
             self.add_hook(self.changes.every, self._log_changes)
@@ -359,12 +362,13 @@ class Trainer:
             UserError: the last checkpoint could not be saved; the model has been exported.
         """
         if self.config.validation.enable and self.step == 0:
-            self.validate()
+            with self.profiling.watching_memory(lambda: self.step):
+                self.validate()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # the SVD's peak is not the training's
         gc.disable()  # collected by a hook instead: workers that pause at different times wait for each other
         first_step = self.step
-        with self.signals.deferred():
+        with self.signals.deferred(), self.profiling.watching_memory(lambda: self.step):
             try:
                 self._train_steps(first_step)
             except (FloatingPointError, UserError):  # of all workers alike; what is being saved is from before
@@ -465,8 +469,7 @@ class Trainer:
         self.loader.close()
         self.checkpointer.close()
         self.metrics.close()
-        if self.profiler:
-            self.profiler.stop()
+        self.profiling.close()
         if self.lock:
             self.lock.release()
 

@@ -26,6 +26,7 @@ from titan_hd.config.manager import documented, every_key
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 _MESSAGES = re.compile(r"^<!-- messages: (.+) -->$", re.MULTILINE)
+_ITEM = re.compile(r"(?:[*+-]|\d+\.) ")
 _SOURCE = re.compile(r"^<!-- source: (\S+) (\S+) -->$", re.MULTILINE)
 _CODE = re.compile(r"(^ {4,}[^\n]*$|^```.*?^```|`[^`]*`|\]\([^)]*\))", re.MULTILINE | re.DOTALL)
 _PAGE = re.compile(r"(?<![\w/.-])(?:docs/)?([A-Za-z_]+\.md)(?![\w/])")
@@ -102,6 +103,26 @@ def with_links(text: str, titles: dict[str, str], own: str) -> str:
     return "".join(pieces)
 
 
+def with_wide_lists(text: str) -> str:
+    """A page whose lists are indented as Python's Markdown wants it: what belongs to an item by four signs, where
+    CommonMark needs two, and code within an item by eight; an item behind one of several paragraphs stands apart."""
+    lines, in_list, fenced, paragraphs = [], False, False, False
+    for line in text.split("\n"):
+        indent = len(line) - len(line.lstrip(" "))
+        fenced ^= line.startswith("```")
+        apart = not lines or not lines[-1].strip()
+        if _ITEM.match(line):
+            lines += [""] if paragraphs and not apart else []
+            in_list, paragraphs = True, False
+        elif line.strip() and indent == 0 and apart:
+            in_list = False  # a paragraph of its own
+        paragraphs |= in_list and indent > 0 and apart
+        if in_list and not fenced and (indent in (2, 3) or indent >= 6):
+            line = " " * (4 if indent < 4 else indent + 2) + line.lstrip(" ")
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def title_of(text: str) -> str:
     """The first heading of a page."""
     heading = re.search(r"^# (.+)$", text, re.MULTILINE)
@@ -142,4 +163,4 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     """Complete one page."""
-    return with_links(completed(markdown), config.extra["titles"], page.file.src_uri)
+    return with_wide_lists(completed(with_links(markdown, config.extra["titles"], page.file.src_uri)))

@@ -267,6 +267,10 @@ class TestWhatWouldBeLostAtTheEnd:
             (("--checkpoint.enable", "--checkpoint.folder=hf.old"), "is checkpoint.folder with hf.old"),
             (("--checkpoint.enable", "--checkpoint.folder=hf.partial"), "is checkpoint.folder with hf.partial"),
             (("--profiling.enable_profiling", "--export.folder=profile_traces"), "is profiling.save_traces_folder"),
+            (
+                ("--profiling.enable_memory_snapshot", "--export.folder=memory_snapshots"),
+                "is profiling.save_memory_snapshot_folder",
+            ),
             (("--export.folder=metrics.jsonl",), "is metrics.jsonl"),
             (("--export.folder=tb",), "is tb"),
             (("--adapter.svd_cache={run}/hf/svd",), "adapter.svd_cache lies in it"),
@@ -315,6 +319,18 @@ class TestWhatWouldBeLostAtTheEnd:
             plan_run(config(), 1)
         with mock.patch("titan_hd.components.trackers.registry.find_spec", return_value=object()):
             plan_run(config(f"--metrics.enable_{package}"), 1)
+
+
+def test_profiling_of_ranks_and_devices_that_there_are_not(config):
+    switch = "--profiling.enable_profiling"
+    (line,) = errors_of(config(switch, "--profiling.profile_ranks=0,2,5"), 2)
+    assert line == "profiling.profile_ranks: 2, 5: the ranks are 0 to 1"
+    plan_run(config(switch, "--profiling.profile_ranks=0,1"), 2)
+    for key in ("enable_memory_snapshot", "enable_nvtx"):
+        asked = config(f"--profiling.{key}", "--training.seq_len=64")
+        said = plan_run(asked, 1, device_type="cpu").warnings
+        assert said == (f"profiling.{key}: there is no GPU; it is left out",)
+        assert plan_run(asked, 1, device_type="cuda").warnings == ()
 
 
 def test_positions_that_the_model_has_not_seen(config, tmp_path: Path):

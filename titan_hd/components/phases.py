@@ -10,9 +10,12 @@ from __future__ import annotations
 import itertools
 import time
 from collections import defaultdict, deque
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+
+from titan_hd.distributed.named_ranges import named
 
 PHASES = ("data", "forward_backward", "optimizer", "exchange")
 
@@ -51,15 +54,23 @@ class Phases:
         self._moment = _DeviceMoment if device.type == "cuda" else _ClockMoment
         self._cuts: list[tuple[str, Any]] = []  # of the step that is under way: phase, and the moment it began
         self._ended: deque[list[tuple[str, Any]]] = deque()
+        self._range: AbstractContextManager = nullcontext()  # the phase's name in a trace
 
     def begin(self, phase: str) -> None:
-        self._cuts.append((phase, self._moment()))
+        self._cut(phase)
+        self._range = named(phase)
+        self._range.__enter__()
 
     def end(self) -> None:
         """The step is over."""
-        self.begin("")
+        self._cut("")
         self._ended.append(self._cuts)
         self._cuts = []
+
+    def _cut(self, phase: str) -> None:
+        self._range.__exit__(None, None, None)
+        self._range = nullcontext()
+        self._cuts.append((phase, self._moment()))
 
     def forget(self) -> None:
         """Leave out the steps so far: warm-up and compilation."""

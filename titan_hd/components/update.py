@@ -36,6 +36,7 @@ from titan_hd.distributed.adapter_registry import AdapterRegistry
 from titan_hd.distributed.adapter_samples import SAMPLES, Samples
 from titan_hd.distributed.factor_init import SliceSettings, compute_factors
 from titan_hd.distributed.flat import square_sum
+from titan_hd.distributed.named_ranges import named
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.shards import adapter_parameters, base_parameters
 from titan_hd.distributed.update.fold import Fold, FoldSettings, refuse_non_finite
@@ -314,7 +315,8 @@ class FoldUpdate(Update):
         every = self.config.hdpissa.refresh_steps
         if every and step and step % every == 0:
             enter_phase(f"taking the slices of step {step + 1}")
-            self._refresh(step // every)
+            with named("refresh"):
+                self._refresh(step // every)
             enter_phase(f"step {step + 1}")
         super().begin_step(lr, step)
 

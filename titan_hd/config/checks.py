@@ -110,6 +110,12 @@ def check_combinations(config: JobConfig) -> list[str]:
     for key in ("optimizer.beta1", "optimizer.beta2", "adapter.dropout"):
         value = _get(config, key)
         require(0 <= value < 1, f"{key}: must be at least 0 and below 1, not {value}")
+    p = c.profiling
+    for key, least in (("profile_ranks", 0), ("profile_steps", 1), ("memory_snapshot_steps", 1)):
+        low = [number for number in getattr(p, key) if number < least]
+        require(not low, f"profiling.{key}: must be at least {least}, not {', '.join(map(str, low))}")
+    for key, switch in (("profile_steps", "enable_profiling"), ("memory_snapshot_steps", "enable_memory_snapshot")):
+        require(not getattr(p, key) or getattr(p, switch), f"profiling.{key}: needs profiling.{switch}")
     require(c.adapter.loraplus_lr_ratio > 0, "adapter.loraplus_lr_ratio: must be above 0")
     require(c.adapter.alpha is None or c.adapter.alpha > 0, f"adapter.alpha: must be above 0, not {c.adapter.alpha}")
     if c.export.enable and c.export.format == "peft":

@@ -354,11 +354,27 @@ class Compile:
 @dataclass
 class Profiling:
     enable_profiling: bool = False
-    """Write traces of torch.profiler."""
+    """Write traces of torch.profiler, and a table of what took how long beside each; docs/profiling.md."""
     profile_freq: int = 10
     """Steps between two traces."""
+    profile_steps: list[int] = field(default_factory=list)
+    """The steps to trace, counted from 1, in place of one every profile_freq; steps that follow each other are one
+    trace."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """The workers that write traces, and memory snapshots of memory_snapshot_steps."""
+    with_stack: bool = False
+    """Traces have the lines of Python that called an operation; they are larger, and the steps slower."""
     save_traces_folder: str = "profile_traces"
     """Folder of the traces inside job.dump_folder."""
+    enable_nvtx: bool = False
+    """Name the parts of a step for Nsight Systems, too. Needs a GPU."""
+    enable_memory_snapshot: bool = False
+    """Record a GPU's allocations. A worker writes them down when it gets SIGUSR2, after memory_snapshot_steps, and
+    where its memory runs out."""
+    memory_snapshot_steps: list[int] = field(default_factory=list)
+    """The steps, counted from 1, after which the workers of profile_ranks write a memory snapshot."""
+    save_memory_snapshot_folder: str = "memory_snapshots"
+    """Folder of the memory snapshots inside job.dump_folder."""
 
 
 @dataclass

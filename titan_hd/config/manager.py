@@ -251,6 +251,7 @@ PATHS = {
     "adapter.svd_cache",
     "checkpoint.folder",
     "export.folder",
+    "profiling.save_memory_snapshot_folder",
     "profiling.save_traces_folder",
     "data.train[].path",
     "data.train[].template",
@@ -362,11 +363,15 @@ def _coerce(value: Any, annotation: Any, from_text: bool) -> Any:
             raise ValueError("must be " + " or ".join(json.dumps(a) for a in args))
         return value
     if origin is list:
+        kind = "must be a list of " + ("strings" if args == (str,) else "whole numbers")
         if from_text:
-            value = _parse_list(value)
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise ValueError("must be a list of strings")
-        return value
+            value = _parse_list(value, kind)
+        if not isinstance(value, list):
+            raise ValueError(kind)
+        try:
+            return [_coerce(item, args[0], from_text and isinstance(item, str)) for item in value]
+        except ValueError:
+            raise ValueError(kind) from None
     if annotation is bool:
         if from_text and value.lower() in ("true", "false"):
             return value.lower() == "true"
@@ -380,13 +385,13 @@ def _coerce(value: Any, annotation: Any, from_text: bool) -> Any:
     return _number(value, annotation, from_text)
 
 
-def _parse_list(text: str) -> Any:
+def _parse_list(text: str, kind: str) -> Any:
     if not text.startswith("["):
         return [part for part in text.split(",") if part]
     try:
         return json.loads(text)
     except ValueError:
-        raise ValueError("must be a list of strings, as a,b or as JSON") from None
+        raise ValueError(f"{kind}, as a,b or as JSON") from None
 
 
 def _number(value: Any, annotation: type, from_text: bool) -> int | float:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from titan_hd.distributed.adapter_registry import AdapterRegistry
+from titan_hd.distributed.named_ranges import named
 from titan_hd.distributed.parallel_dims import ParallelDims, owned_block
 from titan_hd.distributed.update.apply import Rounding
 from titan_hd.distributed.update.outgoing import OUTGOING
@@ -95,14 +96,15 @@ class Fold:
     def _fold_bucket(self, bucket: Bucket, decay: float, step: int) -> Task:
         names = list(bucket.shapes)
         updates = yield from self.exchanges[bucket.route].travel(names, self._outgoing.take(names))  # phase 1
-        for name, update in zip(names, updates):  # phase 2
-            held = self.registry.entries[name].weight_rows()
-            if not held.numel():  # the last shards may be empty
-                continue
-            rows = held if not self.settings.offloaded else held.to(self._device, non_blocking=True, copy=True)
-            update.add_to(rows, decay, None if rows.dtype == torch.float32 else self._rounding(name, step))
-            if self.settings.offloaded:
-                held.copy_(rows, non_blocking=True)
+        with named("fold"):
+            for name, update in zip(names, updates):  # phase 2
+                held = self.registry.entries[name].weight_rows()
+                if not held.numel():  # the last shards may be empty
+                    continue
+                rows = held if not self.settings.offloaded else held.to(self._device, non_blocking=True, copy=True)
+                update.add_to(rows, decay, None if rows.dtype == torch.float32 else self._rounding(name, step))
+                if self.settings.offloaded:
+                    held.copy_(rows, non_blocking=True)
 
     def _rounding(self, name: str, step: int) -> Rounding:
         entry = self.registry.entries[name]
