@@ -204,15 +204,15 @@ class Progress:
             self._say(self._line(over=True))
 
     def _new_bar(self) -> tqdm:
-        scaled, unit = self.unit == "B", self.unit if self.unit == "B" else f" {self.unit}"
-        form = None if self.total is not None or self.unit else "{desc}: {elapsed}"
+        in_bytes = self.unit == "B"
+        form = "{l_bar}{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}{postfix}]" if self.total else None
         return tqdm(
             desc=self.what,
             total=self.total,
             initial=self.done,
-            unit=unit,
-            unit_scale=scaled,
-            bar_format=form,
+            unit=self.unit if in_bytes else f" {self.unit}",
+            unit_scale=in_bytes,
+            bar_format=None if in_bytes else form if self.total or self.unit else "{desc}: {elapsed}",
             dynamic_ncols=True,
             leave=False,
             disable=False,
@@ -231,7 +231,7 @@ class Progress:
 
     def _ask(self) -> None:
         if self._poll is not None:
-            self.done = self._poll()
+            self.done = max(self.done, self._poll())  # what is looked at may be gone when it is done
             if self._bar is not None:
                 self._bar.n = self.done
 

@@ -27,8 +27,8 @@ from titan_hd.console import init_logging
 from titan_hd.errors import UserError
 from titan_hd.export.hf import export_folder
 from titan_hd.preflight import plan_run
-from titan_hd.process.worker import init_process, stand_alone
-from titan_hd.train import Trainer, show_start
+from titan_hd.process.worker import init_process, show_start, stand_alone
+from titan_hd.train import Trainer
 
 # What `stand_alone` and `init_process` set.
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUBLAS_WORKSPACE_CONFIG")

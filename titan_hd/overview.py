@@ -11,6 +11,7 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -34,15 +35,15 @@ _WIDTH, _LABEL = 110, 10
 Lines = list[tuple[str, str]]  # label and text
 
 
-def screen(lines: Iterable[tuple[str, str]], colours: bool = True) -> str:
-    """Labels in a column, texts beside them, wrapped. colours: the labels', where the terminal has any."""
+def screen(lines: Iterable[tuple[str, str]], stream: TextIO | None) -> str:
+    """Labels in a column, texts beside them, wrapped; coloured if it is for a stream that has colours."""
     shown = []
     for label, text in lines:
         first, *more = textwrap.wrap(
             printable(text), _WIDTH - _LABEL - 2, break_long_words=False, break_on_hyphens=False
         ) or [""]
         name = f"{label:<{_LABEL}}"
-        shown.append(f"  {painted(name, 'dim') if colours else name}{first}")
+        shown.append(f"  {painted(name, 'dim', stream) if stream else name}{first}")
         shown += [" " * (_LABEL + 2) + line for line in more]
     return "\n".join(shown)
 
@@ -98,7 +99,7 @@ class Overview:
     def write(self, folder: Path, more: Sequence[tuple[str, str]] = (), rows: Sequence[Statistics] = ()) -> None:
         """plan.txt. more: further lines of the screen; rows: of the data. A disk that does not take it is warned of."""
         table = [statistics_table(list(rows))] if rows else []
-        text = "\n\n".join([screen([*self.lines(), *more], colours=False), self.tables(), *table]) + "\n"
+        text = "\n\n".join([screen([*self.lines(), *more], None), self.tables(), *table]) + "\n"
         try:
             replace_file(folder / PLAN_FILE, lambda partial: partial.write_text(text, encoding="utf-8"))
         except OSError as error:

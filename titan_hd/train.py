@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import gc
 import logging
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,13 +45,13 @@ from titan_hd.errors import UserError
 from titan_hd.export.hf import export_hf
 from titan_hd.export.peft import export_peft
 from titan_hd.files import disk_faults
-from titan_hd.fitting import device_memory, traffic_gb
-from titan_hd.overview import Overview, data_lines, screen, version_line
+from titan_hd.fitting import traffic_gb
+from titan_hd.overview import Overview, data_lines, screen
 from titan_hd.preflight import RunPlan, run_identity_of
 from titan_hd.process.environment import record_environment
 from titan_hd.process.run_lock import RunLock
 from titan_hd.process.signals import INTERRUPTED, REQUEUE, StopSignals
-from titan_hd.process.worker import device_name, run_worker, set_timeout
+from titan_hd.process.worker import run_worker, set_timeout, show_start
 from titan_hd.seeding import stable_seed
 
 logger = logging.getLogger("titan_hd")
@@ -160,7 +161,7 @@ class Trainer:
         loader = TrainLoader(batches, micro_batches, c.data.num_workers)
         self.loader = ReadAhead(loader, self.total_steps, pin=self.device.type == "cuda")
         lines = data_lines(data, c, batch)
-        logger.info("the data:\n%s", screen(lines), extra={"painted": True})
+        logger.info("the data:\n%s", screen(lines, sys.stderr), extra={"painted": True})
         if self.overview:
             self.overview.write(Path(c.job.dump_folder), lines, data.rows)
 
@@ -439,8 +440,9 @@ class Trainer:
         saved."""
         enter_phase(f"validation after step {self.step}")
         assert self.validator is not None
-        with Progress(f"validation after step {self.step}", shown=self.dims.rank == 0):
-            values = self.validator.run(self.model)
+        what, batches = f"validation after step {self.step}", self.validator.batches()
+        with Progress(what, batches, "batches", shown=self.dims.rank == 0) as progress:
+            values = self.validator.run(self.model, progress.update)
         self.metrics.log(self.step, values)
         for name, rows in self.validator.shown.items():
             self.metrics.log_samples(self.step, name, rows)
@@ -472,17 +474,6 @@ class Trainer:
         self.profiling.close()
         if self.lock:
             self.lock.release()
-
-
-def show_start(plan: RunPlan, device: torch.device) -> Overview | None:
-    """Log the run on one screen, before anything is loaded; what it shows, on rank 0."""
-    if dist.get_rank():
-        return None
-    overview = Overview(plan, device.type, device_name(device), device_memory(device))
-    logger.info("%s\n%s", version_line(), screen(overview.lines()), extra={"painted": True})
-    for line in overview.faults():
-        logger.warning("%s", line)
-    return overview
 
 
 def run(config: JobConfig, plan: RunPlan, device: torch.device, signals: StopSignals) -> int:

@@ -6,6 +6,7 @@ import io
 import itertools
 import logging
 import os
+import re
 import sys
 import time
 
@@ -153,6 +154,24 @@ class TestProgress:
         assert "loading: 100%" in out.getvalue()
         assert "1.00k/1.00k" in out.getvalue()
         assert lines == []
+
+    def test_a_bar_with_a_note_and_one_without_a_count(self, stream):
+        out = stream(True)
+        with Progress("loading", 3, "layers") as progress:
+            progress.note = "7 tokens/s"
+            progress.update(2)
+            progress._bar.set_postfix_str(progress.note)
+        assert re.search(r"loading:  67%\|.*\| 2/3 layers \[00:00<00:00, 7 tokens/s\]", out.getvalue())
+        with Progress("the first step"):
+            pass
+        assert "the first step: 00:00" in out.getvalue()
+
+    def test_what_is_polled_never_goes_back(self, stream):
+        stream(False)
+        sizes = iter([3, 0])
+        with Progress("saving", 4, "B", poll=lambda: next(sizes)) as progress:
+            progress._ask()
+        assert progress.done == 3
 
     def test_no_bar_where_none_is_wanted(self, stream):
         out = stream(True)

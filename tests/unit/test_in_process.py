@@ -90,8 +90,13 @@ def test_a_trainer_in_a_block(tiny: dict[str, Any]):
         trainer.train()
     assert [step for step, _ in seen] == [3, 4]
     assert all(0 < loss < 10 for loss in (*losses, *(loss for _, loss in seen)))
-    with titan_hd.open_trainer(None, tiny, training__steps=4) as again:
+    validated = {"validation.enable": True, "validation.batch_size": 5, "data.validation": tiny["data.train"]}
+    with titan_hd.open_trainer(None, tiny | validated, training__steps=4) as again:
         assert [again.train_step().loss for _ in range(2)] == losses
+        batches: list[None] = []
+        again.validator.run(again.model, lambda: batches.append(None))
+        assert len(batches) == again.validator.batches() == 5, "of 24 records"
+    assert "K = 1 of rank 1" in (tiny["job.dump_folder"] / "plan.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -147,8 +152,8 @@ def test_train_is_the_function_and_the_module():
     assert titan_hd.train is module
     assert module.Trainer is titan_hd.Trainer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("titan_hd.train.device_name", "changed")
-        assert sys.modules["titan_hd.train"].device_name == "changed"
-    assert callable(sys.modules["titan_hd.train"].device_name)
+        patch.setattr("titan_hd.train.run_worker", "changed")
+        assert sys.modules["titan_hd.train"].run_worker == "changed"
+    assert callable(sys.modules["titan_hd.train"].run_worker)
     with pytest.raises(AttributeError):
         titan_hd.no_such_name  # noqa: B018

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 
 import pytest
@@ -145,13 +146,23 @@ def test_plan_txt_has_the_screen_and_the_tables(plan, tmp_path: Path, monkeypatc
     assert "plan.txt: cannot be written" in caplog.text
 
 
-def test_a_screen_is_wrapped_and_moves_no_cursor(monkeypatch):
-    monkeypatch.setenv("NO_COLOR", "1")
-    lines = screen([("model", "of \x1b[2J" + "words " * 40), ("data", "")]).splitlines()
+def test_a_screen_is_wrapped_and_moves_no_cursor():
+    lines = screen([("model", "of \x1b[2J" + "words " * 40), ("data", "")], None).splitlines()
     assert len(lines) == 4
     assert lines[0].startswith(r"  model     of \x1b[2Jwords")
     assert all(len(line) <= 110 for line in lines)
     assert lines[1].startswith(" " * 12 + "words")
+
+
+def test_a_screen_is_coloured_for_where_it_goes(monkeypatch):
+    """Not for the other stream: the one may be a terminal, the other a file."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    terminal, file = io.StringIO(), io.StringIO()
+    terminal.isatty = lambda: True
+    assert screen([("model", "x")], terminal) == "  \x1b[2mmodel     \x1b[0mx"
+    assert screen([("model", "x")], file) == "  model     x"
 
 
 def test_a_method_that_is_added_needs_no_line_here(plan):

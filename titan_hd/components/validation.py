@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -175,10 +176,15 @@ class Validator:
         self.batch_size = config.validation.batch_size or config.training.local_batch_size
         self.tokenizer = tokenizer
         self.shown: dict[str, list[dict[str, Any]]] = {}
+        self._progress: Callable[[], object] = lambda: None
 
-    def run(self, model: Decoder) -> dict[str, float]:
+    def run(self, model: Decoder, progress: Callable[[], object] = lambda: None) -> dict[str, float]:
         """validation_loss and, if asked for, validation_exact_match of the main set, then those of the others under
-        their names; rank 0's, so that all agree what is best. Collective; leaves the model as for training."""
+        their names; rank 0's, so that all agree what is best. Collective; leaves the model as for training.
+
+        progress: called for each of the `batches`.
+        """
+        self._progress = progress
         model.eval()
         self.shown = {}
         values: dict[str, float] = {}
@@ -189,6 +195,16 @@ class Validator:
         agreed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
         dist.broadcast(agreed, src=0)
         return dict(zip(values, agreed.tolist()))
+
+    def batches(self) -> int:
+        """How many batches of records, and of answers, this worker goes through."""
+        total, per_round = 0, self.dims.dp_size * self.batch_size
+        for one in self.sets:
+            rounds = math.ceil(len(one.dataset) / per_round)
+            total += rounds if self.settings.steps < 0 else min(rounds, self.settings.steps)
+            answers = min(len(one.dataset), max(one.answers, one.shown))
+            total += math.ceil(math.ceil(answers / self.dims.dp_size) / self.batch_size)
+        return total
 
     def measured_on(self) -> dict[str, str]:
         """By the name of each metric, a text that tells whether its values compare with those of another run."""
@@ -206,7 +222,7 @@ class Validator:
         s, rank, size = self.settings, self.dims.dp_rank, self.dims.dp_size
         sharers = Sharers(rank, size, self.dims.dp_mesh.get_group(), self.device)
         batches = validation_batches(one.dataset, rank, size, self.batch_size, s.steps)
-        values = {f"validation_loss{one.suffix}": validation_loss(model, batches, sharers)}
+        values = {f"validation_loss{one.suffix}": validation_loss(model, self._counted(batches), sharers)}
         if count := max(one.answers, one.shown):
             answer = functools.partial(self._answer, model, one.dataset.stop_ids())
             answers = own_answers(one.dataset, count, answer, self.batch_size, sharers)
@@ -235,6 +251,11 @@ class Validator:
         dist.all_gather_object(rows, own, group=sharers.group)
         self.shown[f"samples{one.suffix}"] = sorted((row for part in rows for row in part), key=itemgetter("record"))
 
+    def _counted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            yield batch
+            self._progress()
+
     def _answer(self, model: Decoder, stop_ids: frozenset[int], prompts: list[list[int]]) -> list[str]:
         answers = generate(
             model,
@@ -245,4 +266,5 @@ class Validator:
             group=dist.group.WORLD,
             tp_group=self.dims.world["tp"].get_group() if self.dims.tp > 1 else None,
         )
+        self._progress()
         return [self.tokenizer().decode(ids) for ids in answers]

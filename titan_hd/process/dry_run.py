@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -45,7 +46,7 @@ def dry_run(config: JobConfig, plan: RunPlan, overview: Overview) -> None:
     init_logging(rank=0)
     silence_libraries()
     tables = [overview.tables()] if config.job.print_plan else []
-    print(version_line(), screen(overview.lines()), *tables, sep="\n", flush=True)
+    print(version_line(), screen(overview.lines(), sys.stdout), *tables, sep="\n", flush=True)
     for line in (*ignored_keys(config), *plan.warnings):
         logger.warning("%s", line)
     errors: list[str] = []
@@ -61,7 +62,7 @@ def dry_run(config: JobConfig, plan: RunPlan, overview: Overview) -> None:
     data = attempt(read_data, plan.config, plan.decoder.vocab_size, plan.global_batch_size)
     resumes = None
     if data is not None:
-        print(screen(data_lines(data, plan.config, plan.global_batch_size)), flush=True)
+        print(screen(data_lines(data, plan.config, plan.global_batch_size), sys.stdout), flush=True)
         resumes = attempt(_check_resume, plan, data)
     attempt(_assemble, plan)
     if overview.device_type == "cuda":
@@ -71,7 +72,8 @@ def dry_run(config: JobConfig, plan: RunPlan, overview: Overview) -> None:
             logger.warning("%s", line)
     if errors:
         raise UserError("\n".join(errors))
-    print(screen([("start", resumes or "from the base model"), ("checked", _checked(plan, overview))]))
+    last = [("start", resumes or "from the base model"), ("checked", _checked(plan, overview))]
+    print(screen(last, sys.stdout))
     print("the run would start")
 
 

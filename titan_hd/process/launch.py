@@ -28,6 +28,7 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
+from titan_hd.console import printable
 from titan_hd.errors import UserError
 from titan_hd.fitting import device_memory, usable_bytes
 from titan_hd.preflight import plan_run
@@ -85,7 +86,7 @@ def ask_plan(config: JobConfig, workers: int, local_workers: int) -> None:
     if job.dry_run:
         dry_run(config, plan, overview)
     else:
-        print(screen(overview.lines()), overview.tables(), *overview.faults(), sep="\n")
+        print(screen(overview.lines(), sys.stdout), overview.tables(), *overview.faults(), sep="\n")
 
 
 def start_workers(args: argparse.Namespace, folder: Path) -> None:
@@ -120,7 +121,7 @@ def start_workers(args: argparse.Namespace, folder: Path) -> None:
         status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         reason = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"status {failure.exitcode}"
         said = "" if rank == 0 or failure.exitcode < 0 else f": {_first_line(failure.message)}"
-        print(f"titan_hd: worker {rank} ended with {reason}{said}", file=sys.stderr)
+        print(f"titan_hd: worker {rank} ended with {reason}{printable(said)}", file=sys.stderr)
         raise SystemExit(status) from None
 
 

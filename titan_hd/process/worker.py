@@ -27,6 +27,8 @@ from titan_hd.console import init_logging, silence_libraries
 from titan_hd.distributed.collectives import on_rank_zero
 from titan_hd.distributed.watch import Watch
 from titan_hd.errors import UserError
+from titan_hd.fitting import device_memory
+from titan_hd.overview import Overview, screen, version_line
 from titan_hd.preflight import RunPlan, plan_run
 from titan_hd.process.network import LOOPBACK
 from titan_hd.process.signals import StopSignals
@@ -151,6 +153,17 @@ def set_timeout(seconds: int, but_not: dist.ProcessGroup) -> None:
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
     if _watch:
         _watch.timeout = seconds
+
+
+def show_start(plan: RunPlan, device: torch.device) -> Overview | None:
+    """Log the run on one screen, before anything is loaded; what it shows, on rank 0."""
+    if dist.get_rank():
+        return None
+    overview = Overview(plan, device.type, device_name(device), device_memory(device))
+    logger.info("%s\n%s", version_line(), screen(overview.lines(), sys.stderr), extra={"painted": True})
+    for line in overview.faults():
+        logger.warning("%s", line)
+    return overview
 
 
 Run = Callable[[JobConfig, RunPlan, torch.device, StopSignals], int]

@@ -155,3 +155,20 @@ class TestNamedSets:
         assert measured_on(steps=2, batch_size=1, workers=4) == usual
         for change in ({"exact_match_samples": 6}, {"max_new_tokens": 7}, {"name": "b"}):
             assert measured_on(**change)["validation_exact_match"] != usual["validation_exact_match"]
+
+    @pytest.mark.parametrize(
+        ("workers", "settings", "batches"),
+        [
+            (2, {"batch_size": 2}, 2 + 2 + 2),  # of 7 records in two sets, and 3 of 5 answers on each worker
+            (1, {"batch_size": 4}, 2 + 2 + 2),
+            (2, {"batch_size": 2, "steps": 1}, 1 + 1 + 2),
+            (1, {"batch_size": 1}, 7 + 7 + 5),
+            (8, {"batch_size": 4}, 1 + 1 + 1),
+        ],
+    )
+    def test_how_much_a_worker_goes_through(self, workers: int, settings: dict[str, int], batches: int):
+        config = comparing(5)
+        config.validation = dataclasses.replace(config.validation, **settings)
+        sets = validation_sets({"m": Numbers(), "plain": Numbers(answerable=False)}, config)
+        dims = SimpleNamespace(dp_size=workers)
+        assert Validator(config, dims, torch.device("cpu"), sets, None).batches() == batches
