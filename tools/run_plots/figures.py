@@ -105,11 +105,36 @@ _KNOWN: dict[str, tuple[str, str, dict[str, tuple[str, Axis]]]] = {
     ),
 }
 _VALIDATION = "validation_"
-# Base names of validation metrics and of families -> label of the axis and its kind; others are shown by their names.
-_LABELS: dict[str, tuple[str, Axis]] = {
+_VALIDATION_LABELS: dict[str, tuple[str, Axis]] = {
     "validation_loss": ("validation loss, nats per token", "log"),
     "validation_exact_match": ("share of right answers", "zero"),
 }
+# Family -> heading, label and kind of the axis, and what it shows; others are shown by their names.
+_FAMILIES: dict[str, tuple[str, str, Axis, str]] = {
+    "update_size": ("Size of a step's update", "update / W", "log", "Norms, by kind of layer."),
+    "weight_change": ("Change of W since the base model", "dW / W", "log", "Norms, by kind of layer."),
+    "effective_rank": ("Effective rank of dW", "directions", "log", "The mean over the layers of a kind."),
+    "energy_core": (
+        "dW within the initial directions, on both sides",
+        "share of dW's squared norm",
+        "zero",
+        "What takes the K*r initial right directions to the K*r initial left ones.",
+    ),
+    "energy_inside": (
+        "dW within the initial directions, on one side at least",
+        "share of dW's squared norm",
+        "zero",
+        "What is left to 1 is outside of the K*r initial directions.",
+    ),
+    "slice_grad_norm": (
+        "Gradient norm of each logical adapter",
+        "gradient norm",
+        "log",
+        "Over all layers, before clipping: does every slice learn?",
+    ),
+}
+# Metrics that the table of the last values shows, and no figure: they hardly change, or say again what others say.
+_IN_THE_TABLE = ("tflops_per_worker", "padding_share", "gather_gb", "exchange_gb", "refresh_seconds", "measure_seconds")
 
 
 def pictures_of(runs: Sequence[Run], labels: Sequence[str]) -> list[Picture]:
@@ -125,6 +150,8 @@ class _Figures:
     def __init__(self, runs: Sequence[Run], labels: Sequence[str]):
         self.runs, self.labels = runs, labels
         self.metrics = list(dict.fromkeys(name for run in runs for name in run.curves))
+        steps = [step for run in runs for curve in run.curves.values() for step in curve.steps]
+        self.span = min(steps), max(steps)
         self.members: dict[str, int] = {}  # of one run: what a curve is of -> its place among all of these
 
     def all(self) -> Iterator[Picture]:
@@ -136,6 +163,7 @@ class _Figures:
             yield self._family(base, names)
         for name in ("speed", "phases", "memory"):
             yield from self._known(name)
+        yield from self._others()
 
     def _known(self, name: str) -> Iterator[Picture]:
         title, caption, metrics = _KNOWN[name]
@@ -161,10 +189,19 @@ class _Figures:
         bases = list(dict.fromkeys(name.partition("/")[0] for name in names))
         panels = []
         for base in bases:
-            panels += self._panels(base, [name for name in names if name.partition("/")[0] == base])
+            label, axis = _VALIDATION_LABELS.get(base, (base.replace("_", " "), "log"))
+            panels += self._panels(base, [name for name in names if name.partition("/")[0] == base], label, axis)
         if panels:
             text = "Of data.validation: before the first step, every validation.freq steps and at the end."
             yield self._draw("validation", "Validation", text, panels)
+
+    def _others(self) -> Iterator[Picture]:
+        """What a hook of the user's logs, say."""
+        known = {metric for _, _, metrics in _KNOWN.values() for metric in metrics} | {*_IN_THE_TABLE}
+        others = [n for n in self.metrics if n not in known and "/" not in n and not n.startswith(_VALIDATION)]
+        panels = [Panel(name.replace("_", " "), "log", self._of_runs(name), []) for name in others]
+        if panels:
+            yield self._draw("others", "Other metrics", "", panels)
 
     def _families(self) -> dict[str, list[str]]:
         """Base name -> the metrics BASE/MEMBER, members in the order of their numbers."""
@@ -176,15 +213,14 @@ class _Figures:
         return {base: sorted(names, key=_natural) for base, names in found.items()}
 
     def _family(self, base: str, names: list[str]) -> Picture:
-        title = base.replace("_", " ").capitalize()
-        text = f"{base}/...: docs/metrics.md says what it is."
-        panels = self._panels(base, names)
+        shown = base.replace("_", " ")
+        title, label, axis, text = _FAMILIES.get(base, (shown.capitalize(), shown, "log", ""))
+        panels = self._panels(base, names, label, axis)
         if any(panel.bands for panel in panels):
             text += f" {len(names)} members: the line is their median, the band reaches from the least to the greatest."
-        return self._draw(re.sub(r"[^\w.-]", "-", base), title, text, panels)
+        return self._draw(re.sub(r"[^\w.-]", "-", base), title, text.strip(), panels)
 
-    def _panels(self, base: str, names: list[str]) -> list[Panel]:
-        label, axis = _LABELS.get(base, (base.replace("_", " "), "log"))
+    def _panels(self, base: str, names: list[str], label: str, axis: Axis) -> list[Panel]:
         if len(self.runs) == 1:
             return [Panel(label, axis, self._of_members(base, names), [])]
         if len(names) <= _MOST_PANELS:
@@ -251,7 +287,7 @@ class _Figures:
             for line in self._lines(panel):
                 _curve(picture, one, line, panel.label, smooth=name == "loss")
             values = [v for line in self._lines(panel) for _, v in line.curve.finite]
-            _set_axes(one, panel, values)
+            _set_axes(one, panel, values, self.span)
         return picture
 
     def _lines(self, panel: Panel) -> list[Line]:
@@ -285,11 +321,14 @@ def _curve(picture: Picture, axes: Axes, line: Line, metric: str, smooth: bool) 
         picture.series.append(Series(line.arm, axes, steps, values, texts))
 
 
-def _set_axes(axes: Axes, panel: Panel, values: Sequence[float]) -> None:
+def _set_axes(axes: Axes, panel: Panel, values: Sequence[float], span: tuple[int, int]) -> None:
+    """span: the first and the last step of all curves, so that all panels have the same steps below each other."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set(xlabel="step", ylabel=panel.label)
     axes.set_title(panel.title, fontsize="small")
+    margin = 0.03 * (span[1] - span[0]) or 0.5
+    axes.set_xlim(span[0] - margin, span[1] + margin)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if panel.axis == "log" and is_wide(values):
         set_log(axes, "y")

@@ -42,12 +42,11 @@ def records_of(steps: int, adapters: int = 2, shift: float = 0.0) -> list[dict]:
             loss = 2 + shift - step / steps
             found.append({"step": step, "validation_loss": loss, "validation_loss/plain": loss + 1})
         if step:
-            norms = {f"slice_norm/{i}": (1 + i) / step for i in range(adapters)}
+            norms = {f"slice_grad_norm/{i}": (1 + i) / step for i in range(adapters)}
             sizes = {f"update_size/{kind}": 1e-3 / step for kind in ("q_proj", "up_proj", "down_proj")}
             speed = {"tokens_per_second": 1e4 + step, "step_seconds": 0.5, "data_share": 0.1, "exchange_share": 0.9}
-            found.append(
-                {"step": step, "loss": 3 / step + shift, "lr": 1e-3, "peak_memory_gib": 4.0, **speed, **norms, **sizes}
-            )
+            basics = {"loss": 3 / step + shift, "lr": 1e-3, "peak_memory_gib": 4.0, "gather_gb": 0.1, "mine": step}
+            found.append({"step": step, **basics, **speed, **norms, **sizes})
     return found
 
 
@@ -168,20 +167,22 @@ def test_figures_of_several_runs(several):
     """Runs lie on each other: a panel for every member of a family, or its range where there are many."""
     page, folder = several
     assert page == folder / "plots" / "run.html"
-    figures = {"loss", "validation", "rate", "slice_norm", "update_size", "speed", "phases", "memory"}
+    figures = {"loss", "validation", "rate", "slice_grad_norm", "update_size", "speed", "phases", "memory", "others"}
     assert {path.stem for path in page.parent.glob("*.png")} == figures
     runs = [read_run(folder / name, name) for name in ("small", "large")]
     drawn = {picture.name: picture.figure for picture in pictures_of(runs, ["small", "large"])}
     panels = {name: [axes.get_title() for axes in figure.axes] for name, figure in drawn.items()}
     assert panels["validation"] == ["validation_loss", "plain"]
     assert panels["update_size"] == ["down_proj", "q_proj", "up_proj"]
-    (norms,) = drawn["slice_norm"].axes
+    assert [axes.get_ylabel() for axes in drawn["others"].axes] == ["mine"]
+    (norms,) = drawn["slice_grad_norm"].axes
     assert [list(line.get_ydata()[:2]) for line in norms.lines] == [[1.5, 0.75], [10.5, 5.25]], "medians"
     top = norms.collections[1].get_paths()[0].get_extents()
     assert (top.ymin, top.ymax) == pytest.approx((1 / 12, 20)), "from the least to the greatest"
     (loss,) = drawn["loss"].axes
     assert [list(line.get_ydata()) for line in loss.lines] == [run.curves["loss"].values for run in runs]
     assert (loss.get_yscale(), drawn["memory"].axes[0].get_ylim()[0]) == ("log", 0)
+    assert len({axes.get_xlim() for figure in drawn.values() for axes in figure.axes}) == 1, "all lie below each other"
     legend = [text.get_text() for text in drawn["loss"].legends[0].get_texts()]
     assert legend == ["small", "large"]
 
@@ -193,10 +194,10 @@ def test_figures_of_one_run(several):
     run.config["data.validation"] = [{"name": "maths"}, {"name": "plain"}]
     drawn = {picture.name: picture for picture in pictures_of([run], ["large"])}
     assert len(drawn["update_size"].figure.axes) == len(drawn["phases"].figure.axes) == 1
-    norms = drawn["slice_norm"]
+    norms = drawn["slice_grad_norm"]
     assert [one.texts[0].splitlines()[0] for one in norms.series] == [str(i) for i in range(20)]
     legends = {name: [t.get_text() for one in p.figure.legends for t in one.get_texts()] for name, p in drawn.items()}
-    assert legends["slice_norm"] == ["0", "10", "19"]
+    assert legends["slice_grad_norm"] == ["0", "10", "19"]
     assert legends["validation"] == ["maths", "plain"]
     assert legends["loss"] == []
 
@@ -205,7 +206,7 @@ def test_the_page_is_whole_and_alone(several):
     text = several[0].read_text()
     assert_alone(text)
     page = Page(text)
-    assert (page.tags.count("svg"), page.tags.count("table")) == (8, 2)
+    assert (page.tags.count("svg"), page.tags.count("table")) == (9, 2)
     said = [text for one in page.data["loss"] for text in one["texts"]]
     assert "large: num_adapters 20\nstep 3\nloss, nats per token 1.1" in said
     assert "<td>hdpissa" not in text
