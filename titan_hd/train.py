@@ -68,7 +68,8 @@ class TokenCounts(NamedTuple):
 
 
 class Trainer:
-    """One run on one worker. Construct after the process group is there; then `train`, then `close`.
+    """One run on one worker. Construct after the process group is there; then `train`, or `train_step` as often as you
+    like; then `close`. In a notebook `titan_hd.open_trainer` does what comes before and after (docs/python.md).
 
     signals: those of this process; left out, none is listened to. overview: what rank 0 knows of the run, for plan.txt.
     """

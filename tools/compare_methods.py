@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from compare.durations import Durations
 from compare.running import COMPLETE, PlannedRun, Runner, Stopped, check_started
 from compare.schedule import Run, best_point, edges, rounds
 from compare.sizes import match_rank
+from compare.wandb_sweep import SWEEP_METHODS, SweepSettings, write_sweep
 
 from titan_hd.config import manager
 from titan_hd.config.command_line import ToolParser
@@ -64,6 +66,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--threshold", type=float, default=1e-3, help="singular values of dW that count, of the largest; default: 1e-3")
     add("--retry-failed", action="store_true", help="make runs again that ran out of memory or failed otherwise")
     add("--dry-run", action="store_true", help="list the runs and how long they may take")
+    add("--wandb-sweep", choices=SWEEP_METHODS, help="no runs: write sweeps of wandb, one for each arm, that choose so")
     add("--title", default="Methods compared", help="of the report")
     add("--report", type=user_path, metavar="FOLDER", help="no runs: the report of an earlier comparison")
     add("--output", type=user_path, metavar="DIR", help="where to write it; default: FOLDER")
@@ -189,6 +192,9 @@ class Comparison:
         if self.args.dry_run:
             print(self._dry_run())
             return 0
+        if self.args.wandb_sweep:
+            print("\n".join(f"wandb sweep {shlex.quote(str(path))}" for path in self._write_sweeps()))
+            return 0
         runner = Runner(self.workers, self.parallel)
         for reason, runs in rounds(self.arms, self.seeds, self._score, self.args.widen, self.args.budget == "equal"):
             self._make(runner, reason, runs)
@@ -199,6 +205,21 @@ class Comparison:
         if failed:
             print(f"titan_hd: no run was completed of {', '.join(failed)}", file=sys.stderr)
         return 1 if failed else 0
+
+    def _write_sweeps(self) -> list[Path]:
+        """A sweep of wandb for each arm; each is as large as the arm's grid."""
+        metrics, goal = manager.load(self.argv).metrics, "maximize" if self.sign < 0 else "minimize"
+        names = metrics.wandb_project, metrics.wandb_entity
+        settings = SweepSettings(self.folder, self.args.wandb_sweep, self.metric, goal, *names, self.seeds)
+        paths = []
+        for arm in self.arms:
+            options = [*self.argv, *(f"--{key}={value}" for key, value in arm.changes.items())]
+            if self.args.match == "parameters":
+                rank = next(p.config.adapter.rank for run, p in self.planned.items() if run.arm == arm.name)
+                options.append(f"--adapter.rank={rank}")
+            group = f"--metrics.wandb_group={self.folder.name}"
+            paths.append(write_sweep(arm, [*options, group], settings))
+        return paths
 
     def _make(self, runner: Runner, reason: str, runs: Sequence[Run]) -> None:
         """The runs of one round that are not there yet."""

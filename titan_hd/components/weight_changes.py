@@ -178,7 +178,9 @@ class WeightChanges:
         beside = change[:, :p] - right if self.directions else right
         left = [right.new_zeros(())] * 2
         if self.directions:
-            left = self.directions.left_energies(name, [self._all_rows(part, layer) for part in (right, beside)])
+            everywhere = self._all_rows(change, layer)
+            parts = [everywhere[:, p:], everywhere[:, :p] - everywhere[:, p:]]
+            left = self.directions.left_energies(name, parts)
         # Where columns are split over tp, the products are whole sums on every tp rank, and parts of W are not.
         rows_counted = dims.first_copy(rank, None if layer.split == 1 else layer.split)
         gram = change[:, :p].T @ change[:, :p]

@@ -21,7 +21,7 @@ from titan_hd.errors import UserError
 from titan_hd.preflight import RunPlan
 
 COMPLETE = "complete"
-_RUN_TRAIN = Path(__file__).resolve().parent.parent.parent / "run_train.sh"
+RUN_TRAIN = Path(__file__).resolve().parent.parent.parent / "run_train.sh"
 _USER_ERROR, _DIVERGED, _KILLED = 2, 3, 137
 _STOPPED = (75, 130, 143)  # by a signal: neither finished nor failed
 # What torch says on a GPU and on a CPU. A kernel that lacks memory kills without a word.
@@ -89,7 +89,7 @@ class Runner:
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
             with open(run.log, "ab") as log:
-                command = [str(_RUN_TRAIN), *run.options]
+                command = [str(RUN_TRAIN), *run.options]
                 child = subprocess.Popen(command, env={**os.environ, **variables}, stdout=log, stderr=log)
                 self._children.add(child)
                 status = child.wait()
