@@ -24,7 +24,7 @@ def script(tmp_path, monkeypatch):
         path = tmp_path / "run_train.sh"
         path.write_text(f"#!/bin/sh\n{text}\n")
         path.chmod(0o755)
-        monkeypatch.setattr(running, "_RUN_TRAIN", path)
+        monkeypatch.setattr(running, "RUN_TRAIN", path)
 
     return write
 
