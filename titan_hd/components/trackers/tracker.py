@@ -1,7 +1,7 @@
 """What a tracker is: a place outside of the run's folder, or a format, to which the run's numbers go.
 
 A run that is resumed may have logged steps that it will do again. metrics.jsonl and validation_samples.jsonl have each
-step once; a tracker that cannot take steps back logs everything again from them (`TrackedRun.entries`) into an empty run.
+step once; a tracker that takes no step back logs everything again from them (`TrackedRun.entries`) into an empty run.
 """
 
 from __future__ import annotations
