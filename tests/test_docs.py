@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import importlib.util
 import os
 import re
@@ -147,6 +148,23 @@ def test_what_the_page_on_python_names_exists():
     assert {"train_step", "add_hook", "model"} <= named <= known
     fields = set(RunResult.__dataclass_fields__) | {"records"}
     assert all(f"`{field}`" in TEXTS["python.md"] for field in fields)
+
+
+def python_blocks(text: str) -> list[str]:
+    """Code blocks that begin with an import, or with a definition."""
+    fenced = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    indented = re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", text, re.MULTILINE)
+    blocks = [*fenced, *(re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in indented)]
+    return [block for block in blocks if re.match(r"\s*(?:from \S+ import |import |class |def )", block)]
+
+
+@pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if python_blocks(text)])
+def test_python_in_a_page_is_python_and_what_it_imports_of_titan_hd_exists(page: str):
+    for block in python_blocks(TEXTS[page]):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("titan_hd"):
+                module = importlib.import_module(node.module)
+                assert [name.name for name in node.names if not hasattr(module, name.name)] == []
 
 
 def test_the_home_page_is_the_readme():

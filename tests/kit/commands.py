@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+os.environ.pop("FORCE_COLOR", None)  # CI may set it; what commands write is compared
 CPU_ONLY = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from pathlib import Path
 
@@ -87,13 +86,6 @@ def test_the_screen_of_another_method(plan):
         assert " of " not in alone["memory"]
 
 
-def test_too_little_memory_is_said_with_what_would_help(plan):
-    roomy, tight = (Overview(plan(2), "cuda", "H100", size) for size in (80_000_000_000, 1_000_000_000))
-    assert roomy.faults() == []
-    (line,) = tight.faults()
-    assert line.startswith("memory: each worker will need about ")
-
-
 def test_the_data(plan, records: Path):
     p = plan(
         1,
@@ -163,11 +155,3 @@ def test_a_screen_is_coloured_for_where_it_goes(monkeypatch):
     terminal.isatty = lambda: True
     assert screen([("model", "x")], terminal) == "  \x1b[2mmodel     \x1b[0mx"
     assert screen([("model", "x")], file) == "  model     x"
-
-
-def test_a_method_that_is_added_needs_no_line_here(plan):
-    """Nothing asks for a method by its name."""
-    p = plan(2, "--adapter.method", "bone")
-    named = dataclasses.replace(p)
-    named.method.idea = "something else"
-    assert lines_of(named)["method"].endswith(": something else")

@@ -441,7 +441,8 @@ class Metrics:
     update_vectors: int = 32
     """Random vectors by whose products with the weights that is estimated: more are more exact, and cost more."""
     progress_bar: bool = True
-    """Show a progress bar when the standard error is a terminal."""
+    """Show progress as bars when the standard error is a terminal, of the run and of whatever takes long. Elsewhere,
+    and with false, long phases say in a line now and then how far they are."""
     trackers: list[str] = field(default_factory=list)
     """Where the metrics go besides metrics.jsonl and the console: tensorboard, wandb (the same as the two keys below),
     or a class of yours as package.module:Class (docs/metrics.md). An outage of one never stops the training."""

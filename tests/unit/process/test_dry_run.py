@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from tests.kit import runs
 from titan_hd.checkpoint.folder import STATE_FILE
+from titan_hd.components.assembly import assemble
 from titan_hd.components.run_data import read_data
 from titan_hd.config import manager
 from titan_hd.preflight import plan_run, run_identity_of
+from titan_hd.process import dry_run as module
 from titan_hd.process import launch
 
 
@@ -58,7 +61,13 @@ def ask(tmp_path: Path, monkeypatch, capsys):
         (2, {"data__streaming": "true", "job__print_plan": "true"}),
     ],
 )  # fmt: skip
-def test_a_run_that_would_start(workers: int, settings: dict, ask, tmp_path: Path):
+def test_a_run_that_would_start(workers: int, settings: dict, ask, tmp_path: Path, monkeypatch):
+    wrapped: list[tuple[int, FSDPModule]] = []
+
+    def assembled(config, decoder, method, dims, untouched):
+        wrapped.append((dims.world_size, assemble(config, decoder, method, dims, untouched).model))
+
+    monkeypatch.setattr(module, "assemble", assembled)
     settings = {key: str(value).format(records=tmp_path / "records.jsonl") for key, value in settings.items()}
     status, out, errors = ask(workers, **settings)
     assert (status, errors) == (0, [])
@@ -70,6 +79,9 @@ def test_a_run_that_would_start(workers: int, settings: dict, ask, tmp_path: Pat
     assert ("update of " in out) == ("job__print_plan" in settings)
     assert "GPU of 80 GiB" in out or "job.gpu_gib" in out
     assert not (tmp_path / "dump").exists()
+    ((size, model),) = wrapped
+    assert size == workers, "a mesh of all of them, in this process"
+    assert isinstance(model, FSDPModule)
     assert not dist.is_initialized()
 
 
