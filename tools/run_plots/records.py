@@ -145,10 +145,11 @@ def _flat(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, obje
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Key -> its value in each run, of the keys in which runs differ; "?" where a configuration is not known."""
+    """Key -> its value in each run, of the keys in which runs differ; "?" where it is not known: of a run without its
+    configuration, or of an earlier version that did not have the key."""
     known = [run.config for run in runs if run.config]
     keys = dict.fromkeys(key for config in known for key in config if not key.startswith(_OF_ONE_RUN))
-    found = {key: [_shown(run.config.get(key)) if run.config else "?" for run in runs] for key in keys}
+    found = {key: [_shown(run.config[key]) if key in run.config else "?" for run in runs] for key in keys}
     return {key: values for key, values in found.items() if len({value for value in values if value != "?"}) > 1}
 
 

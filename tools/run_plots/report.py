@@ -15,6 +15,7 @@ from titan_hd.files import disk_faults, replace_file
 
 PAGE = "run.html"
 _LONGEST = 44  # letters of what a legend says of a run's configuration
+_FIRST = ("adapter.", "hdpissa.", "optimizer.", "lr_scheduler.", "training.")  # sections: what readers look for
 
 
 def write(runs: Sequence[Run], output: Path, title: str = "") -> Path:
@@ -46,14 +47,13 @@ def write(runs: Sequence[Run], output: Path, title: str = "") -> Path:
 
 
 def labels_of(runs: Sequence[Run], differ: dict[str, list[str]]) -> list[str]:
-    """What a legend calls each run: its name, and as many of the keys that differ as there is room for."""
-    labels = []
-    for place, run in enumerate(runs):
-        facts = [f"{key.rpartition('.')[2]} {values[place]}" for key, values in differ.items()]
-        while facts and len(", ".join(facts)) > _LONGEST:
-            facts.pop()
-        labels.append(f"{run.name}: {', '.join(facts)}" if facts else run.name)
-    return labels
+    """What a legend calls each run: its name, and those keys that differ for which there is room in all of them."""
+    facts: list[list[str]] = [[] for _ in runs]
+    for key in sorted(differ, key=lambda key: [not key.startswith(first) for first in _FIRST]):
+        longer = [[*had, f"{key.rpartition('.')[2]} {value}"] for had, value in zip(facts, differ[key])]
+        if all(len(", ".join(words)) <= _LONGEST for words in longer):
+            facts = longer
+    return [f"{run.name}: {', '.join(words)}" if words else run.name for run, words in zip(runs, facts)]
 
 
 def notes_of(runs: Sequence[Run]) -> list[str]:
@@ -67,7 +67,11 @@ def notes_of(runs: Sequence[Run]) -> list[str]:
 
 
 def _differences(runs: Sequence[Run], differ: dict[str, list[str]]) -> Table:
-    rows = [{"run": run.name, **{key: differ[key][place] for key in differ}} for place, run in enumerate(runs)]
+    """A row for each run, or, where more keys differ than there are runs, for each key."""
+    if len(differ) > len(runs):
+        rows = [{"key": key, **dict(zip((run.name for run in runs), values))} for key, values in differ.items()]
+    else:
+        rows = [{"run": run.name, **{key: differ[key][place] for key in differ}} for place, run in enumerate(runs)]
     return Table("What differs", rows)
 
 

@@ -127,14 +127,10 @@ def test_what_differs(tmp_path):
     ]
     differ = differences(runs)
     assert differ == {"optimizer.lr": ["0.001", "0.003", "0.003"], "adapter.method": ["lora", "lora", "hdpissa"]}
-    assert labels_of(runs, differ) == [
-        "a: lr 0.001, method lora",
-        "b: lr 0.003, method lora",
-        "c: lr 0.003, method hdpissa",
-    ]
-    long = {"data.train": ["x" * 60] * 3, **differ}
-    assert labels_of(runs, {**differ, "data.train": ["x" * 60] * 3})[0] == "a: lr 0.001, method lora"
-    assert labels_of(runs, long)[0] == "a", "what comes first matters most"
+    labels = ["a: method lora, lr 0.001", "b: method lora, lr 0.003", "c: method hdpissa, lr 0.003"]
+    assert labels_of(runs, differ) == labels
+    others = {"data.train": ["x", "y", "z" * 60], **differ, "training.seed": ["1", "2", "3"]}
+    assert labels_of(runs, others)[0] == "a: method lora, lr 0.001, seed 1", "a key has room in all legends, or in none"
     unknown = Run("d", tmp_path, {}, {}, [])
     assert differences([*runs[1:], unknown]) == {"adapter.method": ["lora", "hdpissa", "?"]}
 
