@@ -219,10 +219,8 @@ def _check_export(config: JobConfig) -> None:
 def _other_paths(config: JobConfig) -> dict[str, Path]:
     """What a run reads and writes beside its export, by the key or the file that stands for it."""
     c, dump = config, Path(config.job.dump_folder)
-    paths = {
-        name: dump / name
-        for name in ("metrics.jsonl", "samples.jsonl", "svd.jsonl", "environment.jsonl", "plan.txt", "tb", "wandb")
-    }
+    lines = ("metrics.jsonl", "validation_samples.jsonl", "svd.jsonl", "environment.jsonl")
+    paths = {name: dump / name for name in (*lines, "plan.txt", "tb", "wandb")}
     if dump.resolve().is_relative_to(export_folder(config).resolve()):
         return {"job.dump_folder": dump}  # and with it all that is in it
     if c.checkpoint.enable:

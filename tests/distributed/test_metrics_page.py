@@ -52,7 +52,7 @@ def test_the_page_has_what_a_run_writes(workers, tmp_path: Path):
     assert abs(sum(last[name] for name in shares) - 1) < 1e-9
     assert all(0 < last[name] < 1 for name in shares)
 
-    samples = list(map(json.loads, (tmp_path / "dump" / "samples.jsonl").read_text().splitlines()))
+    samples = list(map(json.loads, (tmp_path / "dump" / "validation_samples.jsonl").read_text().splitlines()))
     questions = list(map(json.loads, validation.read_text().splitlines()))
     expected = [(step, name, i) for step in (0, 2) for name in ("samples", "samples/plain") for i in range(3)]
     assert [(row["step"], row["name"], row["record"]) for row in samples] == expected

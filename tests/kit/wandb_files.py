@@ -21,6 +21,8 @@ def records(path: Path) -> Iterator:
             place += left
             continue
         length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        if place + _HEAD + length > len(data):  # it is being written
+            return
         parts += data[place + _HEAD : place + _HEAD + length]
         place += _HEAD + length
         if kind in (1, 4):  # whole, or the last part

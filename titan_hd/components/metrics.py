@@ -44,7 +44,7 @@ class NoMetrics:
         """The same, but for the console, where they would be too many."""
 
     def log_samples(self, step: int, name: str, rows: Sequence[Sample]) -> None:
-        """Keep generated answers of a validation in samples.jsonl and in the trackers' tables."""
+        """Keep generated answers of a validation in validation_samples.jsonl and in the trackers' tables."""
 
     def sync(self) -> None:
         """Wait until the records are on the disk: a checkpoint must not know more steps than they."""

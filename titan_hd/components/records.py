@@ -1,4 +1,4 @@
-"""Files of records by step, one JSON object a line: metrics.jsonl and samples.jsonl."""
+"""Files of records by step, one JSON object a line: metrics.jsonl and validation_samples.jsonl."""
 
 from __future__ import annotations
 

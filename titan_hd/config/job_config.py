@@ -478,9 +478,9 @@ class Validation:
     """Records to answer by greedy generation, scored by exact match of the final answer; of further named sets those
     whose responses have a marker. 0: off."""
     samples: int = -1
-    """Records of each set whose prompt, reference and generated answer go into samples.jsonl and the trackers' tables
-    at every validation. -1: the first 4 of those that exact_match_samples answers, at no cost; more than it answers are
-    generated for the table alone. 0: none."""
+    """Records of each set whose prompt, reference and generated answer go into validation_samples.jsonl and the
+    trackers' tables at every validation. -1: the first 4 of those that exact_match_samples answers, at no cost; more
+    than it answers are generated for the table alone. 0: none."""
     answer_marker: str = "The answer is: "
     """The final answer is the text after the last of these markers, up to the end of its line."""
     max_new_tokens: int = 64

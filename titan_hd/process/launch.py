@@ -78,9 +78,11 @@ def ask_plan(config: JobConfig, workers: int, local_workers: int) -> None:
     job, cuda = config.job, torch.cuda.is_available()
     if job.gpu_gib is not None:
         device_type, device, available = "cuda", f"GPU of {job.gpu_gib:g} GiB", usable_bytes(job.gpu_gib)
-    else:
-        device_type, device = ("cuda", torch.cuda.get_device_name()) if cuda else ("cpu", "CPU")
-        available = device_memory(torch.device(device_type)) // (1 if cuda else local_workers)
+    elif cuda:
+        device_type, device, available = "cuda", torch.cuda.get_device_name(), device_memory(torch.device("cuda"))
+    else:  # the plan of a run on GPUs, asked without them, is not measured by this machine's memory
+        device_type, device = "cpu", "CPU"
+        available = device_memory(torch.device("cpu")) // local_workers if job.dry_run else None
     plan = plan_run(config, workers, job.dry_run, device_type)
     overview = Overview(plan, device_type, device, available)
     if job.dry_run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,16 +200,20 @@ def test_wandb_offline_has_every_step_once_in_its_last_file(tmp_path: Path, monk
                 for step in range(first + 1, last + 1)}  # fmt: skip
     for step in (3, 6, 9):
         expected[step]["validation_loss"] = step / 10
-    files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda p: p.stat().st_mtime_ns)
-    assert [(path.parent / f"{path.name}.synced").exists() for path in files] == [True, True, False]
-    found = wandb_files.history(files[-1])
+    files = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    (last,) = (path for path in files if not path.with_name(f"{path.name}.synced").exists())
+    assert len(files) == 3
+    until = time.monotonic() + 30  # wandb's own process writes the last of it when the run has been finished
+    while (found := wandb_files.history(last)).keys() != expected.keys():
+        assert time.monotonic() < until
+        time.sleep(0.05)
     tables = {step: row.pop("samples/path") for step, row in found.items() if "samples/path" in row}
     numbers = {s: {k: v for k, v in row.items() if not k.startswith("samples/")} for s, row in found.items()}
     assert numbers == expected
     assert list(tables) == [3, 6, 9]
-    table = json.loads((files[-1].parent / "files" / tables[9]).read_text())
+    table = json.loads((last.parent / "files" / tables[9]).read_text())
     assert (table["columns"], table["data"]) == (list(ROW), [list(ROW.values())])
-    run = wandb_files.start(files[-1])
+    run = wandb_files.start(last)
     assert {run.run_id} == set(runs.values())
     assert (run.project, run.run_group, run.notes) == ("project", "group", "what this is about")
     assert len(run.git.commit) == 40

@@ -1,7 +1,7 @@
 """What a tracker is: a place outside of the run's folder, or a format, to which the run's numbers go.
 
-A run that is resumed may have logged steps that it will do again. metrics.jsonl and samples.jsonl have each step once;
-a tracker that cannot take steps back logs everything again from them (`TrackedRun.entries`) into an empty run.
+A run that is resumed may have logged steps that it will do again. metrics.jsonl and validation_samples.jsonl have each
+step once; a tracker that takes no step back logs everything again from them (`TrackedRun.entries`) into an empty run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 from titan_hd.components.records import read_records
 from titan_hd.config.job_config import JobConfig
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+METRICS, SAMPLES = "metrics.jsonl", "validation_samples.jsonl"
 SAMPLE_COLUMNS = ("record", "prompt", "reference", "output", "right")
 
 Sample = Mapping[str, Any]  # by SAMPLE_COLUMNS
