@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The runs of docs/study.md:  docs/study/run.sh PART [option of tools/compare_methods.py ...]
-# Parts: quickstart, spectra (of its best runs), clipped, adapters, rank, mute, aggregate, batch, family, smollm2. Each
-# can be killed, and goes on when it is started again. Results are in outputs/study/PART; those of the study itself are
-# in docs/study/PART.
+# Parts: quickstart, spectra (of its best runs), clipped, adapters, rank, mute, aggregate, batch, family, leading,
+# smollm2. Each can be killed, and goes on when it is started again. Results are in outputs/study/PART; those of the study
+# itself are in docs/study/PART.
 set -euo pipefail
 cd "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../.."
 part=${1:?which part}
@@ -78,6 +78,11 @@ family) # beyond the paper, K = 8 r = 8; the last two arms are the ones to beat
   arms+=,hdpissa+samples=all+factor_scale=unit+refresh_steps=10,hdpissa+samples=all+slices=random
   arms+=,pissa+rank=64,lora+rslora=true+rank=64+optimizer.lr=2e-4:3.2e-3:5
   compare "The folding family" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}"
+  ;;
+leading) # the two that lead the family and what they are to lead, with seeds
+  arms=hdpissa,hdpissa+samples=all+refresh_steps=10,hdpissa+samples=all+factor_scale=unit+refresh_steps=10
+  arms+=,pissa+rank=64,lora+rslora=true+rank=64+optimizer.lr=2e-4:3.2e-3:5
+  compare "What leads the folding family" "$arms" --grid $rates --baseline hdpissa --widen 1 "$@" "${quickstart[@]}"
   ;;
 smollm2)
   arms=hdpissa,hdpissa+num_adapters=1+rank=128,pissa,lora+rslora=true+optimizer.lr=1e-4:1.6e-3:3
