@@ -31,7 +31,10 @@ from titan_hd.process.worker import init_process, show_start, stand_alone
 from titan_hd.train import Trainer
 
 # What `stand_alone` and `init_process` set.
-_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUBLAS_WORKSPACE_CONFIG")
+_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUBLAS_WORKSPACE_CONFIG"),
+    *("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_TEMP_FILE"),
+)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ setup_environment() {
   local root=$1 extra=${2:-}
   local packages="torch numpy safetensors sentencepiece tokenizers tiktoken jinja2 tqdm torchdata filelock wandb"
   [ "$extra" != dev ] || packages="$packages pytest pytest_timeout hypothesis transformers peft huggingface_hub gguf accelerate
-    pyarrow zstandard matplotlib scipy ruff importlinter codespell_lib pyrefly"
+    pyarrow zstandard matplotlib scipy ruff importlinter codespell_lib pyrefly mkdocs material"
   # They are looked for, not imported, which would take seconds at every start.
   local complete="from importlib import metadata, util
 assert (2, 11) <= tuple(map(int, metadata.version('torch').split('.')[:2])) < (2, 14)

@@ -1,7 +1,7 @@
 """Which directions a training has changed: singular values and effective ranks of dW, weight by weight.
 
     python tools/rank_analysis.py BASE TRAINED [TRAINED ...] --output DIR
-    python tools/rank_analysis.py assets/hf/Llama-3.1-8B lora=outputs/lora/checkpoint/step-800 outputs/hdpissa/hf \
+    python tools/rank_analysis.py assets/hf/Llama-3.1-8B lora=outputs/lora/checkpoint/step-800 outputs/hdpissa/hf \\
         --output outputs/ranks --kinds q_proj,down_proj --mark 256
 
 BASE and TRAINED are Hugging Face directories or checkpoints of a run, .../step-N (W with its adapter merged in; what a

@@ -106,6 +106,7 @@ def test_a_trainer_in_a_block(tiny: dict[str, Any]):
         ({"training.steps": "3"}, "training.steps: must be a whole number, not '3' (argument)"),
         ({"training.steps": 3, "model.hf_assets_path": "none"}, "model.hf_assets_path: "),
         ({"training.steps": 3, "data.train": ["none.jsonl"]}, "data.train[0]: "),
+        ({"training.steps": 3, "job.dry_run": True}, "job.dry_run, job.print_plan: the launcher answers them"),
     ],
 )
 def test_what_the_caller_can_mend_is_an_exception(tiny: dict[str, Any], values: dict[str, Any], line: str):

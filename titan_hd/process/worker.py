@@ -59,8 +59,16 @@ def init_process(config: JobConfig, signals: StopSignals | None) -> torch.device
     """Start the process group (nccl on GPUs, gloo on CPUs) and its watch; returns this worker's device.
 
     signals: None in a process that has other things to do than this run, and that nothing watches.
+
+    Raises:
+        UserError: there are more workers than GPUs, or the configuration asks for what no worker does.
     """
     global _watch
+    if config.job.dry_run or config.job.print_plan:
+        raise UserError(
+            "job.dry_run, job.print_plan: the launcher answers them, before there are workers: ask by ./run_train.sh, "
+            "titan-hd or python -m titan_hd.launch"
+        )
     if torch.cuda.is_available():
         local_rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= count:
