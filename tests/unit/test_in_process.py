@@ -147,6 +147,22 @@ def test_keywords_files_and_recipes_meet(tmp_path: Path, monkeypatch: pytest.Mon
     assert quickstart.training.steps == 160
 
 
+def test_what_a_bundled_recipe_names_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config("study_quickstart.toml")
+    named = [config.model.hf_assets_path, config.data.train, *(source.path for source in config.data.validation)]
+    assert all(Path(path).is_absolute() and Path(path).exists() for path in named)
+    assert Path(load_config("paper/peft_llama32_3b.toml").data.template).is_file()
+    assert load_config("llama31_8b_lora.toml").model.hf_assets_path == "./assets/hf/Llama-3.1-8B", "not bundled"
+    # What stands in the folder comes first, and a file of one's own names what stands there alone.
+    own = Path("assets/quickstart/train.jsonl")
+    Path("run.toml").write_text(f'[data]\ntrain = "{own}"\n[training]\nsteps = 1\n[model]\nhf_assets_path = "."\n')
+    assert load_config("run.toml").data.train == str(own)
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert load_config("study_quickstart.toml").data.train == str(own)
+
+
 def test_train_is_the_function_and_the_module():
     import titan_hd.train as module  # binds the attribute of the package
 

@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from titan_hd.bundle import RECIPES, ROOT
 from titan_hd.config import job_config
 from titan_hd.config.checks import check_combinations, check_presence
 from titan_hd.config.job_config import DataSource, JobConfig
@@ -258,6 +259,16 @@ PATHS = {
 }
 
 
+def _path(value: Any, where: str) -> Any:
+    """A value of PATHS with ~ expanded. What a bundled recipe names, and what is bundled with it, is found from any
+    folder; one of that name in the current folder comes first."""
+    path = expand_home(value) if isinstance(value, str) else value
+    if path and not os.path.lexists(path) and Path(where).resolve().is_relative_to(RECIPES):
+        bundled = ROOT / path
+        return str(bundled) if bundled.exists() else path
+    return path
+
+
 @functools.cache
 def _fields(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
@@ -301,7 +312,7 @@ def _build(values: dict[str, tuple[Any, str]], errors: list[str]) -> JobConfig:
             continue
         try:
             value = _coerce(value, annotation, from_text)
-            setattr(getattr(config, section), name, expand_home(value) if key in PATHS else value)
+            setattr(getattr(config, section), name, _path(value, where) if key in PATHS else value)
         except ValueError as error:
             errors.append(f"{key}: {error}, not {value!r} ({where})")
     return config
@@ -340,7 +351,7 @@ def _sources(key: str, value: Any, where: str, errors: list[str]) -> list[DataSo
                 continue
             try:
                 given = _coerce(given, _fields(DataSource)[field], False)
-                setattr(source, field, expand_home(given) if f"data.train[].{field}" in PATHS else given)
+                setattr(source, field, _path(given, where) if f"data.train[].{field}" in PATHS else given)
             except ValueError as error:
                 errors.append(f"{name}.{field}: {error}, not {given!r} ({where})")
     return sources
