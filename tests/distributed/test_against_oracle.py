@@ -110,7 +110,7 @@ CASES = {
     "dense": (4, 2, {"hdpissa__exchange": "dense"}),
     "clip": (4, 4, {**CLIP, "hdpissa__slices": "minor"}),
     "clip-unit": (4, 2, {**CLIP, **REFRESH, "hdpissa__factor_scale": "unit"}),
-    "clip-int8": (2, 4, {**CLIP, "hdpissa__exchange_dtype": "int8"}),
+    "clip-int8": (2, 4, {**CLIP, **INT8, "model": {"seed": 2}}),
     "all-one": (1, 4, ALL),
     "all": (2, 4, {**ALL, "training__global_batch_size": 6, "training__max_norm": 1e9}),
     "all-hsdp": (
