@@ -7,6 +7,7 @@ The arguments are those of `python -m titan_hd.launch`.
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +27,8 @@ def main() -> None:
     folder = Path(manager.load_or_exit(argv).job.dump_folder)
     before = _state(folder / METRICS)
     launch.main()
+    for number in (signal.SIGTERM, signal.SIGINT):  # torch's agent leaves its handlers, which raise
+        signal.signal(number, signal.SIG_DFL)
     if _state(folder / METRICS) == before:  # it was asked what it would do
         return
     try:
