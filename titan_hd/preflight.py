@@ -251,12 +251,15 @@ def _period_warnings(config: JobConfig, method: type[Method]) -> list[str]:
     periods = {"validation.freq": (c.validation.enable, c.validation.freq)}
     periods["checkpoint.interval"] = (c.checkpoint.enable, c.checkpoint.interval)
     between = [key for key, (enabled, period) in periods.items() if enabled and period % every]
-    if not method.folds or not between:
-        return []
-    return [
-        f"{', '.join(between)}: no multiple of hdpissa.local_steps = {every}: between two folds validation sees, and "
-        "a checkpoint's weights are, W of the last fold (a resumed run goes on from all of it)"
-    ]
+    no_multiple, warnings = f"no multiple of hdpissa.local_steps = {every}", []
+    if between:
+        warnings.append(
+            f"{', '.join(between)}: {no_multiple}: between two folds validation sees, and a checkpoint's weights are, "
+            "W of the last fold (a resumed run goes on from all of it)"
+        )
+    if c.metrics.update_freq % every:
+        warnings.append(f"metrics.update_freq: {no_multiple}: update_size of a step between two folds is 0")
+    return warnings if method.folds else []
 
 
 def _length_warnings(config: JobConfig, decoder: DecoderConfig) -> list[str]:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from titan_hd.adapters.methods import ignored_keys
 from titan_hd.checkpoint.checkpointer import Checkpointer
-from titan_hd.checkpoint.resume_check import check_length, check_resumable
+from titan_hd.checkpoint.resume_check import check_length, check_resumable, check_unfolded
 from titan_hd.components.assembly import assemble
 from titan_hd.components.best_validation import BestValidation
 from titan_hd.components.lr_scheduler import lr_factor
@@ -30,6 +30,7 @@ from titan_hd.components.profiling import Profiling
 from titan_hd.components.rates import Rates, StepResult
 from titan_hd.components.run_data import read_data
 from titan_hd.components.trackers.registry import saved_run_ids
+from titan_hd.components.update import UNFOLDED
 from titan_hd.components.validation import Validator
 from titan_hd.components.weight_changes import WeightChanges, ranges
 from titan_hd.config import manager
@@ -197,12 +198,19 @@ class Trainer:
             logger.warning("%s; checkpoint.allow_mismatch accepts it", line)
         self.tracker_runs = saved_run_ids(state)
         self.best.go_on_from(state.get("best"))
+        reader = self.checkpointer.reader(step)
+        metadata = reader.read_metadata()
+        ends = "validation.patience" if self.best.exhausted else ""
+        ends = "training.steps, training.epochs" if step == self.total_steps else ends
+        stale = check_unfolded(state, self.identity, metadata.state_dict_metadata, ends)
         if state["base"] == "delta" or self.changes.every:
             self._load_base()
         self.changes.remember_base()
-        reader = self.checkpointer.reader(step)
-        self.update.allocate(reader.read_metadata())
+        self.update.allocate(metadata)
         tensors = self.update.state(changed_only=state["base"] == "delta")
+        if stale:
+            logger.warning("%s", stale)
+            tensors = {key: t for key, t in tensors.items() if not key.startswith(UNFOLDED)}
         if self.changes.every and self.changes.directions:  # first, while the base model's weights are there
             self.checkpointer.load(reader, {key: t for key, t in tensors.items() if key.startswith("factors.")})
             self.changes.remember_directions()

@@ -318,6 +318,41 @@ def test_resume_between_two_folds(workers, setup, tmp_path, caplog):
     assert max(errors.values()) < 1e-4
 
 
+def test_more_steps_than_before(workers, setup, tmp_path):
+    """L = 2, from 3 steps to 4: bitwise from a checkpoint between two folds, not behind a fold that cut a period short.
+    What waits for a fold is neither left out nor folded as something else."""
+    changes = {"checkpoint__enable": "true", "hdpissa__local_steps": 2, "training__steps": 3}
+    changes |= {"lr_scheduler__decay_type": "constant"}
+    more = {**changes, "training__steps": 4}
+    whole = workers.run(1, runs.train, setup("whole", **more))[0]
+    first = workers.run(1, runs.train, setup("within", **changes), stop_after=1)[0]
+    with pytest.raises(RuntimeError, match=r"training\.steps, training\.epochs: the checkpoint of step 1, with which"):
+        workers.run(1, runs.train, setup("within", **changes | {"training__steps": 1}))
+    other = {"hdpissa__local_steps": 1, "checkpoint__allow_mismatch": "hdpissa.local_steps"}
+    with pytest.raises(RuntimeError, match=r"hdpissa\.local_steps: the checkpoint of step 1 lies between two folds"):
+        workers.run(1, runs.train, setup("within", **changes | other))
+    assert first + workers.run(1, runs.train, setup("within", **more))[0] == whole
+    cut = workers.run(1, runs.train, setup("cut", **changes))[0] + workers.run(1, runs.train, setup("cut", **more))[0]
+    assert cut[:3] == whole[:3]
+    start = runs.load_file(tmp_path / "model" / "model.safetensors")
+    got, want = runs.exported(tmp_path / "cut"), runs.exported(tmp_path / "whole")
+    assert max(runs.delta_error(got, want, start).values()) > 0
+
+
+def largest_residual(argv) -> float:
+    run = runs.trainer(argv)
+    run.close()
+    return run.update.registry.deltas.abs().max().item()
+
+
+def test_what_int8_has_left_goes_on_or_is_dropped(workers, setup):
+    int8 = {"checkpoint__enable": "true", "hdpissa__exchange_dtype": "int8"}
+    workers.run(1, runs.train, setup("int8", **int8), stop_after=1)
+    assert workers.run(1, largest_residual, setup("int8", **int8))[0] > 0
+    other = {"hdpissa__aggregate": "sum", "checkpoint__allow_mismatch": "hdpissa.aggregate"}
+    assert workers.run(1, largest_residual, setup("int8", **int8, **other)) == [0]
+
+
 def test_random_slices_are_drawn_anew_for_every_period(workers, setup):
     """As anywhere the same on any number of workers; other than those of the start."""
     changes = {"hdpissa__slices": "random", "hdpissa__refresh_steps": 2, "training__steps": 4}

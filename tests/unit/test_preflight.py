@@ -86,6 +86,12 @@ def test_what_happens_between_two_folds_is_said(config):
         "checkpoint.interval: no multiple of hdpissa.local_steps = 4: between two folds validation sees"
     )
     assert said("8") == said("6", "--adapter.method", "lora") == []
+    (line,) = said("8", "--metrics.update_freq", "10")
+    assert line == (
+        "metrics.update_freq: no multiple of hdpissa.local_steps = 4: update_size of a step between two folds is 0"
+    )
+    assert said("8", "--metrics.update_freq", "8") == []
+    assert len(said("6", "--metrics.update_freq", "10")) == 2
 
 
 def test_replicas(config):

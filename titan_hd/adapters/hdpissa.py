@@ -190,7 +190,8 @@ class HDPissa(FoldingMethod):
     @classmethod
     def config_errors(cls, config: JobConfig) -> list[str]:
         """Keys of [hdpissa] and [adapter] that make no sense together, a line each."""
-        h = config.hdpissa
+        h, validation = config.hdpissa, config.validation
+        within = h.local_steps > 1 and validation.freq % h.local_steps != 0
         faults = {
             'adapter.svd: randomized finds the leading directions, slices = "minor" wants the last; use exact': (
                 h.slices == "minor" and config.adapter.svd == "randomized"
@@ -210,6 +211,12 @@ class HDPissa(FoldingMethod):
             "set it to 1, or hdpissa.samples to own": h.local_steps > 1 and h.samples == "all",
             f"hdpissa.refresh_steps: slices are taken from a W that is folded; use a multiple of hdpissa.local_steps = "
             f"{h.local_steps}": h.refresh_steps % max(1, h.local_steps) != 0,
+            "hdpissa.local_steps: dA and dB stay for several steps, in which ASGD would shrink them; use another "
+            "optimizer.name, or set it to 1": h.local_steps > 1 and config.optimizer.name == "ASGD",
+            "validation.patience: between two folds the validated W stays, which would count as no gain; use a "
+            f"validation.freq that is a multiple of hdpissa.local_steps = {h.local_steps}, or set it to 0": (
+                within and validation.enable and validation.patience > 0
+            ),
             "hdpissa.exchange: dense sends sums of updates, which int8 cannot hold; use auto or factors": (
                 h.exchange_dtype == "int8" and h.exchange == "dense"
             ),
@@ -217,6 +224,10 @@ class HDPissa(FoldingMethod):
             "set hdpissa.mute_scalar to 0": h.exchange_dtype == "int8" and h.mute_scalar != 0.0,
             "hdpissa.exchange_dtype: int8 leaves residuals in dA and dB, which ASGD would shrink; "
             "use another optimizer.name": h.exchange_dtype == "int8" and config.optimizer.name == "ASGD",
+            "hdpissa.refresh_steps: new slices after every fold would drop all that int8 leaves for the next one; use "
+            "a larger one, or another hdpissa.exchange_dtype": (
+                h.exchange_dtype == "int8" and h.refresh_steps == h.local_steps
+            ),
         }
         return [line for line, fault in faults.items() if fault]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ _BEFORE = {
     "hdpissa.refresh_steps": 0,
     "hdpissa.local_steps": 1,
 }
+# How what waits in dA and dB is folded, and whether the forward pass sees it until then.
+_FOLDED_BY = ("hdpissa.aggregate", "hdpissa.samples", "hdpissa.mute_scalar")
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
@@ -96,6 +99,42 @@ def check_length(step: int, total_steps: int) -> None:
             f"training.steps, training.epochs: {total_steps} steps, but the checkpoint to resume from has {step}; name "
             "more, or checkpoint.load_step, or another job.dump_folder"
         )
+
+
+def check_unfolded(state: dict[str, Any], current: dict[str, Any], stored: Iterable[str], ends: str = "") -> str | None:
+    """Whether this run can fold what waits in a checkpoint's dA and dB: steps of `hdpissa.local_steps` since the last
+    fold, and what int8 has left.
+
+    stored: names of the checkpoint's tensors. ends: the key by which this run has no step left to take; "" if it has.
+
+    Returns:
+        a line if the checkpoint lies at a fold, and what int8 has left is to be dropped. None: all is to be read.
+
+    Raises:
+        UserError: a line for each key by which steps between two folds would be lost, or folded as other ones.
+    """
+    saved, stored = _BEFORE | state["identity"], set(stored)
+    keys = ("hdpissa.local_steps", *_FOLDED_BY)
+    changed = [key for key in keys if key in current and saved.get(key) != current[key]]
+    if "unfolded.rates" in stored:
+        step, every = state["step"], saved["hdpissa.local_steps"]
+        fold = (step - 1) // every * every
+        at, between = f"the checkpoint of step {step}", f"lies between two folds of hdpissa.local_steps = {every}"
+        take = f"or {'resume from a fold' if fold else 'start anew'} with checkpoint.load_step = {fold}"
+        lines = [
+            f"{key}: {at} {between}: what waits is for {saved.get(key)!r}, not {current[key]!r}; set it back, {take}"
+            for key in changed
+        ]
+        if ends:
+            lines.append(
+                f"{ends}: {at}, with which the run ends, {between}: W would lack those steps; raise it, {take}"
+            )
+        if lines:
+            raise UserError("\n".join(lines))
+    dropped = [key for key in changed if key in _FOLDED_BY]
+    if dropped and any(key.startswith("residuals.") for key in stored):
+        return f"{', '.join(dropped)}: changed; what int8 has left in dA and dB was for the old value, and is dropped"
+    return None
 
 
 def _same(key: str, saved: Any, current: Any) -> bool:

@@ -468,7 +468,8 @@ class Validation:
     """Steps between two validations."""
     patience: int = 0
     """Early stopping: end the run, with its last checkpoint and its export, after so many validations in a row without
-    gain of checkpoint.keep_best (if that is empty, of validation_loss). 0: off."""
+    gain of checkpoint.keep_best (if that is empty, of validation_loss). With hdpissa.local_steps, freq
+    must be a multiple of it. 0: off."""
     steps: int = -1
     """Batches per worker and validation. -1: every record."""
     batch_size: int = 0

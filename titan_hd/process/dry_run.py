@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from titan_hd.adapters.methods import ignored_keys
 from titan_hd.checkpoint.folder import CheckpointFolder, read_train_state
-from titan_hd.checkpoint.resume_check import check_length, check_resumable
+from titan_hd.checkpoint.reader import CheckpointReader
+from titan_hd.checkpoint.resume_check import check_length, check_resumable, check_unfolded
 from titan_hd.components.assembly import assemble
 from titan_hd.components.run_data import RunData, read_data
 from titan_hd.config.job_config import JobConfig
@@ -108,11 +109,17 @@ def _check_resume(plan: RunPlan, data: RunData) -> str | None:
     step = next(iter(folder.candidates(c.load_step)), None)
     if step is None:
         return None
-    state = read_train_state(folder.path(step))
-    for line in check_resumable(state, run_identity_of(plan, data.summary), c.allow_mismatch):
+    path, identity = folder.path(step), run_identity_of(plan, data.summary)
+    state = read_train_state(path)
+    for line in check_resumable(state, identity, c.allow_mismatch):
         logger.warning("%s; checkpoint.allow_mismatch accepts it", line)
     check_length(step, data.total_steps)
-    return f"from {folder.path(step)}"
+    if (path / ".metadata").is_file():
+        ends = "training.steps, training.epochs" if step == data.total_steps else ""
+        stored = CheckpointReader(path).read_metadata().state_dict_metadata
+        if stale := check_unfolded(state, identity, stored, ends):
+            logger.warning("%s", stale)
+    return f"from {path}"
 
 
 def _assemble(plan: RunPlan) -> None:

@@ -135,12 +135,34 @@ def test_combinations_of_the_folding_family_that_make_no_sense():
     assert line.startswith(
         "hdpissa.refresh_steps: slices are taken from a W that is folded; use a multiple of hdpissa."
     )
+    (line,) = errors_of(*local, "--optimizer.name", "ASGD")
+    assert line.startswith("hdpissa.local_steps: dA and dB stay for several steps, in which ASGD would shrink them")
     int8 = ["--hdpissa.exchange_dtype", "int8"]
+    assert errors_of(*int8, "--hdpissa.refresh_steps", "2") == []
+    assert errors_of(*int8, *local, "--hdpissa.refresh_steps", "8") == []
+    for period in (["--hdpissa.refresh_steps", "1"], [*local, "--hdpissa.refresh_steps", "4"]):
+        assert errors_of(*period) == []
+        (line,) = errors_of(*int8, *period)
+        assert line.startswith("hdpissa.refresh_steps: new slices after every fold would drop all that int8 leaves")
     assert errors_of(*int8) == errors_of(*int8, "--hdpissa.exchange", "factors", "--optimizer.name", "SGD") == []
     for key, value in (("hdpissa.exchange", "dense"), ("hdpissa.mute_scalar", "1e-16"), ("optimizer.name", "ASGD")):
         (line,) = errors_of(*int8, f"--{key}", value)
         assert line.startswith("hdpissa.exchange")
         assert key in line
+
+
+def test_patience_counts_folds():
+    """Between two folds validation sees the same W, which would be no gain."""
+    patient = ["--validation.enable", "--data.validation", "v", "--validation.patience", "2", "--validation.freq"]
+    local = ["--hdpissa.local_steps", "4"]
+    (line,) = errors_of(*local, *patient, "6")
+    assert line == (
+        "validation.patience: between two folds the validated W stays, which would count as no gain; use a "
+        "validation.freq that is a multiple of hdpissa.local_steps = 4, or set it to 0"
+    )
+    assert errors_of(*local, *patient, "8") == errors_of(*patient, "6") == []
+    assert errors_of(*local, *patient, "6", "--validation.patience", "0") == []
+    assert errors_of(*local, *patient, "6", "--adapter.method", "lora") == []
 
 
 def test_full_has_no_adapters_to_drop_out_or_leave_alone():

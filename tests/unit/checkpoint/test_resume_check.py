@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from titan_hd.checkpoint.resume_check import allow_mismatch_errors, check_resumable, run_identity, weights_fingerprint
+from titan_hd.checkpoint.resume_check import (
+    allow_mismatch_errors,
+    check_resumable,
+    check_unfolded,
+    run_identity,
+    weights_fingerprint,
+)
 from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
 from titan_hd.models.registry import FLAVORS, parse_hf_config
@@ -93,6 +99,54 @@ class TestCheckResumable:
     def test_what_cannot_be_allowed(self):
         (line,) = allow_mismatch_errors(["training.seed", "adapter.rank"])
         assert line.startswith("checkpoint.allow_mismatch: 'adapter.rank' cannot differ; only ")
+
+
+SAVED = {"hdpissa.local_steps": 4, "hdpissa.aggregate": "mean", "hdpissa.samples": "own", "hdpissa.mute_scalar": 0.0}
+BETWEEN, INT8 = ("model.w", "residuals.l.delta_A", "unfolded.rates"), ("model.w", "residuals.l.delta_A")
+OTHER = [("local_steps", 2), ("local_steps", 1), ("aggregate", "sum"), ("samples", "all"), ("mute_scalar", 1e-16)]
+
+
+class TestCheckUnfolded:
+    """What waits in dA and dB: of step 6 with L = 4, and what int8 leaves at a fold."""
+
+    def check(self, stored: tuple[str, ...], ends: str = "", step: int = 6, **changes) -> str | None:
+        current = SAVED | {f"hdpissa.{key}": value for key, value in changes.items()}
+        return check_unfolded({"step": step, "identity": SAVED}, current, stored, ends)
+
+    def test_the_same_run(self):
+        for stored in (BETWEEN, INT8, ("model.w",)):
+            assert self.check(stored, refresh_steps=8) is None, "slices are taken at a fold, as L is the same"
+        assert self.check(("model.w",), "training.steps", aggregate="sum", local_steps=1) is None, "nothing waits"
+
+    @pytest.mark.parametrize(("key", "value"), OTHER)
+    def test_steps_are_folded_as_they_were_trained(self, key: str, value: object):
+        with pytest.raises(UserError) as caught:
+            self.check(BETWEEN, **{key: value})
+        assert str(caught.value) == (
+            f"hdpissa.{key}: the checkpoint of step 6 lies between two folds of hdpissa.local_steps = 4: what waits is "
+            f"for {SAVED[f'hdpissa.{key}']!r}, not {value!r}; set it back, or resume from a fold with "
+            "checkpoint.load_step = 4"
+        )
+
+    @pytest.mark.parametrize(("step", "said"), [(3, "start anew with checkpoint.load_step = 0"), (9, "load_step = 8")])
+    def test_a_run_without_a_step_to_fold_them(self, step: int, said: str):
+        with pytest.raises(
+            UserError, match=rf"^training\.steps: the checkpoint of step {step}, with .* raise it, or .*{said}$"
+        ):
+            self.check(BETWEEN, "training.steps", step)
+
+    @pytest.mark.parametrize(("key", "value"), OTHER)
+    def test_what_int8_has_left_is_for_one_factor(self, key: str, value: object):
+        line = self.check(INT8, "training.steps", step=4, **{key: value})
+        if key == "local_steps":
+            assert line is None
+        else:
+            assert line == (
+                f"hdpissa.{key}: changed; what int8 has left in dA and dB was for the old value, and is dropped"
+            )
+
+    def test_a_method_that_does_not_fold(self):
+        assert check_unfolded({"step": 6, "identity": {}}, {"adapter.method": "lora"}, ("model.w",), "x") is None
 
 
 def test_alpha_is_the_rank_where_it_is_not_set():

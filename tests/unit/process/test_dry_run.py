@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.fsdp import FSDPModule
 
 from tests.kit import runs
@@ -134,3 +136,8 @@ def test_the_checkpoint_that_it_would_go_on_from(ask, tmp_path: Path):
     assert line.startswith("titan_hd: error: training.seed: the checkpoint has 42, this run 7")
     (line,) = ask(2, checkpoint__enable="true", training__steps=2)[2]
     assert "2 steps, but the checkpoint to resume from has 3" in line
+    table = Metadata({"unfolded.rates": BytesStorageMetadata()})
+    (folder / ".metadata").write_bytes(pickle.dumps(table))
+    assert ask(2, checkpoint__enable="true")[0] == 0
+    (line,) = ask(2, checkpoint__enable="true", training__steps=3)[2]
+    assert line.startswith("titan_hd: error: training.steps, training.epochs: the checkpoint of step 3, with")
