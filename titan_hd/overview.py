@@ -149,7 +149,8 @@ def _adapters(plan: RunPlan, workers: int) -> str:
         mapping = f"{k // workers} on each worker"
     else:
         mapping = "one on each worker" if k == workers else f"each on {workers // k} workers, which share it"
-    return f"K = {k} of rank {rank}, {mapping}"
+    unit = "; A and B orthonormal, times one number (hdpissa.factor_scale = unit)"
+    return f"K = {k} of rank {rank}, {mapping}{unit * (plan.config.hdpissa.factor_scale == 'unit')}"
 
 
 def data_lines(data: RunData, config: JobConfig, batch: int) -> Lines:

@@ -23,7 +23,7 @@ import torch
 
 from titan_hd.adapters.hdpissa import HDPissaLinear, LocalHDPissaLinear
 from titan_hd.components.flops import flops_per_token
-from titan_hd.components.memory import Group, fold_bytes, fsdp_group_sizes
+from titan_hd.components.memory import Group, fold_bytes, fsdp_group_sizes, travelling_gradients
 from titan_hd.config import manager
 from titan_hd.config.command_line import ToolParser
 from titan_hd.distributed.update.gradients import bound_elements, gradient_traffic
@@ -180,14 +180,16 @@ def state_bytes(work: Work, plan: UpdatePlan) -> dict[str, int]:
 
 
 def passing_bytes(work: Work, plan: UpdatePlan) -> int:
-    """The most that comes and goes: activations (each block recomputed) beside gathered weights, or buckets."""
+    """The most that comes and goes: activations (each block recomputed) beside gathered weights and the logits or, in
+    the backward pass, gradients on their way to the adapters' holders; or the fold's buckets."""
     c, t, bf16 = work.config, work.tokens, 2
     widths = sum(out for out, _ in c.linear_shapes().values()) + 4 * c.hidden_size
     activations = t * bf16 * (c.num_hidden_layers * c.hidden_size + 2 * widths)
     logits = t * c.vocab_size * (bf16 + 3 * 4)  # bf16; fp32, their softmax and its gradient
     numels = [plan.topology.dp_shard * group.shard for group in _groups(c, plan.topology.dp_shard)]
     gathered = bf16 * (sum(sorted(numels)[-2:]) + max(numels))
-    return max(activations + logits + gathered, fold_bytes(plan, in_flight=2))
+    gradients = travelling_gradients(plan, in_flight=2, device_type="cuda")
+    return max(activations + max(logits, gradients) + gathered, fold_bytes(plan, in_flight=2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,11 +230,8 @@ def exchange_seconds(work: Work, plan: UpdatePlan, cluster: Cluster) -> tuple[fl
         wire += sum(cluster.seconds(collective) for collective in route.traffic(shapes, t, bucket.cached))
         products += sum(route.flops(shape, t) for shape in shapes)
     gradients = gradient_collectives(work, t)
-    fold, received = max(wire, products / cluster.fold_rate), sum(w.received for w in plan.weights)
-    return (
-        fold / t.local_steps + sum(map(cluster.seconds, gradients)),
-        received / t.local_steps + sum(collective.received for collective in gradients),
-    )
+    fold = max(wire, products / cluster.fold_rate)
+    return fold / t.local_steps + sum(map(cluster.seconds, gradients)), plan.received_per_step
 
 
 def estimate(work: Work, topology: Topology, exchange: str, cluster: Cluster) -> Estimate:

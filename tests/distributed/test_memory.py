@@ -208,6 +208,17 @@ class TestRemedy:
         assert fourth["gather_gb"] == every["gather_gb"] > 0
         assert fourth["exchange_gb"] == every["exchange_gb"] / 4 > 0
 
+    @pytest.mark.parametrize("samples", ["own", "all"])
+    @pytest.mark.parametrize("k", [1, 2])
+    def test_bytes_of_the_adapters_gradients(self, k: int, samples: str, argv):
+        """On two workers: an all-reduce where they share one adapter, else a reduce-scatter if samples = "all"."""
+        overrides = {"hdpissa__num_adapters": k, "hdpissa__samples": samples, "adapter__rank": 3}
+        plan = plan_run(manager.load(argv(**overrides, hdpissa__exchange="factors")), 2)
+        shapes = [*plan.decoder.linear_shapes().values()] * plan.decoder.num_hidden_layers
+        gradients = 4 * 3 * sum(map(sum, shapes)) * (k == 1 or samples == "all")
+        updates = (k - 1) * 4 * 3 * sum(-(-out // 2) + width for out, width in shapes)
+        assert fitting.traffic_gb(plan, 2, kept=False)["exchange_gb"] == (updates + gradients) / 1e9
+
     def test_what_is_offloaded_takes_nothing_of_a_gpu(self, argv):
         plan = self.plan(argv)
         before = fitting.estimate_run(plan, "cuda").held

@@ -29,8 +29,9 @@ from tools.scaling import Work, fsdp_gathers, gradient_collectives, state_bytes
 # Bytes
 
 
-def received(argv: list[str]) -> tuple[list[int], int, int]:
-    """All-gathers of the second step's forward and backward passes; bytes of its exchange, counted and planned."""
+def received(argv: list[str]) -> tuple[list[int], int, tuple[int, float]]:
+    """All-gathers of the second step's forward and backward passes; bytes of its exchange, counted; planned ones
+    of the updates, and with the adapters' gradients."""
     run = runs.trainer(argv)
     run.train_step()
     gathers, before = Gathers(), TRAFFIC.received
@@ -46,7 +47,7 @@ def received(argv: list[str]) -> tuple[list[int], int, int]:
     with gathers:
         run.train_step()
     run.close()
-    planned = sum(w.received for w in fold.plan.weights) if folds else 0
+    planned = (sum(w.received for w in fold.plan.weights), fold.plan.received_per_step) if folds else (0, 0)
     return gathers.received, TRAFFIC.received - before, planned
 
 
@@ -90,9 +91,9 @@ def test_bytes_of_a_step_are_those_counted(case, request, tmp_path: Path):
     topology = Topology(num_adapters, 1, replicate, world // replicate, samples=samples)
     shared = 0 if trained else sum(collective.received for collective in gradient_collectives(work, topology))
     expected = fsdp_gathers(work.config, world // replicate, 4, trained) * (8 // world)  # fp32, per micro-batch
-    for gathers, counted, planned in pool.run(world, received, argv):
+    for gathers, counted, (updates, planned) in pool.run(world, received, argv):
         assert sorted(gathers) == sorted(expected)
-        assert counted == planned + shared
+        assert counted == planned == updates + shared
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ G_i of the token-mean loss of that, and
     grad(dB_i) = s G_i A_i^T,   grad(dA_i) = s B_i^T G_i          (s = alpha / r)
 
 which its own AdamW turns into dA_i and dB_i. Then W <- W + c sum_i [(B_i + dB_i)(A_i + dA_i) - B_i A_i]. Every
-refresh_steps steps A_i and B_i are taken from the W of that time, and AdamW begins anew.
+refresh_steps steps A_i and B_i are taken from the W of that time, and AdamW begins anew. With max_norm the gradients of
+a step, of all adapters together, are scaled down to that norm where theirs is larger.
 
 With exchange_dtype = "int8" each row of dA_i and column of dB_i, plus what the fold before has left of it, is rounded
 to multiples of a 127th of its largest magnitude; the difference is left for the next fold with these A_i and B_i.
@@ -110,6 +111,7 @@ class Settings:
     slices: str = "orthogonal"
     factor_scale: str = "root"
     samples: str = "own"
+    max_norm: float = 0.0
     refresh_steps: int = 0
     local_steps: int = 1
     exchange_dtype: str = "float32"
@@ -123,13 +125,14 @@ class Settings:
 def fixed_factors(
     weights: dict[str, torch.Tensor], names: list[str], settings: Settings
 ) -> dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]:
-    """A_i [r, in] and B_i [out, r] of every weight and adapter."""
+    """A_i [r, in] and B_i [out, r] of every weight and adapter. "unit": of length one, times the mean root of the
+    singular values of all directions that some adapter has."""
     s, factors = settings, {}
     for n in names:
         u, sigma, vh = torch.linalg.svd(weights[n], full_matrices=False)
         if s.slices == "minor":
             u, sigma, vh = u.flip(1), sigma.flip(0), vh.flip(0)
-        mean = sigma[: s.num_adapters * s.rank].sqrt().mean()
+        mean = sigma[: s.rank if s.slices == "top" else s.num_adapters * s.rank].sqrt().mean()
         for i in range(s.num_adapters):
             first = 0 if s.slices == "top" else i * s.rank
             part = slice(first, first + s.rank)
@@ -154,7 +157,7 @@ def train(
             factors = fixed_factors(weights, names, s)
             adams = {(n, i, x): Adam(*s.betas, s.eps) for n, i in factors for x in "AB"}
             deltas = {(n, i): (torch.zeros_like(a), torch.zeros_like(b)) for (n, i), (a, b) in factors.items()}
-        rates, total, labels = rates + lr, 0.0, 0
+        rates, total, labels, slopes = rates + lr, 0.0, 0, {}
         for i in range(s.num_adapters):
             # The parameters of the model that adapter i sees: A_i + dA_i and B_i + dB_i where it has one of its own.
             seen = {
@@ -168,10 +171,13 @@ def train(
                 gradients, loss, count = token_mean_gradients({**weights, **own}, config, part, names)
                 total, labels = total + loss, labels + count
             for n in names:
-                (a, b), (da, db) = seen[n], deltas[n, i]
-                da = da + adams[n, i, "A"].update(scale * b.T @ gradients[n], lr)
-                db = db + adams[n, i, "B"].update(scale * gradients[n] @ a.T, lr)
-                deltas[n, i] = da, db
+                a, b = seen[n]
+                slopes[n, i, "A"], slopes[n, i, "B"] = scale * b.T @ gradients[n], scale * gradients[n] @ a.T
+        norm = math.sqrt(sum(slope.square().sum().item() for slope in slopes.values()))
+        clip = min(1.0, s.max_norm / norm) if s.max_norm else 1.0
+        for n, i in factors:
+            moved = (adams[n, i, x].update(clip * slopes[n, i, x], lr) for x in "AB")
+            deltas[n, i] = tuple(map(sum, zip(deltas[n, i], moved)))
         losses.append(total / labels)
         if (step + 1) % s.local_steps == 0 or step + 1 == len(s.lrs):
             for n in names:

@@ -62,6 +62,15 @@ def test_what_is_trained_is_counted(plan):
     assert lines_of(offloaded)["trained"].endswith("; moments on the host")
 
 
+def test_the_scale_of_the_factors_and_a_shared_adapter(plan):
+    lines = lines_of(plan(8, "--hdpissa.num_adapters", "1", "--hdpissa.factor_scale", "unit"))
+    assert lines["adapters"] == (
+        "K = 1 of rank 4, each on 8 workers, which share it; A and B orthonormal, times one number "
+        "(hdpissa.factor_scale = unit)"
+    )
+    assert " GB of it the adapters' gradients, factors for 14 of 14 weights" in lines["exchange"]
+
+
 @pytest.mark.parametrize(
     ("workers", "k", "said"),
     [

@@ -190,7 +190,8 @@ def cut_slices(
 
 def unit_factors(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Orthonormal directions times one number: from a = S^1/2 V^T [count, in] and b = U S^1/2 [out, count], the mean of
-    S^1/2 over the count directions times V^T, and times U. Directions without a singular value stay zero."""
+    S^1/2 over the count directions (those that the slices of all adapters take) times V^T, and times U. Directions
+    without a singular value stay zero, and count as zero in the mean."""
     root = a.double().norm(dim=1)
     ratio = torch.where(root > 0, root.mean() / root, 0.0)
     return (a * ratio[:, None]).float(), (b * ratio).float()

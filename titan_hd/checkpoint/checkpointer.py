@@ -2,9 +2,9 @@
 
 A checkpoint is a folder `step-N` with DCP's files (weights, fixed factors and optimizer moments as DTensors),
 `train_state.json` (step, runs of the trackers, identity, resolved configuration) and `manifest.json` (size and checksum
-of every file). The data cursor and the learning rate are functions of the step; dA and dB are zero between steps (the
-residuals that int8 leaves in them are saved); random numbers are functions of (seed, step, sample): none of them needs
-saving.
+of every file). The data cursor and the learning rate are functions of the step, random numbers of (seed, step, sample):
+none of them needs saving. Nor do dA and dB, which are zero after a fold; what is in them otherwise is saved: residuals
+that int8 leaves, and local steps that no fold has taken yet.
 
 A save, told in order: wait for the save before; copy the shards to the host (training goes on from here, if it is
 asynchronous); every rank writes its shards to `step-N.partial`, a checksum beside, and waits for its disk; rank 0 gets

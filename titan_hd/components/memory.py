@@ -26,7 +26,7 @@ from titan_hd.components.weight_changes import measured_layers, products_bytes
 from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.parallelize import fsdp_groups
 from titan_hd.distributed.row_shards import chunk_rows
-from titan_hd.distributed.update.gradients import bound_elements, gradient_traffic
+from titan_hd.distributed.update.gradients import bound_elements
 from titan_hd.distributed.update.plan import UpdatePlan, block_of
 from titan_hd.distributed.update.routes import ROUTES
 from titan_hd.distributed.weight_gathers import sums_gradients_once
@@ -376,18 +376,14 @@ def _optimizer_temporaries(sizes: Sizes, groups: list[Group]) -> int:
 
 def received_bytes(sizes: Sizes, micro_batches: int, kept: bool = False) -> tuple[int, float]:
     """What a worker receives in a step: all-gathers of the weights, and the exchange of the updates of a method that
-    folds (on average over the steps from fold to fold), with the gradients on their way to the adapters' holders. Other
-    gradients that are summed over workers are not in it. kept: the weights are gathered once for the step."""
+    folds (on average over the steps from fold to fold), with the gradients of its adapters. Other methods' gradients,
+    which are summed over workers, are not in it. kept: the weights are gathered once for the step."""
     shards = sizes.mesh[1]
     model, _ = _meta_model(sizes)
     embeds = model.model.embed_tokens.weight.requires_grad
     groups = fsdp_group_sizes(model, shards)
     elements = sum((1 if kept else micro_batches * group.gathers(embeds)) * group.shard for group in groups)
-    exchanged = 0.0
-    if sizes.updates is not None:
-        traffic = gradient_traffic([weight.shape for weight in sizes.updates.weights], sizes.updates.topology)
-        exchanged = sum(weight.received for weight in sizes.updates.weights) / sizes.updates.topology.local_steps
-        exchanged += sum(collective.received for collective in traffic if collective.kind == "reduce_scatter")
+    exchanged = 0.0 if sizes.updates is None else sizes.updates.received_per_step
     return (shards - 1) * elements * sizes.compute.itemsize, exchanged
 
 

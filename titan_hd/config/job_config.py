@@ -277,7 +277,7 @@ class HDPissa:
     two are the paper's ablations."""
     factor_scale: Literal["root", "unit"] = "root"
     """root: A and B carry the roots of the singular values, as in the paper. unit: they are orthonormal, times the mean
-    of a weight's roots, so that Adam moves all directions alike."""
+    of the roots over the directions that a weight's adapters take, so that Adam moves all directions alike."""
     samples: Literal["own", "all"] = "own"
     """What an adapter learns from. own: its share of the global batch, as in the paper. all: every sample; K then says
     over how many holders the K*r directions are dealt, and a run trains as K = 1 with rank K*r does."""

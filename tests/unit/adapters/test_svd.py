@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.kit import oracle
+from titan_hd.adapters.hdpissa import HDPissa
 from titan_hd.adapters.svd import (
+    FACTOR_SCALES,
     SvdSettings,
     captured_energy,
     cut_slices,
@@ -251,6 +254,20 @@ class TestUnitFactors:
         close(a @ a.T, mean**2 * torch.eye(4))
         close(b.T @ b, mean**2 * torch.eye(4))
         close(b @ a, mean**2 * u[:, :4] @ vh[:4])
+
+    @pytest.mark.parametrize("scale", list(FACTOR_SCALES))
+    @pytest.mark.parametrize("slices", ["orthogonal", "minor", "top"])
+    def test_slices_of_either_scale_are_the_oracles(self, slices: str, scale: str):
+        """The mean is over the directions that some adapter has: of top slices r, of the others K r."""
+        w, method = weight(12, 9), HDPissa(K, R, slices=slices)
+        factors = principal_factors(w, method.directions, SvdSettings(smallest=method.smallest))
+        sliced_a, sliced_b = cut_slices(*FACTOR_SCALES[scale](*factors), K, R, slices)
+        settings = oracle.Settings(K, R, 1, [], slices=slices, factor_scale=scale)
+        for (_, i), (a, b) in oracle.fixed_factors({"w": w.double()}, ["w"], settings).items():
+            close(sliced_a[i].norm(dim=1), a.norm(dim=1))
+            for direction in range(R):  # the sign of a pair is open
+                got = torch.outer(sliced_b[i][:, direction], sliced_a[i][direction])
+                close(got, torch.outer(b[:, direction], a[direction]))
 
     def test_directions_without_a_singular_value_stay_zero(self):
         a, b = torch.zeros(3, 5), torch.zeros(4, 3)

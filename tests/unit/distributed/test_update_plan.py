@@ -83,7 +83,10 @@ class TestPlan:
             assert w.received == min(w.received_by_route.values())
 
     def test_one_worker_receives_nothing(self):
-        assert received(plan_update(SHAPES_8B, Topology(8, 16, 1, 1), "auto")) == 0
+        for samples in ("own", "all"):
+            plan = plan_update(SHAPES_8B, Topology(8, 16, 1, 1, samples=samples), "auto")
+            assert received(plan) == plan.received_per_step == 0
+            assert plan.summary() == "nothing travels: there is one worker"
 
     def test_many_workers_share_few_adapters(self):
         """On 1,024 workers with K = 8 a worker exchanges with 7 others, not with 1,023."""
@@ -116,6 +119,33 @@ class TestPlan:
         assert plans[0].weights == plans[1].weights, "the update travels alike"
         line = "gradients of 8 directions, 0.000 GB; their holders receive 0.000 GB"
         assert [line in plan.table() for plan in plans] == [False, True]
+
+    @pytest.mark.parametrize("local_steps", [1, 4])
+    @pytest.mark.parametrize("samples", ["own", "all"])
+    @pytest.mark.parametrize("k", [1, 2, 8])
+    def test_every_line_counts_updates_and_gradients(self, k: int, samples: str, local_steps: int):
+        """128 directions on 8 workers, in fp32: from the other holders dA and this worker's rows of dB; gradients by an
+        all-reduce among the workers that share an adapter, where all learn from all by a reduce-scatter as well."""
+        shapes, r, sharing = {f"layers.{i}.w": (8192, 4096) for i in range(4)}, 128 // k, 8 // k
+        topology = Topology(k, r, 1, 8, samples=samples, local_steps=local_steps)
+        plan = plan_update(shapes, topology, "factors")
+        updates = (k - 1) * r * 4 * 4 * (4096 + 1024) / local_steps
+        adapter = r * 4 * 4 * (4096 + 8192)
+        gradients = 2 * (sharing - 1) * adapter // sharing + (k - 1) * adapter * (samples == "all")
+        assert plan.received_gradients == gradients
+        assert plan.received_per_step == updates + gradients
+        dense = sum(w.received_by_route["dense"] for w in plan.weights) / local_steps + gradients
+        part = f", {gradients / 1e9:.3f} GB of it the adapters' gradients" if gradients else ""
+        assert plan.summary() == (
+            f"{(updates + gradients) / 1e9:.3f} GB received per worker and step{part}, factors for 4 of 4 weights; "
+            f"all dense would be {dense / (updates + gradients):.1f} times that"
+        )
+        lines, size = plan.table().splitlines(), f"{gradients / 1e9:.3f} GB more"
+        shared = f"  {sharing} workers share an adapter and add up its gradients: {size} in every step"
+        assert (shared in lines) == (samples == "own" and sharing > 1)
+        assert any(line.endswith(f"their holders receive {size}") for line in lines) == (samples == "all")
+        total = f"  updates and gradients: {(updates + gradients) / 1e9:.3f} GB per step"
+        assert (lines[-1] == total) == (gradients > 0)
 
     def test_it_needs_no_torch(self):
         code = (

@@ -9,9 +9,21 @@ from dataclasses import replace
 import pytest
 
 from tests.kit.commands import REPOSITORY, call_tool
+from titan_hd.distributed.update.plan import plan_update
 from titan_hd.distributed.update.topology import Topology
 from titan_hd.models.registry import flavor_config
-from tools.scaling import Cluster, Work, authors_estimate, best, compute_seconds, estimate, fsdp_gathers, main, table
+from tools.scaling import (
+    Cluster,
+    Work,
+    authors_estimate,
+    best,
+    compute_seconds,
+    estimate,
+    fsdp_gathers,
+    main,
+    passing_bytes,
+    table,
+)
 
 LLAMA_8B = Work(flavor_config("llama3", "8B"))
 CLUSTER = Cluster()
@@ -89,6 +101,25 @@ def test_local_steps_divide_the_fold_alone():
     ten, four = (compute_seconds(replace(LLAMA_8B, local_steps=n), CLUSTER) for n in (4, 1))
     added = LLAMA_8B.tokens * 6 * shared / 4 / (CLUSTER.peak * CLUSTER.utilisation)
     assert ten - four == pytest.approx(added)
+
+
+@pytest.mark.parametrize("samples", ["own", "all"])
+def test_bytes_of_one_adapter_are_its_gradients(samples: str):
+    """Eight GPUs add up what they have of its gradient, and nobody else's update comes."""
+    t = Topology(1, 16, 1, 8, samples=samples)
+    adapter = 4 * 16 * sum(sum(shape) for shape in LLAMA_8B.shapes().values())
+    assert estimate(LLAMA_8B, t, "factors", CLUSTER).exchanged == 2 * 7 * adapter // 8
+
+
+def test_gradients_on_their_way_take_memory():
+    """Of two blocks what is sent, fp32 and 1,024 directions, and the holder's 64th; seen where logits are few."""
+    few, block = replace(LLAMA_8B, tokens=8, length=8), sum(map(sum, LLAMA_8B.config.linear_shapes().values()))
+    own, together = (
+        passing_bytes(few, plan_update(few.shapes(), Topology(64, 16, 8, 8, samples=samples), "factors"))
+        for samples in ("own", "all")
+    )
+    logits = 8 * 128256 * (2 + 3 * 4)
+    assert together - own == 2 * (4 * 1024 * block + 4 * 16 * block) - logits
 
 
 def test_a_model_that_fits_nowhere_is_said_to():

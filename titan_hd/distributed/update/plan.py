@@ -63,17 +63,28 @@ class UpdatePlan:
         """Equal on all ranks, or the run must not start."""
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
+    @property
+    def received_gradients(self) -> int:
+        """Bytes per step of the adapters' gradients, on their way to the holders and among workers that share one."""
+        traffic = gradient_traffic([w.shape for w in self.weights], self.topology)
+        return sum(collective.received for collective in traffic)
+
+    @property
+    def received_per_step(self) -> float:
+        """Bytes of updates, on average over the steps from one fold to the next, and of gradients."""
+        return sum(w.received for w in self.weights) / self.topology.local_steps + self.received_gradients
+
     def summary(self) -> str:
         """How much travels, and how, on one line; `table` has the kinds of weights."""
-        total = sum(w.received for w in self.weights)
-        if not total:
+        if self.topology.workers == 1:
             return "nothing travels: there is one worker"
+        gradients, each = self.received_gradients, self.received_per_step
         counts = Counter(w.route for w in self.weights)
         routes = " and ".join(f"{route} for {count}" for route, count in counts.items())
-        dense = sum(w.received_by_route["dense"] for w in self.weights)
-        more = f"; all dense would be {dense / total:.1f} times that" if dense > total else ""
-        each = total / self.topology.local_steps / 1e9
-        return f"{each:.3f} GB received per worker and step, {routes} of {len(self.weights)} weights{more}"
+        dense = sum(w.received_by_route["dense"] for w in self.weights) / self.topology.local_steps + gradients
+        more = f"; all dense would be {dense / each:.1f} times that" if dense > each else ""
+        part = f", {gradients / 1e9:.3f} GB of it the adapters' gradients" if gradients else ""
+        return f"{each / 1e9:.3f} GB received per worker and step{part}, {routes} of {len(self.weights)} weights{more}"
 
     def table(self) -> str:
         """One line per kind of weight (equal shape and route), and the totals."""
@@ -105,12 +116,19 @@ class UpdatePlan:
             lines.append(
                 f"  a fold every {t.local_steps} steps: {total / t.local_steps / 1e9:.3f} GB per step on average"
             )
+        gradients = self.received_gradients
         if t.samples == "all":
-            received = sum(collective.received for collective in gradient_traffic(shapes, t))
             lines.append(
                 f"  adapters learn from all samples: each worker has the fp32 gradients of {t.directions} directions, "
-                f"{4 * bound_elements(shapes, t) / 1e9:.3f} GB; their holders receive {received / 1e9:.3f} GB more"
+                f"{4 * bound_elements(shapes, t) / 1e9:.3f} GB; their holders receive {gradients / 1e9:.3f} GB more"
             )
+        elif gradients:
+            lines.append(
+                f"  {t.sharing} workers share an adapter and add up its gradients: {gradients / 1e9:.3f} GB more in "
+                "every step"
+            )
+        if gradients:
+            lines.append(f"  updates and gradients: {self.received_per_step / 1e9:.3f} GB per step")
         return "\n".join(lines)
 
 
