@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from charts.drawing import Picture, Series, is_wide, mark_of, running_mean, set_log, style_of
+from charts.drawing import PANEL, Picture, Series, is_wide, mark_of, running_mean, set_log, style_of
 
 from compare.drawing import cross, is_wide_metric, metric_text, new_picture, scatter
 from compare.grid_figure import grid_picture
@@ -54,7 +54,9 @@ def _differences(outcome: Outcome) -> Picture | None:
         cross(picture, axes, names.index(arm.name), (difference.mean, difference.half), (float(y), None), text)
     axes.set_yticks(range(len(rows)), [arm.name for arm, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)  # the best above
-    axes.set_xlabel(f"{outcome.rank_by} less that of {outcome.baseline}")
+    axes.set_xlabel("difference")
+    # Names of arms can be as long as the axes.
+    picture.figure.set_figwidth(PANEL[0] + 0.085 * max(len(arm.name) for arm, _ in rows))
     return picture
 
 
