@@ -12,6 +12,7 @@ from titan_hd.checkpoint.folder import STATE_FILE, read_train_state
 from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.checkpoint.resume_check import same_model
 from titan_hd.checkpoint.weights import CheckpointWeights
+from titan_hd.console import Progress, tell
 from titan_hd.distributed.parallel_dims import ParallelDims, local_part, owned_block
 from titan_hd.distributed.parallelize import parallelize
 from titan_hd.distributed.shards import load_weights, materialize
@@ -35,8 +36,10 @@ def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.d
     config, weights, directory = open_pretrained(path, assets)
     model = _empty_model(config, dtype)
     materialize(model, device)
-    for name, parameter in model.named_parameters():
-        _read_into(weights, name, parameter)
+    with _reading(model) as progress:
+        for name, parameter in model.named_parameters():
+            _read_into(weights, name, parameter)
+            progress.update(parameter.nbytes)
     return model, directory
 
 
@@ -56,12 +59,20 @@ def load_sharded(
     if isinstance(weights, WeightFiles):
         load_weights(model, dims, str(directory))
         return model, directory, dims.dp_mesh.get_group()
-    for name, parameter in model.named_parameters():
-        whole = torch.empty(parameter.shape, dtype=dtype)
-        _read_into(weights, name, whole)
-        block = owned_block(tuple(parameter.shape), None, dims.place(dims.rank), dims)
-        local_part(parameter).copy_(whole[block.row : block.row + block.rows])
+    with _reading(model) as progress:
+        for name, parameter in model.named_parameters():
+            whole = torch.empty(parameter.shape, dtype=dtype)
+            _read_into(weights, name, whole)
+            block = owned_block(tuple(parameter.shape), None, dims.place(dims.rank), dims)
+            local_part(parameter).copy_(whole[block.row : block.row + block.rows])
+            progress.update(whole.nbytes)
     return model, directory, dims.dp_mesh.get_group()
+
+
+def _reading(model: Decoder) -> Progress:
+    """A tool's, which has no log: it tells."""
+    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return Progress("reading the weights", total, "B", said=tell)
 
 
 def open_pretrained(path: Path, assets: str) -> tuple[DecoderConfig, WeightFiles | CheckpointWeights, Path]:
