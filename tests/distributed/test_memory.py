@@ -76,8 +76,8 @@ def peak_of_step(argv: list[str]) -> int:
             continue
         address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
         if size > 0:
+            total += size - live.get(address, 0)  # of what was there, the profiler has not seen the end
             live[address] = size
-            total += size
         else:
             total -= live.pop(address, 0)
         if step.start_time_ns <= event.start_time_ns <= step.end_time_ns:
