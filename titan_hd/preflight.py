@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -30,14 +29,12 @@ from titan_hd.data.build import check_data
 from titan_hd.distributed.parallel_dims import holders_error, placement_error, resolve_shard_degree
 from titan_hd.distributed.tp.tensor_parallel import LINEAR_PATHS, local_shape, tensor_parallel_errors
 from titan_hd.distributed.update.plan import UpdatePlan
-from titan_hd.errors import UserError
+from titan_hd.errors import Faults, UserError
 from titan_hd.export.hf import check_assets, check_folder, check_place, export_folder
 from titan_hd.files import shown_size
 from titan_hd.models.decoder import parameter_shapes
 from titan_hd.models.hf_files import open_model_weights, read_model_config
 from titan_hd.models.registry import DecoderConfig, flavor_config
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,38 +79,31 @@ def plan_run(
     Raises:
         ConfigError: one line for every fault that needs the model's shapes, the files or the number of workers.
     """
-    errors = method_errors(config)
+    errors = Faults(method_errors(config))
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     warnings = dtype_warnings(config, device_type) + _profiling_warnings(config, device_type)
     absent = [rank for rank in config.profiling.profile_ranks if rank >= world_size]
     if absent and (config.profiling.enable_profiling or config.profiling.memory_snapshot_steps):
         errors.append(f"profiling.profile_ranks: {', '.join(map(str, absent))}: the ranks are 0 to {world_size - 1}")
 
-    def attempt(function: Callable[..., T], *args: object) -> T | None:
-        try:
-            return function(*args)
-        except UserError as error:
-            errors.extend(str(error).splitlines())
-            return None
-
     parallelism, training = config.parallelism, config.training
     replicate, tp = parallelism.data_parallel_replicate_degree, parallelism.tensor_parallel_degree
-    shard = attempt(resolve_shard_degree, replicate, parallelism.data_parallel_shard_degree, tp, world_size)
+    shard = errors.attempt(resolve_shard_degree, replicate, parallelism.data_parallel_shard_degree, tp, world_size)
     workers = max(1, world_size // tp)
-    decoder = attempt(decoder_config, config)
+    decoder = errors.attempt(decoder_config, config)
     given, files = config, files_dtype(config, decoder) or unseen_files
     config = resolve_dtypes(config, device_type, files, _saved_state(config))
-    attempt(optimizer_class, config.optimizer.name)
+    errors.attempt(optimizer_class, config.optimizer.name)
     errors += tracker_errors(config)
     if needs_files:
-        attempt(check_data, config.data)
+        errors.attempt(check_data, config.data)
     if config.export.enable and needs_files:
-        attempt(_check_export, config)
+        errors.attempt(_check_export, config)
     warnings += _period_warnings(config, method_of(config))
     errors += allow_mismatch_errors(config.checkpoint.allow_mismatch)
     method = build_method(config, method_of(config).adapters_for(config, workers))
     if decoder and needs_files:
-        attempt(_check_start, config, decoder, method)
+        errors.attempt(_check_start, config, decoder, method)
     global_batch = training.global_batch_size
     if global_batch == -1:
         global_batch = training.local_batch_size * max(method.shares, workers)

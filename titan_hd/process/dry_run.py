@@ -11,9 +11,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -26,14 +24,12 @@ from titan_hd.components.run_data import RunData, read_data
 from titan_hd.config.job_config import JobConfig
 from titan_hd.console import init_logging, silence_libraries
 from titan_hd.distributed.parallel_dims import ParallelDims
-from titan_hd.errors import UserError
+from titan_hd.errors import Faults, UserError
 from titan_hd.overview import Overview, data_lines, screen, version_line
 from titan_hd.preflight import RunPlan, run_identity_of
 from titan_hd.process.run_lock import LOCK_FILE, RunLock
 
 logger = logging.getLogger("titan_hd")
-
-T = TypeVar("T")
 
 
 def dry_run(config: JobConfig, plan: RunPlan, overview: Overview) -> None:
@@ -50,22 +46,15 @@ def dry_run(config: JobConfig, plan: RunPlan, overview: Overview) -> None:
     print(version_line(), screen(overview.lines(), sys.stdout), *tables, sep="\n", flush=True)
     for line in (*ignored_keys(config), *plan.warnings):
         logger.warning("%s", line)
-    errors: list[str] = []
+    errors = Faults()
 
-    def attempt(function: Callable[..., T], *args: object) -> T | None:
-        try:
-            return function(*args)
-        except UserError as error:
-            errors.extend(str(error).splitlines())
-            return None
-
-    attempt(_check_dump_folder, Path(config.job.dump_folder))
-    data = attempt(read_data, plan.config, plan.decoder.vocab_size, plan.global_batch_size)
+    errors.attempt(_check_dump_folder, Path(config.job.dump_folder))
+    data = errors.attempt(read_data, plan.config, plan.decoder.vocab_size, plan.global_batch_size)
     resumes = None
     if data is not None:
         print(screen(data_lines(data, plan.config, plan.global_batch_size), sys.stdout), flush=True)
-        resumes = attempt(_check_resume, plan, data)
-    attempt(_assemble, plan)
+        resumes = errors.attempt(_check_resume, plan, data)
+    errors.attempt(_assemble, plan)
     if overview.device_type == "cuda":
         errors += overview.faults()
     else:
