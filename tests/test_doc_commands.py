@@ -17,7 +17,7 @@ import pytest
 from tests.kit.commands import REPOSITORY, call_tool
 from titan_hd import cli
 from titan_hd.bundle import QUICKSTART_PATHS, recipe
-from titan_hd.config import manager
+from titan_hd.config import keys, manager
 from titan_hd.config.command_line import ToolParser
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -157,7 +157,7 @@ def check_run(arguments: list[str]) -> None:
     """The configuration comes to something; one that stands for any need not name a model and data."""
     if "--help" in arguments:
         topics = [word for word in arguments if word != "--help" and not word.isupper()]
-        assert manager.help_text([topic for topic in topics if "SECTION" not in topic])
+        assert keys.help_text([topic for topic in topics if "SECTION" not in topic])
         return
     arguments = [word for word in arguments if word not in ("--section.key", "value", "section.key")]
     if "--quickstart" in arguments or not arguments:

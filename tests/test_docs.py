@@ -17,7 +17,7 @@ import docs_pages
 import pytest
 
 from tests.kit.commands import REPOSITORY
-from titan_hd.config.manager import every_key
+from titan_hd.config.keys import every_key
 from titan_hd.in_process import RunResult
 
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))

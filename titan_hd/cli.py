@@ -14,6 +14,7 @@ from typing import NamedTuple
 from titan_hd import __version__
 from titan_hd.bundle import RECIPES, ROOT, check_bundle, recipe
 from titan_hd.config import manager
+from titan_hd.config.keys import hint
 from titan_hd.errors import UserError
 
 
@@ -63,7 +64,7 @@ def _run(argv: list[str]) -> None:
         return
     name, words = argv[0], with_recipes(argv[1:])
     if name not in COMMANDS:
-        raise UserError(f"{name}: unknown command{manager.hint(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
+        raise UserError(f"{name}: unknown command{hint(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
     check_bundle()
     os.environ["PYTHON"] = sys.executable  # whatever starts run_train.sh, this Python trains
     command = COMMANDS[name]

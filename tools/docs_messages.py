@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from titan_hd.config.manager import every_key
+from titan_hd.config.keys import every_key
 
 ROOT = Path(__file__).resolve().parent.parent
 _LISTS = ("errors", "faults")  # names of lists of lines that are raised together

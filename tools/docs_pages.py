@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from docs_messages import tables
 
 from titan_hd.config.job_config import DataSource, JobConfig
-from titan_hd.config.manager import documented, every_key
+from titan_hd.config.keys import documented, every_key
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from titan_hd.config import manager
+from titan_hd.config.keys import every_key, hint
 from titan_hd.console import silence_libraries
 
 
@@ -44,7 +45,7 @@ class ToolParser(argparse.ArgumentParser):
         for word in rest:
             name = word.partition("=")[0]
             if name.startswith("--") and "." not in name and name != "--config":
-                self._refuse(name, [*self._options(), "--config", *(f"--{key}" for key in manager.every_key())])
+                self._refuse(name, [*self._options(), "--config", *(f"--{key}" for key in every_key())])
         return found, rest
 
     def error(self, message: str) -> NoReturn:
@@ -54,7 +55,7 @@ class ToolParser(argparse.ArgumentParser):
         name = word.partition("=")[0]
         if not name.startswith("-"):
             self.error(f"{word}: unexpected argument")
-        self.error(f"{name}: unknown option{manager.hint(name, known)}")
+        self.error(f"{name}: unknown option{hint(name, known)}")
 
     def _options(self) -> Iterator[str]:
         """Names of all options, those of commands within the tool too."""

@@ -7,11 +7,7 @@ Needs neither torch nor a process group, so that a fault costs a fraction of a s
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import difflib
-import functools
-import inspect
 import itertools
 import json
 import math
@@ -25,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from titan_hd.bundle import RECIPES, ROOT
-from titan_hd.config import job_config
 from titan_hd.config.checks import check_combinations, check_presence
 from titan_hd.config.job_config import DataSource, JobConfig
+from titan_hd.config.keys import every_key, fields, help_text, hint
 from titan_hd.console import painted, printable
 from titan_hd.errors import UserError
 from titan_hd.files import expand_home
@@ -118,8 +114,8 @@ def load_or_exit(argv: list[str]) -> JobConfig:
             print(help_text(topics))
             raise SystemExit(0)
         return load(argv)
-    except ConfigError as error:
-        exit_with(error.errors)
+    except UserError as error:
+        exit_with(str(error).splitlines())
 
 
 def _help_topics(argv: list[str]) -> list[str] | None:
@@ -230,8 +226,8 @@ def _renamed(values: dict[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
 
 
 def _flatten(name: str, table: dict, where: str, values: dict, errors: list[str]) -> None:
-    if name not in _fields(JobConfig):
-        errors.append(f"{where}: [{name}]: unknown section{hint(name, _fields(JobConfig))}")
+    if name not in fields(JobConfig):
+        errors.append(f"{where}: [{name}]: unknown section{hint(name, fields(JobConfig))}")
         return
     for key, (value, source) in table.items():
         values[f"{name}.{key}"] = (value, source)
@@ -269,44 +265,21 @@ def _path(value: Any, where: str) -> Any:
     return path
 
 
-@functools.cache
-def _fields(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
 def _is_bool(key: str) -> bool:
     section, _, name = key.partition(".")
-    cls = _fields(JobConfig).get(section)
-    return cls is not None and _fields(cls).get(name) is bool
-
-
-def every_key() -> list[str]:
-    """All keys, as section.key."""
-    return [f"{section}.{name}" for section, cls in _fields(JobConfig).items() for name in _fields(cls)]
-
-
-def hint(word: str, known: typing.Iterable[str]) -> str:
-    """The known name that is nearest to a mistyped one, as the end of a line; "" if none is near.
-
-    A key that stands in another section counts as near: training.lr, or lr alone, is optimizer.lr.
-    """
-    names, last = list(known), word.rpartition(".")[2].lstrip("-")
-    close = difflib.get_close_matches(word, names, n=1)
-    elsewhere = [name for name in names if "." in name and name.rpartition(".")[2] == last]
-    if elsewhere and not (close and close[0] in elsewhere):
-        close = elsewhere[:3]
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    cls = fields(JobConfig).get(section)
+    return cls is not None and fields(cls).get(name) is bool
 
 
 def _build(values: dict[str, tuple[Any, str]], errors: list[str]) -> JobConfig:
     config = JobConfig()
-    sections = _fields(JobConfig)
+    sections = fields(JobConfig)
     for key, (value, where) in values.items():
         section, _, name = key.partition(".")
-        if section not in sections or name not in _fields(sections[section]):
+        if section not in sections or name not in fields(sections[section]):
             errors.append(f"{key}: unknown key ({where}){hint(key, [*every_key(), 'config', 'help'])}")
             continue
-        annotation, from_text = _fields(sections[section])[name], where == "command line"
+        annotation, from_text = fields(sections[section])[name], where == "command line"
         if annotation == str | list[DataSource] and (not isinstance(value, str) or (from_text and _is_json(value))):
             setattr(getattr(config, section), name, _sources(key, value, where, errors))
             continue
@@ -346,11 +319,11 @@ def _sources(key: str, value: Any, where: str, errors: list[str]) -> list[DataSo
         if not entry.get("path"):
             errors.append(f"{name}.path: is missing ({where})")
         for field, given in entry.items():
-            if field not in _fields(DataSource):
-                errors.append(f"{name}.{field}: unknown key ({where}){hint(field, _fields(DataSource))}")
+            if field not in fields(DataSource):
+                errors.append(f"{name}.{field}: unknown key ({where}){hint(field, fields(DataSource))}")
                 continue
             try:
-                given = _coerce(given, _fields(DataSource)[field], False)
+                given = _coerce(given, fields(DataSource)[field], False)
                 setattr(source, field, _path(given, where) if f"data.train[].{field}" in PATHS else given)
             except ValueError as error:
                 errors.append(f"{name}.{field}: {error}, not {given!r} ({where})")
@@ -419,67 +392,6 @@ def _number(value: Any, annotation: type, from_text: bool) -> int | float:
     if not math.isfinite(value):
         raise ValueError("must be finite")
     return annotation(value)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Documentation and printing
-
-
-@functools.cache
-def _field_docs() -> dict[str, dict[str, str]]:
-    """Class name -> field -> the string literal under the field."""
-    docs: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(job_config)).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        fields = docs.setdefault(node.name, {})
-        for statement, following in zip(node.body, node.body[1:]):
-            match statement, following:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    fields[name] = " ".join(text.split())
-    return docs
-
-
-def help_text(topics: typing.Sequence[str] = ()) -> str:
-    """Every key with its type, default and documentation; of topics, which are names of sections or keys, only those.
-
-    Raises:
-        ConfigError: a topic is neither.
-    """
-    sections = _fields(JobConfig)
-    topics = [topic.strip("[]").lstrip("-") for topic in topics]
-    unknown = [topic for topic in topics if topic not in (*sections, *every_key())]
-    if unknown:
-        near = hint(unknown[0], [*sections, *every_key()])
-        listed = ", ".join(sections)
-        raise ConfigError([f"--help: {unknown[0]!r} is neither a section nor a key{near} (sections: {listed})"])
-    lines = [
-        "usage: ./run_train.sh [--config FILE] [--section.key value ...]",
-        "       ./run_train.sh --quickstart [--section.key value ...]",
-        "       ./run_train.sh --help [SECTION or SECTION.KEY ...]",
-        "",
-    ]
-    for section, cls in sections.items():
-        shown = [key for key in documented(cls) if not topics or {section, f"{section}.{key.name}"} & {*topics}]
-        helped = (f"  --{section}.{key.name}  ({key.type}; default {key.default})\n      {key.text}" for key in shown)
-        lines += [f"[{section}]", *helped, ""] if shown else []
-    return "\n".join(lines)
-
-
-class Key(typing.NamedTuple):
-    """A key of a section as it is documented: its type as in Python, its default as in JSON."""
-
-    name: str
-    type: str
-    default: str
-    text: str
-
-
-def documented(section: type) -> list[Key]:
-    """The keys of a section's dataclass, or of a table in a list."""
-    default, texts = section(), _field_docs()[section.__name__]
-    fields = dataclasses.fields(section)
-    return [Key(f.name, str(f.type), json.dumps(getattr(default, f.name)), texts[f.name]) for f in fields]
 
 
 def to_toml(config: JobConfig) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from titan_hd.config import manager
+from titan_hd.config import keys, manager
 from titan_hd.config.job_config import DataSource
 
 NEEDED = ["--model.hf_assets_path", "m", "--training.steps", "3"]
@@ -152,4 +152,4 @@ def test_streaming_has_no_epochs():
 
 
 def test_the_documentation():
-    assert "data.train  (str | list[DataSource]" in manager.help_text()
+    assert "data.train  (str | list[DataSource]" in keys.help_text()

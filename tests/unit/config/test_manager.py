@@ -1,23 +1,14 @@
-"""The configuration: where a value comes from, what is refused and how it is said, and help."""
+"""The configuration: where a value comes from, what is refused and how it is said."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
-import typing
 from pathlib import Path
 
 import pytest
 
-from titan_hd.config import checks, job_config, manager
-from titan_hd.config.job_config import JobConfig
+from titan_hd.config import job_config, keys, manager
 from titan_hd.config.manager import ConfigError, load
-
-if sys.version_info >= (3, 11):
-    pass
-else:
-    pass
 
 # What a configuration cannot do without.
 MODEL = ["--model.name", "llama3", "--model.flavor", "debugmodel"]
@@ -31,9 +22,6 @@ flavor = "debugmodel"
 [training]
 steps = 3
 """
-
-SECTIONS = typing.get_type_hints(JobConfig)
-KEYS = [f"{section}.{field.name}" for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)]
 
 
 def errors_of(argv: list[str]) -> list[str]:
@@ -450,7 +438,7 @@ class TestCombinations:
 
 class TestOldNames:
     def test_they_lead_to_real_keys(self):
-        assert set(manager._RENAMED.values()) <= set(KEYS)
+        assert set(manager._RENAMED.values()) <= set(keys.every_key())
 
     def test_peft_needs_a_base_model(self):
         (line,) = errors_of([*NEEDED, "--export.enable", "--export.format", "peft", "--adapter.method", "lora"])
@@ -471,57 +459,7 @@ class TestOldNames:
             manager.from_toml("[adapter]\nnosuch = 1", "here")
 
 
-class TestDocumentation:
-    def test_every_field_has_documentation(self):
-        docs = manager._field_docs()
-        for section, cls in SECTIONS.items():
-            for field in dataclasses.fields(cls):
-                text = docs[cls.__name__].get(field.name, "")
-                assert text.endswith("."), f"{section}.{field.name}: {text!r}"
-                assert len(text) > 10, f"{section}.{field.name}: {text!r}"
-
-    def test_help_holds_every_key_its_default_and_its_documentation(self):
-        docs, text = manager._field_docs(), manager.help_text()
-        lines = text.splitlines()
-        for section, cls in SECTIONS.items():
-            for field in dataclasses.fields(cls):
-                (number,) = (i for i, line in enumerate(lines) if line.startswith(f"  --{section}.{field.name} "))
-                assert f"default {json.dumps(getattr(cls(), field.name))}" in lines[number]
-                assert lines[number + 1].strip() == docs[cls.__name__][field.name]
-
-    @pytest.mark.parametrize("option", ["--help", "-h"])
-    def test_help_exits_with_zero_whatever_else_is_said(self, option: str, capsys):
-        with pytest.raises(SystemExit) as caught:
-            manager.load_or_exit(["--config", "no-such-file.toml", option])
-        assert caught.value.code == 0
-        assert capsys.readouterr().out == manager.help_text() + "\n"
-
-    @pytest.mark.parametrize(
-        ("words", "beginnings"),
-        [
-            ("--help adapter", ("adapter.",)),
-            ("--training.steps 3 --help [optimizer] hdpissa.slices", ("optimizer.", "hdpissa.slices")),
-            ("--help=debug --training.steps 3", ("debug.",)),
-            ("--help all", ("",)),
-        ],
-    )
-    def test_help_of_a_section_or_a_key(self, words: str, beginnings: tuple[str, ...], capsys):
-        with pytest.raises(SystemExit) as caught:
-            manager.load_or_exit(words.split())
-        assert caught.value.code == 0
-        lines = capsys.readouterr().out.splitlines()
-        expected = [key for key in KEYS if key.startswith(beginnings)]
-        assert [line.split()[0][2:] for line in lines if line.startswith("  --")] == expected
-        sections = list(dict.fromkeys(key.partition(".")[0] for key in expected))
-        assert [line[1:-1] for line in lines if line.startswith("[")] == sections
-
-    def test_help_of_what_there_is_not(self, capsys):
-        with pytest.raises(SystemExit) as caught:
-            manager.load_or_exit(["--help", "adaptr"])
-        assert caught.value.code == 2
-        line = "titan_hd: error: --help: 'adaptr' is neither a section nor a key; did you mean adapter? (sections: job,"
-        assert capsys.readouterr().err.startswith(line)
-
+class TestExits:
     def test_faults_exit_with_two_and_one_line_each(self, capsys):
         with pytest.raises(SystemExit) as caught:
             manager.load_or_exit([*NEEDED, "--training.sed", "1", "--optimizer.lr", "fast"])
@@ -531,6 +469,3 @@ class TestDocumentation:
         first, second = captured.err.splitlines()
         assert first.startswith("titan_hd: error: training.sed: unknown key")
         assert second.startswith("titan_hd: error: optimizer.lr: must be a number")
-
-    def test_limits_name_real_keys(self):
-        assert set(checks._AT_LEAST) <= set(KEYS)
