@@ -72,6 +72,9 @@ class Broken(Tracker):
 
     fails = "start"
 
+    def __init__(self):
+        self._perhaps("__init__")
+
     def start(self, run: TrackedRun) -> None:
         self.run_id = "known"
         self._perhaps("start")
@@ -119,13 +122,14 @@ class TestTrackersOfOnesOwn:
         metrics.close()
         assert Memory.parts[0].ended is True, "it ends once"
 
-    @pytest.mark.parametrize("fails", ["start", "log", "finish"])
+    @pytest.mark.parametrize("fails", ["__init__", "start", "log", "finish"])
     def test_a_failure_costs_the_tracker_and_nothing_else(self, fails: str, tmp_path: Path, monkeypatch, caplog):
         monkeypatch.setattr(Broken, "fails", fails)
         Memory.parts.clear()
-        found = log(config_in(tmp_path, f"{__name__}:Broken", self.NAME), 0, 2, {})
+        before = {f"{__name__}:Broken": "known"} if fails == "__init__" else {}
+        found = log(config_in(tmp_path, f"{__name__}:Broken", self.NAME), 0, 2, before)
         assert [step for step, _ in Memory.parts[0].got] == [1, 2]
-        trouble = "cannot start" if fails == "start" else "failed"
+        trouble = "cannot start" if fails in ("__init__", "start") else "failed"
         assert f"{__name__}:Broken {trouble} (no route in {fails}); going on without it" in caplog.text
         assert caplog.text.count("going on without it") == 1
         assert found[f"{__name__}:Broken"] == "known", "a later part of the run may find it again"
@@ -149,6 +153,12 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_what_is_no_tracker(name: str, tmp_path: Path):
     assert registry.tracker_errors(config_in(tmp_path, name)) == [f"metrics.trackers: {FAULTS[name]}"]
+
+
+def test_a_package_within_one_that_is_not_there(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(Memory, "package", "no_such.part")
+    (line,) = registry.tracker_errors(config_in(tmp_path, f"{__name__}:Memory"))
+    assert line == "metrics.trackers: needs the package no_such.part: pip install no_such.part"
 
 
 def test_the_keys_of_one_tracker_make_one(tmp_path: Path):
