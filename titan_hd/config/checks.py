@@ -122,7 +122,7 @@ def check_combinations(config: JobConfig) -> list[str]:
         "memory_snapshot_steps": "enable_memory_snapshot",
     }
     traced = p.enable_profiling or p.memory_snapshot_steps
-    require(p.profile_ranks or not traced, "profiling.profile_ranks: names no worker that would write")
+    require(bool(p.profile_ranks) or not traced, "profiling.profile_ranks: names no worker that would write")
     for key, switch in switches.items():
         require(not getattr(p, key) or getattr(p, switch), f"profiling.{key}: needs profiling.{switch}")
     require(c.adapter.loraplus_lr_ratio > 0, "adapter.loraplus_lr_ratio: must be above 0")
