@@ -28,7 +28,7 @@ from titan_hd.components.phases import Phases
 from titan_hd.components.profiling import Profiling
 from titan_hd.components.rates import Rates, StepResult, TokenCounts
 from titan_hd.components.run_data import read_data
-from titan_hd.components.trackers.registry import finish_failed_run, saved_run_ids
+from titan_hd.components.trackers.registry import saved_run_ids
 from titan_hd.components.update import UNFOLDED
 from titan_hd.components.validation import Validator
 from titan_hd.components.weight_changes import WeightChanges, ranges
@@ -86,8 +86,8 @@ class Trainer:
             config.training.local_batch_size,
         )
         folder = Path(config.job.dump_folder)
-        self._closing = contextlib.ExitStack()  # of what is made, as it is made
-        try:
+        # What is made is let go of where a later part cannot be made: another run of this process may want the folder.
+        with contextlib.ExitStack() as self._closing:
             with raise_on_all("locking the folder"), disk_faults(folder):
                 if self.dims.rank == 0:
                     self._closing.callback(RunLock(folder).release)
@@ -100,10 +100,7 @@ class Trainer:
                 self._build_data()
                 self._load_or_resume()
                 self._build_metrics()
-        except BaseException:  # in a process that goes on, another run may want the folder
-            finish_failed_run()
-            self.close()
-            raise
+            self._closing = self._closing.pop_all()
 
     # ------------------------------------------------------------------------------------------------------ set-up
 
@@ -248,7 +245,7 @@ class Trainer:
             self.metrics: NoMetrics = NoMetrics()
             if self.dims.rank == 0:
                 self.metrics = MetricsLogger(c, self.total_steps, self.step, self.tracker_runs)
-                self._closing.callback(self.metrics.close)
+                self._closing.push(lambda kind, *_: self.metrics.close(failed=kind is not None))
             self.profiling.start(self.step, self.total_steps)
         # By whether W stays gathered for a whole step, which may be decided after the first one.
         self.traffic = {kept: traffic_gb(self.plan, self.placement.micro_batches, kept) for kept in (False, True)}

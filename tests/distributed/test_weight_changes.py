@@ -19,9 +19,9 @@ from titan_hd.components.sketch import random_vectors
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG = {"num_key_value_heads": 2, "intermediate_size": 38}  # which tensor parallelism needs
 K, STEPS, VECTORS = 4, 3, 64
-# Between meshes dW differs by the rounding of fp32, which Adam makes larger in a first step: where a gradient is next to
-# zero, its step is as long as any other and has the rounding's sign. (test_trajectory.py allows 1e-3 of a weight's change,
-# which here is taken twice, of dW and of the step.)
+# Between meshes dW differs by the rounding of fp32, which Adam makes larger in a first step: where a gradient is next
+# to zero, its step is as long as any other and has the rounding's sign. (test_trajectory.py allows 1e-3 of a weight's
+# change, which here is taken twice, of dW and of the step.)
 TOLERANCE = 2e-3
 # Of shares of energy that are zero but for rounding, such as all of them where dW is: squares of 1e-3.
 NOTHING = 1e-6

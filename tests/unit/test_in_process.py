@@ -20,9 +20,10 @@ from tests.kit.commands import REPOSITORY
 from titan_hd.checkpoint.checkpointer import Checkpointer
 from titan_hd.components.metrics import MetricsLogger
 from titan_hd.components.profiling import Profiling
+from titan_hd.components.trackers.registry import Trackers
 from titan_hd.components.trackers.tracker import Tracker
-from titan_hd.data.loader import ReadAhead
 from titan_hd.config import manager
+from titan_hd.data.loader import ReadAhead
 from titan_hd.in_process import load_config
 from titan_hd.process.run_lock import RunLock
 
@@ -152,12 +153,13 @@ class Told(Tracker):
 
 
 def test_a_trainer_that_cannot_be_made_lets_go_of_what_it_has(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    """However late it fails: threads and files are closed, and the trackers hear that the run has failed."""
-    closed = []
-    for cls in (MetricsLogger, Checkpointer, ReadAhead, Profiling, RunLock):
-        name = "release" if cls is RunLock else "close"
+    """However late it fails: threads and files are closed, and then the trackers hear that the run has failed, which
+    may take them long."""
+    closed, ends = [], {RunLock: "release", Trackers: "finish"}
+    for cls in (MetricsLogger, Checkpointer, ReadAhead, Profiling, RunLock, Trackers):
+        name = ends.get(cls, "close")
         real = getattr(cls, name)
-        monkeypatch.setattr(cls, name, lambda self, real=real: (closed.append(type(self)), real(self)))
+        monkeypatch.setattr(cls, name, lambda self, real=real, **how: (closed.append(type(self)), real(self, **how)))
     monkeypatch.setattr("titan_hd.train.Rates", lambda *_: 1 / 0)
     Told.ends.clear()
     before = surroundings()
@@ -165,7 +167,7 @@ def test_a_trainer_that_cannot_be_made_lets_go_of_what_it_has(tiny: dict[str, An
         titan_hd.train(None, tiny, training__steps=1, metrics__trackers=[f"{__name__}:Told"])
     assert surroundings() == before
     assert Told.ends == [True]
-    assert closed == [MetricsLogger, Checkpointer, ReadAhead, Profiling, RunLock]
+    assert closed == [MetricsLogger, Checkpointer, ReadAhead, Profiling, RunLock, Trackers]
 
 
 def test_weights_between_two_folds_are_as_they_were(tiny: dict[str, Any], tmp_path: Path, monkeypatch):

@@ -52,8 +52,9 @@ class NoMetrics:
     def advance(self, step: int, loss: float) -> None:
         """Move the progress bar to so many steps."""
 
-    def close(self) -> None:
-        """Write what is left, and end the trackers."""
+    def close(self, failed: bool = False) -> None:
+        """Write what is left, and end the trackers. failed: leave them to `finish_failed_run`, which comes after the
+        error's message, for it may wait for a server."""
 
 
 class MetricsLogger(NoMetrics):
@@ -105,12 +106,13 @@ class MetricsLogger(NoMetrics):
             self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             self._bar.update(step - self._bar.n)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self.records.close()
         self.samples.close()
         if self._bar:
             self._bar.close()
-        self.trackers.finish()
+        if not failed:
+            self.trackers.finish()
 
 
 def write_svd_report(path: Path, reports: list[dict[str, Any]]) -> None:

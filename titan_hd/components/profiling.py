@@ -171,6 +171,14 @@ class Profiling:
             OSError: there can be no folder for them.
         """
         s = self._settings
+        if step < total_steps:
+            self._warn_of_steps(step, total_steps)
+        if s.enable_profiling and self._chosen:
+            self._traces = Traces(s, self._folder / s.save_traces_folder, self._rank, step)
+
+    def _warn_of_steps(self, step: int, total_steps: int) -> None:
+        """Of those that the run does not make."""
+        s = self._settings
         for key, steps in (("profile_steps", s.profile_steps), ("memory_snapshot_steps", s.memory_snapshot_steps)):
             outside = [number for number in steps if not step < number <= total_steps]
             if outside:
@@ -181,8 +189,6 @@ class Profiling:
         if s.enable_profiling and not s.profile_steps and total_steps // s.profile_freq == step // s.profile_freq:
             line = "profiling.profile_freq: %d: there will be no trace, for this run makes steps %d to %d"
             logger.warning(line, s.profile_freq, step + 1, total_steps)
-        if s.enable_profiling and self._chosen:
-            self._traces = Traces(s, self._folder / s.save_traces_folder, self._rank, step)
 
     @property
     def after_each_step(self) -> list[Callable[[int], None]]:

@@ -36,8 +36,8 @@ class StepLines:
         if self._told or step - self._first[0] < _MEASURED or not left:
             return None
         self._told, steps = True, self.total_steps - step
-        each = f"{left / steps:.3g} s from the end of a step to the end of the next, with what came between"
-        return f"{each}: the other {steps} of {self.total_steps} steps will take about {clock(left)}"
+        each = f"{left / steps:.3g} s a step, with what came between the steps"
+        return f"{each}: the other {steps} of {self.total_steps} will take about {clock(left)}"
 
     def seconds_left(self) -> float | None:
         """As long as all steps but the first one took on average, with what came between them; None: not known yet."""

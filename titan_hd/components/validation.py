@@ -127,8 +127,8 @@ class ValidationSet:
 
 
 def validation_sets(datasets: dict[str, FiniteDataset], config: JobConfig) -> list[ValidationSet]:
-    """datasets: by name, the main one first. The log says which of the others cannot have an exact match
-    or samples, and why.
+    """datasets: by name, the main one first. The log says which of the others cannot have an exact match or samples,
+    and why.
 
     Raises:
         UserError: exact match is asked for, and the main set cannot have it, or the one of checkpoint.keep_best.

@@ -152,7 +152,9 @@ def test_steps_that_the_run_does_not_make(tmp_path, caplog):
     assert "memory_snapshot_steps" not in caplog.text
 
 
-@pytest.mark.parametrize(("first", "last", "warns"), [(0, 9, True), (10, 19, True), (0, 10, False), (9, 10, False)])
+@pytest.mark.parametrize(
+    ("first", "last", "warns"), [(0, 9, True), (10, 19, True), (0, 10, False), (9, 10, False), (12, 12, False)]
+)
 def test_a_run_that_ends_before_its_first_trace(tmp_path, caplog, first: int, last: int, warns: bool):
     """One line, on any rank, as of chosen steps; none where the traces are chosen by their steps."""
     Profiling(configuration(tmp_path, enable_profiling=True, profile_freq=10), 1, CPU).start(first, last)

@@ -43,11 +43,13 @@ def tracker_class(name: str) -> type[Tracker]:
 
 
 def _installed(package: str) -> bool:
-    """Whether there is such a package, as a.b too."""
+    """Whether there is such a package; to look for a.b imports a."""
     try:
         return find_spec(package) is not None
-    except ModuleNotFoundError:  # there is no a to look for b in
+    except ModuleNotFoundError:
         return False
+    except Exception as error:
+        raise UserError(f"the package {package} cannot be imported: {type(error).__name__}: {error}") from None
 
 
 def _imported(name: str) -> type[Tracker]:
@@ -87,9 +89,9 @@ class Trackers:
         self._running: dict[str, Tracker] = {}
         self._known = run_ids
         _LIVING.append(self)  # first: one that hangs may be interrupted when others have started
-        for name in tracker_names(config.metrics):
+        for name, key in tracker_names(config.metrics).items():
             run = TrackedRun(config, first_step, run_ids.get(name), went_back)
-            self._call(name, "cannot start", lambda name=name, run=run: self._start(name, run))
+            self._call(name, f"{key}: {{}} cannot start", lambda name=name, run=run: self._start(name, run))
 
     @property
     def run_ids(self) -> dict[str, str]:
@@ -99,7 +101,7 @@ class Trackers:
     def each(self, what: Callable[[Tracker], object]) -> None:
         """Call every tracker."""
         for name, tracker in list(self._running.items()):
-            self._call(name, "failed", lambda tracker=tracker: what(tracker))
+            self._call(name, "{} failed", lambda tracker=tracker: what(tracker))
 
     def finish(self, failed: bool = False) -> None:
         """End every tracker; called again, nothing. failed: the run ends by an error."""
@@ -113,7 +115,7 @@ class Trackers:
         tracker.start(run)
 
     def _call(self, name: str, trouble: str, function: Callable[[], object]) -> None:
-        """What a tracker raises ends it, and nothing else."""
+        """What a tracker raises ends it, and nothing else. trouble: for the warning, with {} for the tracker."""
         try:
             function()
         except Exception as error:
@@ -122,7 +124,7 @@ class Trackers:
                 self._known = self._known | {name: tracker.run_id}
             reason = " ".join(str(error).split()) or type(error).__name__
             title = tracker.title if tracker else ""
-            logger.warning("%s %s (%s); going on without it", title or name, trouble, reason)
+            logger.warning("%s (%s); going on without it", trouble.format(title or name), reason)
 
 
 _LIVING: list[Trackers] = []  # of this process
