@@ -245,7 +245,7 @@ class Trainer:
             self.metrics: NoMetrics = NoMetrics()
             if self.dims.rank == 0:
                 self.metrics = MetricsLogger(c, self.total_steps, self.step, self.tracker_runs)
-                self._closing.push(lambda kind, *_: self.metrics.close(failed=kind is not None))
+                self._closing.push(self._close_metrics)
             self.profiling.start(self.step, self.total_steps)
         # By whether W stays gathered for a whole step, which may be decided after the first one.
         self.traffic = {kept: traffic_gb(self.plan, self.placement.micro_batches, kept) for kept in (False, True)}
@@ -464,6 +464,9 @@ class Trainer:
         }
         self.metrics.sync()
         self.checkpointer.save(self.step, self.update.state(changed_only=base == "delta"), state, self.best.to_keep)
+
+    def _close_metrics(self, error: type[BaseException] | None, *_: object) -> None:
+        self.metrics.close(failed=error is not None)
 
     def close(self) -> None:
         """Release what this worker holds: data and checkpoint threads, files, trackers, the folder. Not collective."""
