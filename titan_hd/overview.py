@@ -176,4 +176,5 @@ def _data_set(dataset: Dataset) -> str:
 
 
 def version_line() -> str:
+    """The versions of titan_hd and of torch, with which the screen begins."""
     return f"titan_hd {__version__}, torch {torch.__version__}"
