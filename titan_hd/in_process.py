@@ -115,8 +115,8 @@ def _only_worker(config: JobConfig) -> Iterator[torch.device]:
     for name, alone in (("WORLD_SIZE", "1"), ("RANK", "0")):
         if (value := os.environ.get(name, alone)) != alone:
             raise UserError(
-                f"{name}: is {value} in the environment, but titan_hd.train is the only worker of its run; unset it, or "
-                "start the workers by ./run_train.sh"
+                f"{name}: is {value} in the environment, but titan_hd.train is the only worker of its run; unset it, "
+                "or start the workers by ./run_train.sh"
             )
     variables, precision, collects = dict(os.environ), torch.get_float32_matmul_precision(), gc.isenabled()
     deterministic = torch.are_deterministic_algorithms_enabled()
