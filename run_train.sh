@@ -23,10 +23,7 @@ if [ -n "$quickstart" ]; then
     ;;
   esac
   program=("$root/tools/quickstart.py")
-  assets=$root/assets/quickstart
-  set -- --config "$root/train_configs/quickstart.toml" --model.hf_assets_path "$assets/model" \
-    --data.train "$assets/train.jsonl" --data.validation "$assets/validation.jsonl" \
-    --data.template "$assets/template.txt" ${arguments[@]+"${arguments[@]}"}
+  set -- --config "$root/train_configs/quickstart.toml" ${arguments[@]+"${arguments[@]}"}
 fi
 NGPU=${NGPU:-${PET_NPROC_PER_NODE:-}}
 if [ -z "$NGPU" ]; then

@@ -16,7 +16,7 @@ import pytest
 
 from tests.kit.commands import REPOSITORY, call_tool
 from titan_hd import cli
-from titan_hd.bundle import QUICKSTART_PATHS, recipe
+from titan_hd.bundle import RECIPES, recipe
 from titan_hd.config import keys, manager
 from titan_hd.config.command_line import ToolParser
 
@@ -161,8 +161,8 @@ def check_run(arguments: list[str]) -> None:
         return
     arguments = [word for word in arguments if word not in ("--section.key", "value", "section.key")]
     if "--quickstart" in arguments or not arguments:
-        paths = (f"--{key}={path}" for key, path in QUICKSTART_PATHS.items())
-        arguments = ["--config", _TITAN_CONFIGURATION, *paths, *(w for w in arguments if w != "--quickstart")]
+        quickstart = str(RECIPES / "quickstart.toml")
+        arguments = ["--config", quickstart, *(w for w in arguments if w != "--quickstart")]
     arguments = with_a_file(arguments)
     if "--config" in arguments and arguments[arguments.index("--config") + 1 :][:1] in ([], ["--job.print_plan"]):
         arguments.remove("--config")  # of "--config ...": any

@@ -10,14 +10,6 @@ _PACKAGE = Path(__file__).resolve().parent
 # setup.py puts it there.
 ROOT = _PACKAGE / "bundle" if (_PACKAGE / "bundle").is_dir() else _PACKAGE.parent
 RECIPES = ROOT / "train_configs"
-_QUICKSTART = ROOT / "assets" / "quickstart"
-# run_train.sh gives the same: the paths in the recipe are those of the repository.
-QUICKSTART_PATHS = {
-    "model.hf_assets_path": _QUICKSTART / "model",
-    "data.train": _QUICKSTART / "train.jsonl",
-    "data.validation": _QUICKSTART / "validation.jsonl",
-    "data.template": _QUICKSTART / "template.txt",
-}
 
 
 def recipe(name: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from titan_hd.bundle import QUICKSTART_PATHS, RECIPES, recipe
+from titan_hd.bundle import RECIPES, recipe
 from titan_hd.components.records import read_records
 from titan_hd.components.trackers.registry import finish_failed_run
 from titan_hd.config import manager
@@ -110,7 +110,7 @@ def load_config(
     """The configuration that these arguments, those of `train`, come to. ConfigError has one line for each fault."""
     values = {**(overrides or {}), **{key.replace("__", ".", 1): value for key, value in keywords.items()}}
     if config is None and not values:
-        return manager.load_file(RECIPES / "quickstart.toml", QUICKSTART_PATHS)
+        config = RECIPES / "quickstart.toml"
     return manager.load_file(None if config is None else recipe(os.fspath(config)), values)
 
 

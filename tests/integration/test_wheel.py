@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from tests.kit.commands import CPU_ONLY, REPOSITORY
-from titan_hd import bundle
 
 SOURCES = ("titan_hd", "tools", "train_configs", "assets/quickstart", "run_train.sh")
 SOURCES += ("setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -90,8 +89,7 @@ def test_from_any_folder_the_commands_find_recipes_and_quick_start(installed: Pa
     assert refused.stderr == "titan_hd: error: training.steps: give either training.steps or training.epochs\n"
     assert refused.returncode == 2
     words = ("--methods=hdpissa", "--dry-run", "--config=quickstart.toml")
-    paths = (f"--{key}={path}" for key, path in bundle.QUICKSTART_PATHS.items())
-    compared = titan_hd(installed, tmp_path, "compare", *words, *paths)
+    compared = titan_hd(installed, tmp_path, "compare", *words)
     assert compared.returncode == 0, compared.stderr
     assert not list(tmp_path.iterdir())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 
 from tests.kit.commands import REPOSITORY, call_tool, error_lines
 from titan_hd import cli
-from titan_hd.bundle import QUICKSTART_PATHS, ROOT, recipe
+from titan_hd.bundle import ROOT, recipe
 
 # Tools of those who work on titan_hd: they want its repository.
 DEVELOPERS = {"make_quickstart.py", "same_losses.py"}
@@ -104,12 +103,3 @@ def test_a_bundled_recipe_is_found_by_its_name(started, tmp_path: Path, monkeypa
     call_tool(cli.main, "train", "--config", "paper/table1_math.toml")
     call_tool(cli.main, "train", "--config=./train_configs/paper/table1_math.toml")
     assert [words[2:] for words in started] == [["--config", bundled], [f"--config={bundled}"]]
-
-
-def test_the_quick_start_is_that_of_run_train():
-    """Both have its paths: one in shell, one in Python."""
-    script = (REPOSITORY / "run_train.sh").read_text()
-    assert {key for key in QUICKSTART_PATHS if f"--{key} " in script} == QUICKSTART_PATHS.keys()
-    names = {f"$assets/{path.relative_to(REPOSITORY / 'assets' / 'quickstart')}" for path in QUICKSTART_PATHS.values()}
-    assert set(re.findall(r'"(\$assets/[^"]+)"', script)) == names
-    assert all(path.exists() for path in QUICKSTART_PATHS.values())

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import titan_hd
 from tests.kit import runs
 from tests.kit.commands import REPOSITORY
+from titan_hd.config import manager
 from titan_hd.in_process import load_config
 
 
@@ -154,6 +155,10 @@ def test_what_a_bundled_recipe_names_is_found_from_any_folder(tmp_path: Path, mo
     assert all(Path(path).is_absolute() and Path(path).exists() for path in named)
     assert Path(load_config("paper/peft_llama32_3b.toml").data.template).is_file()
     assert load_config("llama31_8b_lora.toml").model.hf_assets_path == "./assets/hf/Llama-3.1-8B", "not bundled"
+    # Nothing is written into the bundle, though it has a folder of the name that a recipe writes to.
+    monkeypatch.setattr(manager, "ROOT", tmp_path / "bundle")
+    (tmp_path / "bundle" / "outputs" / "study_quickstart").mkdir(parents=True)
+    assert load_config("study_quickstart.toml").job.dump_folder == "./outputs/study_quickstart"
     # What stands in the folder comes first, and a file of one's own names what stands there alone.
     own = Path("assets/quickstart/train.jsonl")
     Path("run.toml").write_text(f'[data]\ntrain = "{own}"\n[training]\nsteps = 1\n[model]\nhf_assets_path = "."\n')

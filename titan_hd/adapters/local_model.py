@@ -29,6 +29,7 @@ class _LocalModel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, x_adapter, scale, *flat):
+        """y [..., out] of each layer; x, x_adapter [..., in]."""
         layers = by_layer(flat, Operands, len(Operands._fields))
         rows, rank = x.flatten(0, -2), layers[0].a.shape[0]
         seen = rows if x_adapter is None else x_adapter.flatten(0, -2)
@@ -71,7 +72,7 @@ def _right(layers: list[Operands], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _left(layer: Operands, dtype: torch.dtype) -> torch.Tensor:
-    """[dB | B + dB] [out, 2 r]; the sum is rounded once."""
+    """[dB | B + dB] [out, 2 r]; the sum is in fp32, of a B that may be rounded to the dtype of the computation already."""
     return torch.cat((layer.db, layer.b + layer.db), 1).to(dtype)
 
 

@@ -86,6 +86,8 @@ def check_combinations(config: JobConfig) -> list[str]:
         value = _get(config, key)
         require(value is None or value >= least, f"{key}: must be at least {least}, not {value}")
     c = config
+    asked = c.job.print_plan or c.job.dry_run
+    require(c.job.gpu_gib is None or asked, "job.gpu_gib: needs job.print_plan or job.dry_run")
     require(c.training.epochs is None or c.training.epochs > 0, "training.epochs: must be above 0")
     gbs = c.training.global_batch_size
     require(gbs == -1 or gbs >= 1, f"training.global_batch_size: must be -1 or at least 1, not {gbs}")
@@ -114,7 +116,14 @@ def check_combinations(config: JobConfig) -> list[str]:
     for key, least in (("profile_ranks", 0), ("profile_steps", 1), ("memory_snapshot_steps", 1)):
         low = [number for number in getattr(p, key) if number < least]
         require(not low, f"profiling.{key}: must be at least {least}, not {', '.join(map(str, low))}")
-    for key, switch in (("profile_steps", "enable_profiling"), ("memory_snapshot_steps", "enable_memory_snapshot")):
+    switches = {
+        "profile_steps": "enable_profiling",
+        "with_stack": "enable_profiling",
+        "memory_snapshot_steps": "enable_memory_snapshot",
+    }
+    traced = p.enable_profiling or p.memory_snapshot_steps
+    require(bool(p.profile_ranks) or not traced, "profiling.profile_ranks: names no worker that would write")
+    for key, switch in switches.items():
         require(not getattr(p, key) or getattr(p, switch), f"profiling.{key}: needs profiling.{switch}")
     require(c.adapter.loraplus_lr_ratio > 0, "adapter.loraplus_lr_ratio: must be above 0")
     require(c.adapter.alpha is None or c.adapter.alpha > 0, f"adapter.alpha: must be above 0, not {c.adapter.alpha}")

@@ -255,13 +255,19 @@ PATHS = {
 }
 
 
-def _path(value: Any, where: str) -> Any:
-    """A value of PATHS with ~ expanded. What a bundled recipe names, and what is bundled with it, is found from any
+# Those of them that are read, and nothing is written to.
+_READ = {"model.hf_assets_path", "data.train", "data.validation", "data.template"}
+_READ |= {"data.train[].path", "data.train[].template"}
+
+
+def _path(key: str, value: Any, where: str) -> Any:
+    """A value of PATHS with ~ expanded. What a bundled recipe reads, and what is bundled with it, is found from any
     folder; one of that name in the current folder comes first."""
     path = expand_home(value) if isinstance(value, str) else value
-    if path and not os.path.lexists(path) and Path(where).resolve().is_relative_to(RECIPES):
+    if path and key in _READ and not os.path.lexists(path) and os.path.isfile(where):
         bundled = ROOT / path
-        return str(bundled) if bundled.exists() else path
+        if Path(where).resolve().is_relative_to(RECIPES) and bundled.exists():
+            return str(bundled)
     return path
 
 
@@ -285,7 +291,7 @@ def _build(values: dict[str, tuple[Any, str]], errors: list[str]) -> JobConfig:
             continue
         try:
             value = _coerce(value, annotation, from_text)
-            setattr(getattr(config, section), name, _path(value, where) if key in PATHS else value)
+            setattr(getattr(config, section), name, _path(key, value, where) if key in PATHS else value)
         except ValueError as error:
             errors.append(f"{key}: {error}, not {value!r} ({where})")
     return config
@@ -324,7 +330,8 @@ def _sources(key: str, value: Any, where: str, errors: list[str]) -> list[DataSo
                 continue
             try:
                 given = _coerce(given, fields(DataSource)[field], False)
-                setattr(source, field, _path(given, where) if f"data.train[].{field}" in PATHS else given)
+                path = f"data.train[].{field}"
+                setattr(source, field, _path(path, given, where) if path in PATHS else given)
             except ValueError as error:
                 errors.append(f"{name}.{field}: {error}, not {given!r} ({where})")
     return sources

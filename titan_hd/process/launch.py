@@ -83,6 +83,8 @@ def ask_plan(config: JobConfig, workers: int, local_workers: int) -> None:
     else:  # the plan of a run on GPUs, asked without them, is not measured by this machine's memory
         device_type, device = "cpu", "CPU"
         available = device_memory(torch.device("cpu")) // local_workers if job.dry_run else None
+    if job.print_config:
+        print(manager.to_toml(config))
     plan = plan_run(config, workers, job.dry_run, device_type)
     overview = Overview(plan, device_type, device, available)
     if job.dry_run:

@@ -231,6 +231,7 @@ def test_keys_and_their_faults():
     faults = {
         "profile_steps=3": "profile_steps: needs profiling.enable_profiling",
         "memory_snapshot_steps=3": "memory_snapshot_steps: needs profiling.enable_memory_snapshot",
+        "with_stack=true": "with_stack: needs profiling.enable_profiling",
         "profile_ranks=0,-1": "profile_ranks: must be at least 0, not -1",
         "profile_ranks=a": f"profile_ranks: {numbers}, not 'a' (command line)",
         "profile_ranks=[true]": f"profile_ranks: {numbers}, not '[true]' (command line)",
@@ -240,3 +241,5 @@ def test_keys_and_their_faults():
         with pytest.raises(manager.ConfigError) as caught:
             manager.load([*argv, f"--profiling.{option}"])
         assert str(caught.value).splitlines() == [f"profiling.{line}"]
+    with pytest.raises(manager.ConfigError, match=r"profiling\.profile_ranks: names no worker that would write"):
+        manager.load([*argv, "--profiling.enable_profiling", "--profiling.profile_ranks=[]"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.kit.commands import REPOSITORY
+from titan_hd.config import manager
 
 # Says in which folder it is started, and its arguments one a line.
 PYTHON = """#!/usr/bin/env bash
@@ -63,20 +64,17 @@ def test_without_a_configuration_the_documented_defaults_hold(call):
     assert call("--help") == ["--help"]
 
 
-def test_the_quick_start_runs_without_arguments_or_by_its_flag(call):
-    assets = f"{REPOSITORY}/assets/quickstart"
-    keys = {
-        "model.hf_assets_path": "model",
-        "data.train": "train.jsonl",
-        "data.validation": "validation.jsonl",
-        "data.template": "template.txt",
-    }
-    expected = [*QUICKSTART, *(word for key, name in keys.items() for word in (f"--{key}", f"{assets}/{name}"))]
-    assert all(Path(assets, name).exists() for name in keys.values())
+def test_the_quick_start_runs_without_arguments_or_by_its_flag(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     program = QUICKSTART_PROGRAM
-    assert call(program=program) == call("--quickstart", program=program) == expected
+    assert call(program=program) == call("--quickstart", program=program) == QUICKSTART
     more = call("--training.steps=3", "--quickstart", program=program)
-    assert more == [*expected, "--training.steps=3"], "the caller's hold"
+    assert more == [*QUICKSTART, "--training.steps=3"], "the caller's hold"
+    monkeypatch.chdir(tmp_path)
+    config = manager.load(QUICKSTART)
+    named = (config.model.hf_assets_path, config.data.train, config.data.validation, config.data.template)
+    files = ("model", "train.jsonl", "validation.jsonl", "template.txt")
+    assert named == tuple(f"{REPOSITORY}/assets/quickstart/{name}" for name in files)
+    assert all(Path(path).exists() for path in named)
 
 
 def test_it_has_a_configuration_of_its_own():
