@@ -72,7 +72,7 @@ def _right(layers: list[Operands], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _left(layer: Operands, dtype: torch.dtype) -> torch.Tensor:
-    """[dB | B + dB] [out, 2 r]; the sum is in fp32, of a B that may be rounded to the dtype of the computation already."""
+    """[dB | B + dB] [out, 2 r]; the sum is in fp32, of a B that may be rounded to the computation's dtype already."""
     return torch.cat((layer.db, layer.b + layer.db), 1).to(dtype)
 
 
