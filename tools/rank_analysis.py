@@ -49,6 +49,7 @@ from titan_hd.console import Progress, tell
 from titan_hd.errors import UserError
 from titan_hd.files import disk_faults, user_path
 from titan_hd.models.registry import DecoderConfig
+from titan_hd.process.streams import keep_streams
 
 logger = logging.getLogger("titan_hd")
 
@@ -66,6 +67,7 @@ class Run(NamedTuple):
 
 
 def main() -> None:
+    keep_streams()  # what counts is in the files, and decomposing takes long
     args = parse_arguments()
     logging.basicConfig(format="titan_hd: warning: %(message)s", level=logging.WARNING)
     try:
