@@ -107,7 +107,7 @@ def test_the_page_of_the_keys_is_made_of_them():
     names = [name for name, _ in anchors if not name.startswith("data.train[]")]
     assert names == list(every_key())
     assert len({anchor for _, anchor in anchors}) == len(anchors)
-    assert "`Literal['mean', 'sum']`, default `\"mean\"`" in page
+    assert "`\"mean\" or \"sum\"`, default `\"mean\"`" in page
     assert all(target in {anchor for _, anchor in anchors} for target in re.findall(r"\]\(#([^)]+)\)", page))
 
 
