@@ -71,11 +71,11 @@ class MetricsLogger(NoMetrics):
         folder.mkdir(parents=True, exist_ok=True)
         self.records = RecordFile(folder / METRICS, first_step)
         self.samples = RecordFile(folder / SAMPLES, first_step, lazily=True)
+        went_back = self.records.went_back or self.samples.went_back
+        self.trackers = Trackers(config, first_step, tracker_runs or {}, went_back)
         self._lines, self._bar = StepLines(first_step, total_steps), None
         if config.metrics.progress_bar and on_terminal():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=False)
-        went_back = self.records.went_back or self.samples.went_back
-        self.trackers = Trackers(config, first_step, tracker_runs or {}, went_back)
 
     @property
     def tracker_runs(self) -> dict[str, str]:
