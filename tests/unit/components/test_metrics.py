@@ -82,7 +82,7 @@ class TestMetricsLogger:
         metrics = MetricsLogger(config, total_steps=10, first_step=first)
         for step in range(first + 1, last + 1):
             metrics.log(step, {"loss": step / 10})
-            metrics.advance(0.5)
+            metrics.advance(step, 0.5)
         metrics.close()
 
     def test_a_resumed_run_writes_every_step_once(self, tmp_path: Path):
