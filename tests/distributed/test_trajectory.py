@@ -60,7 +60,7 @@ MESHES = [
 MESHES += [("hsdp", m) for m in UNSPLIT if m != "bat-row"]
 # Every method on the mesh that asks most of it, and each mesh with some methods; the rest takes minutes more.
 QUICK = [("tp-fsdp", m) for m in ("hdpissa", "full", *ADAPTERS)]
-QUICK += [("hsdp", m) for m in ("hdpissa", "full", "bat")] + [("tp", "hdpissa")]
+QUICK += [("hsdp", m) for m in ("hdpissa", "full", "bat")]
 
 
 def quick_or_slow(cases, quick):
@@ -172,7 +172,9 @@ EVERY = ["hdpissa", "full", "int8", "dropout", "random", "mute", *ADAPTERS, *UNS
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(m, marks=pytest.mark.slow if m in ("random", "mute", "mora", "hira", "bat-row", "dropout") else ())
+        pytest.param(
+            m, marks=() if m in ("hdpissa", "full", "int8", "dora", "bone", "bat", "lora-dropout") else pytest.mark.slow
+        )
         for m in EVERY
     ],
 )
