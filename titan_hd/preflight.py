@@ -33,7 +33,7 @@ from titan_hd.distributed.update.plan import UpdatePlan
 from titan_hd.errors import Faults, UserError
 from titan_hd.export.hf import check_assets, check_folder, check_place, export_folder
 from titan_hd.files import shown_size
-from titan_hd.models.decoder import parameter_shapes
+from titan_hd.models.build import parameter_shapes
 from titan_hd.models.hf_files import open_model_weights, read_model_config
 from titan_hd.models.registry import DecoderConfig, flavor_config
 

@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +21,8 @@ from titan_hd.distributed.collectives import on_rank_zero, raise_on_all
 from titan_hd.distributed.parallel_dims import Block, ParallelDims, local_part, owned_block
 from titan_hd.distributed.regroup import tp_split
 from titan_hd.files import disk_faults
-from titan_hd.models.decoder import Decoder
-from titan_hd.models.hf_files import WeightFiles, check_space, plan_files, sync_files, write_headers, write_rows
+from titan_hd.models.build import Model
+from titan_hd.models.hf_files import check_space, plan_files, sync_files, weight_files, write_headers, write_rows
 from titan_hd.models.norm import RMSNorm
 from titan_hd.seeding import stable_seed
 
@@ -31,7 +31,7 @@ logger = logging.getLogger("titan_hd")
 _INIT_ROWS = 1024
 
 
-def materialize(model: Decoder, device: torch.device, shards_on: torch.device | None = None) -> None:
+def materialize(model: Model, device: torch.device, shards_on: torch.device | None = None) -> None:
     """Give a parallelised meta model real memory: shards only, values not set. shards_on: where they lie, if not on the
     device that computes."""
     model.to_empty(device=shards_on or device)
@@ -59,14 +59,16 @@ def _block(parameter: nn.Parameter, dims: ParallelDims) -> Block:
 
 
 class LoadedWeights(NamedTuple):
-    """bytes_read: by this rank. zeros: names of the weights in which there is nothing but zeros, on every rank."""
+    """bytes_read: by this rank. zeros: names of the weights in which there is nothing but zeros, on every rank. missing:
+    of those that the files lack, and may: a new head's."""
 
     bytes_read: int
     zeros: list[str]
+    missing: list[str]
 
 
 @torch.no_grad()
-def load_weights(model: Decoder, dims: ParallelDims, directory: str) -> LoadedWeights:
+def load_weights(model: Model, dims: ParallelDims, directory: str) -> LoadedWeights:
     """Fill the shards from a HF directory. Rank 0 reads the index and the headers; every rank reads just the byte
     ranges of its own blocks. Collective.
 
@@ -76,9 +78,9 @@ def load_weights(model: Decoder, dims: ParallelDims, directory: str) -> LoadedWe
     """
     started = time.perf_counter()
     parameters = dict(base_parameters(model))
-    expected = {name: p.shape for name, p in parameters.items()}
-    tied = model.lm_head is None
-    files = on_rank_zero("checking the weights", lambda: WeightFiles(directory, expected, tied_head=tied))
+    expected, config = {name: p.shape for name, p in parameters.items()}, model.config
+    files = on_rank_zero("checking the weights", lambda: weight_files(directory, expected, config))
+    parameters = {name: p for name, p in parameters.items() if name not in files.missing}
     parts = {name: local_part(p).numel() / p.numel() for name, p in parameters.items()}
     total = round(sum(files.nbytes(name) * part for name, part in parts.items()))
     progress = Progress("reading the weights", total, "B", shown=dims.rank == 0)
@@ -100,15 +102,18 @@ def load_weights(model: Decoder, dims: ParallelDims, directory: str) -> LoadedWe
         seconds,
         read.item() / 1e9 / seconds,
     )
-    return LoadedWeights(files.bytes_read, [name for name, count in zip(parameters, nonzero) if not count])
+    zeros = [name for name, count in zip(parameters, nonzero) if not count]
+    return LoadedWeights(files.bytes_read, zeros, sorted(files.missing))
 
 
 @torch.no_grad()
-def init_weights(model: Decoder, dims: ParallelDims, seed: int, std: float = 0.02) -> None:
-    """Random weights: norms 1, biases 0, the rest normal. Drawn on the host in blocks of rows, each with a generator
+def init_weights(
+    model: Model, dims: ParallelDims, seed: int, std: float = 0.02, names: Collection[str] | None = None
+) -> None:
+    """Random weights, all of them or those of `names`: norms 1, biases 0, the rest normal. Drawn on the host in blocks of rows, each with a generator
     keyed by (seed, name, block), so that the model is the same on any number of workers and any device."""
-    norms = {f"{n}.weight" for n, module in model.named_modules() if isinstance(module, RMSNorm)}
-    parameters = dict(base_parameters(model))
+    norms = {f"{n}.weight" for n, module in model.named_modules() if isinstance(module, (RMSNorm, nn.LayerNorm))}
+    parameters = {name: p for name, p in base_parameters(model) if names is None or name in names}
     with Progress("drawing random weights", len(parameters), "tensors", shown=dims.rank == 0) as progress:
         for name, parameter in parameters.items():
             if parameter.dim() == 1:
@@ -133,7 +138,7 @@ def _draw(name: str, parameter: nn.Parameter, dims: ParallelDims, seed: int, std
 
 @torch.no_grad()
 def write_weights(
-    model: Decoder, dims: ParallelDims, directory: Path, dtype: torch.dtype, max_file_bytes: float
+    model: Model, dims: ParallelDims, directory: Path, dtype: torch.dtype, max_file_bytes: float
 ) -> None:
     """Write safetensors files of bounded size; every rank writes what it holds in place. Collective.
 

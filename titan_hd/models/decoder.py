@@ -6,7 +6,8 @@ H query heads, G key/value heads, C channels per head; S slots of a key/value ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from titan_hd.models import flex
 from titan_hd.models.head import Head, Targets, logits_or_loss
+from titan_hd.models.layers import Embedding, project_each, restarting_positions
 from titan_hd.models.norm import RMSNorm
-from titan_hd.models.recompute import in_turn
+from titan_hd.models.recompute import in_turn, recompute_first
 from titan_hd.models.registry import DecoderConfig
 from titan_hd.models.rope import RotaryEmbedding, rotate
 
@@ -31,11 +33,6 @@ def repeat_heads(k: torch.Tensor, v: torch.Tensor, heads: int) -> tuple[torch.Te
     """
     times = heads // k.shape[1]
     return k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
-
-
-def project_each(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
-    """Several linear layers of one input."""
-    return tuple(layer(x) for layer in layers)
 
 
 class LayerCache:
@@ -206,13 +203,15 @@ class Block(nn.Module):
         x = x + self.norm_then(self.input_layernorm, self.self_attn, (x,), cos, sin, mask, cache, positions)
         return x + self.norm_then(self.post_attention_layernorm, self.mlp, (x,))
 
-
-class Embedding(nn.Embedding):
-    """Draws nothing on the meta device: torch would import its compiler for that, which takes a launcher a second."""
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
+    def recompute(self, keep: Sequence[str], draws: bool) -> None:
+        """Recompute the norms and the MLP's product in the backward pass, and what `keep` does not name: q, k, v
+        ("qkv"), the outputs of gate_proj and up_proj ("gate_up"). draws: adapters have dropout."""
+        self.norm_then = self.mlp.activate_then = recompute_first
+        project_then = functools.partial(recompute_first, draws=draws)
+        if "qkv" not in keep:
+            self.self_attn.project_then = project_then
+        if "gate_up" not in keep:
+            self.mlp.project_then = project_then
 
 
 class DecoderStack(nn.Module):
@@ -227,7 +226,12 @@ class DecoderStack(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Causal language model. Tied models have no lm_head: they read the embedding, as their checkpoints store it."""
+    """Causal language model. Tied models have no lm_head: they read the embedding, as their checkpoints store it.
+
+    trained_head: what is trained whatever the method is; nothing here.
+    """
+
+    trained_head: nn.Module | None = None
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -240,6 +244,28 @@ class Decoder(nn.Module):
         for layer in self.model.layers:
             assert isinstance(layer, Block)
             yield layer
+
+    @property
+    def head(self) -> nn.Module | None:
+        """What makes the results of the last hidden states."""
+        return self.lm_head
+
+    def parts(self) -> Iterator[tuple[str, list[nn.Module]]]:
+        """What computes together, in its order, with its kind: embedding, block or head. A tied embedding is head too,
+        and belongs to no part, as what is used beside it then."""
+        if self.lm_head is not None:
+            yield "embedding", [self.model.embed_tokens]
+        yield from (("block", [block]) for block in self.model.layers)
+        if self.lm_head is not None:
+            yield "head", [self.model.norm, self.lm_head]
+
+    def looked_up(self) -> set[nn.Parameter]:
+        """Weights that are only looked up, not multiplied with."""
+        return set() if self.lm_head is None else {self.model.embed_tokens.weight}
+
+    def block_inputs(self, tokens: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+        """What a block gets beside the hidden states of a batch of tokens (B, T)."""
+        return (*self.model.rotary_emb(torch.zeros(tokens, dtype=torch.long), dtype), None)
 
     def reset_buffers(self, device: torch.device) -> None:
         """Recompute what is not loaded from a checkpoint; call it after the parameters are materialised."""
@@ -291,13 +317,6 @@ class Decoder(nn.Module):
         return logits_or_loss(h, self.model.embed_tokens.weight, targets)
 
 
-def parameter_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
-    """Shape of every parameter of the model by HF's name, without memory for any."""
-    with torch.device("meta"):
-        model = Decoder(config)
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
-
-
 def attention_mask(
     length: int,
     window: int | None,
@@ -325,10 +344,3 @@ def attention_mask(
     if documents is not None:
         mask = mask & (documents[:, :, None] == documents[:, None, :])
     return mask[:, None]
-
-
-def restarting_positions(documents: torch.Tensor) -> torch.Tensor:
-    """Each token's distance from the first of its document, [B, T]; a document's tokens stand side by side."""
-    index = torch.arange(documents.shape[1], device=documents.device)
-    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-    return index - torch.where(begins, index, 0).cummax(1).values

@@ -30,8 +30,8 @@ import torch
 
 from titan_hd.errors import UserError
 from titan_hd.files import read_json_object, shown, shown_size, sync_file
-from titan_hd.models.decoder import parameter_shapes
-from titan_hd.models.registry import DecoderConfig, read_hf_config
+from titan_hd.models.build import parameter_shapes
+from titan_hd.models.registry import ModelConfig, read_hf_config
 from titan_hd.models.safetensors_header import DTYPES, Entry, build_header, read_header, unique_keys
 
 logger = logging.getLogger("titan_hd")
@@ -50,13 +50,23 @@ class WeightFiles:
     Attributes:
         bytes_read: of tensors, so far.
         nonzero: names of the tensors of which something else than zeros was read.
+        missing: names of the tensors that the files lack, and may.
 
     Raises:
         UserError: with one line for every fault of the directory, an index, a header or a tensor; nothing is read then.
     """
 
-    def __init__(self, directory: str | Path, expected: dict[str, torch.Size], tied_head: bool):
-        self.directory = Path(directory)
+    def __init__(
+        self,
+        directory: str | Path,
+        expected: dict[str, torch.Size],
+        tied_head: bool,
+        may_lack: tuple[str, ...] = (),
+        may_have: tuple[str, ...] = (),
+    ):
+        """may_lack, may_have: first parts of names of what the files need not have, and of what is passed over."""
+        self.directory, self._may_have = Path(directory), may_have
+        self.missing = {name for name in expected if name.startswith(may_lack)} if may_lack else set()
         self.bytes_read = 0
         self.nonzero: set[str] = set()
         self._scratch = torch.empty(0, dtype=torch.uint8)
@@ -155,7 +165,7 @@ class WeightFiles:
             return errors
         for file, entries in headers.items():
             for name, entry in entries.items():
-                if not name.endswith(_IGNORED_SUFFIXES):
+                if not self._passed_over(name):
                     if name in self._places:
                         errors.append(f"{self.directory / file}: {shown(name)}: is in {self._places[name][0].name} too")
                     self._places[name] = self.directory / file, entry
@@ -170,7 +180,9 @@ class WeightFiles:
         if self._places and all(f"model.{name}" in expected for name in self._places):
             line = "the names lack the prefix 'model.', as those of a model without its head; save the ...ForCausalLM"
             return [*errors, f"{self.directory}: {line}"]
-        for name in expected.keys() - self._places.keys() - (weight_map or {}).keys():
+        # A head that is there in part is no head: what is missing of it is missing.
+        self.missing = self.missing if self.missing.isdisjoint(self._places) else set()
+        for name in expected.keys() - self._places.keys() - (weight_map or {}).keys() - self.missing:
             errors.append(f"{self.directory}: {name}: is missing")
         for name in self._places.keys() - expected.keys() - ({_HEAD} if tied_head else set()):
             errors.append(f"{self._places[name][0]}: {shown(name)}: is not part of the model")
@@ -178,12 +190,15 @@ class WeightFiles:
             errors += self._misfits(name, tuple(expected[name]))
         return errors
 
+    def _passed_over(self, name: str) -> bool:
+        return name.endswith(_IGNORED_SUFFIXES) or (bool(self._may_have) and name.startswith(self._may_have))
+
     def _contradictions(self, weight_map: dict[str, str], readable: Iterable[str]) -> list[str]:
         """Where the index and the headers of the files that could be read do not agree."""
         errors = []
         for name, file in weight_map.items():
             path = self._places[name][0] if name in self._places else None
-            if file in readable and not name.endswith(_IGNORED_SUFFIXES) and (path is None or path.name != file):
+            if file in readable and not self._passed_over(name) and (path is None or path.name != file):
                 holder = f"; {path.name} holds it" if path else ""
                 errors.append(f"{self.directory / file}: {shown(name)}: the index names it, the file lacks it{holder}")
         return errors
@@ -209,16 +224,25 @@ class WeightFiles:
         return errors
 
 
-def open_model_weights(directory: str | Path, config: DecoderConfig) -> WeightFiles:
+def weight_files(directory: str | Path, expected: dict[str, torch.Size], config: ModelConfig) -> WeightFiles:
+    """The weight files of a HF directory, which are those of a configuration. expected: the shapes of the weights.
+
+    Raises:
+        UserError: as `WeightFiles`.
+    """
+    return WeightFiles(directory, expected, config.tie_word_embeddings, config.new_weights, config.other_weights)
+
+
+def open_model_weights(directory: str | Path, config: ModelConfig) -> WeightFiles:
     """The weight files of a HF directory, checked against the model of a configuration.
 
     Raises:
         UserError: as `WeightFiles`.
     """
-    return WeightFiles(directory, parameter_shapes(config), tied_head=config.tie_word_embeddings)
+    return weight_files(directory, parameter_shapes(config), config)
 
 
-def read_model_config(directory: str | Path, name: str = "") -> DecoderConfig:
+def read_model_config(directory: str | Path, name: str = "") -> ModelConfig:
     """As `read_hf_config`, with the head that transformers would take: where config.json ties it to the embedding and
     the files hold another one (merges of trained heads do), theirs, and the configuration, also for the export, says
     that it is not tied. Files that are not there, or not in order, change nothing: whoever reads them says so.
@@ -227,7 +251,7 @@ def read_model_config(directory: str | Path, name: str = "") -> DecoderConfig:
         UserError: as `read_hf_config`, or the two matrices cannot be read.
     """
     config = read_hf_config(directory, name)
-    if not config.tie_word_embeddings:
+    if config.classifies or not config.tie_word_embeddings:
         return config
     try:
         files = open_model_weights(directory, config)

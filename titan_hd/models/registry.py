@@ -6,13 +6,16 @@ is ignored, and named in the log.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from titan_hd.errors import UserError
 from titan_hd.files import read_json_object
+from titan_hd.models import roberta
+from titan_hd.models.config_values import flag_of, number_of, refuse_unsupported, size_of
 from titan_hd.models.flavors import FLAVORS
 
 logger = logging.getLogger("titan_hd")
@@ -96,8 +99,7 @@ _HARMLESS = {
     *("is_decoder", "is_llama_config", "rope_interleaved", "transformers.js_config", "attn_implementation"),
     *("_attn_implementation_autoset", "use_mrope"),
 }
-_LARGEST = 2**31  # no size of a model; a larger one is a broken or a hostile file
-_LARGEST_NUMBER = 2.0**100
+_OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LARGEST_WEIGHT = 2**40  # elements
 _MOST_LAYERS = 1_000  # each is a module; no published model has 200
 
@@ -132,6 +134,33 @@ class DecoderConfig:
     ignored: tuple[str, ...] = field(repr=False, compare=False)
     hf: dict[str, Any] = field(repr=False, compare=False)
 
+    # Facts that the rest of the code asks for, and that other architectures answer in another way.
+    classifies: ClassVar[bool] = False  # it has a classification head, and writes no text
+    causal: ClassVar[bool] = True  # a token sees only what comes before it, so that padding behind needs no mask
+    endless: ClassVar[bool] = True  # it can compute beyond max_position_embeddings
+    tensor_parallel: ClassVar[bool] = True
+    draws: ClassVar[bool] = False  # it has dropout of its own
+    new_weights: ClassVar[tuple[str, ...]] = ()  # first parts of names that its files may lack; they are drawn then
+    other_weights: ClassVar[tuple[str, ...]] = ()  # first parts of names that its files may have, of other models
+
+    @property
+    def head_elements(self) -> int:
+        """Of the matrix that every token's last hidden state is multiplied with."""
+        return self.vocab_size * self.hidden_size
+
+    def with_blocks(self, number: int) -> DecoderConfig:
+        """The same with so few blocks, and next to no vocabulary."""
+        windows = self.layer_windows[:number]
+        return dataclasses.replace(self, num_hidden_layers=number, layer_windows=windows, vocab_size=1)
+
+    def block_name(self, number: int) -> str:
+        """Full name of a block, by its number."""
+        return f"model.layers.{number}"
+
+    def linear_paths(self) -> dict[str, str]:
+        """Key of `linear_shapes` -> path in a block."""
+        return {name: f"self_attn.{name}" if name in _OF_ATTENTION else f"mlp.{name}" for name in self.linear_shapes()}
+
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Last part of the HF name -> (out, in) of each linear layer of a block."""
         d, heads, kv = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads
@@ -147,7 +176,10 @@ class DecoderConfig:
         }
 
 
-def flavor_config(name: str, flavor: str) -> DecoderConfig:
+ModelConfig = DecoderConfig | roberta.RobertaConfig
+
+
+def flavor_config(name: str, flavor: str) -> ModelConfig:
     """Published sizes of a family's flavor. UserError if either is unknown."""
     if name not in FLAVORS:
         raise UserError(f"model.name: must be one of {', '.join(FLAVORS)}, not {name!r}")
@@ -156,7 +188,7 @@ def flavor_config(name: str, flavor: str) -> DecoderConfig:
     return parse_hf_config(FLAVORS[name][flavor], f"{name} {flavor}")
 
 
-def read_hf_config(directory: str | Path, name: str = "") -> DecoderConfig:
+def read_hf_config(directory: str | Path, name: str = "") -> ModelConfig:
     """Read `config.json` of a HF directory; `name`, if given, must be a family of its architecture.
 
     Raises:
@@ -169,49 +201,55 @@ def read_hf_config(directory: str | Path, name: str = "") -> DecoderConfig:
     config = parse_hf_config(raw, str(path))
     if config.ignored:
         logger.warning("%s: ignored keys: %s", path, ", ".join(config.ignored))
-    families = _architecture(raw, str(path))[1].families
+    families = (roberta.FAMILY,) if config.classifies else _architecture(raw, str(path))[1].families
     if name and name not in families:
         raise UserError(f"model.name: {path} is of the family {' or '.join(families)}, not {name!r}")
     return config
 
 
-def parse_hf_config(raw: dict[str, Any], where: str) -> DecoderConfig:
-    """Turn the keys of a config.json into a DecoderConfig; refuse by name what the decoder would compute wrongly.
+def parse_hf_config(raw: dict[str, Any], where: str) -> ModelConfig:
+    """The configuration that a config.json is, of its architecture.
 
     where: the file, or what stands for it, in front of every error.
+
+    Raises:
+        UserError: an architecture that is not supported, or what the model would compute wrongly, by name.
     """
+    if roberta.is_roberta(raw):
+        return roberta.parse_roberta(raw, where)
+    return parse_decoder(raw, where)
+
+
+def parse_decoder(raw: dict[str, Any], where: str) -> DecoderConfig:
+    """`parse_hf_config` of the Llama family's decoder."""
     architecture_name, architecture = _architecture(raw, where)
-    for key, unused in _UNSUPPORTED.items():
-        if key in raw and raw[key] not in unused:
-            shown = "" if isinstance(raw[key], (dict, list)) else f" {raw[key]!r}"
-            only = f"; only {unused[0]} is" if isinstance(unused[0], str) else ""
-            raise UserError(f"{where}: {key}:{shown} is not supported{only}")
-    sizes = {key: _size(raw, key, where) for key in _SIZES}
+    refuse_unsupported(raw, _UNSUPPORTED, where)
+    sizes = {key: size_of(raw, key, where) for key in _SIZES}
     if sizes["num_hidden_layers"] > _MOST_LAYERS:
         raise UserError(f"{where}: num_hidden_layers: must be at most {_MOST_LAYERS}")
     hidden, heads, layers = (sizes[key] for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     # Where the key is missing transformers assumes one head each for Llama, and other numbers for the others.
     llama = architecture_name == "LlamaForCausalLM"
-    kv_heads = _size(raw, "num_key_value_heads", where, heads if llama else None)
+    kv_heads = size_of(raw, "num_key_value_heads", where, heads if llama else None)
     if heads % kv_heads:
         raise UserError(f"{where}: num_key_value_heads: must divide num_attention_heads ({heads})")
-    head_dim = _size(raw, "head_dim", where, 128 if architecture.qk_norm else max(1, hidden // heads))
+    head_dim = size_of(raw, "head_dim", where, 128 if architecture.qk_norm else max(1, hidden // heads))
     if head_dim % 2:
         raise UserError(f"{where}: head_dim: must be even for rotary embeddings, not {head_dim}")
     if max(sizes["vocab_size"], sizes["intermediate_size"], heads * head_dim) * hidden > _LARGEST_WEIGHT:
         raise UserError(f"{where}: hidden_size: a weight of more than {_LARGEST_WEIGHT} elements is no model's")
     rope = _rope_parameters(raw, where)
     biases = (architecture.qkv_bias, architecture.o_bias, architecture.mlp_bias)
-    qkv_bias, o_bias, mlp_bias = (_flag(raw, said, where) if isinstance(said, str) else said for said in biases)
+    qkv_bias, o_bias, mlp_bias = (flag_of(raw, said, where) if isinstance(said, str) else said for said in biases)
     return DecoderConfig(
         **sizes,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=_number(raw, "rms_norm_eps", where, 1e-6),
+        rms_norm_eps=number_of(raw, "rms_norm_eps", where, 1e-6),
         rope_theta=rope.pop("rope_theta"),
         rope_scaling=rope if rope["rope_type"] != "default" else None,
-        max_position_embeddings=_size(raw, "max_position_embeddings", where, 2048),
-        tie_word_embeddings=_flag(raw, "tie_word_embeddings", where),
+        max_position_embeddings=size_of(raw, "max_position_embeddings", where, 2048),
+        tie_word_embeddings=flag_of(raw, "tie_word_embeddings", where),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=mlp_bias,
@@ -232,44 +270,20 @@ def _architecture(raw: dict[str, Any], where: str) -> tuple[str, Architecture]:
     named = by_type.get(str(raw.get("model_type")))
     names = raw.get("architectures") or ([named] if named else [])
     if not isinstance(names, list) or len(names) != 1 or str(names[0]) not in ARCHITECTURES:
-        raise UserError(f"{where}: architectures: {names} is not supported; supported are {', '.join(ARCHITECTURES)}")
+        supported = ", ".join((*ARCHITECTURES, roberta.ARCHITECTURE))
+        raise UserError(f"{where}: architectures: {names} is not supported; supported are {supported}")
     if named and names[0] != named:  # vLLM goes by the one, transformers by the other
         raise UserError(f"{where}: architectures {names} and model_type {raw['model_type']!r} contradict each other")
     return names[0], ARCHITECTURES[names[0]]
-
-
-def _number(raw: dict[str, Any], key: str, where: str, default: float | None = None) -> float:
-    value = raw.get(key)
-    if value is None:
-        if default is None:
-            raise UserError(f"{where}: {key}: is missing")
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST_NUMBER:
-        raise UserError(f"{where}: {key}: must be a number above 0, not {str(value)[:40]}")
-    return float(value)
-
-
-def _size(raw: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
-    value = _number(raw, key, where, default)
-    if value != int(value) or value >= _LARGEST:
-        raise UserError(f"{where}: {key}: must be a whole number above 0, not {str(raw[key])[:40]}")
-    return int(value)
-
-
-def _flag(raw: dict[str, Any], key: str, where: str) -> bool:
-    value = raw.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise UserError(f"{where}: {key}: must be true or false, not {value!r}")
-    return bool(value)
 
 
 def _layer_windows(raw: dict[str, Any], rule: str, layers: int, where: str) -> tuple[int | None, ...]:
     """Sliding windows as transformers derives them, its defaults for missing keys included."""
     window: int | None = None
     # A key that is there and null says "no window"; only a missing one has transformers' default.
-    if rule == "all" or (rule == "some" and _flag(raw, "use_sliding_window", where)):
+    if rule == "all" or (rule == "some" and flag_of(raw, "use_sliding_window", where)):
         given = {"sliding_window": raw.get("sliding_window", 4096)}
-        window = None if given["sliding_window"] is None else _size(given, "sliding_window", where)
+        window = None if given["sliding_window"] is None else size_of(given, "sliding_window", where)
     if rule != "some":
         return (window,) * layers
     types = raw.get("layer_types")
@@ -312,6 +326,6 @@ def _rope_parameters(raw: dict[str, Any], where: str) -> dict[str, Any]:
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"{where}: partial_rotary_factor: is not supported")
     for key in _ROPE_KEYS[kind]:
-        _number(rope, key, f"{where}: rope_scaling")
-    theta = _number({"rope_theta": rope.get("rope_theta") or raw.get("rope_theta")}, "rope_theta", where, 10000.0)
+        number_of(rope, key, f"{where}: rope_scaling")
+    theta = number_of({"rope_theta": rope.get("rope_theta") or raw.get("rope_theta")}, "rope_theta", where, 10000.0)
     return {**rope, "rope_type": kind, "rope_theta": theta}

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from titan_hd.errors import UserError
-from titan_hd.models.decoder import parameter_shapes
+from titan_hd.models.build import parameter_shapes
 from titan_hd.models.hf_files import open_model_weights
 from titan_hd.models.registry import DecoderConfig
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from titan_hd.data.text.chat import TOOL_TEMPLATE
 from titan_hd.data.text.tokenizer_base import Settings, Tokenizer
+from titan_hd.data.text.tokenizer_bpe import MERGES, VOCABULARY, byte_level_pipeline
 from titan_hd.data.text.tokenizer_json import JsonTokenizer
 from titan_hd.data.text.tokenizer_model import SentencePieceTokenizer, TiktokenTokenizer
 from titan_hd.errors import UserError
@@ -14,6 +15,8 @@ from titan_hd.errors import UserError
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    VOCABULARY,
+    MERGES,
     "tokenizer_config.json",
     "added_tokens.json",
     "special_tokens_map.json",
@@ -29,7 +32,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a HF directory.
 
     tokenizer.json if it is there, else tokenizer.model, also in `original` (Meta's layout): a SentencePiece model
-    (Llama 2, Mistral) or tiktoken's base64 ranks (Llama 3), told apart by what is in it.
+    (Llama 2, Mistral) or tiktoken's base64 ranks (Llama 3), told apart by what is in it; else vocab.json and merges.txt
+    (GPT-2, RoBERTa).
 
     Raises:
         UserError: none of them is there, or it cannot be read.
@@ -42,7 +46,12 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         if path.exists():
             is_tiktoken = _TIKTOKEN_LINE.match(_read_bytes(path)) is not None
             return (TiktokenTokenizer if is_tiktoken else SentencePieceTokenizer)(path, settings)
-    raise UserError(f"model.hf_assets_path: {directory} holds no tokenizer.json and no tokenizer.model")
+    if (directory / VOCABULARY).exists() and (directory / MERGES).exists():
+        return JsonTokenizer(directory / VOCABULARY, settings, byte_level_pipeline(directory, settings))
+    raise UserError(
+        f"model.hf_assets_path: {directory} holds no tokenizer.json and no tokenizer.model, nor both {VOCABULARY} and "
+        f"{MERGES}"
+    )
 
 
 def _read_bytes(path: Path) -> bytes:
