@@ -6,6 +6,7 @@ something else, on another node with other files.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os.path
 import shutil
@@ -15,27 +16,30 @@ from typing import Any
 
 import torch
 
+from titan_hd.adapters.inject import targeted
 from titan_hd.adapters.method import Method
 from titan_hd.adapters.methods import build_method, method_errors, method_of
 from titan_hd.adapters.svd import SvdSettings
 from titan_hd.checkpoint.folder import CheckpointFolder, incomplete, read_train_state
 from titan_hd.checkpoint.resume_check import allow_mismatch_errors, run_identity, weights_fingerprint
+from titan_hd.components.classification import metric_names, missing_library
 from titan_hd.components.dtypes import dtype_warnings, resolve_dtypes, untouched_dtype
 from titan_hd.components.optimizer import optimizer_class
 from titan_hd.components.trackers.registry import tracker_errors
 from titan_hd.components.update import fold_plan
-from titan_hd.config.job_config import JobConfig
+from titan_hd.config.job_config import Data, JobConfig
 from titan_hd.config.manager import ConfigError
 from titan_hd.data.build import check_data
 from titan_hd.distributed.parallel_dims import holders_error, placement_error, resolve_shard_degree
-from titan_hd.distributed.tp.tensor_parallel import LINEAR_PATHS, local_shape, tensor_parallel_errors
+from titan_hd.distributed.tp.tensor_parallel import local_shape, tensor_parallel_errors
 from titan_hd.distributed.update.plan import UpdatePlan
 from titan_hd.errors import Faults, UserError
 from titan_hd.export.hf import check_assets, check_folder, check_place, export_folder
 from titan_hd.files import shown_size
 from titan_hd.models.build import parameter_shapes
 from titan_hd.models.hf_files import open_model_weights, read_model_config
-from titan_hd.models.registry import DecoderConfig, flavor_config
+from titan_hd.models.registry import DecoderConfig, ModelConfig, flavor_config
+from titan_hd.models.roberta import RobertaConfig, with_labels
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class RunPlan:
     """
 
     config: JobConfig
-    decoder: DecoderConfig
+    decoder: ModelConfig
     dp_replicate: int
     dp_shard: int
     tp: int
@@ -93,6 +97,8 @@ def plan_run(
     workers = max(1, world_size // tp)
     decoder = errors.attempt(decoder_config, config)
     given, files = config, files_dtype(config, decoder) or unseen_files
+    if decoder:
+        config = dataclasses.replace(config, data=_as_the_model_reads(config.data, decoder))
     config = resolve_dtypes(config, device_type, files, _saved_state(config))
     errors.attempt(optimizer_class, config.optimizer.name)
     errors += tracker_errors(config)
@@ -115,13 +121,15 @@ def plan_run(
     if error:
         errors.append(error)
     if decoder is not None:
-        warnings += _length_warnings(config, decoder)
+        errors += _kind_errors(given, decoder, method)
+        warnings += _length_warnings(config, decoder) if decoder.endless else []
         if config.export.enable and needs_files:
             warnings += _space_warnings(config, decoder)
-        sizes = {name: getattr(decoder, name) for name in ("num_key_value_heads", "intermediate_size")}
-        if parallelism.loss_parallel:
-            sizes["vocab_size"] = decoder.vocab_size
-        errors += tensor_parallel_errors(sizes, tp)
+        if isinstance(decoder, DecoderConfig):
+            sizes = {name: getattr(decoder, name) for name in ("num_key_value_heads", "intermediate_size")}
+            if parallelism.loss_parallel:
+                sizes["vocab_size"] = decoder.vocab_size
+            errors += tensor_parallel_errors(sizes, tp)
         errors += _target_errors(config, decoder, method)
     if errors:
         raise ConfigError(errors)
@@ -149,13 +157,12 @@ def run_identity_of(plan: RunPlan, data: str) -> dict[str, Any]:
 
 def update_plan(config: JobConfig, plan: RunPlan) -> UpdatePlan:
     """How the update of every adapted weight will travel, without a model."""
-    linears = plan.decoder.linear_shapes()
-    targets = config.adapter.target_modules or linears
+    decoder = plan.decoder
+    linears, paths = targeted(decoder.linear_shapes(), config.adapter.target_modules), decoder.linear_paths()
     shapes = {
-        f"model.layers.{i}.{path}": local_shape(path, linears[name], plan.tp)
-        for i in range(plan.decoder.num_hidden_layers)
-        for name, path in LINEAR_PATHS.items()
-        if name in targets
+        f"{decoder.block_name(i)}.{paths[name]}": local_shape(paths[name], shape, plan.tp)
+        for i in range(decoder.num_hidden_layers)
+        for name, shape in linears.items()
     }
     return fold_plan(config, plan.num_adapters, (plan.dp_replicate, plan.dp_shard), shapes)
 
@@ -169,14 +176,14 @@ def refresh_line(plan: RunPlan) -> str | None:
         return f"slices are drawn anew every {every} steps"
     linears, workers = plan.decoder.linear_shapes(), math.prod(plan.mesh)
     svd, blocks = SvdSettings(a.svd, a.svd_niter, method.smallest), plan.decoder.num_hidden_layers
-    costs = [svd.cost(linears[name], method.directions) for name in a.target_modules or linears]
+    costs = [svd.cost(shape, method.directions) for shape in targeted(linears, a.target_modules).values()]
     return (
         f"slices of the current weights every {every} steps: {blocks * len(costs)} decompositions on {workers} "
         f"worker(s), about {blocks * sum(costs) / workers:.1e} operations on each; training waits for them"
     )
 
 
-def _check_start(config: JobConfig, decoder: DecoderConfig, method: Method) -> None:
+def _check_start(config: JobConfig, decoder: ModelConfig, method: Method) -> None:
     """What the run starts from is there: the checkpoint, or weight files whose headers have the model's shapes.
 
     Before any memory is allocated for a model whose sizes somebody else's config.json says.
@@ -253,7 +260,7 @@ def _period_warnings(config: JobConfig, method: type[Method]) -> list[str]:
     return warnings if method.folds else []
 
 
-def _length_warnings(config: JobConfig, decoder: DecoderConfig) -> list[str]:
+def _length_warnings(config: JobConfig, decoder: ModelConfig) -> list[str]:
     """Positions that the model has never seen; transformers warns too, and vLLM refuses them."""
     length, most = config.training.seq_len, decoder.max_position_embeddings
     if length <= most:
@@ -262,7 +269,7 @@ def _length_warnings(config: JobConfig, decoder: DecoderConfig) -> list[str]:
     return [f"{line}: longer records train at positions that it may not know; {most} cuts them there"]
 
 
-def _space_warnings(config: JobConfig, decoder: DecoderConfig) -> list[str]:
+def _space_warnings(config: JobConfig, decoder: ModelConfig) -> list[str]:
     """A disk that has no room for the export now; it may have when the training is done."""
     if config.export.format != "hf":
         return []
@@ -276,7 +283,7 @@ def _space_warnings(config: JobConfig, decoder: DecoderConfig) -> list[str]:
     return [f"export.folder: {folder}: the weights will need {shown_size(needed)}, {shown_size(free)} are free"]
 
 
-def files_dtype(config: JobConfig, decoder: DecoderConfig | None) -> torch.dtype | None:
+def files_dtype(config: JobConfig, decoder: ModelConfig | None) -> torch.dtype | None:
     """The one dtype of all weights of the base model; where its files are not there, what its config.json says. None:
     several, or not to be known."""
     if decoder is None or config.model.flavor:
@@ -303,23 +310,68 @@ def _saved_state(config: JobConfig) -> dict[str, Any] | None:
         return None
 
 
-def decoder_config(config: JobConfig) -> DecoderConfig:
+def decoder_config(config: JobConfig) -> ModelConfig:
     """The model's sizes: of the flavor if one is named, else of the directory. UserError names the key or the file."""
     if config.model.flavor:
-        return flavor_config(config.model.name, config.model.flavor)
-    return read_model_config(config.model.hf_assets_path, config.model.name)
+        model = flavor_config(config.model.name, config.model.flavor)
+    else:
+        model = read_model_config(config.model.hf_assets_path, config.model.name)
+    return with_labels(model, config.data.labels) if isinstance(model, RobertaConfig) and config.data.labels else model
 
 
-def _target_errors(config: JobConfig, decoder: DecoderConfig, method: Method) -> list[str]:
+def _as_the_model_reads(data: Data, model: ModelConfig) -> Data:
+    """The [data] section for a classifier: its one format, and its classes."""
+    if not isinstance(model, RobertaConfig):
+        return data
+    return dataclasses.replace(data, format="classification", labels=[*model.label_names])
+
+
+def _kind_errors(config: JobConfig, model: ModelConfig, method: Method) -> list[str]:
+    """What a kind of model cannot do, one line each. config: as the user gave it."""
+    c, family = config, model.hf.get("model_type")
+    lists = (source for source in (c.data.train, c.data.validation) if isinstance(source, list))
+    formats = {c.data.format, *(entry.format for sources in lists for entry in sources if entry.format)}
+    if not isinstance(model, RobertaConfig):
+        return [
+            f"data.{key}: is for a model with a classification head (roberta), not for {family}"
+            for key, given in (("format", "classification" in formats), ("labels", c.data.labels))
+            if given
+        ]
+    others = formats - {"auto", "classification"}
+    length, most, known = c.training.seq_len, model.max_position_embeddings, metric_names(model.num_labels)
+    best = c.checkpoint.keep_best.partition("/")[0].removeprefix("validation_")
+    library = missing_library(model.num_labels) if c.validation.enable else None
+    faults = {
+        f"data.format: {', '.join(sorted(others))} is for models that write text; {family} takes classification": others,
+        f"parallelism.tensor_parallel_degree: {family} has no tensor parallelism; set it to 1": (
+            c.parallelism.tensor_parallel_degree > 1
+        ),
+        f"training.seq_len: {length} is more than the positions that the model has, {most}": length > most,
+        "validation.exact_match_samples: a classifier writes no answers; set it to 0": c.validation.exact_match_samples,
+        "validation.samples: a classifier writes no answers; set it to 0": c.validation.samples > 0,
+        f"validation.enable: the metrics need {library}: pip install {library}, or titan_hd[classification]": library,
+        f"checkpoint.keep_best: must be validation_loss or validation_{' or validation_'.join(known)} for "
+        f"{model.num_labels} label(s), not {c.checkpoint.keep_best!r}": best and best not in ("loss", *known),
+        "export.format: peft's adapter would lack the classification head; use hf": (
+            c.export.enable and c.export.format == "peft"
+        ),
+        f"training.enable_cpu_offload: method {method.name} cannot train a classification head on the host; unset it": (
+            c.training.enable_cpu_offload and method.folds
+        ),
+    }
+    return [line for line, fault in faults.items() if fault]
+
+
+def _target_errors(config: JobConfig, decoder: ModelConfig, method: Method) -> list[str]:
     """Targets that the model has not, or of whose shapes the method can make nothing."""
     errors, shapes = [], decoder.linear_shapes()
-    targets = config.adapter.target_modules or list(shapes)
-    for target in targets:
-        if target not in shapes:
+    for target in config.adapter.target_modules or []:
+        if not targeted(shapes, [target]):
             errors.append(f"adapter.target_modules: {target!r} is no linear layer; there are {', '.join(shapes)}")
     if config.parallelism.tensor_parallel_degree > 1 and not method.tensor_parallel():
         errors.append(
             f"parallelism.tensor_parallel_degree: method {config.adapter.method} has no tensor parallelism; set it to 1"
         )
-    faults = (method.shape_error(target, shapes[target]) for target in targets if target in shapes)
+    chosen = targeted(shapes, config.adapter.target_modules)
+    faults = (method.shape_error(name, shape) for name, shape in chosen.items())
     return errors + [fault for fault in faults if fault][:1]  # the other layers' lines would say the same

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import nn
@@ -14,22 +14,32 @@ Layer = TypeVar("Layer", bound=FrozenLinear)
 
 
 def find_linears(model: nn.Module, target_modules: list[str] | None) -> list[str]:
-    """Full names of the nn.Linear layers whose last name part is targeted, in the model's order; without targets of all
-    but the head.
+    """Full names of the nn.Linear layers whose last name part (or parts, as "output.dense") is targeted, in the model's
+    order; without targets of all but the head. A head that is trained beside any method (`trained_head`) is no target.
 
     Raises:
         UserError: a target that matches no linear layer.
     """
-    head = getattr(model, "lm_head", None)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    trained_head, head = getattr(model, "trained_head", None), getattr(model, "head", None)
+    beside = set() if trained_head is None else {*trained_head.modules()}
+    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m not in beside}
     if target_modules is None:
-        return [name for name in linears if model.get_submodule(name) is not head]
-    last_parts = {name.rpartition(".")[2] for name in linears}
+        return [name for name, module in found.items() if module is not head]
     for target in target_modules:
-        if target not in last_parts:
-            known = ", ".join(sorted(last_parts))
+        if not any(is_target(name, [target]) for name in found):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in found}))
             raise UserError(f"adapter.target_modules: {target!r} is no linear layer of the model; there are {known}")
-    return [name for name in linears if name.rpartition(".")[2] in set(target_modules)]
+    return [name for name in found if is_target(name, target_modules)]
+
+
+def is_target(name: str, target_modules: Sequence[str]) -> bool:
+    """Whether a layer's name, or path in a block, ends with all parts of a target, as in the peft library."""
+    return any(f".{name}".endswith(f".{target}") for target in target_modules)
+
+
+def targeted(shapes: Mapping[str, tuple[int, int]], target_modules: list[str] | None) -> dict[str, tuple[int, int]]:
+    """Of the linear layers of a block, by name or path, those that are targeted; without targets all."""
+    return {name: shape for name, shape in shapes.items() if not target_modules or is_target(name, target_modules)}
 
 
 def replace_linears(

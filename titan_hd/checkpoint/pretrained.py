@@ -19,7 +19,7 @@ from titan_hd.distributed.shards import load_weights, materialize
 from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.hf_files import WeightFiles, open_model_weights, read_model_config
-from titan_hd.models.registry import DecoderConfig, flavor_config
+from titan_hd.models.registry import DecoderConfig, ModelConfig, flavor_config
 
 
 def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.device) -> tuple[Decoder, Path]:
@@ -91,8 +91,14 @@ def open_pretrained(path: Path, assets: str) -> tuple[DecoderConfig, WeightFiles
         raise UserError(f"{path}: holds neither config.json (a HF directory) nor {STATE_FILE} (a checkpoint){hint}")
     if assets:
         raise UserError(f"--assets: {path} is a HF directory and has its own; only a checkpoint needs them")
-    config = read_model_config(path)
+    config = _writer_of_text(read_model_config(path), path)
     return config, open_model_weights(path, config), path
+
+
+def _writer_of_text(config: ModelConfig, path: Path) -> DecoderConfig:
+    if not isinstance(config, DecoderConfig):
+        raise UserError(f"{path}: is a classifier, which writes no text; validation.enable measures one")
+    return config
 
 
 def _empty_model(config: DecoderConfig, dtype: torch.dtype) -> Decoder:
@@ -125,6 +131,7 @@ def _open_checkpoint(folder: Path, assets: str) -> tuple[DecoderConfig, Checkpoi
         config = flavor_config(settings["name"], settings["flavor"])
     else:
         config = read_model_config(directory)
+    config = _writer_of_text(config, folder)
     if not same_model(identity.get("model"), repr(config)):
         raise UserError(f"--assets: {directory}: its config.json is not that of the checkpoint's model")
     return config, CheckpointWeights(CheckpointReader(folder), state, config, directory), Path(directory)

@@ -14,15 +14,15 @@ from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import parallelize
 from titan_hd.distributed.tp.tensor_parallel import apply_tensor_parallel
-from titan_hd.models.decoder import Decoder
-from titan_hd.models.registry import DecoderConfig
+from titan_hd.models.build import Model, build_model
+from titan_hd.models.registry import ModelConfig
 
 
 class Assembled(NamedTuple):
     """trained_layers: their names. ignored: parameters that FSDP2 neither gathers nor reduces. param_dtype: that of the
     gathered weights."""
 
-    model: Decoder
+    model: Model
     update: Update
     trained_layers: list[str]
     ignored: set[nn.Parameter]
@@ -30,7 +30,7 @@ class Assembled(NamedTuple):
 
 
 def assemble(
-    config: JobConfig, decoder: DecoderConfig, method: Method, dims: ParallelDims, untouched: torch.dtype
+    config: JobConfig, decoder: ModelConfig, method: Method, dims: ParallelDims, untouched: torch.dtype
 ) -> Assembled:
     """meta init -> method -> tensor parallelism -> update -> the other wrappers. Nothing has memory or values yet, and
     nothing is communicated: also one process, of a mesh that is there in name alone, can do it.
@@ -39,7 +39,7 @@ def assemble(
     """
     c = config
     with torch.device("meta"):
-        model = Decoder(decoder).to(getattr(torch, c.training.master_dtype))
+        model = build_model(decoder).to(getattr(torch, c.training.master_dtype))
     trained_layers = method.apply(model, c.adapter.target_modules)
     for parameter in untouched_parameters(model):
         parameter.data = parameter.data.to(untouched)
@@ -56,7 +56,7 @@ def assemble(
         checkpoint_mode=c.activation_checkpoint.mode,
         compile_blocks=c.compile.enable,
         checkpoint_keep=c.activation_checkpoint.keep,
-        dropout=c.adapter.dropout > 0,
+        dropout=c.adapter.dropout > 0 or decoder.draws,
         offload=c.training.enable_cpu_offload,
     )
     return Assembled(model, update, trained_layers, ignored, param_dtype)

@@ -28,7 +28,7 @@ from titan_hd.adapters.adapter_linear import adapter_layers
 from titan_hd.adapters.method import FoldingMethod, Method
 from titan_hd.adapters.svd import SvdSettings
 from titan_hd.components.host_moments import HostMoments
-from titan_hd.components.optimizer import build_optimizer, clip_flat, clip_gradients, step_if_finite
+from titan_hd.components.optimizer import build_optimizer, clip_flat, clip_gradients, held_parts, step_if_finite
 from titan_hd.config.job_config import JobConfig
 from titan_hd.console import Progress
 from titan_hd.distributed.adapter_init import initialize_adapters
@@ -43,7 +43,7 @@ from titan_hd.distributed.update.fold import Fold, FoldSettings, refuse_non_fini
 from titan_hd.distributed.update.plan import UpdatePlan, plan_update
 from titan_hd.distributed.update.topology import WIRE_BYTES, Topology
 from titan_hd.distributed.watch import enter_phase
-from titan_hd.models.decoder import Decoder
+from titan_hd.models.build import Model
 from titan_hd.seeding import stable_seed
 
 logger = logging.getLogger("titan_hd")
@@ -60,7 +60,7 @@ class Update:
 
     apply_phase = "optimizer"
 
-    def __init__(self, model: Decoder, method: Method, dims: ParallelDims, config: JobConfig):
+    def __init__(self, model: Model, method: Method, dims: ParallelDims, config: JobConfig):
         self.model, self.method, self.dims, self.config = model, method, dims, config
         self.trainable: dict[nn.Parameter, str] = {}
         self.optimizer: torch.optim.Optimizer | HostMoments
@@ -217,16 +217,11 @@ class OptimizerUpdate(Update):
         self.optimizer.step()
 
     def _allocate_moment(self, parameter: nn.Parameter, key: str, stored: TensorStorageMetadata) -> None:
-        if stored.size == parameter.shape:
-            value = torch.zeros_like(parameter, dtype=stored.properties.dtype)
-        else:
-            value = torch.zeros(stored.size, dtype=stored.properties.dtype)
-        self.optimizer.state[parameter][key] = value
+        self.optimizer.state[parameter][key] = _like_stored(parameter, stored)
 
     def _moments(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        for parameter, name in self.trainable.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                yield name, key, value
+        assert isinstance(self.optimizer, torch.optim.Optimizer)
+        return _moments_of(self.optimizer, self.trainable)
 
     def _changed_layers(self) -> set[str]:
         return {name for name, layer in adapter_layers(self.model).items() if layer.changes_weight}
@@ -242,16 +237,21 @@ class FoldUpdate(Update):
     adapter, as the moments, so that any number of workers may go on.
 
     The optimizer gets the registry's flat tensor alone, and its moments are flat too; a checkpoint has them by layer.
+
+    A head that is trained beside any method is one for all logical adapters, with an optimizer of its own: it learns
+    from the mean of their losses, and takes its step when the weights change.
     """
 
     apply_phase = "exchange"
 
-    def __init__(self, model: Decoder, method: FoldingMethod, dims: ParallelDims, config: JobConfig):
+    def __init__(self, model: Model, method: FoldingMethod, dims: ParallelDims, config: JobConfig):
         super().__init__(model, method, dims, config)
         assert not method.lr_ratios, "the optimizer has one flat tensor, and one learning rate for all of it"
         self.registry = AdapterRegistry(model, method, dims.adapter_mesh(method.num_adapters))
         self.samples: Samples
         self.fold: Fold
+        self.head: dict[nn.Parameter, str] = {}
+        self.head_optimizer: torch.optim.Optimizer | None = None
         self._refresh_seconds = 0.0
         # First words of what a checkpoint has until a fold: of the one that is read, then of those that are saved.
         self._unfolded: tuple[str, ...] = ()
@@ -264,6 +264,10 @@ class FoldUpdate(Update):
     def build_optimizer(self, device: torch.device) -> None:
         self.registry.materialize(device)
         super().build_optimizer(device)
+        adapters = self.registry.parameters()
+        self.head = {p: name for p, name in self.trainable.items() if p not in adapters}
+        if self.head:
+            self.head_optimizer = build_optimizer(self.config.optimizer, self.head, self.config.optimizer.weight_decay)
 
     def layers_to_start(self) -> int:
         return len(self.registry.entries)
@@ -318,6 +322,8 @@ class FoldUpdate(Update):
             with named("refresh"):
                 self._refresh(step // every)
             enter_phase(f"step {step + 1}")
+        for group in self.head_optimizer.param_groups if self.head_optimizer else ():
+            group["lr"] = lr
         super().begin_step(lr, step)
 
     def take_seconds(self) -> dict[str, float]:
@@ -330,7 +336,11 @@ class FoldUpdate(Update):
     def finish_gradients(self) -> torch.Tensor:
         self.samples.finish()
         self.registry.finish_gradients()
-        return clip_flat(self.registry.gradient_parts(), self.config.training.max_norm)
+        gradients = [p.grad for p in self.head if p.grad is not None]
+        if gradients and self.method.shares > 1:  # each adapter's loss is a mean of its own
+            torch._foreach_div_(gradients, self.method.shares)
+        parts = [*self.registry.gradient_parts(), *held_parts(gradients)]
+        return clip_flat(parts, self.config.training.max_norm)
 
     def propose(self, norm: torch.Tensor) -> torch.Tensor:
         """The optimizer's step, which changes dA, dB and the moments alone."""
@@ -347,6 +357,8 @@ class FoldUpdate(Update):
         """Fold, if it is time to. A run that goes on behind its last step, because it is given more steps, folds next
         where any other does."""
         h = self.config.hdpissa
+        if self.head_optimizer:
+            self.head_optimizer.step()
         self._rates[0] += lr
         self._unfolded = UNFOLDED
         if (step + 1) % h.local_steps == 0 or step == self._last_step:
@@ -382,6 +394,10 @@ class FoldUpdate(Update):
         return self._optimizer_over({self.registry.deltas: "deltas"})
 
     def _allocate_moment(self, parameter: nn.Parameter, key: str, stored: TensorStorageMetadata) -> None:
+        if parameter in self.head:
+            assert self.head_optimizer is not None
+            self.head_optimizer.state[parameter][key] = _like_stored(parameter, stored)
+            return
         deltas = self.registry.deltas
         state, dtype = self.optimizer.state[deltas], stored.properties.dtype
         if key in state:  # another layer came first
@@ -400,7 +416,9 @@ class FoldUpdate(Update):
             if value.shape == deltas.shape:
                 yield from ((name, key, view) for name, view in self.registry.named_views(value))
             else:  # a number, the same for all
-                yield from ((name, key, value) for name in self.trainable.values())
+                yield from ((name, key, value) for p, name in self.trainable.items() if p not in self.head)
+        if self.head_optimizer:
+            yield from _moments_of(self.head_optimizer, self.head)
 
     def _optimizer_weight_decay(self) -> float:
         return 0.0  # what the optimizer trains is zero when a step begins: decay belongs to the fold, on W
@@ -410,6 +428,24 @@ class FoldUpdate(Update):
 
     def _zero_gradients(self) -> None:
         self.samples.zero_grad()
+        for parameter in self.head:
+            parameter.grad = None
+
+
+def _like_stored(parameter: nn.Parameter, stored: TensorStorageMetadata) -> torch.Tensor:
+    """Room for a tensor of the optimizer's state of a parameter, as a checkpoint has it."""
+    if stored.size == parameter.shape:
+        return torch.zeros_like(parameter, dtype=stored.properties.dtype)
+    return torch.zeros(stored.size, dtype=stored.properties.dtype)
+
+
+def _moments_of(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[nn.Parameter, str]
+) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """The state of an optimizer of many parameters, as of `Update._moments`."""
+    for parameter, name in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            yield name, key, value
 
 
 def _tensor_of(number: array[float]) -> torch.Tensor:
@@ -417,7 +453,7 @@ def _tensor_of(number: array[float]) -> torch.Tensor:
     return torch.frombuffer(number, dtype=torch.float64).view(())
 
 
-def build_update(model: Decoder, method: Method, dims: ParallelDims, config: JobConfig) -> Update:
+def build_update(model: Model, method: Method, dims: ParallelDims, config: JobConfig) -> Update:
     """The update of a method that was applied to a meta model."""
     if isinstance(method, FoldingMethod):
         return FoldUpdate(model, method, dims, config)

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from titan_hd.adapters.adapter_linear import adapter_layers
+from titan_hd.adapters.adapter_linear import AdapterLinear, adapter_layers
 from titan_hd.adapters.frozen_linear import FoldingLinear
 from titan_hd.components.optimizer import clip_factor
 from titan_hd.components.sketch import effective_rank, product, random_vectors, square_norm
@@ -39,7 +39,7 @@ from titan_hd.distributed.directions import Directions
 from titan_hd.distributed.parallel_dims import ParallelDims, local_part, owned_block
 from titan_hd.distributed.regroup import tp_split
 from titan_hd.distributed.row_shards import chunk_rows
-from titan_hd.models.decoder import Decoder
+from titan_hd.models.build import Model
 
 # Between two folds, or of a layer without a gradient, W is as it was, but for the rounding of its products: a change of
 # these that is no larger than this share of them is none. Since the base weights, whose products are kept in fp32 and
@@ -72,7 +72,7 @@ class WeightChanges:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Model,
         update: Update,
         dims: ParallelDims,
         config: JobConfig,
@@ -87,10 +87,9 @@ class WeightChanges:
         # With refresh_steps the registry has the initial directions for one period alone.
         if self.registry and self.registry.method.directions and not config.hdpissa.refresh_steps:
             self.directions = Directions(self.registry)
+        kinds = kinds_of_layers(model)
         self.layers = {
-            name: _Layer(
-                layer, (layer.out_features, layer.in_features), tp_split(layer.weight), name.rpartition(".")[2]
-            )
+            name: _Layer(layer, (layer.out_features, layer.in_features), tp_split(layer.weight), kinds[name])
             for name, layer in measured_layers(model).items()
         }
         self._base: dict[str, torch.Tensor] = {}
@@ -248,15 +247,24 @@ class WeightChanges:
         return squares
 
 
-def measured_layers(model: Decoder) -> dict[str, nn.Linear]:
+def measured_layers(model: Model) -> dict[str, nn.Linear]:
     """The linear layers of the blocks that are trained or have an adapter, by name."""
-    adapted = adapter_layers(model)
+    layers = {name: model.get_submodule(name) for name in kinds_of_layers(model)}
     return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and ".layers." in name
-        and (name in adapted or module.weight.requires_grad or isinstance(module, FoldingLinear))
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, nn.Linear)
+        and (isinstance(layer, (AdapterLinear, FoldingLinear)) or layer.weight.requires_grad)
+    }
+
+
+def kinds_of_layers(model: Model) -> dict[str, str]:
+    """Name -> kind (q_proj, ...) of each linear layer of the blocks, in the model's order."""
+    config = model.config
+    return {
+        f"{config.block_name(i)}.{path}": kind
+        for i in range(config.num_hidden_layers)
+        for kind, path in config.linear_paths().items()
     }
 
 

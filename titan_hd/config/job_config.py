@@ -82,9 +82,9 @@ class Data:
     """Training records: a file, a directory or a glob, read in the order of names (JSONL, a JSON array or a .tsv,
     perhaps .gz or .zst, or Parquet), or org/name[:config][:split] of the Hub (needs the package datasets). Or a
     mixture: a list of paths or tables, [[data.train]] (on the command line as JSON), each with path, perhaps weight or
-    samples, and perhaps format, template, ignore_fields and the names of fields instead of those of [data]. An epoch takes
-    round(weight * records) of a source, each record equally often, or exactly `samples`; a partial pass goes on where
-    the last epoch's ended, so the counts of two records never differ by more than one."""
+    samples, and perhaps format, template, ignore_fields and the names of fields instead of those of [data]. An epoch
+    takes round(weight * records) of a source, each record equally often, or exactly `samples`; a partial pass goes on
+    where the last epoch's ended, so the counts of two records never differ by more than one."""
     validation: str | list[DataSource] = ""
     """Validation records, as data.train; of a list all records are read, in its order. Tables with a `name` are sets of
     their own: [{name = "math", path = "..."}, {name = "plain", path = "...", format = "text"}]. The metrics of the

@@ -231,15 +231,8 @@ class DatasetBuilder:
         """Stands for everything that the arrays depend on. folder: the cache."""
         config, format = source.config, encoder.format
         names = ("prompt_field", "response_field", "input_field", "system_field", "text_field", "ignore_fields")
-        names += (
-            "train_on_prompt",
-            "template",
-            "encoding",
-            "parse_control_tokens",
-            "on_error",
-            "max_skipped",
-            "labels",
-        )
+        names += ("train_on_prompt", "template", "encoding", "parse_control_tokens", "on_error", "max_skipped")
+        names += ("labels",)
         settings = {name: getattr(config, name) for name in names}
         settings |= {"format": format.name, "vocab_size": self.vocab_size, "seq_len": self.seq_len}
         settings |= {"keep_questions": encoder.questions is not None}

@@ -59,8 +59,8 @@ def _block(parameter: nn.Parameter, dims: ParallelDims) -> Block:
 
 
 class LoadedWeights(NamedTuple):
-    """bytes_read: by this rank. zeros: names of the weights in which there is nothing but zeros, on every rank. missing:
-    of those that the files lack, and may: a new head's."""
+    """bytes_read: by this rank. zeros: names of the weights in which there is nothing but zeros, on every rank.
+    missing: of those that the files lack, and may: a new head's."""
 
     bytes_read: int
     zeros: list[str]
@@ -110,8 +110,9 @@ def load_weights(model: Model, dims: ParallelDims, directory: str) -> LoadedWeig
 def init_weights(
     model: Model, dims: ParallelDims, seed: int, std: float = 0.02, names: Collection[str] | None = None
 ) -> None:
-    """Random weights, all of them or those of `names`: norms 1, biases 0, the rest normal. Drawn on the host in blocks of rows, each with a generator
-    keyed by (seed, name, block), so that the model is the same on any number of workers and any device."""
+    """Random weights, all of them or those of `names`: norms 1, biases 0, the rest normal. Drawn on the host in blocks
+    of rows, each with a generator keyed by (seed, name, block), so that the model is the same on any number of workers
+    and any device."""
     norms = {f"{n}.weight" for n, module in model.named_modules() if isinstance(module, (RMSNorm, nn.LayerNorm))}
     parameters = {name: p for name, p in base_parameters(model) if names is None or name in names}
     with Progress("drawing random weights", len(parameters), "tensors", shown=dims.rank == 0) as progress:
@@ -137,9 +138,7 @@ def _draw(name: str, parameter: nn.Parameter, dims: ParallelDims, seed: int, std
 
 
 @torch.no_grad()
-def write_weights(
-    model: Model, dims: ParallelDims, directory: Path, dtype: torch.dtype, max_file_bytes: float
-) -> None:
+def write_weights(model: Model, dims: ParallelDims, directory: Path, dtype: torch.dtype, max_file_bytes: float) -> None:
     """Write safetensors files of bounded size; every rank writes what it holds in place. Collective.
 
     Adapters are merged in fp32 on the way; the model stays as it is.

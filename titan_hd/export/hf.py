@@ -26,7 +26,7 @@ from titan_hd.distributed.shards import write_weights
 from titan_hd.errors import UserError
 from titan_hd.export.model_card import final_metrics, model_card
 from titan_hd.files import disk_faults, read_json_object
-from titan_hd.models.decoder import Decoder
+from titan_hd.models.build import Model
 
 logger = logging.getLogger("titan_hd")
 
@@ -47,7 +47,7 @@ _MARKS = ("config.json", "adapter_config.json")
 _GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def export_hf(model: Decoder, dims: ParallelDims, config: JobConfig, answering: Answering = NO_ANSWERS) -> None:
+def export_hf(model: Model, dims: ParallelDims, config: JobConfig, answering: Answering = NO_ANSWERS) -> None:
     """Write the model to export.folder. Collective; each rank writes the rows that it owns, rounded once from the
     masters to export.dtype.
 
@@ -137,7 +137,8 @@ def write_assets(
     for name in _assets(assets):
         (partial / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(Path(assets) / name, partial / name)
-    generation = {key: config[key] for key in _GENERATION_KEYS if config.get(key) is not None}
+    generates = not str(config.get("problem_type", "")).endswith(("classification", "regression"))
+    generation = {key: config[key] for key in _GENERATION_KEYS if generates and config.get(key) is not None}
     if generation and not (partial / "generation_config.json").exists():
         _write_json(partial / "generation_config.json", {"_from_model_config": True, **generation})
     write_answering(partial, partial, hf_config, answering)

@@ -136,6 +136,7 @@ class DecoderConfig:
 
     # Facts that the rest of the code asks for, and that other architectures answer in another way.
     classifies: ClassVar[bool] = False  # it has a classification head, and writes no text
+    num_labels: ClassVar[int] = 0  # of that head
     causal: ClassVar[bool] = True  # a token sees only what comes before it, so that padding behind needs no mask
     endless: ClassVar[bool] = True  # it can compute beyond max_position_embeddings
     tensor_parallel: ClassVar[bool] = True

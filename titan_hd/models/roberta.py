@@ -132,7 +132,8 @@ def parse_roberta(raw: dict[str, Any], where: str) -> RobertaConfig:
     """
     if raw.get("model_type", MODEL_TYPE) != MODEL_TYPE:
         raise UserError(
-            f"{where}: architectures {raw.get('architectures')} and model_type {raw['model_type']!r} contradict each other"
+            f"{where}: architectures {raw.get('architectures')} and model_type {raw['model_type']!r} contradict each "
+            "other"
         )
     refuse_unsupported(raw, _UNSUPPORTED, where)
     sizes = {key: size_of(raw, key, where) for key in _SIZES}
