@@ -342,7 +342,7 @@ def _kind_errors(config: JobConfig, model: ModelConfig, method: Method) -> list[
     best = c.checkpoint.keep_best.partition("/")[0].removeprefix("validation_")
     library = missing_library(model.num_labels) if c.validation.enable else None
     faults = {
-        f"data.format: {', '.join(sorted(others))} is for models that write text; {family} takes classification": others,
+        f"data.format: {', '.join(sorted(others))}: {family} takes classification alone": others,
         f"parallelism.tensor_parallel_degree: {family} has no tensor parallelism; set it to 1": (
             c.parallelism.tensor_parallel_degree > 1
         ),

@@ -188,7 +188,8 @@ class Validator:
 
     def run(self, model: Model, progress: Callable[[], object] = lambda: None) -> dict[str, float]:
         """validation_loss and, if asked for, validation_exact_match of the main set (of a classifier, the metrics of
-        `classification.measure`), then those of the others under their names; rank 0's, so that all agree what is best. Collective; leaves the model as for training.
+        `classification.measure`), then those of the others under their names; rank 0's, so that all agree what is best.
+        Collective; leaves the model as for training.
 
         progress: called for each of the `batches`.
         """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from titan_hd.data.text.chat import TOOL_TEMPLATE
 from titan_hd.data.text.tokenizer_base import Settings, Tokenizer
-from titan_hd.data.text.tokenizer_bpe import MERGES, VOCABULARY, byte_level_pipeline
+from titan_hd.data.text.tokenizer_bpe import MERGES, VOCABULARY, read_byte_level
 from titan_hd.data.text.tokenizer_json import JsonTokenizer
 from titan_hd.data.text.tokenizer_model import SentencePieceTokenizer, TiktokenTokenizer
 from titan_hd.errors import UserError
@@ -47,7 +47,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             is_tiktoken = _TIKTOKEN_LINE.match(_read_bytes(path)) is not None
             return (TiktokenTokenizer if is_tiktoken else SentencePieceTokenizer)(path, settings)
     if (directory / VOCABULARY).exists() and (directory / MERGES).exists():
-        return JsonTokenizer(directory / VOCABULARY, settings, byte_level_pipeline(directory, settings))
+        return JsonTokenizer(directory / VOCABULARY, *read_byte_level(directory, settings))
     raise UserError(
         f"model.hf_assets_path: {directory} holds no tokenizer.json and no tokenizer.model, nor both {VOCABULARY} and "
         f"{MERGES}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ _ROBERTA = {
 }
 
 
-def byte_level_pipeline(directory: Path, settings: Settings) -> str:
-    """A tokenizer.json of the two files. RoBERTa's (by tokenizer_class or model_type) has <s> in front of a text and
-    </s> behind it, and special tokens; others have what their settings name.
+def read_byte_level(directory: Path, settings: Settings) -> tuple[Settings, str]:
+    """The settings, and a tokenizer.json of the two files. RoBERTa's (by tokenizer_class or model_type) has <s> in front
+    of a text and </s> behind it, and special tokens also where no file names them; others have what their files name.
 
     Raises:
         UserError: a file cannot be read, or a line is no merge of two pieces of the vocabulary.
@@ -41,6 +42,7 @@ def byte_level_pipeline(directory: Path, settings: Settings) -> str:
     tokenizer.decoder = decoders.ByteLevel()
     if _is_roberta(settings):
         names = _ROBERTA | settings.special_tokens
+        settings = dataclasses.replace(settings, special_tokens=names)
         special = [names[key] for key in dict.fromkeys(_ROBERTA) if names[key] in vocabulary]
         mask = names["mask_token"]
         # Behind a space, which belongs to it.
@@ -50,7 +52,7 @@ def byte_level_pipeline(directory: Path, settings: Settings) -> str:
         if begin in vocabulary and end in vocabulary:
             ends = (end, vocabulary[end]), (begin, vocabulary[begin])
             tokenizer.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=False)
-    return tokenizer.to_str()
+    return settings, tokenizer.to_str()
 
 
 def _is_roberta(settings: Settings) -> bool:
