@@ -24,6 +24,7 @@ from titan_hd.components.trackers.registry import finish_failed_run
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
 from titan_hd.console import init_logging
+from titan_hd.distributed.groups import LAZY
 from titan_hd.errors import UserError
 from titan_hd.export.hf import export_folder
 from titan_hd.preflight import plan_run
@@ -32,7 +33,7 @@ from titan_hd.train import Trainer
 
 # What `stand_alone` and `init_process` set.
 _VARIABLES = (
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUBLAS_WORKSPACE_CONFIG"),
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUBLAS_WORKSPACE_CONFIG", *LAZY),
     *("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_TEMP_FILE"),
 )
 

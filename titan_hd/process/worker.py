@@ -25,6 +25,7 @@ from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
 from titan_hd.console import init_logging, silence_libraries
 from titan_hd.distributed.collectives import on_rank_zero
+from titan_hd.distributed.groups import LAZY
 from titan_hd.distributed.watch import Watch
 from titan_hd.errors import UserError
 from titan_hd.fitting import device_memory
@@ -89,8 +90,10 @@ def init_process(config: JobConfig, signals: StopSignals | None) -> torch.device
             if signals.status:
                 os._exit(signals.status)
 
-        # pyrefly: ignore[missing-attribute]: torch's stubs leave `clone` of stores out
-        own_store = dist.PrefixStore("watch", store.clone())
+        def own_store() -> dist.Store:
+            # pyrefly: ignore[missing-attribute]: torch's stubs leave `clone` of stores out
+            return dist.PrefixStore("watch", store.clone())
+
         _watch = Watch(own_store, rank, world_size, config.comm.init_timeout_seconds, leave)
     torch.set_float32_matmul_precision(config.training.float32_matmul_precision)
     if config.debug.deterministic:
@@ -121,12 +124,21 @@ def _join(backend: str, timeout: datetime.timedelta) -> dist.Store:
         raise
     store = dist.PrefixStore(_attempt(), store)
     announce(store, rank)
+    with _telling_of_ranks(store, place, world_size) if rank == 0 else contextlib.nullcontext():
+        for name, value in LAZY.items():
+            os.environ.setdefault(name, value)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        # Returns when all are here, and connected to those that later collectives over the world need. Who connects to
+        # a rank that has gone may wait five times as long as the time-out says (gloo in torch 2.11 to 2.13).
+        dist.barrier()
+    return store
+
+
+def _telling_of_ranks(store: dist.Store, place: str, world_size: int) -> contextlib.AbstractContextManager[None]:
+    """`telling`, by rank 0, which ranks have not come yet. It asks on a connection of its own."""
     # pyrefly: ignore[missing-attribute]: torch's stubs leave `clone` of stores out
     own_store = store.clone()
-    waits = telling(lambda: f"rank 0 waits at {place} for {missing_ranks(own_store, world_size)}")
-    with waits if rank == 0 else contextlib.nullcontext():
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    return store
+    return telling(lambda: f"rank 0 waits at {place} for {missing_ranks(own_store, world_size)}")
 
 
 def _attempt() -> str:

@@ -19,7 +19,7 @@ def lines(monkeypatch, capsys, tell, wait: float = 3.0) -> str:
     left = threading.Event()
     watch.enter_phase("step 3")
     monkeypatch.setattr(watch, "_TORCH", threading.__file__)  # Event.wait stands for a collective
-    watch.Watch(store, 0, 3, 1.0, left.set)
+    watch.Watch(lambda: store, 0, 3, 1.0, left.set)
     time_up = threading.Event()
     time_up.wait(wait)
     watch.enter_phase("over", timed=False)
@@ -42,7 +42,7 @@ def test_nobody_is_late_where_all_wait(monkeypatch, capsys):
 def test_work_of_our_own_is_no_waiting(capsys):
     """A rank that computes or reads for long says nothing about others."""
     watch.enter_phase("reading the data")
-    watch.Watch(dist.HashStore(), 0, 2, 0.5, lambda: None)
+    watch.Watch(dist.HashStore, 0, 2, 0.5, lambda: None)
     time.sleep(1.5)
     watch.enter_phase("over", timed=False)
     assert not capsys.readouterr().err
