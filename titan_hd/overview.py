@@ -24,8 +24,8 @@ from titan_hd.data.dataset import Dataset, FiniteDataset
 from titan_hd.data.tokens.statistics import Statistics, statistics_table
 from titan_hd.distributed.mesh_picture import mesh_picture
 from titan_hd.files import replace_file, shown_size
-from titan_hd.fitting import estimate_run, gathering, too_little
-from titan_hd.models.decoder import Decoder, parameter_shapes
+from titan_hd.fitting import estimate_run, gathering, too_little, trained_size
+from titan_hd.models.decoder import parameter_shapes
 from titan_hd.preflight import RunPlan, refresh_line, update_plan
 
 logger = logging.getLogger("titan_hd")
@@ -119,12 +119,10 @@ class Overview:
     def _trained(self) -> str:
         """Parameters of all adapters together, and what the optimizer keeps of a worker's own."""
         plan = self.plan
-        with torch.device("meta"):
-            model = Decoder(plan.decoder)
-        layers = plan.method.apply(model, plan.config.adapter.target_modules)
+        parameters, layers = trained_size(plan.method, plan.decoder, plan.config.adapter.target_modules)
         moments = self.estimate.held["optimizer's moments"]
         kept = f"{shown_size(moments)} of moments on each worker" if moments else "moments on the host"
-        return f"{plan.method.trained_parameters(model):,} parameters in {len(layers)} layers; {kept}"
+        return f"{parameters:,} parameters in {layers} layers; {kept}"
 
     def _memory(self) -> str:
         needed = f"about {self.estimate.total / GB:.2f} GB"
@@ -176,4 +174,5 @@ def _data_set(dataset: Dataset) -> str:
 
 
 def version_line() -> str:
+    """The versions of titan_hd and of torch, with which the screen begins."""
     return f"titan_hd {__version__}, torch {torch.__version__}"

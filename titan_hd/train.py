@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from titan_hd.adapters.methods import ignored_keys
 from titan_hd.checkpoint.checkpointer import Checkpointer
-from titan_hd.checkpoint.resume_check import check_length, check_resumable, check_unfolded
+from titan_hd.checkpoint.resume_check import check_resume
 from titan_hd.components.assembly import assemble
 from titan_hd.components.best_validation import BestValidation
 from titan_hd.components.lr_scheduler import lr_factor
@@ -179,7 +179,6 @@ class Trainer:
         )
         self.best = BestValidation(c, self.validator.measured_on() if self.validator else {})
         self.step = (self.checkpointer.choose(c.checkpoint.load_step) or 0) if c.checkpoint.enable else 0
-        check_length(self.step, self.total_steps)
         self.identity = on_rank_zero("identifying the run", lambda: run_identity_of(self.plan, self.data_summary))
         self.changes = WeightChanges(self.model, self.update, self.dims, c, self.device, self.total_steps)
         if self.step:
@@ -195,22 +194,18 @@ class Trainer:
     def _resume(self) -> None:
         c, step = self.config, self.step
         state = on_rank_zero("reading the checkpoint's state", lambda: self.checkpointer.train_state(step))
-        for line in check_resumable(state, self.identity, c.checkpoint.allow_mismatch):
-            logger.warning("%s; checkpoint.allow_mismatch accepts it", line)
         self.tracker_runs = saved_run_ids(state)
         self.best.go_on_from(state.get("best"))
         reader = self.checkpointer.reader(step)
         metadata = reader.read_metadata()
-        ends = "validation.patience" if self.best.exhausted else ""
-        ends = "training.steps, training.epochs" if step == self.total_steps else ends
-        stale = check_unfolded(state, self.identity, metadata.state_dict_metadata, ends)
+        stored, allowed = metadata.state_dict_metadata, c.checkpoint.allow_mismatch
+        stale = check_resume(state, self.identity, stored, allowed, self.total_steps, self.best.exhausted)
         if state["base"] == "delta" or self.changes.every:
             self._load_base()
         self.changes.remember_base()
         self.update.allocate(metadata)
         tensors = self.update.state(changed_only=state["base"] == "delta")
         if stale:
-            logger.warning("%s", stale)
             tensors = {key: t for key, t in tensors.items() if not key.startswith(UNFOLDED)}
         if self.changes.every and self.changes.directions:  # first, while the base model's weights are there
             self.checkpointer.load(reader, {key: t for key, t in tensors.items() if key.startswith("factors.")})

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import titan_hd
 from tests.kit import runs
 from tests.kit.commands import REPOSITORY
+from titan_hd import console, in_process
 from titan_hd.config import manager
 from titan_hd.in_process import load_config
 
@@ -47,14 +48,24 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def warned_of():
+    """What is not deterministic is warned of in this process, and stops nothing."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def surroundings() -> list[object]:
     """What a run changes in its process."""
     logger = logging.getLogger("titan_hd")
     return [
-        {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")},
-        (logger.handlers[:], logger.level, logger.propagate),
+        dict(os.environ),
+        (logger.handlers[:], logger.level, logger.propagate, logging.getLogger("titan_hd.progress").level),
+        console._bars,
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
         gc.isenabled(),
         dist.is_initialized(),
     ]
@@ -68,7 +79,13 @@ def test_importing_it_is_light():
 
 def test_a_run_says_what_it_has_come_to_and_another_may_follow(tiny: dict[str, Any]):
     before = surroundings()
-    values = tiny | {"validation.enable": True, "data.validation": tiny["data.train"]}
+    assert before[2:4] == [True, "highest"], "which this run changes"
+    values = tiny | {
+        "metrics.progress_bar": False,
+        "training.float32_matmul_precision": "high",
+        "validation.enable": True,
+        "data.validation": tiny["data.train"],
+    }
     first = titan_hd.train(None, values, training__steps=3, export__enable=True, debug__deterministic=True)
     assert surroundings() == before
     assert (first.folder, first.steps) == (tiny["job.dump_folder"], 3)
@@ -78,7 +95,7 @@ def test_a_run_says_what_it_has_come_to_and_another_may_follow(tiny: dict[str, A
     assert (first.model / "model.safetensors").is_file()
 
     second = titan_hd.train(None, values, training__steps=3, export__enable=False)
-    assert second.metrics["loss"] == pytest.approx(first.metrics["loss"], rel=1e-6)
+    assert second.metrics["loss"] == first.metrics["loss"]
     assert second.model is None
 
 
@@ -110,11 +127,21 @@ def test_a_trainer_in_a_block(tiny: dict[str, Any]):
         ({"training.steps": 3, "job.dry_run": True}, "job.dry_run, job.print_plan: the launcher answers them"),
     ],
 )
-def test_what_the_caller_can_mend_is_an_exception(tiny: dict[str, Any], values: dict[str, Any], line: str):
+def test_what_the_caller_can_mend_is_an_exception(tiny: dict[str, Any], values: dict[str, Any], line: str, warned_of):
     before = surroundings()
     with pytest.raises(titan_hd.UserError) as told:
         titan_hd.train(None, tiny | values)
     assert line in str(told.value)
+    assert surroundings() == before
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
+def test_in_an_environment_of_several_workers_it_waits_for_none(name: str, tiny: dict[str, Any], monkeypatch):
+    monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(in_process, "init_process", lambda *_, **__: pytest.fail("it would wait for the others"))
+    before = surroundings()
+    with pytest.raises(titan_hd.UserError, match=f"^{name}: is 2 in the environment, but .*; unset it, or start"):
+        titan_hd.train(None, tiny, training__steps=1)
     assert surroundings() == before
 
 

@@ -42,6 +42,7 @@ DIVERGED = 3  # the exit status of a run whose loss or gradients are not finite
 
 
 def device_name(device: torch.device) -> str:
+    """What people call a worker's device: the name of its GPU, or CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
