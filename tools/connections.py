@@ -22,6 +22,7 @@ import os
 import socket
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -59,7 +60,7 @@ class Call(NamedTuple):
 # What ranks call on the host: over the world (`distributed/collectives.py`; objects reach rank 0 along the same steps
 # as a barrier), and for checkpoints. tests/distributed/test_connections.py has a run call nothing else.
 WORLD_CALLS = {Call("barrier"), Call("allreduce_"), Call("broadcast_")}
-CHECKPOINT_CALLS = {Call("allreduce_"), Call("allgather_"), Call("broadcast_")}
+CHECKPOINT_CALLS = {Call(name) for name in ("allreduce_", "allgather_", "broadcast_", "gather_", "scatter_")}
 
 
 def partners(call: Call, rank: int, size: int) -> set[int]:
@@ -105,19 +106,18 @@ class Made(NamedTuple):
 
 
 def mesh_groups(replicate: int, shard: int, tp: int, num_adapters: int, rank: int = 0) -> list[Made]:
-    """What a rank of a run on GPUs asks torch for, beside the world: the groups of its meshes, also those that it is not
-    in."""
+    """What a rank of a run on GPUs asks torch for, beside the world: the groups of its meshes, and of other ranks'."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     asked: list[Made] = []
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=replicate * shard * tp)
     new_group = dist.new_group
 
-    def recorded(ranks: list[int], backend: str, **options: Any) -> dist.ProcessGroup:
+    def recorded(ranks: list[int], backend: str, **options: Any) -> object:
         asked.append(Made(tuple(ranks), backend))
         return new_group(ranks, backend="fake", **options)
 
-    backends = mock.patch.object(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    backends = mock.patch.object(dist, "get_backend_config", return_value="cpu:gloo,cuda:nccl")
     try:
         with mock.patch.object(dist, "new_group", recorded), backends:
             ParallelDims(replicate, shard, "cuda", tp).adapter_mesh(num_adapters)
@@ -127,8 +127,8 @@ def mesh_groups(replicate: int, shard: int, tp: int, num_adapters: int, rank: in
 
 
 class Row(NamedTuple):
-    """asked: how often a rank asks torch for a group. gloo: groups of rank 0 that have gloo. first, most: sockets of rank
-    0, and the most that a rank has. written, read: bytes of gloo's records, by all ranks together."""
+    """asked: how often a rank asks torch for a group. gloo: groups of a rank that have gloo. first, most: sockets of
+    rank 0, and the most of another one. written, read: bytes of gloo's records, by all ranks together."""
 
     scheme: str
     asked: int
@@ -149,7 +149,7 @@ def as_made(replicate: int, shard: int, tp: int, num_adapters: int) -> Row:
     found = [[sockets(calls, rank, size) for calls in host] for rank in range(size)]
     opened = [sum(counts) + len(counts) for counts in found]  # with those that listen
     read = record * sum(map(sum, found))
-    return Row("made", len(asked) + 1, len(host), opened[0], max(opened), record * size * len(host), read)
+    return Row("made", len(asked) + 1, len(host), opened[0], max(opened[1:]), record * size * len(host), read)
 
 
 def eager(replicate: int, shard: int, tp: int, num_adapters: int) -> Row:
@@ -170,15 +170,17 @@ def eager(replicate: int, shard: int, tp: int, num_adapters: int) -> Row:
 
 def table(gpus: list[int], shard: int, tp: int, num_adapters: int) -> str:
     """Two rows for every number of GPUs."""
-    head = ("GPUs", "mesh", "K", "groups", "asked for", "of gloo", "sockets: rank 0", "most", "MB written", "MB read")
-    lines = [head]
+    columns = "GPUs, mesh, K, groups, asked for, of gloo, sockets: rank 0, another, MB written, MB read"
+    head = columns.split(", ")
+    lines: list[Sequence[str]] = [head]
     for size in gpus:
-        dims = (size // min(shard, size // tp) // tp, min(shard, size // tp), tp)
-        for row in (as_made(*dims, num_adapters), eager(*dims, num_adapters)):
-            bytes_ = (f"{row.written / 1e6:.3f}", f"{row.read / 1e6:.3f}")
-            mesh = f"{dims[0]} x {dims[1]}" + (f" x {tp}" if tp > 1 else "")
-            counts = map(str, (row.asked, row.gloo, row.first, row.most))
-            lines.append((str(size), mesh, str(num_adapters), row.scheme, *counts, *bytes_))
+        shards = min(shard, size // tp)
+        replicas = size // shards // tp
+        mesh = f"{replicas} x {shards}" + (f" x {tp}" if tp > 1 else "")
+        for row in (as_made(replicas, shards, tp, num_adapters), eager(replicas, shards, tp, num_adapters)):
+            counts = [str(count) for count in (row.asked, row.gloo, row.first, row.most)]
+            megabytes = [f"{count / 1e6:.3f}" for count in (row.written, row.read)]
+            lines.append([str(size), mesh, str(num_adapters), row.scheme, *counts, *megabytes])
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
 
@@ -223,10 +225,11 @@ def connected() -> int:
 
 
 class Counts(NamedTuple):
-    """Connections of a rank: `computed` from what it has called, and `counted`."""
+    """Connections of a rank: `computed` from what it has called, and `counted`. calls: by the groups' descriptions."""
 
     computed: int
     counted: int
+    calls: dict[str, set[Call]]
 
 
 def count(argv: list[str]) -> Counts:
@@ -241,7 +244,8 @@ def count(argv: list[str]) -> Counts:
         trainer.train_step()
         trainer.save()
         dist.barrier()
-    found = Counts(recorder.computed(), connected() - before)
+    calls = {group.group_desc: calls for group, calls in recorder.calls.items()}
+    found = Counts(recorder.computed(), connected() - before, calls)
     dist.barrier()  # nobody leaves before all have counted
     trainer.close()
     return found
@@ -273,7 +277,6 @@ def _run_of(size: int, folder: Path) -> list[str]:
         "training.seq_len": 16,
         "training.global_batch_size": size,
         "hdpissa.num_adapters": size // 2,
-        "hdpissa.slices": "random",
         "adapter.rank": 1,
         "parallelism.data_parallel_replicate_degree": 2,
         "checkpoint.enable": "true",

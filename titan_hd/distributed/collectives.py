@@ -90,42 +90,43 @@ def check_equal_on_all_ranks(key: str, value: str) -> None:
     )
 
 
-def gather_on_rank_zero(value: T | None) -> list[T]:
-    """What the ranks have to tell, on rank 0, in the order of the ranks; nothing on the others. Collective.
+def gather_on_rank_zero(value: T | None, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What the ranks have to tell, on the first rank of a group, in the order of the ranks; nothing on the others.
+    Collective.
 
-    value: picklable; None where a rank has nothing to tell.
+    value: picklable; None where a rank has nothing to tell. group: None: all ranks.
 
     A tree: a rank takes what rank + 1, + 2, + 4, ... have, as long as it is the lower of the two, and passes it on. So
-    none hears from more than log2(N) others, where torch's `gather_object` has rank 0 connected to all, with room
-    for as many messages of the largest one's size.
+    none hears from more than log2(N) others, where torch's `gather_object` has the first rank connected to all, with
+    room for as many messages of the largest one's size.
     """
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
     told = {} if value is None else {rank: value}
     step = 1
     while step < size and not rank & step:
         if rank + step < size:
-            told |= _receive(rank + step)
+            told |= _receive(rank + step, group)
         step *= 2
     if rank:
-        _send(told, rank - step)
+        _send(told, rank - step, group)
         return []
     return [told[rank] for rank in sorted(told)]
 
 
-def _send(told: dict[int, Any], to: int) -> None:
+def _send(told: dict[int, Any], to: int, group: dist.ProcessGroup | None) -> None:
     message = torch.frombuffer(bytearray(pickle.dumps(told)), dtype=torch.uint8) if told else torch.empty(0)
-    dist.send(torch.tensor(message.numel()), to)
+    dist.send(torch.tensor(message.numel()), group=group, group_dst=to)
     if told:
-        dist.send(message, to)
+        dist.send(message, group=group, group_dst=to)
 
 
-def _receive(sender: int) -> dict[int, Any]:
+def _receive(sender: int, group: dist.ProcessGroup | None) -> dict[int, Any]:
     size = torch.tensor(0)
-    dist.recv(size, sender)
+    dist.recv(size, group=group, group_src=sender)
     if not size:
         return {}
     message = torch.empty(int(size), dtype=torch.uint8)
-    dist.recv(message, sender)
+    dist.recv(message, group=group, group_src=sender)
     return pickle.loads(message.numpy().data)  # of a rank of this run
 
 

@@ -54,10 +54,12 @@ class Groups:
         if mine not in self._made:  # on all ranks alike: the lines of two dimensions are the same or all differ
             alone = len(mine) == 1  # a rank asks nobody then; else every rank has to name every group, in one order
             made = {tuple(line): self._new(line, name, alone) for line in ([mine] if alone else lines)}
-            self._made[mine] = made[mine]
+            group = made[mine]
+            assert isinstance(group, dist.ProcessGroup)  # not so for groups of other ranks
+            self._made[mine] = group
         return self._made[mine]
 
-    def _new(self, ranks: Sequence[int], name: str, alone: bool) -> dist.ProcessGroup:
+    def _new(self, ranks: Sequence[int], name: str, alone: bool) -> object:
         return dist.new_group(
             list(ranks),
             timeout=self._timeout,

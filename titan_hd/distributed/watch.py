@@ -92,8 +92,9 @@ class Watch:
                 place = None
                 continue
             phase, seconds = _now.name, time.monotonic() - _now.since
-            if place != (id(frame), frame.f_lasti, phase):
-                place, still_since = (id(frame), frame.f_lasti, phase), time.monotonic()
+            here = (id(frame), id(frame.f_code), frame.f_lasti, phase)
+            if place != here:
+                place, still_since = here, time.monotonic()
             still = time.monotonic() - still_since
             waits = still > _STILL * self.timeout and _waits(frame)
             try:

@@ -31,7 +31,7 @@ from titan_hd.errors import UserError
 from titan_hd.fitting import device_memory
 from titan_hd.overview import Overview, screen, version_line
 from titan_hd.preflight import RunPlan, plan_run
-from titan_hd.process.network import LOOPBACK
+from titan_hd.process.network import LOOPBACK, allow_connections
 from titan_hd.process.signals import StopSignals
 from titan_hd.process.streams import keep_streams
 from titan_hd.process.waiting import announce, missing_ranks, telling
@@ -114,6 +114,7 @@ def _join(backend: str, timeout: datetime.timedelta) -> dist.Store:
     # The store is there when all ranks have connected to it; those that a launcher starts have one already.
     others = f"the other {world_size - 1} ranks" if rank == 0 else f"rank 0 and the others of {world_size} ranks"
     waits = telling(lambda: f"rank {rank} waits at {place} for {others}")
+    allow_connections()
     try:
         with waits if local_rank == 0 else contextlib.nullcontext():  # one of a node is enough to say it
             store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
