@@ -213,14 +213,12 @@ class Recorder(TorchDispatchMode):
 
 def connected() -> int:
     """TCP sockets of this process that are connected."""
-    own, found = set(), 0
+    found = 0
     for descriptor in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # that of the listing is closed
-            own.add(os.readlink(f"/proc/self/fd/{descriptor}"))
-    for name in ("tcp", "tcp6"):
-        for line in Path(f"/proc/self/net/{name}").read_text(encoding="ascii").splitlines()[1:]:
-            fields = line.split()  # the fourth is the state, 01: established; the tenth the socket's number
-            found += fields[3] == "01" and f"socket:[{fields[9]}]" in own
+        with contextlib.suppress(OSError):  # no socket, or one that is not connected
+            if os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(descriptor))) as one:
+                    found += one.family in (socket.AF_INET, socket.AF_INET6) and bool(one.getpeername())
     return found
 
 
@@ -232,10 +230,11 @@ class Counts(NamedTuple):
     calls: dict[str, set[Call]]
 
 
-def count(argv: list[str]) -> Counts:
-    """Of this rank, in a process group of gloo, after two steps of a run and a checkpoint. Collective. argv: of the
-    run."""
-    before = connected()
+def count(argv: list[str], before: int) -> Counts:
+    """Of this rank, in a process group of gloo, after two steps of a run and a checkpoint. Collective.
+
+    argv: of the run. before: sockets that were connected before the process group.
+    """
     with Recorder() as recorder:
         dist.barrier()  # as `process.worker` does
         config = manager.load(argv)
@@ -256,10 +255,11 @@ def _work(rank: int, size: int, folder: Path, lazily: bool, results: Any) -> Non
     for name, value in LAZY.items():
         os.environ[name] = value if lazily else "0"
     init_logging(rank=1)  # quiet
+    before = connected()
     store = dist.FileStore(str(folder / "store"), size)
     patience = datetime.timedelta(minutes=5)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
-    found = count(_run_of(size, folder))
+    found = count(_run_of(size, folder), before)
     results.put((rank, found, (folder / "store").stat().st_size))
     dist.barrier()
     os._exit(0)
