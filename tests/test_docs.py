@@ -8,8 +8,10 @@ import importlib
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import docs_messages
@@ -18,6 +20,7 @@ import pytest
 
 from tests.kit.commands import REPOSITORY
 from titan_hd.components.rates import StepResult
+from titan_hd.config import manager
 from titan_hd.config.keys import every_key
 from titan_hd.in_process import RunResult
 
@@ -107,7 +110,7 @@ def test_the_page_of_the_keys_is_made_of_them():
     names = [name for name, _ in anchors if not name.startswith("data.train[]")]
     assert names == list(every_key())
     assert len({anchor for _, anchor in anchors}) == len(anchors)
-    assert "`Literal['mean', 'sum']`, default `\"mean\"`" in page
+    assert '`"mean" or "sum"`, default `"mean"`' in page
     assert all(target in {anchor for _, anchor in anchors} for target in re.findall(r"\]\(#([^)]+)\)", page))
 
 
@@ -181,6 +184,15 @@ def test_the_home_page_is_the_readme():
     assert text == "![a](study/a.png) [b](data.md) [c](contributing.md) d [e](https://f)"
 
 
+def refused(key: str, values: dict[str, object], words: Sequence[str] = ()) -> list[str]:
+    """What is said against the type of a key's value, in a file or in words of the command line."""
+    try:
+        manager.load([*words, "--job.print_plan"]) if words else manager.load_file(None, values)
+    except manager.ConfigError as told:
+        return [line for line in told.errors if line.startswith(f"{key}: must be ")]
+    return []
+
+
 class TestMessages:
     @pytest.fixture
     def groups(self) -> list[list[str]]:
@@ -211,6 +223,41 @@ class TestMessages:
                 lost += [] if any(text.startswith(begins) for text in told.get(name, ())) else [(name, begins)]
         assert seen > 200
         assert lost == []
+
+    def test_the_lines_of_the_launcher_and_of_the_watch(self):
+        """Each first cell of the tables of lines is one that the code can say."""
+        rooms = (REPOSITORY / "titan_hd" / "process").glob("*.py")
+        files = [*rooms, REPOSITORY / "titan_hd" / "distributed" / "watch.py"]
+        nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+        said = [docs_messages._text(node) or "" for node in nodes if isinstance(node, (ast.Constant, ast.JoinedStr))]
+        said = [text.removeprefix("titan_hd: ") for text in said if len(re.findall(r"[a-z]{2,}", text)) > 2]
+        said += [text.partition("; ")[0] for text in said]
+        forms = [re.compile(".+".join(map(re.escape, re.split("…+", text)))) for text in said]
+        tables = re.findall(r"^\| line \|.*\n\|---.*\n((?:\|.*\n)+)", TEXTS["troubleshooting.md"], re.MULTILINE)
+        lines = [line for table in tables for line in re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)]
+        assert len(lines) == 15
+        lines = [line.removeprefix("error: ").removesuffix("; ...") for line in lines]
+        assert [line for line in lines if not any(form.fullmatch(line) for form in forms)] == []
+
+    def test_the_values_of_the_table_of_types(self):
+        """Those that are said to be right are, and those that are said to be wrong are refused with these words."""
+        keys = {"a whole number": "adapter.rank", "a number": "optimizer.lr", "true or false": "compile.enable"}
+        keys |= {"a string": "job.dump_folder", '"mean" or "sum"': "hdpissa.aggregate"}
+        keys |= {"a list of strings": "data.ignore_fields", "a list of whole numbers": "profiling.profile_steps"}
+        keys |= {"a path, or a list of paths or tables": "data.train", "(or none)": "training.steps"}
+        (table,) = re.findall(r"^\| must be \|.*\n\|---.*\n((?:\|.*\n)+)", TEXTS["troubleshooting.md"], re.MULTILINE)
+        rows = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in table.splitlines()]
+        assert [kind for kind, *_ in rows] == list(keys)
+        for kind, in_file, typed in rows:
+            key = keys[kind]
+            for cell, is_file in ((in_file, True), (typed, False)):
+                right, _, wrong = (re.findall(r"`(.*?)`", part) for part in cell.partition(", not "))
+                for text in (*right, *wrong):
+                    value = manager.tomllib.loads(f"x = {text}") if is_file else {}
+                    lines = refused(key, {key: value.get("x")}, () if is_file else (f"--{key}", *shlex.split(text)))
+                    assert [line.partition(", not ")[0] for line in lines] == (
+                        [f"{key}: must be {kind}"] if text in wrong else []
+                    ), (key, text)
 
     def test_each_form_of_a_message(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(docs_messages, "ROOT", tmp_path)

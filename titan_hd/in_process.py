@@ -85,16 +85,15 @@ def open_trainer(
             trainer.train()
     """
     settings = load_config(config, overrides, **keywords)
-    with _only_worker(settings) as device:
+    with _only_worker(settings) as device, contextlib.ExitStack() as closing:
         plan = plan_run(settings, dist.get_world_size())
-        trainer = Trainer(settings, plan, device, overview=show_start(plan, device))
         try:
+            trainer = Trainer(settings, plan, device, overview=show_start(plan, device))
+            closing.callback(trainer.close)
             yield trainer
-        except BaseException:
+        except BaseException:  # of the constructor, too
             finish_failed_run()
             raise
-        finally:
-            trainer.close()
 
 
 def load_config(

@@ -6,6 +6,7 @@ its dump folder.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import textwrap
@@ -60,6 +61,7 @@ class Overview:
         self.estimate = estimate_run(plan, device_type)
         self.updates = update_plan(plan.config, plan) if plan.method.folds else None
 
+    @functools.cached_property
     def lines(self) -> Lines:
         """Model, method, adapters, mesh, what is trained, batch, memory, exchange."""
         p, workers = self.plan, self.plan.dp_replicate * self.plan.dp_shard
@@ -85,6 +87,7 @@ class Overview:
         fault = None if self.available is None else too_little(self.plan, self.device_type, self.available)
         return [fault] if fault else []
 
+    @functools.cached_property
     def tables(self) -> str:
         """Who holds what, how every kind of weight travels, and every item of memory."""
         plan = self.plan
@@ -99,7 +102,7 @@ class Overview:
     def write(self, folder: Path, more: Sequence[tuple[str, str]] = (), rows: Sequence[Statistics] = ()) -> None:
         """plan.txt. more: further lines of the screen; rows: of the data. A disk that does not take it is warned of."""
         table = [statistics_table(list(rows))] if rows else []
-        text = "\n\n".join([screen([*self.lines(), *more], None), self.tables(), *table]) + "\n"
+        text = "\n\n".join([screen([*self.lines, *more], None), self.tables, *table]) + "\n"
         try:
             replace_file(folder / PLAN_FILE, lambda partial: partial.write_text(text, encoding="utf-8"))
         except OSError as error:

@@ -18,8 +18,15 @@ import titan_hd
 from tests.kit import runs
 from tests.kit.commands import REPOSITORY
 from titan_hd import console, in_process
+from titan_hd.checkpoint.checkpointer import Checkpointer
+from titan_hd.components.metrics import MetricsLogger
+from titan_hd.components.profiling import Profiling
+from titan_hd.components.trackers.registry import Trackers
+from titan_hd.components.trackers.tracker import Tracker
 from titan_hd.config import manager
+from titan_hd.data.loader import ReadAhead
 from titan_hd.in_process import load_config
+from titan_hd.process.run_lock import RunLock
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +113,7 @@ def test_a_trainer_in_a_block(tiny: dict[str, Any]):
         losses = [trainer.train_step().loss for _ in range(2)]
         trainer.add_hook(1, lambda result: seen.append((trainer.step, result.loss)))
         trainer.train()
+        assert trainer.metrics._lines.step == 4, "what is left is told by the run's steps, those by hand among them"
     assert [step for step, _ in seen] == [3, 4]
     assert all(0 < loss < 10 for loss in (*losses, *(loss for _, loss in seen)))
     validated = {"validation.enable": True, "validation.batch_size": 5, "data.validation": tiny["data.train"]}
@@ -157,6 +165,57 @@ def test_a_run_that_fails_leaves_its_folder_to_the_next(tiny: dict[str, Any], tm
     assert surroundings() == before
     assert titan_hd.train(None, tiny, training__steps=1).steps == 1
     assert told.traceback, "a notebook keeps it, too, and with it the Trainer that failed"
+
+
+class Told(Tracker):
+    """Keeps how its run ended."""
+
+    ends: list[bool] = []  # noqa: RUF012 (emptied by the test)
+
+    def log(self, step, values):
+        pass
+
+    def finish(self, failed: bool) -> None:
+        self.ends.append(failed)
+
+
+def test_a_trainer_that_cannot_be_made_lets_go_of_what_it_has(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """However late it fails: threads and files are closed, and then the trackers hear that the run has failed, which
+    may take them long."""
+    closed, ends = [], {RunLock: "release", Trackers: "finish"}
+    for cls in (MetricsLogger, Checkpointer, ReadAhead, Profiling, RunLock, Trackers):
+        name = ends.get(cls, "close")
+        real = getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda self, real=real, **how: (closed.append(type(self)), real(self, **how)))
+    monkeypatch.setattr("titan_hd.train.Rates", lambda *_: 1 / 0)
+    Told.ends.clear()
+    before = surroundings()
+    with pytest.raises(ZeroDivisionError):
+        titan_hd.train(None, tiny, training__steps=1, metrics__trackers=[f"{__name__}:Told"])
+    assert surroundings() == before
+    assert Told.ends == [True]
+    assert closed == [MetricsLogger, Checkpointer, ReadAhead, Profiling, RunLock, Trackers]
+
+
+def test_weights_between_two_folds_are_as_they_were(tiny: dict[str, Any], tmp_path: Path, monkeypatch):
+    """Exactly, though the base weights' products are remembered with a rounding. A run that is resumed there reads
+    every tensor of the checkpoint once."""
+    values = {"job.dump_folder": tmp_path, "hdpissa.local_steps": 2, "metrics.update_freq": 1, "training.steps": 2}
+    values |= {"checkpoint.enable": True, "checkpoint.interval": 1, "checkpoint.keep_latest_k": 0}
+    first, second = (r for r in titan_hd.train(None, tiny | values).records if "measure_seconds" in r)
+    of_change = [name for name in first if name.startswith(("update_size", "weight_change", "effective", "energy"))]
+    assert len(of_change) == 5 * 7
+    assert {first[name] for name in of_change} == {0.0}
+    assert all(second[name] > 0 for name in of_change)
+
+    read: list[str] = []
+    real = Checkpointer.load
+    load = lambda self, reader, tensors: (read.extend(tensors), real(self, reader, tensors))  # noqa: E731
+    monkeypatch.setattr(Checkpointer, "load", load)
+    with titan_hd.open_trainer(None, tiny | values, checkpoint__load_step=1) as trainer:
+        assert trainer.step == 1
+        assert sorted(read) == sorted(trainer.update.state(changed_only=False))
+    assert any(name.startswith("factors.") for name in read)
 
 
 def test_keywords_files_and_recipes_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

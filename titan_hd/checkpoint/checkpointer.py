@@ -129,6 +129,7 @@ class Checkpointer:
             self._failure = None
 
     def close(self) -> None:
+        """End the thread that writes, once it has written what it has."""
         if self._executor:
             self._executor.shutdown()
 

@@ -43,8 +43,8 @@ def dry_run(config: JobConfig, plan: RunPlan, overview: Overview) -> None:
     """
     init_logging(rank=0)
     silence_libraries()
-    tables = [overview.tables()] if config.job.print_plan else []
-    print(version_line(), screen(overview.lines(), sys.stdout), *tables, sep="\n", flush=True)
+    tables = [overview.tables] if config.job.print_plan else []
+    print(version_line(), screen(overview.lines, sys.stdout), *tables, sep="\n", flush=True)
     for line in (*ignored_keys(config), *plan.warnings):
         logger.warning("%s", line)
     errors = Faults()

@@ -182,7 +182,7 @@ def show_start(plan: RunPlan, device: torch.device) -> Overview | None:
     if dist.get_rank():
         return None
     overview = Overview(plan, device.type, device_name(device), device_memory(device))
-    logger.info("%s\n%s", version_line(), screen(overview.lines(), sys.stderr), extra={"painted": True})
+    logger.info("%s\n%s", version_line(), screen(overview.lines, sys.stderr), extra={"painted": True})
     for line in overview.faults():
         logger.warning("%s", line)
     return overview
