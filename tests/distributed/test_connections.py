@@ -43,6 +43,8 @@ def test_sockets_are_those_computed(world: int, request, tmp_path: Path):
     for rank, found in enumerate(pool.run(world, count, argv(tmp_path, world))):
         assert found.counted == found.computed > 0
         on_host = found.calls["default_pg"] - {Call("alltoall_base_")}  # of weights and factors: on the device
+        # Objects travel over the world from rank 0 to all, and to rank 0 from step to step; to all from all in errors.
+        assert {call.name for call in on_host} <= {"barrier", "allreduce_", "broadcast_", "send", "recv_"}
         assert on_host >= connections.WORLD_CALLS
         assert sockets(on_host, rank, world) == len(partners(Call("barrier"), rank, world))
         assert found.calls["checkpoints"] <= connections.CHECKPOINT_CALLS
