@@ -12,8 +12,8 @@ from titan_hd.adapters.method import Method
 from titan_hd.adapters.methods import method_of
 from titan_hd.components.memory import GB, Estimate, Sizes, estimate_memory, received_bytes
 from titan_hd.distributed.weight_gathers import CPU_SHARE, CUDA_MARGIN
-from titan_hd.models.build import build_model
-from titan_hd.models.registry import ModelConfig
+from titan_hd.models.model_config import ModelConfig
+from titan_hd.models.registry import build_model
 from titan_hd.preflight import RunPlan, update_plan
 
 _MOST_SHARDS = 64

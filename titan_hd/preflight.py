@@ -36,9 +36,9 @@ from titan_hd.distributed.update.plan import UpdatePlan
 from titan_hd.errors import Faults, UserError
 from titan_hd.export.hf import check_assets, check_folder, check_place, export_folder
 from titan_hd.files import shown_size
-from titan_hd.models.build import parameter_shapes
 from titan_hd.models.hf_files import open_model_weights, read_model_config
-from titan_hd.models.registry import DecoderConfig, ModelConfig, flavor_config
+from titan_hd.models.model_config import ModelConfig
+from titan_hd.models.registry import flavor_config, parameter_shapes
 from titan_hd.models.roberta import RobertaConfig, with_labels
 
 
@@ -125,11 +125,7 @@ def plan_run(
         warnings += _length_warnings(config, decoder) if decoder.endless else []
         if config.export.enable and needs_files:
             warnings += _space_warnings(config, decoder)
-        if isinstance(decoder, DecoderConfig):
-            sizes = {name: getattr(decoder, name) for name in ("num_key_value_heads", "intermediate_size")}
-            if parallelism.loss_parallel:
-                sizes["vocab_size"] = decoder.vocab_size
-            errors += tensor_parallel_errors(sizes, tp)
+        errors += _split_errors(config, decoder)
         errors += _target_errors(config, decoder, method)
     if errors:
         raise ConfigError(errors)
@@ -157,12 +153,12 @@ def run_identity_of(plan: RunPlan, data: str) -> dict[str, Any]:
 
 def update_plan(config: JobConfig, plan: RunPlan) -> UpdatePlan:
     """How the update of every adapted weight will travel, without a model."""
-    decoder = plan.decoder
-    linears, paths = targeted(decoder.linear_shapes(), config.adapter.target_modules), decoder.linear_paths()
+    linears, paths = plan.decoder.linear_shapes(), plan.decoder.linear_paths()
+    kinds = targeted(linears, config.adapter.target_modules)
     shapes = {
-        f"{decoder.block_name(i)}.{paths[name]}": local_shape(paths[name], shape, plan.tp)
-        for i in range(decoder.num_hidden_layers)
-        for name, shape in linears.items()
+        name: local_shape(paths[kind], linears[kind], plan.tp) if plan.tp > 1 else linears[kind]
+        for name, kind in plan.decoder.linear_layers().items()
+        if kind in kinds
     }
     return fold_plan(config, plan.num_adapters, (plan.dp_replicate, plan.dp_shard), shapes)
 
@@ -176,7 +172,7 @@ def refresh_line(plan: RunPlan) -> str | None:
         return f"slices are drawn anew every {every} steps"
     linears, workers = plan.decoder.linear_shapes(), math.prod(plan.mesh)
     svd, blocks = SvdSettings(a.svd, a.svd_niter, method.smallest), plan.decoder.num_hidden_layers
-    costs = [svd.cost(shape, method.directions) for shape in targeted(linears, a.target_modules).values()]
+    costs = [svd.cost(linears[kind], method.directions) for kind in targeted(linears, a.target_modules)]
     return (
         f"slices of the current weights every {every} steps: {blocks * len(costs)} decompositions on {workers} "
         f"worker(s), about {blocks * sum(costs) / workers:.1e} operations on each; training waits for them"
@@ -342,10 +338,7 @@ def _kind_errors(config: JobConfig, model: ModelConfig, method: Method) -> list[
     best = c.checkpoint.keep_best.partition("/")[0].removeprefix("validation_")
     library = missing_library(model.num_labels) if c.validation.enable else None
     faults = {
-        f"data.format: {', '.join(sorted(others))}: {family} takes classification alone": others,
-        f"parallelism.tensor_parallel_degree: {family} has no tensor parallelism; set it to 1": (
-            c.parallelism.tensor_parallel_degree > 1
-        ),
+        f"data.format: {', '.join(sorted(others))} is for models that write text; {family} classifies": others,
         f"training.seq_len: {length} is more than the positions that the model has, {most}": length > most,
         "validation.exact_match_samples: a classifier writes no answers; set it to 0": c.validation.exact_match_samples,
         "validation.samples: a classifier writes no answers; set it to 0": c.validation.samples > 0,
@@ -362,6 +355,20 @@ def _kind_errors(config: JobConfig, model: ModelConfig, method: Method) -> list[
     return [line for line, fault in faults.items() if fault]
 
 
+def _split_errors(config: JobConfig, decoder: ModelConfig) -> list[str]:
+    """Why tensor parallelism cannot split the model."""
+    p = config.parallelism
+    if p.tensor_parallel_degree == 1:
+        return []
+    if not decoder.tensor_parallel:
+        kind = decoder.hf["model_type"]
+        return [f"parallelism.tensor_parallel_degree: {kind} models have no tensor parallelism; set it to 1"]
+    sizes = {name: getattr(decoder, name) for name in ("num_key_value_heads", "intermediate_size")}
+    if p.loss_parallel:
+        sizes["vocab_size"] = decoder.vocab_size
+    return tensor_parallel_errors(sizes, p.tensor_parallel_degree)
+
+
 def _target_errors(config: JobConfig, decoder: ModelConfig, method: Method) -> list[str]:
     """Targets that the model has not, or of whose shapes the method can make nothing."""
     errors, shapes = [], decoder.linear_shapes()
@@ -372,6 +379,6 @@ def _target_errors(config: JobConfig, decoder: ModelConfig, method: Method) -> l
         errors.append(
             f"parallelism.tensor_parallel_degree: method {config.adapter.method} has no tensor parallelism; set it to 1"
         )
-    chosen = targeted(shapes, config.adapter.target_modules)
-    faults = (method.shape_error(name, shape) for name, shape in chosen.items())
+    kinds = targeted(shapes, config.adapter.target_modules)
+    faults = (method.shape_error(kind, shapes[kind]) for kind in kinds)
     return errors + [fault for fault in faults if fault][:1]  # the other layers' lines would say the same

@@ -25,8 +25,8 @@ from titan_hd.config.command_line import ToolParser
 from titan_hd.config.job_config import JobConfig
 from titan_hd.console import Progress, tell
 from titan_hd.errors import UserError
-from titan_hd.models.build import build_model, parameter_shapes
 from titan_hd.models.hf_files import open_model_weights
+from titan_hd.models.registry import build_model, parameter_shapes
 from titan_hd.preflight import decoder_config
 from titan_hd.process.streams import keep_streams
 

@@ -242,7 +242,7 @@ class HDPissa(FoldingMethod):
     def trained_parameters(self, model: nn.Module) -> int:
         layers = [layer for layer in model.modules() if isinstance(layer, HDPissaLinear)]
         slices = self.num_adapters * self.rank * sum(layer.in_features + layer.out_features for layer in layers)
-        head = getattr(model, "trained_head", None)
+        head = getattr(model, "trained_head", lambda: None)()
         return slices + sum(p.numel() for p in head.parameters()) if head is not None else slices
 
     def change(self, model: nn.Module, target_modules: list[str] | None) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from torch import nn
@@ -14,32 +14,34 @@ Layer = TypeVar("Layer", bound=FrozenLinear)
 
 
 def find_linears(model: nn.Module, target_modules: list[str] | None) -> list[str]:
-    """Full names of the nn.Linear layers whose last name part (or parts, as "output.dense") is targeted, in the model's
-    order; without targets of all but the head. A head that is trained beside any method (`trained_head`) is no target.
+    """Full names of the targeted nn.Linear layers, in the model's order; without targets of all but the head's. A head
+    that is trained beside any method is no target.
 
     Raises:
         UserError: a target that matches no linear layer.
     """
-    trained_head, head = getattr(model, "trained_head", None), getattr(model, "head", None)
-    beside = set() if trained_head is None else {*trained_head.modules()}
-    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m not in beside}
+    trained_head = getattr(model, "trained_head", lambda: None)()
+    trained = set() if trained_head is None else set(trained_head.modules())
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m not in trained}
     if target_modules is None:
-        return [name for name, module in found.items() if module is not head]
+        head = getattr(model, "output_head", lambda: None)()
+        beside = set() if head is None else set(head.modules())
+        return [name for name, module in linears.items() if module not in beside]
     for target in target_modules:
-        if not any(is_target(name, [target]) for name in found):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in found}))
+        if not any(is_target(name, target) for name in linears):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
             raise UserError(f"adapter.target_modules: {target!r} is no linear layer of the model; there are {known}")
-    return [name for name in found if is_target(name, target_modules)]
+    return targeted(linears, target_modules)
 
 
-def is_target(name: str, target_modules: Sequence[str]) -> bool:
-    """Whether a layer's name, or path in a block, ends with all parts of a target, as in the peft library."""
-    return any(f".{name}".endswith(f".{target}") for target in target_modules)
+def is_target(name: str, target: str) -> bool:
+    """Whether a target means a linear layer: it is its name, or the end of it behind a dot ("key", "attention.key")."""
+    return name == target or name.endswith(f".{target}")
 
 
-def targeted(shapes: Mapping[str, tuple[int, int]], target_modules: list[str] | None) -> dict[str, tuple[int, int]]:
-    """Of the linear layers of a block, by name or path, those that are targeted; without targets all."""
-    return {name: shape for name, shape in shapes.items() if not target_modules or is_target(name, target_modules)}
+def targeted(names: Iterable[str], target_modules: list[str] | None) -> list[str]:
+    """Those of some linear layers, or of the kinds of them, that are targeted; without targets all of them."""
+    return [n for n in names if target_modules is None or any(is_target(n, target) for target in target_modules)]
 
 
 def replace_linears(

@@ -106,7 +106,7 @@ class Method(abc.ABC):
             UserError: a target matches no layer.
         """
         names = self.change(model, target_modules)
-        head = getattr(model, "trained_head", None)
+        head = getattr(model, "trained_head", lambda: None)()
         for parameter in head.parameters() if head is not None else ():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)

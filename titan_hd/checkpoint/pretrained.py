@@ -17,12 +17,13 @@ from titan_hd.distributed.parallel_dims import ParallelDims, local_part, owned_b
 from titan_hd.distributed.parallelize import parallelize
 from titan_hd.distributed.shards import load_weights, materialize
 from titan_hd.errors import UserError
-from titan_hd.models.decoder import Decoder
 from titan_hd.models.hf_files import WeightFiles, open_model_weights, read_model_config
-from titan_hd.models.registry import DecoderConfig, ModelConfig, flavor_config
+from titan_hd.models.model import Model
+from titan_hd.models.model_config import ModelConfig
+from titan_hd.models.registry import build_model, flavor_config
 
 
-def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.device) -> tuple[Decoder, Path]:
+def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.device) -> tuple[Model, Path]:
     """The model in eval mode, and the directory that has its tokenizer.
 
     Every tensor is read into its place: there is never a second copy of the model, and never one of another dtype.
@@ -34,6 +35,7 @@ def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.d
         UserError: one line for everything that is wrong with the files.
     """
     config, weights, directory = open_pretrained(path, assets)
+    _check_that_it_writes(config, path)
     model = _empty_model(config, dtype)
     materialize(model, device)
     with _reading(model) as progress:
@@ -45,13 +47,14 @@ def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.d
 
 def load_sharded(
     path: Path, assets: str, dtype: torch.dtype, device: torch.device
-) -> tuple[Decoder, Path, dist.ProcessGroup]:
+) -> tuple[Model, Path, dist.ProcessGroup]:
     """The same with every weight sharded over all processes, and the process group that has the shards. Collective.
 
     Of a HF directory each process reads its own rows. Of a checkpoint each reads one weight after the other as a whole,
     onto the host: adapters are merged into whole matrices.
     """
     config, weights, directory = open_pretrained(path, assets)
+    _check_that_it_writes(config, path)
     dims = ParallelDims(1, dist.get_world_size(), device.type)
     model = _empty_model(config, dtype)
     parallelize(model, dims, set(), dtype, "none", compile_blocks=False)
@@ -69,13 +72,18 @@ def load_sharded(
     return model, directory, dims.dp_mesh.get_group()
 
 
-def _reading(model: Decoder) -> Progress:
+def _check_that_it_writes(config: ModelConfig, path: Path) -> None:
+    if not config.causal:
+        raise UserError(f"{path}: {config.hf['model_type']} writes no text; validation.enable measures a classifier")
+
+
+def _reading(model: Model) -> Progress:
     """A tool's, which has no log: it tells."""
     total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return Progress("reading the weights", total, "B", said=tell)
 
 
-def open_pretrained(path: Path, assets: str) -> tuple[DecoderConfig, WeightFiles | CheckpointWeights, Path]:
+def open_pretrained(path: Path, assets: str) -> tuple[ModelConfig, WeightFiles | CheckpointWeights, Path]:
     """What `load_pretrained` reads, without reading a weight: `read_into(name, tensor)` of the second reads one.
 
     Raises:
@@ -91,21 +99,15 @@ def open_pretrained(path: Path, assets: str) -> tuple[DecoderConfig, WeightFiles
         raise UserError(f"{path}: holds neither config.json (a HF directory) nor {STATE_FILE} (a checkpoint){hint}")
     if assets:
         raise UserError(f"--assets: {path} is a HF directory and has its own; only a checkpoint needs them")
-    config = _writer_of_text(read_model_config(path), path)
+    config = read_model_config(path)
     return config, open_model_weights(path, config), path
 
 
-def _writer_of_text(config: ModelConfig, path: Path) -> DecoderConfig:
-    if not isinstance(config, DecoderConfig):
-        raise UserError(f"{path}: is a classifier, which writes no text; validation.enable measures one")
-    return config
-
-
-def _empty_model(config: DecoderConfig, dtype: torch.dtype) -> Decoder:
+def _empty_model(config: ModelConfig, dtype: torch.dtype) -> Model:
     """A model without memory. It is given some when the files have been found to have the sizes that the configuration
     says: a wrong configuration may ask for any amount."""
     with torch.device("meta"):
-        return Decoder(config).to(dtype).requires_grad_(False).eval()
+        return build_model(config).to(dtype).requires_grad_(False).eval()
 
 
 def _read_into(weights: WeightFiles | CheckpointWeights, name: str, weight: torch.Tensor) -> None:
@@ -118,7 +120,7 @@ def _read_into(weights: WeightFiles | CheckpointWeights, name: str, weight: torc
 # Checkpoints
 
 
-def _open_checkpoint(folder: Path, assets: str) -> tuple[DecoderConfig, CheckpointWeights, Path]:
+def _open_checkpoint(folder: Path, assets: str) -> tuple[ModelConfig, CheckpointWeights, Path]:
     state = read_train_state(folder)
     settings, identity = state["settings"].get("model", {}), state["identity"]
     directory = assets or settings.get("hf_assets_path", "")
@@ -131,7 +133,6 @@ def _open_checkpoint(folder: Path, assets: str) -> tuple[DecoderConfig, Checkpoi
         config = flavor_config(settings["name"], settings["flavor"])
     else:
         config = read_model_config(directory)
-    config = _writer_of_text(config, folder)
     if not same_model(identity.get("model"), repr(config)):
         raise UserError(f"--assets: {directory}: its config.json is not that of the checkpoint's model")
     return config, CheckpointWeights(CheckpointReader(folder), state, config, directory), Path(directory)

@@ -16,9 +16,9 @@ from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.checkpoint.resume_check import weights_fingerprint
 from titan_hd.config import manager
 from titan_hd.errors import UserError
-from titan_hd.models.build import build_model, parameter_shapes
 from titan_hd.models.hf_files import open_model_weights
-from titan_hd.models.registry import ModelConfig
+from titan_hd.models.model_config import ModelConfig
+from titan_hd.models.registry import build_model, parameter_shapes
 
 logger = logging.getLogger("titan_hd")
 

@@ -14,8 +14,10 @@ from titan_hd.config.job_config import JobConfig
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import parallelize
 from titan_hd.distributed.tp.tensor_parallel import apply_tensor_parallel
-from titan_hd.models.build import Model, build_model
-from titan_hd.models.registry import ModelConfig
+from titan_hd.models.decoder import Decoder
+from titan_hd.models.model import Model
+from titan_hd.models.model_config import ModelConfig
+from titan_hd.models.registry import build_model
 
 
 class Assembled(NamedTuple):
@@ -45,6 +47,7 @@ def assemble(
         parameter.data = parameter.data.to(untouched)
     if dims.tp > 1:
         p, mesh = c.parallelism, dims.world["tp"]
+        assert isinstance(model, Decoder), "the family that can be split"
         apply_tensor_parallel(model, mesh, p.sequence_parallel, p.loss_parallel)
     update = build_update(model, method, dims, c)
     ignored, param_dtype = update.ignored_parameters(), getattr(torch, c.training.mixed_precision_param)

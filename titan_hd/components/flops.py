@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from titan_hd.adapters.frozen_linear import FrozenLinear
-from titan_hd.models.build import Model
-from titan_hd.models.registry import ModelConfig
+from titan_hd.models.model import Model
+from titan_hd.models.model_config import ModelConfig
 
 # Dense TFLOP/s of tensor cores in bf16, from the vendors' data sheets, by a part of torch.cuda.get_device_name(). The
 # first entry that fits counts.
@@ -52,9 +52,10 @@ def flops_per_token(config: ModelConfig, length: float, trained_weights: int, ad
     backward as forward.
     """
     per_layer = sum(out * width for out, width in config.linear_shapes().values())
-    weights = config.num_hidden_layers * per_layer + config.head_elements
-    attention = 12 * config.num_attention_heads * config.head_dim * length * config.num_hidden_layers
-    return 4 * weights + 2 * trained_weights + attention + adapters
+    weights = config.num_hidden_layers * per_layer
+    if not config.num_labels:  # a classification head meets one token of a sequence
+        weights += config.vocab_size * config.hidden_size
+    return 4 * weights + 2 * trained_weights + 3 * config.mixing_flops(length) + adapters
 
 
 def trained_work(model: Model, tokens: float) -> tuple[int, float]:
@@ -62,8 +63,9 @@ def trained_work(model: Model, tokens: float) -> tuple[int, float]:
 
     tokens: of one worker's micro-batch.
     """
+    looked_up = set() if model.output_head() is None else {*model.embedding().parameters()}
     layers = [layer for layer in model.modules() if isinstance(layer, FrozenLinear)]
-    head = set() if model.trained_head is None else {*model.trained_head.parameters()}  # meets few tokens
-    beside = {*model.looked_up(), *head, *(p for layer in layers for p in layer.parameters())}
+    head = model.trained_head()  # meets few tokens
+    beside = looked_up | {*(p for module in (head, *layers) if module is not None for p in module.parameters())}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dim() == 2 and p not in beside)
     return trained, sum(layer.flops(tokens) for layer in layers)

@@ -21,10 +21,11 @@ from titan_hd.adapters.frozen_linear import FoldingLinear
 from titan_hd.adapters.method import FoldingMethod, Method
 from titan_hd.config.job_config import ActivationCheckpoint
 from titan_hd.distributed.parallelize import apply_activation_checkpointing
-from titan_hd.models.build import Model, build_model
 from titan_hd.models.head import Targets, logits_or_loss
+from titan_hd.models.model import Model
+from titan_hd.models.model_config import ModelConfig
 from titan_hd.models.norm import RMSNorm
-from titan_hd.models.registry import ModelConfig
+from titan_hd.models.registry import build_model
 
 # Operators that make a tensor as large as their input for themselves.
 _WORKSPACE = {torch.ops.aten.logsumexp.default}
@@ -92,11 +93,11 @@ class HeadMemory(NamedTuple):
 
 def head_memory(config: ModelConfig, tokens: tuple[int, int], dtype: torch.dtype, trained: bool) -> HeadMemory:
     """Of a micro-batch of tokens (B, T) that all have a label. trained: the head gets a gradient. A classification head
-    sees one token of each sequence: what it takes is the gradient of the hidden states."""
-    if config.classifies:
+    sees one token of each sequence: what counts is the gradient of the hidden states."""
+    if config.num_labels:
         return HeadMemory(0, tokens[0] * tokens[1] * config.hidden_size * dtype.itemsize)
     with FakeTensorMode(), torch.device("cpu"):
-        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        norm = RMSNorm(config.hidden_size, eps=1e-6)
         weight = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, requires_grad=trained)
         norm.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype), requires_grad=trained)
         count = tokens[0] * tokens[1]
@@ -123,14 +124,16 @@ def block_memory(
 
     Two blocks are run: what the second adds is what every further one adds.
     """
+    two = config.with_blocks(2).changed(vocab_size=1)
     with FakeTensorMode(), torch.device("cpu"):
-        model = build_model(config.with_blocks(2))
+        model = build_model(two)
         method.apply(model, targets)
         _as_gathered(model, dtype)
         _bind(model, method, dtype)
         if checkpointing.mode != "none":
             apply_activation_checkpointing(model, checkpointing.mode, checkpointing.keep, dropout)
-        beside = model.block_inputs(tokens, dtype)
+        positions = torch.zeros(tokens, dtype=torch.long)
+        beside = model.block_inputs(positions, dtype)
         with LiveBytes() as bytes_:
             h = torch.empty(*tokens, config.hidden_size, dtype=dtype).requires_grad_()
             first, second = model.blocks()

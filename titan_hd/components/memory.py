@@ -8,7 +8,6 @@ allocator counts.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,8 +30,10 @@ from titan_hd.distributed.update.gradients import bound_elements
 from titan_hd.distributed.update.plan import UpdatePlan, block_of
 from titan_hd.distributed.update.routes import ROUTES
 from titan_hd.distributed.weight_gathers import sums_gradients_once
-from titan_hd.models.build import Model, build_model
-from titan_hd.models.registry import ModelConfig
+from titan_hd.models.decoder_config import DecoderConfig
+from titan_hd.models.model import Model
+from titan_hd.models.model_config import ModelConfig
+from titan_hd.models.registry import build_model
 
 GB = 1e9
 # Of the device's memory, beside what the allocator hands out: the CUDA context with the libraries' workspaces, nccl's
@@ -163,8 +164,8 @@ def tp_local(decoder: ModelConfig, tp: int, loss_parallel: bool) -> ModelConfig:
     smaller still.)"""
     if tp == 1:
         return decoder
-    return dataclasses.replace(
-        decoder,
+    assert isinstance(decoder, DecoderConfig), "the family that can be split"
+    return decoder.changed(
         num_attention_heads=decoder.num_attention_heads // tp,
         num_key_value_heads=decoder.num_key_value_heads // tp,
         intermediate_size=decoder.intermediate_size // tp,
@@ -185,13 +186,18 @@ def fsdp_group_sizes(model: Model, shards: int) -> Iterator[Group]:
     """Of a model on the meta device that is not sharded yet."""
     seen: set[nn.Parameter] = set()
     left_alone = set(untouched_parameters(model))
-    kinds = {modules[0]: kind for kind, modules in model.parts()}
     for modules, _ in fsdp_groups(model):
         mine = {p for module in modules for p in module.parameters()} - seen
         seen |= mine
         if not mine:
             continue
-        kind = kinds.get(modules[0], "root")
+        kind = "block"
+        if model.embedding() in modules:
+            kind = "embedding"
+        elif model.output_head() in modules:
+            kind = "head"
+        elif modules[0] is model:
+            kind = "root"
         trained = {p for p in mine if p.requires_grad}
         yield Group(
             kind,
@@ -330,7 +336,7 @@ def _refresh_bytes(sizes: Sizes, updates: UpdatePlan) -> int:
     if not method.directions:  # nothing is decomposed
         return 0
     svd, linears = SvdSettings(c.adapter.svd, c.adapter.svd_niter, method.smallest), sizes.decoder.linear_shapes()
-    shapes = targeted(linears, c.adapter.target_modules).values()
+    shapes = [linears[kind] for kind in targeted(linears, c.adapter.target_modules)]
     weights = [(sizes.master.itemsize * out * width, (out, width)) for out, width in shapes]
     return max(size + max(size, working_bytes(shape, method.directions, svd)) for size, shape in weights)
 
@@ -378,8 +384,8 @@ def received_bytes(sizes: Sizes, micro_batches: int, kept: bool = False) -> tupl
     which are summed over workers, are not in it. kept: the weights are gathered once for the step."""
     shards = sizes.mesh[1]
     model, _ = _meta_model(sizes)
-    groups = [*fsdp_group_sizes(model, shards)]
-    embeds = any(group.trained for group in groups if group.kind == "embedding")
+    embeds = any(p.requires_grad for p in model.embedding().parameters())
+    groups = fsdp_group_sizes(model, shards)
     elements = sum((1 if kept else micro_batches * group.gathers(embeds)) * group.shard for group in groups)
     exchanged = 0.0 if sizes.updates is None else sizes.updates.received_per_step
     return (shards - 1) * elements * sizes.compute.itemsize, exchanged

@@ -10,7 +10,7 @@ from titan_hd.adapters.methods import build_method
 from titan_hd.components.flops import flops_per_token, peak_flops, trained_work
 from titan_hd.components.live_bytes import recomputed_flops
 from titan_hd.config.job_config import JobConfig
-from titan_hd.models.build import Model
+from titan_hd.models.model import Model
 
 
 class StepResult(NamedTuple):

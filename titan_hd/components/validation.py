@@ -25,8 +25,7 @@ from titan_hd.data.text.tokenizer import Tokenizer
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import reshard
 from titan_hd.errors import UserError
-from titan_hd.models.build import Model
-from titan_hd.models.decoder import Decoder
+from titan_hd.models.model import Model
 from titan_hd.models.roberta import Roberta
 
 logger = logging.getLogger("titan_hd")
@@ -272,7 +271,7 @@ class Validator:
             yield batch
             self._progress()
 
-    def _answer(self, model: Decoder, stop_ids: frozenset[int], prompts: list[list[int]]) -> list[str]:
+    def _answer(self, model: Model, stop_ids: frozenset[int], prompts: list[list[int]]) -> list[str]:
         answers = generate(
             model,
             prompts,

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from titan_hd.adapters.adapter_linear import AdapterLinear, adapter_layers
+from titan_hd.adapters.adapter_linear import adapter_layers
 from titan_hd.adapters.frozen_linear import FoldingLinear
 from titan_hd.components.optimizer import clip_factor
 from titan_hd.components.sketch import effective_rank, product, random_vectors, square_norm
@@ -39,7 +39,7 @@ from titan_hd.distributed.directions import Directions
 from titan_hd.distributed.parallel_dims import ParallelDims, local_part, owned_block
 from titan_hd.distributed.regroup import tp_split
 from titan_hd.distributed.row_shards import chunk_rows
-from titan_hd.models.build import Model
+from titan_hd.models.model import Model
 
 # Between two folds, or of a layer without a gradient, W is as it was, but for the rounding of its products: a change of
 # these that is no larger than this share of them is none. Since the base weights, whose products are kept in fp32 and
@@ -87,9 +87,10 @@ class WeightChanges:
         # With refresh_steps the registry has the initial directions for one period alone.
         if self.registry and self.registry.method.directions and not config.hdpissa.refresh_steps:
             self.directions = Directions(self.registry)
-        kinds = kinds_of_layers(model)
         self.layers = {
-            name: _Layer(layer, (layer.out_features, layer.in_features), tp_split(layer.weight), kinds[name])
+            name: _Layer(
+                layer, (layer.out_features, layer.in_features), tp_split(layer.weight), name.rpartition(".")[2]
+            )
             for name, layer in measured_layers(model).items()
         }
         self._base: dict[str, torch.Tensor] = {}
@@ -249,22 +250,13 @@ class WeightChanges:
 
 def measured_layers(model: Model) -> dict[str, nn.Linear]:
     """The linear layers of the blocks that are trained or have an adapter, by name."""
-    layers = {name: model.get_submodule(name) for name in kinds_of_layers(model)}
+    adapted, inside = adapter_layers(model), {module for block in model.blocks() for module in block.modules()}
     return {
-        name: layer
-        for name, layer in layers.items()
-        if isinstance(layer, nn.Linear)
-        and (isinstance(layer, (AdapterLinear, FoldingLinear)) or layer.weight.requires_grad)
-    }
-
-
-def kinds_of_layers(model: Model) -> dict[str, str]:
-    """Name -> kind (q_proj, ...) of each linear layer of the blocks, in the model's order."""
-    config = model.config
-    return {
-        f"{config.block_name(i)}.{path}": kind
-        for i in range(config.num_hidden_layers)
-        for kind, path in config.linear_paths().items()
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module in inside
+        and (name in adapted or module.weight.requires_grad or isinstance(module, FoldingLinear))
     }
 
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.utils.checkpoint import checkpoint
 
 from titan_hd.distributed.parallel_dims import ParallelDims
-from titan_hd.models.build import Model
+from titan_hd.models.model import Model
 
 KEEPABLE = ("qkv", "gate_up")  # values of activation_checkpoint.keep
 _GRAPHS = 64  # of one block's code at most: lengths, times kinds of masks, times the first block and the others
@@ -56,14 +56,14 @@ def apply_activation_checkpointing(
     of gate_proj and up_proj ("gate_up"). It recomputes the norms, the MLP's product, and what `keep` does not name. No
     matrix product runs twice but those; nobody needs the outputs of o_proj and down_proj again.
 
-    draws: adapters or the model have dropout, whose masks must be drawn again.
+    draws: adapters have dropout, whose masks must be drawn again.
     """
     for block in model.blocks():
         if mode == "full":
             flags = {"use_reentrant": False, "preserve_rng_state": draws, "determinism_check": "none"}
             block.forward = functools.partial(checkpoint, block.forward, **flags)
-        else:
-            block.recompute(keep, draws)
+            continue
+        block.recompute(keep, draws)
 
 
 def apply_compile(model: Model) -> None:
@@ -92,10 +92,15 @@ def fsdp_groups(model: Model) -> list[tuple[list[nn.Module], bool]]:
     The head is needed again at once in the backward pass, so it stays gathered. A tied embedding is the head too, and
     belongs to the root group, which stays gathered for the whole step.
     """
-    parts = [*model.parts()]
-    kinds = ("block", "embedding", "head")
-    groups = [(modules, kind != "head") for wanted in kinds for kind, modules in parts if kind == wanted]
+    groups: list[tuple[list[nn.Module], bool]] = [([block], True) for block in model.blocks()]
+    if model.output_head() is not None:
+        groups.extend([([model.embedding()], True), (_behind(model), False)])
     return [*groups, ([model], False)]
+
+
+def _behind(model: Model) -> list[nn.Module]:
+    """What is behind the blocks."""
+    return [module for module in (model.final_norm(), model.output_head()) if module is not None]
 
 
 def apply_fsdp(
@@ -125,8 +130,7 @@ def apply_fsdp(
         first.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
     if dims.dp_shard > 1:
         prefetch_forward(model)
-    embedding = [p for kind, modules in model.parts() if kind == "embedding" for m in modules for p in m.parameters()]
-    if embedding and not any(p.requires_grad for p in embedding):
+    if model.output_head() is not None and not any(p.requires_grad for p in model.embedding().parameters()):
         # A frozen embedding has no backward pass, but FSDP2 would prefetch it during that of the first block.
         first = next(model.blocks())
         assert isinstance(first, FSDPModule)
@@ -136,7 +140,9 @@ def apply_fsdp(
 def prefetch_forward(model: Model) -> None:
     """Ask for the next block's weights before a block computes. FSDP2 by itself asks when the host comes to the next
     block, which is in time only while the host runs ahead of the device."""
-    chain = [modules[0] for _, modules in model.parts()]  # the first stands for its group
+    chain: list[nn.Module] = [*model.blocks()]
+    if model.output_head() is not None:
+        chain = [model.embedding(), *chain, _behind(model)[0]]  # the first of a group stands for it
     for module, following in itertools.pairwise(chain):
         assert isinstance(module, FSDPModule)
         assert isinstance(following, FSDPModule)

@@ -21,9 +21,8 @@ from titan_hd.distributed.collectives import on_rank_zero, raise_on_all
 from titan_hd.distributed.parallel_dims import Block, ParallelDims, local_part, owned_block
 from titan_hd.distributed.regroup import tp_split
 from titan_hd.files import disk_faults
-from titan_hd.models.build import Model
 from titan_hd.models.hf_files import check_space, plan_files, sync_files, weight_files, write_headers, write_rows
-from titan_hd.models.norm import RMSNorm
+from titan_hd.models.model import Model
 from titan_hd.seeding import stable_seed
 
 logger = logging.getLogger("titan_hd")
@@ -110,27 +109,27 @@ def load_weights(model: Model, dims: ParallelDims, directory: str) -> LoadedWeig
 def init_weights(
     model: Model, dims: ParallelDims, seed: int, std: float = 0.02, names: Collection[str] | None = None
 ) -> None:
-    """Random weights, all of them or those of `names`: norms 1, biases 0, the rest normal. Drawn on the host in blocks
-    of rows, each with a generator keyed by (seed, name, block), so that the model is the same on any number of workers
-    and any device."""
-    norms = {f"{n}.weight" for n, module in model.named_modules() if isinstance(module, (RMSNorm, nn.LayerNorm))}
+    """Random weights, all of them or those of `names`: normal where the model has no first value (`Model.initial`).
+    Drawn on the host in blocks of rows, each with a generator keyed by (seed, name, block), so that the model is the
+    same on any number of workers and any device."""
     parameters = {name: p for name, p in base_parameters(model) if names is None or name in names}
     with Progress("drawing random weights", len(parameters), "tensors", shown=dims.rank == 0) as progress:
         for name, parameter in parameters.items():
-            if parameter.dim() == 1:
-                local_part(parameter).fill_(1.0 if name in norms else 0.0)
-            else:
+            value = model.initial(name)
+            if value is None:
                 _draw(name, parameter, dims, seed, std)
+            else:
+                local_part(parameter).fill_(value)
             progress.update()
 
 
 def _draw(name: str, parameter: nn.Parameter, dims: ParallelDims, seed: int, std: float) -> None:
-    """Random values of a matrix, into this rank's part."""
+    """Random values of a matrix, or of several, into this rank's part."""
     local, mine = local_part(parameter), _block(parameter, dims)
     for number in range(mine.row // _INIT_ROWS, math.ceil((mine.row + mine.rows) / _INIT_ROWS)):
         lo, hi = number * _INIT_ROWS, min(parameter.shape[0], (number + 1) * _INIT_ROWS)
         generator = torch.Generator().manual_seed(stable_seed("init", seed, name, number))
-        drawn = torch.empty(hi - lo, parameter.shape[1]).normal_(0.0, std, generator=generator)
+        drawn = torch.empty(hi - lo, *parameter.shape[1:]).normal_(0.0, std, generator=generator)
         first, last = max(lo, mine.row), min(hi, mine.row + mine.rows)
         if first < last:
             part = drawn[first - lo : last - lo, mine.column : mine.column + mine.columns]

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from titan_hd.distributed.parallel_dims import ParallelDims
-from titan_hd.models.build import Model
+from titan_hd.models.model import Model
 
 logger = logging.getLogger("titan_hd")
 

@@ -26,7 +26,7 @@ from titan_hd.distributed.shards import write_weights
 from titan_hd.errors import UserError
 from titan_hd.export.model_card import final_metrics, model_card
 from titan_hd.files import disk_faults, read_json_object
-from titan_hd.models.build import Model
+from titan_hd.models.model import Model
 
 logger = logging.getLogger("titan_hd")
 

@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from titan_hd.models import flex
+from titan_hd.models.decoder_config import DecoderConfig
 from titan_hd.models.head import Head, Targets, logits_or_loss
-from titan_hd.models.layers import Embedding, project_each, restarting_positions
+from titan_hd.models.model import Model, ModelBlock
 from titan_hd.models.norm import RMSNorm
 from titan_hd.models.recompute import in_turn, recompute_first
-from titan_hd.models.registry import DecoderConfig
 from titan_hd.models.rope import RotaryEmbedding, rotate
 
 _SLOT_STEP = 64  # of a cache, that are looked at
@@ -33,6 +33,11 @@ def repeat_heads(k: torch.Tensor, v: torch.Tensor, heads: int) -> tuple[torch.Te
     """
     times = heads // k.shape[1]
     return k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
+
+
+def project_each(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
+    """Several linear layers of one input."""
+    return tuple(layer(x) for layer in layers)
 
 
 class LayerCache:
@@ -178,7 +183,7 @@ def silu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-class Block(nn.Module):
+class Block(ModelBlock):
     """Attention and MLP, each behind a norm and beside the residual stream."""
 
     norm_then: Callable[..., torch.Tensor]
@@ -204,14 +209,22 @@ class Block(nn.Module):
         return x + self.norm_then(self.post_attention_layernorm, self.mlp, (x,))
 
     def recompute(self, keep: Sequence[str], draws: bool) -> None:
-        """Recompute the norms and the MLP's product in the backward pass, and what `keep` does not name: q, k, v
-        ("qkv"), the outputs of gate_proj and up_proj ("gate_up"). draws: adapters have dropout."""
+        """Recompute the norms and the MLP's product in the backward pass, and what `keep` does not name: queries, keys
+        and values ("qkv"), the outputs of gate_proj and up_proj ("gate_up")."""
         self.norm_then = self.mlp.activate_then = recompute_first
         project_then = functools.partial(recompute_first, draws=draws)
         if "qkv" not in keep:
             self.self_attn.project_then = project_then
         if "gate_up" not in keep:
             self.mlp.project_then = project_then
+
+
+class Embedding(nn.Embedding):
+    """Draws nothing on the meta device: torch would import its compiler for that, which takes a launcher a second."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class DecoderStack(nn.Module):
@@ -225,17 +238,12 @@ class DecoderStack(nn.Module):
         self.rotary_emb = RotaryEmbedding(config)
 
 
-class Decoder(nn.Module):
-    """Causal language model. Tied models have no lm_head: they read the embedding, as their checkpoints store it.
-
-    trained_head: what is trained whatever the method is; nothing here.
-    """
-
-    trained_head: nn.Module | None = None
+class Decoder(Model):
+    """Causal language model. Tied models have no lm_head: they read the embedding, as their checkpoints store it."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.config = config
+        self.config, self.layer_windows = config, config.layer_windows
         self.model = DecoderStack(config)
         self.lm_head = None if config.tie_word_embeddings else Head(config.hidden_size, config.vocab_size)
 
@@ -245,27 +253,29 @@ class Decoder(nn.Module):
             assert isinstance(layer, Block)
             yield layer
 
-    @property
-    def head(self) -> nn.Module | None:
-        """What makes the results of the last hidden states."""
+    def embedding(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    def final_norm(self) -> nn.Module:
+        return self.model.norm
+
+    def output_head(self) -> nn.Module | None:
         return self.lm_head
 
-    def parts(self) -> Iterator[tuple[str, list[nn.Module]]]:
-        """What computes together, in its order, with its kind: embedding, block or head. A tied embedding is head too,
-        and belongs to no part, as what is used beside it then."""
-        if self.lm_head is not None:
-            yield "embedding", [self.model.embed_tokens]
-        yield from (("block", [block]) for block in self.model.layers)
-        if self.lm_head is not None:
-            yield "head", [self.model.norm, self.lm_head]
+    def block_inputs(
+        self, positions: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return *self.model.rotary_emb(positions, dtype), None
 
-    def looked_up(self) -> set[nn.Parameter]:
-        """Weights that are only looked up, not multiplied with."""
-        return set() if self.lm_head is None else {self.model.embed_tokens.weight}
+    def new_cache(self, slots: int) -> KVCache:
+        return KVCache(self.config.num_hidden_layers, slots)
 
-    def block_inputs(self, tokens: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
-        """What a block gets beside the hidden states of a batch of tokens (B, T)."""
-        return (*self.model.rotary_emb(torch.zeros(tokens, dtype=torch.long), dtype), None)
+    def initial(self, name: str) -> float | None:
+        """1 for norms, 0 for biases; matrices are drawn."""
+        owner, _, last = name.rpartition(".")
+        if last == "bias":
+            return 0.0
+        return 1.0 if isinstance(self.get_submodule(owner), RMSNorm) else None
 
     def reset_buffers(self, device: torch.device) -> None:
         """Recompute what is not loaded from a checkpoint; call it after the parameters are materialised."""
@@ -302,10 +312,10 @@ class Decoder(nn.Module):
             window: flex.document_mask(documents, window)
             if documents is not None and documents.device.type in flex.DEVICES
             else attention_mask(length, window, positions, documents, cache.reach if cache else None)
-            for window in set(self.config.layer_windows)
+            for window in set(self.layer_windows)
         }
         for i, layer in enumerate(stack.layers):
-            mask = masks[self.config.layer_windows[i]]
+            mask = masks[self.layer_windows[i]]
             h = layer(h, cos, sin, mask, cache.layers[i], positions) if cache else layer(h, cos, sin, mask)
         if select is not None:
             h = h[torch.arange(batch, device=h.device), select][:, None]
@@ -344,3 +354,10 @@ def attention_mask(
     if documents is not None:
         mask = mask & (documents[:, :, None] == documents[:, None, :])
     return mask[:, None]
+
+
+def restarting_positions(documents: torch.Tensor) -> torch.Tensor:
+    """Each token's distance from the first of its document, [B, T]; a document's tokens stand side by side."""
+    index = torch.arange(documents.shape[1], device=documents.device)
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    return index - torch.where(begins, index, 0).cummax(1).values

@@ -23,15 +23,15 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from titan_hd.errors import UserError
 from titan_hd.files import read_json_object, shown, shown_size, sync_file
-from titan_hd.models.build import parameter_shapes
-from titan_hd.models.registry import ModelConfig, read_hf_config
+from titan_hd.models.model_config import ModelConfig
+from titan_hd.models.registry import parameter_shapes, read_hf_config
 from titan_hd.models.safetensors_header import DTYPES, Entry, build_header, read_header, unique_keys
 
 logger = logging.getLogger("titan_hd")
@@ -251,7 +251,7 @@ def read_model_config(directory: str | Path, name: str = "") -> ModelConfig:
         UserError: as `read_hf_config`, or the two matrices cannot be read.
     """
     config = read_hf_config(directory, name)
-    if config.classifies or not config.tie_word_embeddings:
+    if not config.tie_word_embeddings:
         return config
     try:
         files = open_model_weights(directory, config)
@@ -264,7 +264,7 @@ def read_model_config(directory: str | Path, name: str = "") -> ModelConfig:
         "says tie_word_embeddings = false",
         *(files.directory, _HEAD),
     )
-    return replace(config, tie_word_embeddings=False, hf={**config.hf, "tie_word_embeddings": False})
+    return config.changed(tie_word_embeddings=False, hf={**config.hf, "tie_word_embeddings": False})
 
 
 def _read_strided(file: int, out: memoryview, offset: int, wanted: int, width: int) -> None:

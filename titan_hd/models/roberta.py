@@ -19,14 +19,14 @@ from torch import nn
 from titan_hd.errors import UserError
 from titan_hd.models.classification import ClassificationHead, classification_loss
 from titan_hd.models.config_values import number_of, refuse_unsupported, size_of
+from titan_hd.models.decoder import Embedding, project_each, restarting_positions
 from titan_hd.models.head import Targets
-from titan_hd.models.layers import Embedding, project_each, restarting_positions
+from titan_hd.models.model import Model, ModelBlock
+from titan_hd.models.model_config import ModelConfig
 from titan_hd.models.recompute import in_turn, recompute_first
 
 ARCHITECTURE = "RobertaForSequenceClassification"
-# Files of the other heads hold the same encoder; the classification head is then a new one.
-ARCHITECTURES = (ARCHITECTURE, "RobertaForMaskedLM", "RobertaModel")
-MODEL_TYPE, FAMILY = "roberta", "roberta"
+MODEL_TYPE = "roberta"
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -52,11 +52,11 @@ _HARMLESS = {
 
 
 @dataclass(frozen=True)
-class RobertaConfig:
+class RobertaConfig(ModelConfig):
     """Sizes of a RoBERTa with a classification head, in HF's names.
 
     max_position_embeddings: the most tokens that a sequence may have; the table has pad_token_id + 1 rows more.
-    num_labels: outputs of the head; 1: a score. label_names: of the classes, as the records spell them.
+    label_names: of the classes, as the records spell them; one: of a score.
     hidden_dropout, attention_dropout, classifier_dropout: shares that are dropped in training.
     ignored, hf: as of `DecoderConfig`.
     """
@@ -70,7 +70,6 @@ class RobertaConfig:
     type_vocab_size: int
     pad_token_id: int
     layer_norm_eps: float
-    num_labels: int
     label_names: tuple[str, ...]
     hidden_dropout: float
     attention_dropout: float
@@ -78,28 +77,20 @@ class RobertaConfig:
     ignored: tuple[str, ...] = field(repr=False, compare=False)
     hf: dict[str, Any] = field(repr=False, compare=False)
 
-    # Facts; those of `DecoderConfig` have their meaning there.
-    classifies: ClassVar[bool] = True
     causal: ClassVar[bool] = False
     endless: ClassVar[bool] = False
-    tensor_parallel: ClassVar[bool] = False
-    tie_word_embeddings: ClassVar[bool] = False
+    tie_word_embeddings: ClassVar[bool] = False  # pyrefly: ignore[bad-override]: no weights of it are tied
     new_weights: ClassVar[tuple[str, ...]] = ("classifier.",)
     other_weights: ClassVar[tuple[str, ...]] = ("lm_head.", "roberta.pooler.", "roberta.embeddings.position_ids")
-    head_elements: ClassVar[int] = 0  # one token a sequence meets the head
+    blocks_name: ClassVar[str] = "roberta.encoder.layer"
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.label_names)
 
     @property
     def draws(self) -> bool:
         return max(self.hidden_dropout, self.attention_dropout, self.classifier_dropout) > 0
-
-    def with_blocks(self, number: int) -> RobertaConfig:
-        return dataclasses.replace(self, num_hidden_layers=number, vocab_size=1)
-
-    def block_name(self, number: int) -> str:
-        return f"roberta.encoder.layer.{number}"
-
-    def linear_paths(self) -> dict[str, str]:
-        return {path: path for path in self.linear_shapes()}
 
     @property
     def head_dim(self) -> int:
@@ -117,11 +108,9 @@ class RobertaConfig:
             "output.dense": (d, ffn),
         }
 
-
-def is_roberta(raw: dict[str, Any]) -> bool:
-    """Whether a config.json is of this architecture: by what it names, else by its model type."""
-    names = raw.get("architectures")
-    return raw.get("model_type") == MODEL_TYPE if not names else names in [[name] for name in ARCHITECTURES]
+    def mixing_flops(self, length: float) -> float:
+        """Of attention: scores and values."""
+        return 4 * self.hidden_size * length * self.num_hidden_layers
 
 
 def parse_roberta(raw: dict[str, Any], where: str) -> RobertaConfig:
@@ -130,11 +119,6 @@ def parse_roberta(raw: dict[str, Any], where: str) -> RobertaConfig:
     Raises:
         UserError: a key that is wrong, or that the model has not, by name; `where` stands in front.
     """
-    if raw.get("model_type", MODEL_TYPE) != MODEL_TYPE:
-        raise UserError(
-            f"{where}: architectures {raw.get('architectures')} and model_type {raw['model_type']!r} contradict each "
-            "other"
-        )
     refuse_unsupported(raw, _UNSUPPORTED, where)
     sizes = {key: size_of(raw, key, where) for key in _SIZES}
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
@@ -154,7 +138,6 @@ def parse_roberta(raw: dict[str, Any], where: str) -> RobertaConfig:
         type_vocab_size=size_of(raw, "type_vocab_size", where, 2),
         pad_token_id=padding,
         layer_norm_eps=number_of(raw, "layer_norm_eps", where, 1e-12),
-        num_labels=len(names),
         label_names=tuple(str(i) if name == f"LABEL_{i}" else name for i, name in enumerate(names)),
         hidden_dropout=dropout,
         attention_dropout=_share(raw, "attention_probs_dropout_prob", where, 0.1),
@@ -174,10 +157,11 @@ def _as_classifier(raw: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {**raw, "architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, **classes}
 
 
-def with_labels(config: RobertaConfig, names: Sequence[str]) -> RobertaConfig:
+def with_labels(config: ModelConfig, names: Sequence[str]) -> RobertaConfig:
     """The configuration with a head for these classes; one name: for a score."""
+    assert isinstance(config, RobertaConfig)
     hf = _as_classifier({key: value for key, value in config.hf.items() if key != "num_labels"}, names)
-    return dataclasses.replace(config, num_labels=len(names), label_names=tuple(names), hf=hf)
+    return dataclasses.replace(config, label_names=tuple(names), hf=hf)
 
 
 def _share(raw: dict[str, Any], key: str, where: str, default: float) -> float:
@@ -259,7 +243,7 @@ class Intermediate(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
 
-class Layer(nn.Module):
+class Layer(ModelBlock):
     """Attention and MLP, each with a norm behind the residual sum. `norm_then`, `grow_then` and `activate_then` call
     two steps one after the other; activation checkpointing replaces them by `recompute_first`."""
 
@@ -331,7 +315,7 @@ class RobertaStack(nn.Module):
         self.encoder = Encoder(config)
 
 
-class Roberta(nn.Module):
+class Roberta(Model):
     """Sequence classifier."""
 
     def __init__(self, config: RobertaConfig):
@@ -346,38 +330,36 @@ class Roberta(nn.Module):
             assert isinstance(layer, Layer)
             yield layer
 
-    @property
-    def head(self) -> nn.Module:
+    def embedding(self) -> nn.Module:
+        return self.roberta.embeddings
+
+    def final_norm(self) -> None:
+        """There is none: each block ends with its own."""
+
+    def output_head(self) -> nn.Module:
         return self.classifier
 
-    @property
     def trained_head(self) -> nn.Module:
-        """A classification head is of one task: it is trained beside any method."""
+        """A classification head is of one task."""
         return self.classifier
 
-    def parts(self) -> Iterator[tuple[str, list[nn.Module]]]:
-        """As `Decoder.parts`."""
-        yield "embedding", [self.roberta.embeddings]
-        yield from (("block", [block]) for block in self.roberta.encoder.layer)
-        yield "head", [self.classifier]
-
-    def looked_up(self) -> set[nn.Parameter]:
-        """As `Decoder.looked_up`."""
-        return {p for name, p in self.roberta.embeddings.named_parameters() if "embeddings" in name}
-
-    def block_inputs(self, tokens: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """As `Decoder.block_inputs`."""
-        batch, length = tokens
+    def block_inputs(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor]:
+        batch, length = positions.shape
         return (torch.ones(batch, 1, length, length, dtype=torch.bool),)
 
-    def reset_buffers(self, device: torch.device) -> None:
-        """There are none."""
+    def initial(self, name: str) -> float | None:
+        """1 for norms, 0 for biases; matrices are drawn."""
+        if name.endswith("bias"):
+            return 0.0
+        return 1.0 if name.endswith("LayerNorm.weight") else None
 
     def forward(
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor | None = None,
         documents: torch.Tensor | None = None,
+        cache: Any = None,
+        select: torch.Tensor | None = None,
         targets: Targets | None = None,
     ) -> torch.Tensor:
         """Logits [B, L] of the first tokens of the rows of token ids [B, T], or the loss of targets.
@@ -387,6 +369,8 @@ class Roberta(nn.Module):
             Left out, every token sees the whole row.
         targets: return the sum of the losses of the labels, [] in fp32, each at the first position of its sequence.
         """
+        assert cache is None, "an encoder generates nothing"
+        assert select is None, "an encoder generates nothing"
         if positions is None and documents is not None:
             positions = restarting_positions(documents)
         elif positions is None:

@@ -1,4 +1,4 @@
-"""RoBERTa against transformers' own: logits, loss, gradients; padding and packs; config.json; the files of a directory."""
+"""RoBERTa against transformers' own: logits, loss, gradients; padding and packs; config.json; files of a directory."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.kit.classifiers import random_roberta
 from titan_hd.models.classification import label_of_score, scores_of
 from titan_hd.models.head import Targets
 from titan_hd.models.hf_files import open_model_weights
 from titan_hd.models.registry import flavor_config, parse_hf_config, read_hf_config
-from titan_hd.models.roberta import Roberta, RobertaConfig, with_labels
+from titan_hd.models.roberta import Roberta, with_labels
 
 SMALL = {
     "architectures": ["RobertaForSequenceClassification"],
@@ -34,18 +35,6 @@ SMALL = {
 # Both sides are fp32 sums of at most a few hundred terms in an order of their own.
 TOLERANCE = 1e-5
 LENGTHS = (24, 9, 2)
-
-
-def random_roberta(raw: dict = SMALL, seed: int = 0) -> Roberta:
-    """Weights large enough that attention is far from uniform, norms and biases away from 1 and 0."""
-    config = parse_hf_config(raw, "config.json")
-    assert isinstance(config, RobertaConfig)
-    model = Roberta(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.normal_(1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.2, generator=generator)
-    return model.eval()
 
 
 def theirs(raw: dict, model: Roberta):
@@ -98,7 +87,7 @@ def test_loss_and_gradients(names: tuple[str, ...]):
 
 @torch.no_grad()
 def test_packed_sequences_are_as_each_by_itself():
-    model, (ids, real) = random_roberta(), batch()
+    model, (ids, real) = random_roberta(SMALL), batch()
     alone = model(ids, documents=real)
     row = torch.cat([ids[i, :n] for i, n in enumerate(LENGTHS)] + [torch.full((5,), 1)])[None]
     documents = torch.repeat_interleave(torch.arange(4), torch.tensor([*LENGTHS, 5]))[None]
@@ -189,7 +178,7 @@ class TestFiles:
         return folder
 
     def test_a_new_head_over_another_ones_encoder(self, tmp_path: Path):
-        weights = {name: w for name, w in random_roberta().state_dict().items() if "classifier" not in name}
+        weights = {name: w for name, w in random_roberta(SMALL).state_dict().items() if "classifier" not in name}
         more = {"lm_head.bias": torch.zeros(61), "roberta.pooler.dense.bias": torch.zeros(32)}
         more["roberta.embeddings.position_ids"] = torch.zeros(1, 34)
         files = open_model_weights(self.write(tmp_path, weights | more), read_hf_config(tmp_path))
@@ -197,12 +186,12 @@ class TestFiles:
         assert len(files.missing) == 4
 
     def test_a_head_in_part_is_a_fault(self, tmp_path: Path):
-        weights = {name: w for name, w in random_roberta().state_dict().items() if name != "classifier.dense.bias"}
+        weights = {name: w for name, w in random_roberta(SMALL).state_dict().items() if name != "classifier.dense.bias"}
         folder = self.write(tmp_path, weights)
         with pytest.raises(ValueError, match=r"classifier.dense.bias: is missing"):
             open_model_weights(folder, read_hf_config(folder))
 
     def test_a_head_of_another_task(self, tmp_path: Path):
-        folder = self.write(tmp_path, random_roberta().state_dict())
+        folder = self.write(tmp_path, random_roberta(SMALL).state_dict())
         with pytest.raises(ValueError, match=r"classifier.out_proj.weight: has shape \[3, 32\], must be \[1, 32\]"):
             open_model_weights(folder, with_labels(read_hf_config(folder), ["score"]))

@@ -24,8 +24,8 @@ _ROBERTA = {
 
 
 def read_byte_level(directory: Path, settings: Settings) -> tuple[Settings, str]:
-    """The settings, and a tokenizer.json of the two files. RoBERTa's (by tokenizer_class or model_type) has <s> in front
-    of a text and </s> behind it, and special tokens also where no file names them; others have what their files name.
+    """The settings, and a tokenizer.json of the two files. RoBERTa's (by tokenizer_class or model_type) has <s> in
+    front of a text and </s> behind it, and special tokens where no file names them; others have what their files name.
 
     Raises:
         UserError: a file cannot be read, or a line is no merge of two pieces of the vocabulary.
