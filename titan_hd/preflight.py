@@ -289,7 +289,7 @@ def files_dtype(config: JobConfig, decoder: ModelConfig | None) -> torch.dtype |
     except UserError:  # `_check_start` reports it
         said = decoder.hf.get("dtype", decoder.hf.get("torch_dtype"))
         return {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32")}.get(str(said))
-    dtypes = {files.dtype(name) for name in parameter_shapes(decoder)}
+    dtypes = {files.dtype(name) for name in parameter_shapes(decoder) if name not in files.missing}
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
