@@ -121,7 +121,7 @@ def plan_run(
     if error:
         errors.append(error)
     if decoder is not None:
-        errors += _kind_errors(given, decoder, method)
+        errors += _kind_errors(given, decoder, method, needs_files)
         warnings += _length_warnings(config, decoder) if decoder.endless else []
         if config.export.enable and needs_files:
             warnings += _space_warnings(config, decoder)
@@ -322,8 +322,9 @@ def _as_the_model_reads(data: Data, model: ModelConfig) -> Data:
     return dataclasses.replace(data, format="classification", labels=[*model.label_names])
 
 
-def _kind_errors(config: JobConfig, model: ModelConfig, method: Method) -> list[str]:
-    """What a kind of model cannot do, one line each. config: as the user gave it."""
+def _kind_errors(config: JobConfig, model: ModelConfig, method: Method, needs_files: bool) -> list[str]:
+    """What a kind of model cannot do, one line each. config: as the user gave it. needs_files: the run is to start, and
+    needs packages too."""
     c, family = config, model.hf.get("model_type")
     lists = (source for source in (c.data.train, c.data.validation) if isinstance(source, list))
     formats = {c.data.format, *(entry.format for sources in lists for entry in sources if entry.format)}
@@ -336,7 +337,7 @@ def _kind_errors(config: JobConfig, model: ModelConfig, method: Method) -> list[
     others = formats - {"auto", "classification"}
     length, most, known = c.training.seq_len, model.max_position_embeddings, metric_names(model.num_labels)
     best = c.checkpoint.keep_best.partition("/")[0].removeprefix("validation_")
-    library = missing_library(model.num_labels) if c.validation.enable else None
+    library = missing_library(model.num_labels) if c.validation.enable and needs_files else None
     faults = {
         f"data.format: {', '.join(sorted(others))} is for models that write text; {family} classifies": others,
         f"training.seq_len: {length} is more than the positions that the model has, {most}": length > most,

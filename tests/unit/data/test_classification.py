@@ -13,6 +13,7 @@ from titan_hd.data.build import DatasetBuilder
 from titan_hd.data.example import IGNORE
 from titan_hd.data.formats import shares
 from titan_hd.data.labels import label_id
+from titan_hd.data.loader import collate_packs
 from titan_hd.data.sources import read_records
 from titan_hd.models.classification import label_of_score
 
@@ -149,3 +150,13 @@ def test_cuts_are_those_of_transformers():
                 if first + second > room:
                     ids = tokenizer.encode("a " * first, "b " * second).ids
                     assert shares(room, first, second) == [ids.count(0), ids.count(1)], (room, first, second)
+
+
+def test_packed_records_have_their_labels_where_they_begin(tmp_path: Path):
+    path = tmp_path / "train.tsv"
+    path.write_text("sentence\tlabel\nabc\t1\nx\t0\n")
+    dataset = build(path, ["0", "1"])
+    batch = collate_packs([[dataset[0], dataset[1]]])
+    assert batch.labelled.positions.tolist() == [0, 5]
+    assert batch.labelled.labels.tolist() == [1, 0]
+    assert batch.documents.tolist() == [[0] * 5 + [1] * 3]
