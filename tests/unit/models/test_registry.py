@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from titan_hd.models.decoder import Decoder
-from titan_hd.models.registry import FLAVORS, flavor_config, parse_hf_config, read_hf_config
+from titan_hd.models.registry import FLAVORS, build_model, flavor_config, parse_hf_config, read_hf_config
 from titan_hd.models.rope import rope_frequencies
 
 SMALL = FLAVORS["llama3"]["debugmodel"]
@@ -336,9 +336,10 @@ class TestFlavors:
     def test_linear_shapes_are_the_decoders(self, name: str, flavor: str):
         config = flavor_config(name, flavor)
         with torch.device("meta"):
-            model = Decoder(config)
-        for block in model.model.layers:
-            linears = {n.rpartition(".")[2]: m for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+            model = build_model(config)
+        kinds = {path: kind for kind, path in config.linear_paths().items()}
+        for block in model.blocks():
+            linears = {kinds[n]: m for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
             assert {n: tuple(m.weight.shape) for n, m in linears.items()} == config.linear_shapes()
 
     def test_unknown_names(self):
