@@ -346,9 +346,6 @@ def _kind_errors(config: JobConfig, model: ModelConfig, method: Method, needs_fi
         f"validation.enable: the metrics need {library}: pip install {library}, or titan_hd[classification]": library,
         f"checkpoint.keep_best: must be validation_loss or validation_{' or validation_'.join(known)} for "
         f"{model.num_labels} label(s), not {c.checkpoint.keep_best!r}": best and best not in ("loss", *known),
-        "export.format: peft's adapter would lack the classification head; use hf": (
-            c.export.enable and c.export.format == "peft"
-        ),
         f"training.enable_cpu_offload: method {method.name} cannot train a classification head on the host; unset it": (
             c.training.enable_cpu_offload and method.folds
         ),

@@ -99,3 +99,29 @@ def test_validates_and_is_opened_by_transformers(argv, workers, tmp_path: Path):
     assert found["validation_accuracy"] == pytest.approx(metrics.accuracy_score(truth, chosen))
     assert found["validation_f1"] == pytest.approx(metrics.f1_score(truth, chosen))
     assert found["validation_matthews"] == pytest.approx(metrics.matthews_corrcoef(truth, chosen))
+
+
+def answers(argv: list[str]) -> torch.Tensor:
+    """Trains, and then the logits of the model as it was trained."""
+    run = runs.trainer(argv)
+    run.train()
+    run.close()
+    with torch.no_grad():
+        return run.model.eval()(QUESTION).clone()
+
+
+QUESTION = torch.tensor([[0, 6, 7, 8, 9, 2, 2, 6, 10, 2], [0, 9, 7, 2, 2, 6, 7, 8, 9, 2]])
+
+
+def test_peft_puts_adapter_and_head_onto_the_encoder(argv, workers, tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    settings = {"export__format": "peft", "adapter__target_modules": "query,dense", "adapter__rank": 2}
+    ours = workers.run(2, answers, argv("lora", "run", **settings))[0]
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=2).eval()
+    with torch.no_grad():
+        model = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "hf").eval()
+        theirs = model(QUESTION).logits
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    about = json.loads((tmp_path / "run" / "hf" / "adapter_config.json").read_text())
+    assert (about["task_type"], about["modules_to_save"]) == ("SEQ_CLS", ["classifier"])

@@ -71,7 +71,6 @@ def test_a_plan_says_what_the_model_reads(argv):
         ({"training__seq_len": 33}, "training.seq_len: 33 is more than the positions that the model has, 32"),
         ({"validation__exact_match_samples": 3}, "validation.exact_match_samples: a classifier writes no answers"),
         ({"validation__samples": 2}, "validation.samples: a classifier writes no answers"),
-        ({"export__format": "peft"}, "export.format: peft's adapter would lack the classification head; use hf"),
         ({"training__enable_cpu_offload": "true"}, "training.enable_cpu_offload: method hdpissa cannot train"),
         ({"adapter__target_modules": "classifier.dense"}, "adapter.target_modules: 'classifier.dense' is no linear"),
     ],
