@@ -62,8 +62,15 @@ def test_the_head_learns_the_mean_of_all_adapters_losses(argv, workers, tmp_path
         torch.testing.assert_close(heads[1][key], heads[0][key], rtol=1e-5, atol=1e-7)
 
 
+def test_compiles(argv, workers):
+    options = {"export__enable": "false"}
+    eager = workers.run(1, runs.train, argv("bone", "eager", **options))[0]
+    traced = workers.run(1, runs.train_traced, argv("bone", "compiled", **options, compile__enable="true"))[0]
+    assert traced == pytest.approx(eager, rel=LOSS_TOLERANCE)
+
+
 def test_dropout_of_the_model_does_not_depend_on_the_workers(argv, workers, tmp_path: Path):
-    """... and compiled and recomputed blocks draw the same masks."""
+    """... and recomputed blocks draw the same masks."""
     write_classifier(tmp_path / "model", hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2)
     settings = {"hdpissa__num_adapters": 2, "training__local_batch_size": 2, "export__enable": "false"}
     one, two, full = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from titan_hd.models.hf_files import WeightFiles, open_model_weights, read_model
 from titan_hd.models.model import Model
 from titan_hd.models.model_config import ModelConfig
 from titan_hd.models.registry import build_model, flavor_config
+from titan_hd.models.roberta import with_labels
 
 
 def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.device) -> tuple[Model, Path]:
@@ -120,6 +122,12 @@ def _read_into(weights: WeightFiles | CheckpointWeights, name: str, weight: torc
 # Checkpoints
 
 
+def as_trained(config: ModelConfig, state: dict[str, Any]) -> ModelConfig:
+    """The configuration of a model directory, with the classes that the run of a checkpoint gave its head."""
+    labels = state.get("settings", {}).get("data", {}).get("labels")
+    return with_labels(config, labels) if config.num_labels and labels else config
+
+
 def _open_checkpoint(folder: Path, assets: str) -> tuple[ModelConfig, CheckpointWeights, Path]:
     state = read_train_state(folder)
     settings, identity = state["settings"].get("model", {}), state["identity"]
@@ -133,6 +141,7 @@ def _open_checkpoint(folder: Path, assets: str) -> tuple[ModelConfig, Checkpoint
         config = flavor_config(settings["name"], settings["flavor"])
     else:
         config = read_model_config(directory)
+    config = as_trained(config, state)
     if not same_model(identity.get("model"), repr(config)):
         raise UserError(f"--assets: {directory}: its config.json is not that of the checkpoint's model")
     return config, CheckpointWeights(CheckpointReader(folder), state, config, directory), Path(directory)
