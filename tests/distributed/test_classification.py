@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tests.kit import runs
 from tests.kit.classifiers import options, write_classifier, write_pairs
 from titan_hd.adapters.methods import METHODS
+from tools.convert_checkpoint import dcp_to_hf
 
 LOSS_TOLERANCE = 1e-5  # another order of the same fp32 sums
 HEAD = {"classifier.dense.weight", "classifier.dense.bias", "classifier.out_proj.weight", "classifier.out_proj.bias"}
@@ -31,7 +32,11 @@ def argv(tmp_path: Path):
     return made
 
 
-@pytest.mark.parametrize("name", METHODS)
+# What has a path of its own; the others share LoRA's, and are a minute's work.
+QUICK = ("hdpissa", "full", "lora")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in METHODS])
 def test_trains_resumes_and_exports(name: str, argv, workers, tmp_path: Path):
     """As of the decoder (test_every_method), and the new head moves too, from the same first values everywhere."""
     losses = workers.run(2, runs.train, argv(name, "whole"))[0]
@@ -62,6 +67,7 @@ def test_the_head_learns_the_mean_of_all_adapters_losses(argv, workers, tmp_path
         torch.testing.assert_close(heads[1][key], heads[0][key], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_compiles(argv, workers):
     options = {"export__enable": "false"}
     eager = workers.run(1, runs.train, argv("bone", "eager", **options))[0]
@@ -94,6 +100,11 @@ def test_validates_and_is_opened_by_transformers(argv, workers, tmp_path: Path):
     folder = tmp_path / "run" / "hf"
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     assert type(model).__name__ == "RobertaForSequenceClassification"
+    dcp_to_hf(tmp_path / "run" / "checkpoint" / "step-6", tmp_path / "converted", str(tmp_path / "model"), None, 1e9)
+    converted = load_file(tmp_path / "converted" / "model.safetensors")
+    for key, weight in runs.exported(tmp_path / "run").items():
+        torch.testing.assert_close(converted[key], weight, rtol=0, atol=1e-6)
+    assert json.loads((tmp_path / "converted" / "config.json").read_text())["id2label"] == {"0": "other", "1": "same"}
     assert model.config.id2label == {0: "other", 1: "same"}
     tokenizer = transformers.RobertaTokenizer.from_pretrained(tmp_path / "model")
     rows = [line.split("\t") for line in (tmp_path / "dev.tsv").read_text().splitlines()[1:]]
