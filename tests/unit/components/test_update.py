@@ -59,7 +59,9 @@ def test_a_fold_comes_after_every_few_steps_and_after_the_last():
     """With the learning rates since the one before; what waits for it is in a checkpoint."""
     config, folds, kept = JobConfig(), [], []
     config.hdpissa.local_steps = 3
-    fold_update = SimpleNamespace(config=config, fold=lambda *at: folds.append(at), _rates=[0.0], _last_step=7)
+    fold_update = SimpleNamespace(
+        config=config, fold=lambda *at: folds.append(at), _rates=[0.0], _last_step=7, head_optimizer=None
+    )
     for step in range(8):
         FoldUpdate.apply(fold_update, 2.0**step, step)
         kept.append(fold_update._unfolded)
