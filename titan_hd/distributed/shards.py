@@ -113,6 +113,9 @@ def init_weights(model: Model, dims: ParallelDims, seed: int, std: float = 0.02)
             value = model.initial(name)
             if value is None:
                 _draw(name, parameter, dims, seed, std)
+            elif isinstance(value, torch.Tensor):
+                mine = _block(parameter, dims)
+                local_part(parameter).copy_(value[mine.row : mine.row + mine.rows])
             else:
                 local_part(parameter).fill_(value)
             progress.update()
