@@ -253,7 +253,7 @@ def _period_warnings(config: JobConfig, method: type[Method]) -> list[str]:
 def _length_warnings(config: JobConfig, decoder: ModelConfig) -> list[str]:
     """Positions that the model has never seen; transformers warns too, and vLLM refuses them."""
     length, most = config.training.seq_len, decoder.max_position_embeddings
-    if length <= most:
+    if length <= most or decoder.attention_free:
         return []
     line = f"training.seq_len: {length} is beyond the model's max_position_embeddings, {most}"
     return [f"{line}: longer records train at positions that it may not know; {most} cuts them there"]

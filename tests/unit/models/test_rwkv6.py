@@ -11,10 +11,11 @@ import torch
 from tests.kit.rwkv import TINY, read_rwkv_cpp
 from titan_hd.components.generation import generate
 from titan_hd.distributed.parallelize import apply_activation_checkpointing
+from titan_hd.errors import UserError
 from titan_hd.models.head import Targets
-from titan_hd.models.registry import FLAVORS, flavor_config, parse_hf_config
+from titan_hd.models.registry import flavor_config, parse_hf_config
 from titan_hd.models.rwkv6 import Rwkv6, parse_rwkv6
-from tools.convert_rwkv import hf_config, hf_tensors
+from tools.convert_rwkv import hf_config, hf_tensors, to_hf, to_pth
 
 FP32 = {"rtol": 1e-5, "atol": 1e-5}  # other orders of the same sums
 PACKAGE = 1e-4  # of logits, over twelve blocks
@@ -32,18 +33,6 @@ def tiny(**changes) -> Rwkv6:
 
 def ids(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("flavor", FLAVORS["rwkv6"])
-def test_linear_shapes_are_the_models(flavor: str):
-    config = flavor_config("rwkv6", flavor)
-    with torch.device("meta"):
-        model = Rwkv6(config.with_blocks(2))
-    for block in model.blocks():
-        linears = {name: m for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
-        assert {name: tuple(m.weight.shape) for name, m in linears.items()} == config.linear_shapes()
-    names = {name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "head"}
-    assert names == config.with_blocks(2).linear_layers().keys()
 
 
 def test_the_seven_billion_have_larger_maps():
@@ -66,6 +55,19 @@ def test_the_seven_billion_have_larger_maps():
 def test_refused_by_name(key: str, value, says: str):
     with pytest.raises(ValueError, match=f"here: {says}"):
         parse_hf_config({**TINY, key: value}, "here")
+
+
+def test_random_weights_of_a_flavor_have_first_values():
+    """Of every parameter that is no matrix: decays and mixtures spread over the channels, norms at 1."""
+    model, drawn = tiny(), []
+    for name, p in model.named_parameters():
+        value = model.initial(name)
+        if value is None:
+            drawn.append(name.rpartition(".")[2])
+        elif isinstance(value, torch.Tensor):
+            assert value.shape == p.shape, name
+            assert value.isfinite().all()
+    assert set(drawn) == {"weight", "time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2"}
 
 
 def test_keys_of_unknown_meaning_are_named():
@@ -165,3 +167,44 @@ def test_greedy_text_is_the_packages(model: Rwkv6, package):
         theirs.append(int(logits.argmax()))
         logits, state = package.forward([theirs[-1]], state)
     assert ours == theirs
+
+
+def test_a_pth_and_back(real: dict[str, torch.Tensor], tmp_path: Path):
+    """Bit for bit; and the directory in between is one that the registry reads."""
+    torch.save(real, tmp_path / "model.pth")
+    to_hf(tmp_path / "model.pth", tmp_path / "hf", None, None, 1e6)
+    to_pth(str(tmp_path / "hf"), tmp_path / "again.pth", None)
+    again = torch.load(tmp_path / "again.pth", weights_only=True)
+    assert again.keys() == real.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in real.items())
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    with pytest.raises(UserError, match=r"again.pth: is there already"):
+        to_pth(str(tmp_path / "hf"), tmp_path / "again.pth", None)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_a_pth_that_is_none_is_refused(real: dict[str, torch.Tensor], tmp_path: Path, monkeypatch):
+    """By one line each, and nothing in it is run."""
+    monkeypatch.chdir(tmp_path)
+    without = {name: t for name, t in real.items() if name != "blocks.3.att.gate.weight"}
+    faults = {
+        "code": ({**real, "emb.weight": Harmful()}, "is no .pth file of weights alone"),
+        "list": ([1, 2], "must hold weights by their names"),
+        "other": ({"emb.weight": real["emb.weight"]}, "blocks.0.att.time_maa_w1: is missing, or no matrix"),
+        "lacks": (without, "blocks.3.att.gate.weight: is missing"),
+        "more": ({**real, "blocks.0.att.time_state": real["emb.weight"]}, "time_state: is not part of the model"),
+        "shape": ({**real, "head.weight": real["head.weight"].T}, r"head.weight: has shape \[64, 256\], must be"),
+    }
+    for name, (content, says) in faults.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        with pytest.raises(UserError, match=says):
+            to_hf(tmp_path / f"{name}.pth", tmp_path / "hf", None, None, 5e9)
+    (tmp_path / "text.pth").write_text("nothing")
+    with pytest.raises(UserError, match=r"text.pth: is no .pth file"):
+        to_hf(tmp_path / "text.pth", tmp_path / "hf", None, None, 5e9)
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "hf").exists()
