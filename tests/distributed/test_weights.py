@@ -3,8 +3,9 @@
 workers  mesh (replicate x shard x tensor)  what it reaches
 1        1 x 1 x 1                          the whole file
 4        1 x 4 x 1                          uneven rows (50, 37, 22) and an empty shard (6 rows on 4: 2, 2, 2, 0)
-4        2 x 2 x 1                          HSDP: each replica reads each byte once, one of them writes
+4        2 x 2 x 1                          HSDP: one replica reads, the other receives; one of them writes
 4        1 x 2 x 2                          blocks of columns of odd widths beside blocks of rows
+4        2 x 1 x 2                          what is not split goes to replicas, then to tp ranks
 2        1 x 1 x 2                          tensor parallelism alone
 """
 
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.kit import runs
 
-MESHES = [(1, 1, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2), (1, 1, 2)]
+MESHES = [(1, 1, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2), (1, 1, 2)]
 SPLITTABLE = {"num_key_value_heads": 2, "intermediate_size": 38}  # by tensor parallelism
 
 
@@ -49,8 +50,10 @@ def sharded_model(folder: Path, mesh: tuple[int, int, int], dtype: torch.dtype =
 
 def load_and_write(
     folder: Path, out: Path, mesh: tuple[int, int, int], dtype: torch.dtype, master: torch.dtype = torch.float32
-) -> tuple[int, list[str]]:
-    """On each rank: read, write in `dtype`; the bytes read and, on rank 0, the lines of the log."""
+) -> tuple[int, int, int, list[str]]:
+    """On each rank: read, write in `dtype`; bytes read, received, and held in the dtype of the files (which is
+    `dtype`), and the lines of the log. Buckets are so small that weights lie in several, and several in one."""
+    from titan_hd.distributed import weight_reading
     from titan_hd.distributed.shards import load_weights, write_weights
 
     lines = []
@@ -64,12 +67,14 @@ def load_and_write(
         model, dims = sharded_model(folder, mesh, master)
         for parameter in model.parameters():  # whatever is not read is seen
             parameter.detach().to_local().fill_(float("nan"))
-        read = load_weights(model, dims, str(folder)).bytes_read
+        with mock.patch.object(weight_reading, "PIECE_BYTES", 1500):
+            read, received, _ = load_weights(model, dims, str(folder))
+        held = sum(p.detach().to_local().numel() for p in model.parameters()) * dtype.itemsize
         write_weights(model, dims, out, dtype, 10_000)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-    return read, lines
+    return read, received, held, lines
 
 
 def load_directory(folder: Path) -> dict[str, torch.Tensor]:
@@ -109,9 +114,13 @@ def test_round_trip_is_bitwise_and_reads_each_byte_once(mesh, tied, dtype, worke
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
 
     size = sum(value.nbytes for value in weights.values())
-    whole_on_tp = sum(v.nbytes for n, v in weights.items() if "norm" in n)  # every tp rank reads what is not split
-    assert sum(read for read, _ in results) == mesh[0] * (size + (mesh[2] - 1) * whole_on_tp)
-    (said,) = [line for line in results[0][1] if line.startswith("read ")]
+    assert sum(read for read, *_ in results) == size, "each byte once"
+    for rank, (read, received, held, _) in enumerate(results):
+        # Buckets are filled up to multiples of 8 bytes between weights.
+        assert held <= read + received <= held + (8 * len(weights) if received else 0)
+        if rank >= mesh[1] * mesh[2]:
+            assert read == 0, "the first replica reads"
+    (said,) = [line for line in results[0][-1] if line.startswith("read ")]
     assert f"of {size / 2**30:.3f} GiB in " in said
 
 

@@ -158,6 +158,14 @@ def all_reduce(tensor: torch.Tensor, size: int, group: dist.ProcessGroup) -> dis
     return work
 
 
+def broadcast(tensor: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Start sending the first member's tensor to the others, into theirs."""
+    work = dist.broadcast(tensor, group=group, group_src=0, async_op=True)
+    assert work is not None  # this rank is a member
+    TRAFFIC.received += tensor.nbytes if dist.get_rank(group) else 0
+    return work
+
+
 def sum_in_place(tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
     """Over the members of a group."""
     all_reduce(tensor, dist.get_world_size(group), group).wait()
