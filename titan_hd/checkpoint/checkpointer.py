@@ -86,7 +86,8 @@ class Checkpointer:
     def __init__(self, folder: Path, keep_latest_k: int, asynchronous: bool, timeout_seconds: float):
         self.files = CheckpointFolder(folder, keep_latest_k)
         # Its own time-out: the slowest disk may take longer than any collective of the training.
-        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoints")
         assert isinstance(group, dist.ProcessGroup)  # of all ranks
         self.group = group
         self.last_step: int | None = None  # of the last save, whatever became of it
