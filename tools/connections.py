@@ -120,7 +120,9 @@ def mesh_groups(replicate: int, shard: int, tp: int, num_adapters: int, rank: in
     backends = mock.patch.object(dist, "get_backend_config", return_value="cpu:gloo,cuda:nccl")
     try:
         with mock.patch.object(dist, "new_group", recorded), backends:
-            ParallelDims(replicate, shard, "cuda", tp).adapter_mesh(num_adapters)
+            dims = ParallelDims(replicate, shard, "cuda", tp)
+            dims.adapter_mesh(num_adapters)
+            dims.one_of_each_holder(num_adapters)
     finally:
         dist.destroy_process_group()
     return asked

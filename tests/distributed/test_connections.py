@@ -66,12 +66,12 @@ def test_meshes_have_the_backend_of_the_device():
         assert {made.backend for made in asked} == {"nccl"}
         mine = [made.ranks for made in asked if rank in made.ranks]
         assert len(set(mine)) == len(mine)
-        # dp_replicate, dp_shard, tp, dp, adapter, adapter_group: the last two are as the first
+        # dp_replicate, dp_shard, tp, dp, those of a replica, one of each holder; adapter, adapter_group are as the first
         assert (
             mine
             == {
-                0: [(0, 4), (0, 2), (0, 1), (0, 2, 4, 6)],
-                5: [(1, 5), (5, 7), (4, 5), (1, 3, 5, 7)],
+                0: [(0, 4), (0, 2), (0, 1), (0, 2, 4, 6), (0, 1, 2, 3), (0, 1, 4, 5)],
+                5: [(1, 5), (5, 7), (4, 5), (1, 3, 5, 7), (4, 5, 6, 7), (0, 1, 4, 5)],
             }[rank]
         )
 

@@ -21,8 +21,6 @@ from titan_hd.errors import UserError
 from titan_hd.models.hf_files import WeightFiles
 from titan_hd.models.staging import PIECE_BYTES, Slot, Staging
 
-_ALIGNED = 8  # a piece begins at a multiple of any dtype's size
-
 
 class Part(NamedTuple):
     """What this rank holds of a weight. split: the dimension that tp splits, or None; target: where its values go,
@@ -96,19 +94,19 @@ def _route(dims: ParallelDims, split_over_tp: bool) -> _Route:
 def _buckets(parts: Sequence[Part], files: WeightFiles) -> Iterator[list[_Piece]]:
     """The parts' rows in order, in buckets of at most 16 MiB or one row: alike on all ranks that hold the same."""
     bucket: list[_Piece] = []
-    start = 0
     for part in parts:
-        width = part.block.columns * files.dtype(part.name).itemsize  # bytes of a row
-        row = 0
+        item = files.dtype(part.name).itemsize
+        width, row = part.block.columns * item, 0  # bytes of a row
         while row < part.block.rows:
+            start = -(-bucket[-1].stop // item) * item if bucket else 0  # else the bytes could not be seen as numbers
             room = (PIECE_BYTES - start) // width
             if bucket and room <= 0:
                 yield bucket
-                bucket, start = [], 0
+                bucket = []
                 continue
             rows = min(part.block.rows - row, max(1, room))
             bucket.append(_Piece(part, row, rows, start, start + rows * width))
-            row, start = row + rows, -(-bucket[-1].stop // _ALIGNED) * _ALIGNED
+            row += rows
     if bucket:
         yield bucket
 

@@ -95,9 +95,7 @@ class WeightFiles:
             target.copy_(slot.sent().view(dtype).view(target.shape))
             slot.release()
 
-    def read_bytes(
-        self, name: str, raw: torch.Tensor, row: int, rows: int, column: int, dtype: torch.dtype
-    ) -> None:
+    def read_bytes(self, name: str, raw: torch.Tensor, row: int, rows: int, column: int, dtype: torch.dtype) -> None:
         """Fill `raw`, uint8 on the host, with so many rows of a tensor as they lie in its file, from (row, column) on;
         its length says how many columns. dtype: what they will be converted to.
 
