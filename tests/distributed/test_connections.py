@@ -66,7 +66,7 @@ def test_meshes_have_the_backend_of_the_device():
         assert {made.backend for made in asked} == {"nccl"}
         mine = [made.ranks for made in asked if rank in made.ranks]
         assert len(set(mine)) == len(mine)
-        # dp_replicate, dp_shard, tp, dp, those of a replica, one of each holder; adapter, adapter_group are as the first
+        # dp_replicate, dp_shard, tp, dp, a replica, one of each holder; adapter, adapter_group are as the first
         assert (
             mine
             == {
