@@ -420,7 +420,7 @@ class Trainer:
             if self.step == first_step + 1:
                 self.rates.forget()  # warm-up and compilation
                 self.phases.forget()
-                set_timeout(self.config.comm.train_timeout_seconds, but_not=self.checkpointer.group)
+                set_timeout(self.config.comm.train_timeout_seconds, but_not=self.checkpointer.groups)
 
     def _first_step(self) -> Progress:
         compiles = ", which compiles the blocks" if self.config.compile.enable else ""

@@ -220,7 +220,11 @@ def read_train_state(checkpoint: Path) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> dict[str, Any]:
     """Write a file onto the disk; its entry in the manifest."""
-    content = text.encode()
+    return write_content(path, text.encode())
+
+
+def write_content(path: Path, content: bytes) -> dict[str, Any]:
+    """As `write_text`."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
