@@ -21,15 +21,16 @@ import argparse
 import gc
 import multiprocessing as mp
 import pickle
-import resource
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -161,7 +162,7 @@ def _by_titan_hd(tensors: dict[str, torch.Tensor], ranks: int) -> tuple[list[int
 
 def _rank_zero(pipe, parts: list[bytes], stored: list[Stored]) -> None:
     gc.disable()  # as in a run
-    table, before = TableOfContents(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    table, before = TableOfContents(), _forget_peak()
     alone = _launches(lambda: time.sleep(1))
 
     def plan(parts: list[bytes]) -> bytes:
@@ -171,7 +172,7 @@ def _rank_zero(pipe, parts: list[bytes], stored: list[Stored]) -> None:
 
     first, first_cpu, content = _timed(lambda: plan(parts))
     _, second_cpu, _ = _timed(lambda: plan([pickle.dumps((rank, None)) for rank in range(len(parts))]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = _memory("VmHWM")
     table = TableOfContents()
     planning = _launches(lambda: plan(parts))
     pipe.send(
@@ -179,7 +180,7 @@ def _rank_zero(pipe, parts: list[bytes], stored: list[Stored]) -> None:
             "first_s": first,
             "first_cpu_s": first_cpu,
             "second_cpu_s": second_cpu,
-            "peak_mb": (peak - before) * 1024 / 1e6,
+            "peak_mb": (peak - before) / 1e6,
             "table_mb": len(content) / 1e6,
             "per_s_alone": alone[0],
             "per_s_planning": planning[0],
@@ -202,6 +203,17 @@ def _launches(work: Callable[[], object]) -> tuple[float, float]:
     return count / (last - start), 1e3 * slowest
 
 
+def _forget_peak() -> int:
+    """Bytes that this process has now; its peak counts from here on."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
+
+
+def _memory(key: str) -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
 def _timed(function: Callable[[], Any]) -> tuple[float, float, Any]:
     """Seconds on the clock, of processor time, and the result."""
     start, cpu = time.perf_counter(), time.process_time()
@@ -218,18 +230,34 @@ def _by_dcp(tensors: dict[str, torch.Tensor], ranks: int) -> tuple[list[int], li
     meshes, counts, parts = _meshes(tensors), [], []
     step = tensors.pop("optimizer.step")
     tensors |= {key.replace(".exp_avg_sq", ".step"): step for key in list(tensors) if key.endswith(".exp_avg_sq")}
+    made: dict[Any, SavePlan] = {}
     for rank in range(ranks):
         _stand_at(rank, meshes)
-        planner = dcp.DefaultSavePlanner()
-        planner.set_up_planner(tensors, is_coordinator=rank == 0)
-        plan = planner.create_local_plan()
+        held = _parts_held(tensors)
+        plan = made[held] = made.get(held) or _plan_by_dcp(tensors)
         counts.append(len(plan.items))
         parts.append(pickle.dumps(plan))
     return counts, parts, []
 
 
+def _parts_held(tensors: dict[str, torch.Tensor]) -> frozenset:
+    """Equal for ranks that hold the same, which have the same plan."""
+    found = set()
+    for tensor in tensors.values():
+        if isinstance(tensor, DTensor):
+            at = zip(tensor.device_mesh.get_coordinate() or (), tensor.placements)
+            found.add((id(tensor.device_mesh), *((i, place) for i, (place, p) in enumerate(at) if p.is_shard())))
+    return frozenset(found)
+
+
+def _plan_by_dcp(tensors: dict[str, torch.Tensor]) -> SavePlan:
+    planner = dcp.DefaultSavePlanner()
+    planner.set_up_planner(tensors, is_coordinator=False)
+    return planner.create_local_plan()
+
+
 def _rank_zero_of_dcp(pipe, parts: list[bytes], _: list[Stored]) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _forget_peak()
 
     def plan() -> bytes:
         planner, writer = dcp.DefaultSavePlanner(), dcp.FileSystemWriter("none")
@@ -243,9 +271,9 @@ def _rank_zero_of_dcp(pipe, parts: list[bytes], _: list[Stored]) -> None:
         return pickle.dumps(metadata)
 
     first, cpu, content = _timed(plan)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = _memory("VmHWM")
     seconds = {"first_s": first, "first_cpu_s": cpu, "second_cpu_s": cpu}  # it is the same again
-    pipe.send(seconds | {"peak_mb": (peak - before) * 1024 / 1e6, "table_mb": len(content) / 1e6})
+    pipe.send(seconds | {"peak_mb": (peak - before) / 1e6, "table_mb": len(content) / 1e6})
 
 
 if __name__ == "__main__":
