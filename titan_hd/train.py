@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from titan_hd.adapters.methods import ignored_keys
 from titan_hd.checkpoint.checkpointer import Checkpointer
+from titan_hd.checkpoint.object_store import checkpoint_folder
 from titan_hd.checkpoint.resume_check import check_length, check_resumable, check_unfolded
 from titan_hd.components.assembly import assemble
 from titan_hd.components.best_validation import BestValidation
@@ -171,10 +172,7 @@ class Trainer:
         """Weights and what is trained: from the chosen checkpoint, or from the model directory and the SVD."""
         c = self.config
         self.checkpointer = Checkpointer(
-            Path(c.job.dump_folder) / c.checkpoint.folder,
-            c.checkpoint.keep_latest_k,
-            c.checkpoint.async_mode == "async",
-            c.comm.init_timeout_seconds,
+            checkpoint_folder(c), c.checkpoint.async_mode == "async", c.comm.init_timeout_seconds
         )
         self.best = BestValidation(c, self.validator.measured_on() if self.validator else {})
         self.step = (self.checkpointer.choose(c.checkpoint.load_step) or 0) if c.checkpoint.enable else 0

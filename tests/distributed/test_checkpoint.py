@@ -44,7 +44,7 @@ def choose_with_each_damage(folder: Path) -> list[tuple[str, int | None, list[st
 
     import titan_hd.checkpoint.checkpointer as checkpoint
 
-    checkpointer = checkpoint.Checkpointer(folder, 2, False, 60)
+    checkpointer = checkpoint.Checkpointer(CheckpointFolder(folder, 2), False, 60)
     said: list[str] = []
 
     def choose(path: Path, content: bytes | None) -> int | None:

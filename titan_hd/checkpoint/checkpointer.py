@@ -21,11 +21,9 @@ from __future__ import annotations
 
 import datetime
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -40,7 +38,7 @@ from titan_hd.components.best_validation import Best
 from titan_hd.console import Progress
 from titan_hd.distributed.collectives import on_rank_zero, raise_on_all
 from titan_hd.errors import UserError
-from titan_hd.files import folder_size, shown_size
+from titan_hd.files import shown_size
 
 logger = logging.getLogger("titan_hd")
 
@@ -91,14 +89,14 @@ class _Written(NamedTuple):
 
 
 class Checkpointer:
-    """Saves to and loads from `folder`. Collective: every rank calls every method, `warn_of_failure` apart.
+    """Saves to and loads from `files`. Collective: every rank calls every method, `warn_of_failure` apart.
 
     asynchronous: a save returns when the shards are copied to the host; the rest is done by a thread. One save is under
     way at a time.
     """
 
-    def __init__(self, folder: Path, keep_latest_k: int, asynchronous: bool, timeout_seconds: float):
-        self.files = CheckpointFolder(folder, keep_latest_k)
+    def __init__(self, files: CheckpointFolder, asynchronous: bool, timeout_seconds: float):
+        self.files = files
         # Its own time-out: the slowest disk may take longer than any collective of the training.
         self._timeout = datetime.timedelta(seconds=timeout_seconds)
         group = dist.new_group(backend="gloo", timeout=self._timeout)
@@ -199,8 +197,8 @@ class Checkpointer:
     def _writing(self, step: int, tensors: dict[str, torch.Tensor]) -> Progress:
         """Shows how many bytes of a checkpoint are on the disk."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        what, partial = f"saving step {step}", self.files.partial(step)
-        return Progress(what, size, "B", shown=dist.get_rank() == 0, poll=lambda: min(size, folder_size(partial)))
+        shown = dist.get_rank() == 0
+        return Progress(f"saving step {step}", size, "B", shown=shown, poll=lambda: min(size, self.files.written(step)))
 
     def _write(self, pieces: list[Piece], contents: _Contents) -> str | None:
         """A writer's part of a save, all of it after the copy. Returns, on rank 0, the line that says what the disk
@@ -218,12 +216,12 @@ class Checkpointer:
             told = self._gather_on_rank_zero(self._write_own(partial, pieces))
             fault = self._publish(contents, told) if dist.get_rank() == 0 else None
         if fault and dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            self.files.discard(contents.step)
             final = self.files.path(contents.step)
             return f"{final}: the checkpoint cannot be saved: {fault}; earlier ones are untouched"
         return None
 
-    def _write_own(self, folder: Path, pieces: list[Piece]) -> _Written:
+    def _write_own(self, folder: Any, pieces: list[Piece]) -> _Written:
         """Write this rank's files. Whatever fails is told: the other writers wait for this rank."""
         try:
             entries, files = write_pieces(folder, dist.get_rank(), pieces)
@@ -326,7 +324,7 @@ class Checkpointer:
         def leave() -> None:
             self.files.set_aside(step + 1)
             self.files.name_best(best)
-            if best and not self.files.path(best.step).is_dir():
+            if best and not self.files.holds(best.step):
                 line = "checkpoint.keep_best: the best so far, %s %.4g of step %d, is not there any more"
                 logger.warning(line, best.metric, best.value, best.step)
 

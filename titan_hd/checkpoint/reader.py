@@ -14,7 +14,7 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -76,7 +76,7 @@ class CheckpointReader(dcp.FileSystemReader):
         UserError: from `read_metadata` and `table`: there is none, or it cannot be read.
     """
 
-    def __init__(self, folder: Path, table: Metadata | None = None):
+    def __init__(self, folder: Any, table: Metadata | None = None):
         super().__init__(str(folder))
         self.folder = folder
         if table is not None:
@@ -92,7 +92,7 @@ class CheckpointReader(dcp.FileSystemReader):
         if not path.is_file():
             raise UserError(f"{self.folder}: is no checkpoint: it holds no .metadata")
         try:
-            with open(path, "rb") as file:
+            with path.open("rb") as file:
                 table = _TableUnpickler(file).load()
             files = {info.relative_path for info in (table.storage_data or {}).values()}
             tensors = table.state_dict_metadata.items()
@@ -130,7 +130,7 @@ class CheckpointReader(dcp.FileSystemReader):
             by_piece = by_file.setdefault(self.storage_data[index].relative_path, {})
             by_piece.setdefault(index, []).append((block, item))
         for name, by_piece in by_file.items():
-            with open(self.folder / name, "rb") as file:
+            with (self.folder / name).open("rb") as file:
                 for index, items in by_piece.items():
                     info = self.storage_data[index]
                     self._read_piece(StoredTensor(file, info.offset, info.length), items, planner)

@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple, cast
 
 import torch
 
-from titan_hd.checkpoint.folder import Files
+from titan_hd.checkpoint.folder import Files, durable
 from titan_hd.checkpoint.pieces import Piece
 
 _FILE_BYTES = 2**30
@@ -35,12 +35,14 @@ class Entry(NamedTuple):
     length: int
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Make sure that so many bytes fit onto the disk.
+def check_space(folder: Any, needed: int) -> None:
+    """Make sure that so many bytes fit onto the disk; a store takes what it is given.
 
     Raises:
         OSError: they do not.
     """
+    if not isinstance(folder, Path):
+        return
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(f"{os.strerror(errno.ENOSPC)}: {needed} bytes are needed, {free} are free")
@@ -51,7 +53,7 @@ def bytes_of(pieces: list[Piece]) -> int:
     return sum(piece.nbytes + _FRAME_BYTES for piece in pieces)
 
 
-def write_pieces(folder: Path, rank: int, pieces: list[Piece]) -> tuple[list[Entry], Files]:
+def write_pieces(folder: Any, rank: int, pieces: list[Piece]) -> tuple[list[Entry], Files]:
     """Write the files of a rank; on return they are on the disk. With each file's size and CRC-32.
 
     Raises:
@@ -61,14 +63,12 @@ def write_pieces(folder: Path, rank: int, pieces: list[Piece]) -> tuple[list[Ent
     files: Files = {}
     for number, group in enumerate(_bounded(pieces)):
         name = f"__{rank}_{number}.distcp"
-        with open(folder / name, "wb") as raw:
+        with durable(folder / name) as raw:
             file = _Checked(raw)
             for piece in group:
                 start = file.size
                 file.save(_values(piece))
                 entries.append(Entry(piece.tensor.name, piece.offsets, piece.sizes, name, start, file.size - start))
-            raw.flush()
-            os.fsync(raw.fileno())
         files[name] = {"size": file.size, "crc32": file.crc32}
     return entries, files
 
