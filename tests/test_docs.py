@@ -8,8 +8,10 @@ import importlib
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import docs_messages
@@ -17,6 +19,8 @@ import docs_pages
 import pytest
 
 from tests.kit.commands import REPOSITORY
+from titan_hd.components.rates import StepResult
+from titan_hd.config import manager
 from titan_hd.config.keys import every_key
 from titan_hd.in_process import RunResult
 
@@ -106,7 +110,7 @@ def test_the_page_of_the_keys_is_made_of_them():
     names = [name for name, _ in anchors if not name.startswith("data.train[]")]
     assert names == list(every_key())
     assert len({anchor for _, anchor in anchors}) == len(anchors)
-    assert "`Literal['mean', 'sum']`, default `\"mean\"`" in page
+    assert '`"mean" or "sum"`, default `"mean"`' in page
     assert all(target in {anchor for _, anchor in anchors} for target in re.findall(r"\]\(#([^)]+)\)", page))
 
 
@@ -141,13 +145,19 @@ def test_a_page_shows_the_source_that_it_names():
 
 
 def test_what_the_page_on_python_names_exists():
-    trainer = ast.parse((REPOSITORY / "titan_hd" / "train.py").read_text(encoding="utf-8"))
-    known = {node.attr for node in ast.walk(trainer) if isinstance(node, ast.Attribute)}
-    known |= {node.name for node in ast.walk(trainer) if isinstance(node, ast.FunctionDef)}
-    named = set(re.findall(r"\btrainer\.(\w+)", TEXTS["python.md"]))
+    """What is set on the Trainer itself, and its methods; the fields of what is returned."""
+    tree, text = ast.parse((REPOSITORY / "titan_hd" / "train.py").read_text(encoding="utf-8")), TEXTS["python.md"]
+    trainer = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Trainer")
+    known = {node.name for node in trainer.body if isinstance(node, ast.FunctionDef)}
+    stored = [node for node in ast.walk(trainer) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
+    known |= {node.attr for node in stored if isinstance(node.value, ast.Name) and node.value.id == "self"}
+    named = set(re.findall(r"\btrainer\.(\w+)", text))
     assert {"train_step", "add_hook", "model"} <= named <= known
-    fields = set(RunResult.__dataclass_fields__) | {"records"}
-    assert all(f"`{field}`" in TEXTS["python.md"] for field in fields)
+    (steps,) = re.findall(r"a `StepResult` with (.*) \|$", text, re.MULTILINE)
+    assert {"loss", "tokens"} <= set(re.findall(r"`(\w+)`", steps)) <= set(StepResult._fields)
+    (run,) = re.findall(r"^\* It returns a `RunResult`: ((?:.|\n)*?)\n\*", text, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", run)) == {*RunResult.__dataclass_fields__, "records"}
+    assert set(re.findall(r"\bresult\.(\w+)", text)) <= {*RunResult.__dataclass_fields__, *StepResult._fields}
 
 
 def python_blocks(text: str) -> list[str]:
@@ -174,6 +184,15 @@ def test_the_home_page_is_the_readme():
     assert text == "![a](study/a.png) [b](data.md) [c](contributing.md) d [e](https://f)"
 
 
+def refused(key: str, values: dict[str, object], words: Sequence[str] = ()) -> list[str]:
+    """What is said against the type of a key's value, in a file or in words of the command line."""
+    try:
+        manager.load([*words, "--job.print_plan"]) if words else manager.load_file(None, values)
+    except manager.ConfigError as told:
+        return [line for line in told.errors if line.startswith(f"{key}: must be ")]
+    return []
+
+
 class TestMessages:
     @pytest.fixture
     def groups(self) -> list[list[str]]:
@@ -188,13 +207,57 @@ class TestMessages:
         assert all(docs_messages.of_files(group) for group in groups)
 
     def test_every_raise_is_found(self):
-        """Every file that raises UserError with a text has messages, unless the text is of two words."""
-        raising = {
-            str(path.relative_to(REPOSITORY))
-            for path in (REPOSITORY / "titan_hd").rglob("*.py")
-            if re.search(r"raise UserError\(\s*f?\"(?:\{[^}]*\}: )?[a-z]+ [a-z]+", path.read_text(encoding="utf-8"))
-        }
-        assert raising <= {message.file for message in docs_messages.all_messages()}
+        """As it stands in the source, up to a line's end or a quotation mark; what has no two words is part of one."""
+        raised = re.compile(r'raise (?:UserError|ConfigError|FloatingPointError)\(\s*\[?\s*(f?)"([^"\\]+)"')
+        told: dict[str, list[str]] = {}
+        for message in docs_messages.all_messages():
+            told.setdefault(message.file, []).append(message.text)
+        seen, lost = 0, []
+        for path in (path for path in SOURCES if path.suffix == ".py" and path.parts[-2] != "benchmarks"):
+            name = str(path.relative_to(REPOSITORY))
+            for formatted, text in raised.findall(path.read_text(encoding="utf-8")):
+                begins = re.sub(r"\{[^{}]*\}", "…", text) if formatted else text
+                if not re.search(r"[a-z]+ [a-z]+", begins) or (formatted and "{" in begins):
+                    continue
+                seen += 1
+                lost += [] if any(text.startswith(begins) for text in told.get(name, ())) else [(name, begins)]
+        assert seen > 200
+        assert lost == []
+
+    def test_the_lines_of_the_launcher_and_of_the_watch(self):
+        """Each first cell of the tables of lines is one that the code can say."""
+        rooms = (REPOSITORY / "titan_hd" / "process").glob("*.py")
+        files = [*rooms, REPOSITORY / "titan_hd" / "distributed" / "watch.py"]
+        nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+        said = [docs_messages._text(node) or "" for node in nodes if isinstance(node, (ast.Constant, ast.JoinedStr))]
+        said = [text.removeprefix("titan_hd: ") for text in said if len(re.findall(r"[a-z]{2,}", text)) > 2]
+        said += [text.partition("; ")[0] for text in said]
+        forms = [re.compile(".+".join(map(re.escape, re.split("…+", text)))) for text in said]
+        tables = re.findall(r"^\| line \|.*\n\|---.*\n((?:\|.*\n)+)", TEXTS["troubleshooting.md"], re.MULTILINE)
+        lines = [line for table in tables for line in re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)]
+        assert len(lines) == 15
+        lines = [line.removeprefix("error: ").removesuffix("; ...") for line in lines]
+        assert [line for line in lines if not any(form.fullmatch(line) for form in forms)] == []
+
+    def test_the_values_of_the_table_of_types(self):
+        """Those that are said to be right are, and those that are said to be wrong are refused with these words."""
+        keys = {"a whole number": "adapter.rank", "a number": "optimizer.lr", "true or false": "compile.enable"}
+        keys |= {"a string": "job.dump_folder", '"mean" or "sum"': "hdpissa.aggregate"}
+        keys |= {"a list of strings": "data.ignore_fields", "a list of whole numbers": "profiling.profile_steps"}
+        keys |= {"a path, or a list of paths or tables": "data.train", "(or none)": "training.steps"}
+        (table,) = re.findall(r"^\| must be \|.*\n\|---.*\n((?:\|.*\n)+)", TEXTS["troubleshooting.md"], re.MULTILINE)
+        rows = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in table.splitlines()]
+        assert [kind for kind, *_ in rows] == list(keys)
+        for kind, in_file, typed in rows:
+            key = keys[kind]
+            for cell, is_file in ((in_file, True), (typed, False)):
+                right, _, wrong = (re.findall(r"`(.*?)`", part) for part in cell.partition(", not "))
+                for text in (*right, *wrong):
+                    value = manager.tomllib.loads(f"x = {text}") if is_file else {}
+                    lines = refused(key, {key: value.get("x")}, () if is_file else (f"--{key}", *shlex.split(text)))
+                    assert [line.partition(", not ")[0] for line in lines] == (
+                        [f"{key}: must be {kind}"] if text in wrong else []
+                    ), (key, text)
 
     def test_each_form_of_a_message(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(docs_messages, "ROOT", tmp_path)

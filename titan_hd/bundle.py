@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from pathlib import Path
 
 from titan_hd.errors import UserError
@@ -15,11 +16,11 @@ RECIPES = ROOT / "train_configs"
 def recipe(name: str) -> str:
     """A file of the user's, else the bundled recipe of that name, as train_configs/paper/x.toml or paper/x.toml; the
     name itself where there is neither."""
-    if Path(name).exists():
+    if os.path.exists(name):  # unlike Path's it says no to a name that is too long
         return name
     inside = name.removeprefix("./").removeprefix("train_configs/")
     bundled = RECIPES / inside
-    return str(bundled) if bundled.is_file() and ".." not in Path(inside).parts else name
+    return str(bundled) if os.path.isfile(bundled) and ".." not in Path(inside).parts else name
 
 
 def check_bundle() -> None:

@@ -6,13 +6,14 @@ only a terminal understands: no carriage return and no escape code.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from tqdm import tqdm
@@ -23,8 +24,10 @@ from titan_hd.files import shown_size
 logger = logging.getLogger("titan_hd.progress")
 
 FIRST_LINE, LONGEST_PAUSE = 15.0, 300.0  # seconds; the pauses between a phase's lines double from the first on
+BAR_PAUSE = 1.0  # seconds, after which a bar is drawn anew at the latest
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "yellow": "33"}
-_CONTROLS = {number: f"\\x{number:02x}" for number in (*range(9), *range(11, 32), 127)}  # all but tab and newline
+# All but tab and newline, and those of eight bits: 0x9b alone is ESC [ to some terminals.
+_CONTROLS = {number: f"\\x{number:02x}" for number in (*range(9), *range(11, 32), *range(127, 160))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -35,7 +38,7 @@ def on_terminal(stream: TextIO | None = None) -> bool:
     """Whether a stream (by default the standard error) is a terminal whose cursor can be moved."""
     try:
         return (stream or sys.stderr).isatty() and os.environ.get("TERM") != "dumb"
-    except ValueError:  # it is closed
+    except (AttributeError, ValueError):  # there is no such stream, it is no file of Python's own, or it is closed
         return False
 
 
@@ -123,6 +126,22 @@ def use_bars(wanted: bool) -> None:
     """Whether phases are bars on a terminal; else they are lines there, too."""
     global _bars
     _bars = wanted
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """At the end of the block the log, the bars, and what is silenced are in this process what they were before."""
+    log = logging.getLogger("titan_hd")
+    before = log.handlers[:], log.propagate, log.level, logger.level
+    bars, init = _bars, vars(tqdm)["__init__"]  # as it stands there: it may be a partialmethod
+    try:
+        yield
+    finally:
+        log.handlers[:], log.propagate, level, progress_level = before
+        log.setLevel(level)
+        logger.setLevel(progress_level)
+        use_bars(bars)
+        setattr(tqdm, "__init__", init)  # noqa: B010 (pyrefly)
 
 
 def is_first_rank() -> bool:
@@ -219,7 +238,7 @@ class Progress:
         )
 
     def _show(self) -> None:
-        pause = FIRST_LINE if self._bar is None else 1.0
+        pause = FIRST_LINE if self._bar is None else BAR_PAUSE
         while not self._over.wait(pause):
             self._ask()
             if self._bar is not None:

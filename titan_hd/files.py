@@ -103,9 +103,10 @@ def disk_faults(directory: Path) -> Iterator[None]:
 def folder_size(folder: Path) -> int:
     """Bytes of the files in a folder, and below it, that are there now; files may come and go meanwhile."""
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += path.stat().st_size
+    for place, _, names in os.walk(folder):  # which passes over folders that have gone; rglob raises
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(place, name)).st_size
     return total
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,18 +22,12 @@ from titan_hd.components.records import read_records
 from titan_hd.components.trackers.registry import finish_failed_run
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
-from titan_hd.console import init_logging
+from titan_hd.console import init_logging, kept
 from titan_hd.errors import UserError
 from titan_hd.export.hf import export_folder
 from titan_hd.preflight import plan_run
 from titan_hd.process.worker import init_process, show_start, stand_alone
 from titan_hd.train import Trainer
-
-# What `stand_alone` and `init_process` set.
-_VARIABLES = (
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUBLAS_WORKSPACE_CONFIG"),
-    *("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_TEMP_FILE"),
-)
 
 
 @dataclass(frozen=True)
@@ -92,16 +85,15 @@ def open_trainer(
             trainer.train()
     """
     settings = load_config(config, overrides, **keywords)
-    with _only_worker(settings) as device:
+    with _only_worker(settings) as device, contextlib.ExitStack() as closing:
         plan = plan_run(settings, dist.get_world_size())
-        trainer = Trainer(settings, plan, device, overview=show_start(plan, device))
         try:
+            trainer = Trainer(settings, plan, device, overview=show_start(plan, device))
+            closing.callback(trainer.close)
             yield trainer
-        except BaseException:
+        except BaseException:  # of the constructor, too
             finish_failed_run()
             raise
-        finally:
-            trainer.close()
 
 
 def load_config(
@@ -119,24 +111,26 @@ def _only_worker(config: JobConfig) -> Iterator[torch.device]:
     """Be a process group of one; what that changes in this process is put back."""
     if dist.is_initialized():
         raise UserError("a process group is there already: end it by torch.distributed.destroy_process_group()")
-    logger, variables = logging.getLogger("titan_hd"), {name: os.environ.get(name) for name in _VARIABLES}
-    log = logger.handlers[:], logger.level, logger.propagate
-    precision, collects = torch.get_float32_matmul_precision(), gc.isenabled()
+    for name, alone in (("WORLD_SIZE", "1"), ("RANK", "0")):
+        if (value := os.environ.get(name, alone)) != alone:
+            raise UserError(
+                f"{name}: is {value} in the environment, but titan_hd.train is the only worker of its run; unset it, "
+                "or start the workers by ./run_train.sh"
+            )
+    variables, precision, collects = dict(os.environ), torch.get_float32_matmul_precision(), gc.isenabled()
     deterministic = torch.are_deterministic_algorithms_enabled()
-    stand_alone()
-    try:
-        init_logging(int(os.environ["RANK"]))
-        yield init_process(config, signals=None)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        logger.handlers[:], logger.level, logger.propagate = log
-        torch.set_float32_matmul_precision(precision)
-        torch.use_deterministic_algorithms(deterministic)
-        if collects:
-            gc.enable()
-        for name, value in variables.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    with kept():
+        try:
+            stand_alone()
+            init_logging(int(os.environ["RANK"]))
+            yield init_process(config, signals=None)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            torch.set_float32_matmul_precision(precision)
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            if collects:
+                gc.enable()
+            os.environ.clear()
+            os.environ.update(variables)

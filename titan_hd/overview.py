@@ -6,6 +6,7 @@ its dump folder.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import textwrap
@@ -24,8 +25,8 @@ from titan_hd.data.dataset import Dataset, FiniteDataset
 from titan_hd.data.tokens.statistics import Statistics, statistics_table
 from titan_hd.distributed.mesh_picture import mesh_picture
 from titan_hd.files import replace_file, shown_size
-from titan_hd.fitting import estimate_run, gathering, too_little
-from titan_hd.models.decoder import Decoder, parameter_shapes
+from titan_hd.fitting import estimate_run, gathering, too_little, trained_size
+from titan_hd.models.decoder import parameter_shapes
 from titan_hd.preflight import RunPlan, refresh_line, update_plan
 
 logger = logging.getLogger("titan_hd")
@@ -60,6 +61,7 @@ class Overview:
         self.estimate = estimate_run(plan, device_type)
         self.updates = update_plan(plan.config, plan) if plan.method.folds else None
 
+    @functools.cached_property
     def lines(self) -> Lines:
         """Model, method, adapters, mesh, what is trained, batch, memory, exchange."""
         p, workers = self.plan, self.plan.dp_replicate * self.plan.dp_shard
@@ -85,6 +87,7 @@ class Overview:
         fault = None if self.available is None else too_little(self.plan, self.device_type, self.available)
         return [fault] if fault else []
 
+    @functools.cached_property
     def tables(self) -> str:
         """Who holds what, how every kind of weight travels, and every item of memory."""
         plan = self.plan
@@ -99,7 +102,7 @@ class Overview:
     def write(self, folder: Path, more: Sequence[tuple[str, str]] = (), rows: Sequence[Statistics] = ()) -> None:
         """plan.txt. more: further lines of the screen; rows: of the data. A disk that does not take it is warned of."""
         table = [statistics_table(list(rows))] if rows else []
-        text = "\n\n".join([screen([*self.lines(), *more], None), self.tables(), *table]) + "\n"
+        text = "\n\n".join([screen([*self.lines, *more], None), self.tables, *table]) + "\n"
         try:
             replace_file(folder / PLAN_FILE, lambda partial: partial.write_text(text, encoding="utf-8"))
         except OSError as error:
@@ -119,12 +122,10 @@ class Overview:
     def _trained(self) -> str:
         """Parameters of all adapters together, and what the optimizer keeps of a worker's own."""
         plan = self.plan
-        with torch.device("meta"):
-            model = Decoder(plan.decoder)
-        layers = plan.method.apply(model, plan.config.adapter.target_modules)
+        parameters, layers = trained_size(plan.method, plan.decoder, plan.config.adapter.target_modules)
         moments = self.estimate.held["optimizer's moments"]
         kept = f"{shown_size(moments)} of moments on each worker" if moments else "moments on the host"
-        return f"{plan.method.trained_parameters(model):,} parameters in {len(layers)} layers; {kept}"
+        return f"{parameters:,} parameters in {layers} layers; {kept}"
 
     def _memory(self) -> str:
         needed = f"about {self.estimate.total / GB:.2f} GB"
@@ -176,4 +177,5 @@ def _data_set(dataset: Dataset) -> str:
 
 
 def version_line() -> str:
+    """The versions of titan_hd and of torch, with which the screen begins."""
     return f"titan_hd {__version__}, torch {torch.__version__}"

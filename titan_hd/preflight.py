@@ -7,6 +7,7 @@ something else, on another node with other files.
 from __future__ import annotations
 
 import math
+import os.path
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from titan_hd.adapters.method import Method
 from titan_hd.adapters.methods import build_method, method_errors, method_of
 from titan_hd.adapters.svd import SvdSettings
-from titan_hd.checkpoint.folder import read_train_state
+from titan_hd.checkpoint.folder import incomplete, read_train_state
 from titan_hd.checkpoint.object_store import checkpoint_folder
 from titan_hd.checkpoint.resume_check import allow_mismatch_errors, run_identity, weights_fingerprint
 from titan_hd.components.dtypes import dtype_warnings, resolve_dtypes, untouched_dtype
@@ -266,7 +267,7 @@ def _space_warnings(config: JobConfig, decoder: DecoderConfig) -> list[str]:
     if config.export.format != "hf":
         return []
     folder = export_folder(config).absolute()
-    disk = next((path for path in folder.parents if path.is_dir()), Path("/"))
+    disk = next((path for path in folder.parents if os.path.isdir(path)), Path("/"))
     needed = sum(shape.numel() for shape in parameter_shapes(decoder).values())
     needed *= getattr(torch, config.export.dtype).itemsize
     free = shutil.disk_usage(disk).free
@@ -296,7 +297,8 @@ def _saved_state(config: JobConfig) -> dict[str, Any] | None:
         return None
     try:
         folder = checkpoint_folder(config)
-        return next((read_train_state(folder.path(step)) for step in folder.candidates(c.load_step)), None)
+        paths = map(folder.path, folder.candidates(c.load_step))
+        return next((read_train_state(path) for path in paths if not incomplete(path)), None)
     except UserError:  # the checkpointer reports it
         return None
 

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,14 +20,14 @@ import torch.distributed as dist
 from titan_hd.adapters.methods import ignored_keys
 from titan_hd.checkpoint.checkpointer import Checkpointer
 from titan_hd.checkpoint.object_store import checkpoint_folder
-from titan_hd.checkpoint.resume_check import check_length, check_resumable, check_unfolded
+from titan_hd.checkpoint.resume_check import check_resume
 from titan_hd.components.assembly import assemble
 from titan_hd.components.best_validation import BestValidation
 from titan_hd.components.lr_scheduler import lr_factor
 from titan_hd.components.metrics import MetricsLogger, NoMetrics, peak_memory_gib, write_svd_report
 from titan_hd.components.phases import Phases
 from titan_hd.components.profiling import Profiling
-from titan_hd.components.rates import Rates, StepResult
+from titan_hd.components.rates import Rates, StepResult, TokenCounts
 from titan_hd.components.run_data import read_data
 from titan_hd.components.trackers.registry import saved_run_ids
 from titan_hd.components.update import UNFOLDED
@@ -57,16 +56,6 @@ from titan_hd.process.worker import run_worker, set_timeout, show_start
 from titan_hd.seeding import stable_seed
 
 logger = logging.getLogger("titan_hd")
-
-
-class TokenCounts(NamedTuple):
-    """Of one step over all workers: trained tokens of each share of the global batch, positions of all rows, all tokens
-    but padding; squares: the sum of the records' squared lengths."""
-
-    trained: list[int]
-    positions: int
-    tokens: int
-    squares: int
 
 
 class Trainer:
@@ -98,23 +87,21 @@ class Trainer:
             config.training.local_batch_size,
         )
         folder = Path(config.job.dump_folder)
-        with raise_on_all("locking the folder"), disk_faults(folder):
-            self.lock = RunLock(folder) if self.dims.rank == 0 else None
-            if self.dims.rank == 0:
-                record_environment(folder, self.dims.world_size, config)
-        self.profiling = Profiling(config, self.dims.rank, device)
-        try:
+        # What is made is let go of where a later part cannot be made: another run of this process may want the folder.
+        with contextlib.ExitStack() as self._closing:
+            with raise_on_all("locking the folder"), disk_faults(folder):
+                if self.dims.rank == 0:
+                    self._closing.callback(RunLock(folder).release)
+                    record_environment(folder, self.dims.world_size, config)
+            self.profiling = Profiling(config, self.dims.rank, device)
+            self._closing.callback(self.profiling.close)
             with self.profiling.watching_memory(lambda: 0):
                 self._log_start()
                 self._build_model()
                 self._build_data()
                 self._load_or_resume()
                 self._build_metrics()
-        except BaseException:  # in a process that goes on, another run may want the folder
-            self.profiling.close()
-            if self.lock:
-                self.lock.release()
-            raise
+            self._closing = self._closing.pop_all()
 
     # ------------------------------------------------------------------------------------------------------ set-up
 
@@ -163,6 +150,7 @@ class Trainer:
         batches = GlobalBatches(data.dataset, data.order, batch, pad_to, c.data.pack)
         loader = TrainLoader(batches, micro_batches, c.data.num_workers)
         self.loader = ReadAhead(loader, self.total_steps, pin=self.device.type == "cuda")
+        self._closing.callback(self.loader.close)
         lines = data_lines(data, c, batch)
         logger.info("the data:\n%s", screen(lines, sys.stderr), extra={"painted": True})
         if self.overview:
@@ -174,9 +162,9 @@ class Trainer:
         self.checkpointer = Checkpointer(
             checkpoint_folder(c), c.checkpoint.async_mode == "async", c.comm.init_timeout_seconds
         )
+        self._closing.callback(self.checkpointer.close)
         self.best = BestValidation(c, self.validator.measured_on() if self.validator else {})
         self.step = (self.checkpointer.choose(c.checkpoint.load_step) or 0) if c.checkpoint.enable else 0
-        check_length(self.step, self.total_steps)
         self.identity = on_rank_zero("identifying the run", lambda: run_identity_of(self.plan, self.data_summary))
         self.changes = WeightChanges(self.model, self.update, self.dims, c, self.device, self.total_steps)
         if self.step:
@@ -192,25 +180,21 @@ class Trainer:
     def _resume(self) -> None:
         c, step = self.config, self.step
         state = on_rank_zero("reading the checkpoint's state", lambda: self.checkpointer.train_state(step))
-        for line in check_resumable(state, self.identity, c.checkpoint.allow_mismatch):
-            logger.warning("%s; checkpoint.allow_mismatch accepts it", line)
         self.tracker_runs = saved_run_ids(state)
         self.best.go_on_from(state.get("best"))
         reader = self.checkpointer.reader(step)
         metadata = reader.read_metadata()
-        ends = "validation.patience" if self.best.exhausted else ""
-        ends = "training.steps, training.epochs" if step == self.total_steps else ends
-        stale = check_unfolded(state, self.identity, metadata.state_dict_metadata, ends)
+        stored, allowed = metadata.state_dict_metadata, c.checkpoint.allow_mismatch
+        stale = check_resume(state, self.identity, stored, allowed, self.total_steps, self.best.exhausted)
         if state["base"] == "delta" or self.changes.every:
             self._load_base()
         self.changes.remember_base()
         self.update.allocate(metadata)
         tensors = self.update.state(changed_only=state["base"] == "delta")
         if stale:
-            logger.warning("%s", stale)
             tensors = {key: t for key, t in tensors.items() if not key.startswith(UNFOLDED)}
         if self.changes.every and self.changes.directions:  # first, while the base model's weights are there
-            self.checkpointer.load(reader, {key: t for key, t in tensors.items() if key.startswith("factors.")})
+            self.checkpointer.load(reader, {key: tensors.pop(key) for key in [*tensors] if key.startswith("factors.")})
             self.changes.remember_directions()
         self.checkpointer.load(reader, tensors)
         logger.info("resumed from %s", reader.folder)
@@ -248,13 +232,13 @@ class Trainer:
 
     def _build_metrics(self) -> None:
         c = self.config
-        rank = dist.get_rank()
         if c.checkpoint.enable:
             self.checkpointer.leave_behind(self.step, self.best.to_keep)
         with raise_on_all("opening metrics.jsonl"), disk_faults(Path(c.job.dump_folder)):
             self.metrics: NoMetrics = NoMetrics()
-            if rank == 0:
+            if self.dims.rank == 0:
                 self.metrics = MetricsLogger(c, self.total_steps, self.step, self.tracker_runs)
+                self._closing.push(self._close_metrics)
             self.profiling.start(self.step, self.total_steps)
         # By whether W stays gathered for a whole step, which may be decided after the first one.
         self.traffic = {kept: traffic_gb(self.plan, self.placement.micro_batches, kept) for kept in (False, True)}
@@ -262,7 +246,7 @@ class Trainer:
         self.rates = Rates(self.model, c, self.device, self.dims.world_size, passes)
         self.phases = Phases(self.device)
         self.hooks: list[tuple[int, Callable[[StepResult], object]]] = []
-        self.add_hook(1, lambda result: self.metrics.advance(result.loss))
+        self.add_hook(1, lambda result: self.metrics.advance(self.step, result.loss))
         for profile in self.profiling.after_each_step:
             self.add_hook(1, lambda _, profile=profile: profile(self.step))
         self.add_hook(c.metrics.log_freq, self._log)
@@ -285,7 +269,7 @@ class Trainer:
     def train_step(self) -> StepResult:
         """One optimizer step over the global batch; the result is the same on every worker."""
         enter_phase(f"step {self.step + 1}")
-        self.phases.begin("data")
+        self.phases.begin_step("data")
         batches = self._read_batches()
         counts = self._count_tokens(batches)
         on_device = [batch.on(self.device) for batch in batches]
@@ -474,13 +458,12 @@ class Trainer:
         self.metrics.sync()
         self.checkpointer.save(self.step, self.update.state(changed_only=base == "delta"), state, self.best.to_keep)
 
+    def _close_metrics(self, error: type[BaseException] | None, *_: object) -> None:
+        self.metrics.close(failed=error is not None)
+
     def close(self) -> None:
-        self.loader.close()
-        self.checkpointer.close()
-        self.metrics.close()
-        self.profiling.close()
-        if self.lock:
-            self.lock.release()
+        """Release what this worker holds: data and checkpoint threads, files, trackers, the folder. Not collective."""
+        self._closing.close()
 
 
 def run(config: JobConfig, plan: RunPlan, device: torch.device, signals: StopSignals) -> int:

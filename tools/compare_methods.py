@@ -210,7 +210,8 @@ class Comparison:
         """A sweep of wandb for each arm; each is as large as the arm's grid."""
         metrics, goal = manager.load(self.argv).metrics, "maximize" if self.sign < 0 else "minimize"
         names = metrics.wandb_project, metrics.wandb_entity
-        settings = SweepSettings(self.folder, self.args.wandb_sweep, self.metric, goal, *names, self.seeds)
+        how = self.folder, self.args.wandb_sweep, self.metric, goal
+        settings = SweepSettings(*how, *names, self.seeds, self.args.workers)
         paths = []
         for arm in self.arms:
             options = [*self.argv, *(f"--{key}={value}" for key, value in arm.changes.items())]

@@ -34,6 +34,8 @@ logger = logging.getLogger("titan_hd")
 
 
 def main() -> None:
+    """Draw the runs that the command line names, and print the path of the page. What the user can mend is a line each,
+    with exit status 2."""
     parser = ToolParser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=user_path, metavar="RUN", help="the folder of a run, or a file of its metrics")

@@ -9,7 +9,7 @@ BASE and TRAINED are Hugging Face directories or checkpoints of a run, .../step-
 
     python tools/rank_analysis.py --report DIR --output PICTURES
 
-makes the table and the pictures again from the CSV files in DIR alone.
+makes the table and the pictures again from the CSV files in DIR alone, by the --threshold and --mark of this call.
 
 The output directory gets spectrum.csv (run, layer, kind, index, value: every singular value of dW), ranks.csv (a row
 for each weight) and, with matplotlib (the extra `plots`), spectrum.png (mean spectra by kind of layer), layers.png
@@ -23,7 +23,7 @@ import csv
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from compare import rank_plots
-from compare.delta_rank import DeltaRank, WeightDelta, Weights, linear_weights, mean_ranks, weight_deltas
+from compare.delta_rank import (
+    DeltaRank,
+    WeightDelta,
+    Weights,
+    count_above,
+    linear_weights,
+    mean_ranks,
+    weight_deltas,
+)
 from generate import pick_device
 
 from titan_hd.checkpoint.pretrained import open_pretrained
@@ -41,12 +49,13 @@ from titan_hd.console import Progress, tell
 from titan_hd.errors import UserError
 from titan_hd.files import disk_faults, user_path
 from titan_hd.models.registry import DecoderConfig
+from titan_hd.process.streams import keep_streams
 
 logger = logging.getLogger("titan_hd")
 
 # Parts of a path that say where in a run's folder the weights lie, not which run it is.
 _PLACES = ("hf", "checkpoint")
-_RANK_COLUMNS = ("above", "entropy", "stable", "largest", "relative_norm", "floor", "above_floor")
+_RANK_COLUMNS = ("values", "above", "entropy", "stable", "largest", "relative_norm", "floor", "above_floor")
 
 
 class Run(NamedTuple):
@@ -58,6 +67,7 @@ class Run(NamedTuple):
 
 
 def main() -> None:
+    keep_streams()  # what counts is in the files, and decomposing takes long
     args = parse_arguments()
     logging.basicConfig(format="titan_hd: warning: %(message)s", level=logging.WARNING)
     try:
@@ -69,11 +79,17 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = ToolParser(__doc__)
     add = parser.add_argument
-    add("base", type=user_path, nargs="?", help="what the training started from")
-    add("trained", nargs="*", help="what it came to: a directory, a checkpoint, or NAME=PATH of one")
-    add("--report", type=user_path, help="a directory of an earlier --output: draw its tables again")
-    add("--output", type=user_path, required=True, help="the directory for tables and pictures")
-    add("--threshold", type=float, default=1e-3, help="share of the largest value that counts; default: 1e-3")
+    add("base", type=user_path, nargs="?", metavar="BASE", help="what the training started from")
+    add("trained", nargs="*", metavar="TRAINED", help="what it came to: a directory, a checkpoint, or NAME=PATH of one")
+    add("--report", type=user_path, metavar="DIR", help="a directory of an earlier --output: draw its tables again")
+    add("--output", type=user_path, required=True, metavar="DIR", help="the directory for tables and pictures")
+    add(
+        "--threshold",
+        type=float,
+        default=1e-3,
+        metavar="SHARE",
+        help="share of the largest value that counts; default: 1e-3",
+    )
     add("--kinds", default="", help="only these layers, for example q_proj,down_proj; default: all seven")
     add("--layers", default="", help="only these blocks, for example 0,15,31; default: all")
     add("--mark", default="", help="ranks that the spectra show as a line, for example 16,256 (r, and 2 * K * r)")
@@ -81,6 +97,9 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.report) == bool(args.trained):
         parser.error("give either BASE and TRAINED, or --report DIR")
+    of_an_analysis = {"BASE": args.base, "--kinds": args.kinds, "--layers": args.layers, "--device": args.device}
+    if args.report and (given := [name for name, value in of_an_analysis.items() if value]):
+        parser.error(f"{given[0]}: says what is decomposed; --report draws all that is in its directory")
     if not 0 < args.threshold < 1:
         parser.error(f"--threshold: must be between 0 and 1, not {args.threshold:g}")
     return args
@@ -88,11 +107,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def report(args: argparse.Namespace) -> None:
     """Table and pictures from the CSV files of an earlier run."""
-    deltas = read_deltas(args.report)
+    marks = _numbers(args.mark, "--mark")
+    deltas = read_deltas(args.report, args.threshold)
     print(table(deltas, args.threshold))
     with disk_faults(args.output):
         args.output.mkdir(parents=True, exist_ok=True)
-        rank_plots.plot(args.output, deltas, args.threshold, _numbers(args.mark, "--mark"))
+        rank_plots.plot(args.output, deltas, args.threshold, marks)
 
 
 def analyse(args: argparse.Namespace) -> None:
@@ -112,6 +132,7 @@ def analyse(args: argparse.Namespace) -> None:
         measure = functools.partial(
             weight_deltas, base.weights, config=config, names=names, threshold=args.threshold, device=device
         )
+        (args.output / "ranks.csv").unlink(missing_ok=True)  # of an earlier analysis: it would not go with the spectra
         deltas = compute(args.output / "spectrum.csv", runs, measure, len(names))
         write_ranks(args.output / "ranks.csv", deltas)
         print(table(deltas, args.threshold))
@@ -200,50 +221,61 @@ def write_ranks(path: Path, deltas: dict[str, list[WeightDelta]]) -> None:
     """A row for each weight of each run."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("run", "layer", "kind", "values", *_RANK_COLUMNS))
+        writer.writerow(("run", "layer", "kind", *_RANK_COLUMNS))
         for name, found in deltas.items():
             for d in found:
                 row = (d.rank.above, d.rank.entropy, d.rank.stable, d.values[0].item(), d.rank.relative_norm, d.floor)
-                numbers = (*(f"{value:.8g}" for value in row), d.above_floor)
-                writer.writerow((name, d.layer, d.kind, len(d.values), *numbers))
+                numbers = (len(d.values), *(f"{value:.8g}" for value in row), d.above_floor)
+                writer.writerow((name, d.layer, d.kind, *numbers))
 
 
-def read_deltas(folder: Path) -> dict[str, list[WeightDelta]]:
+def read_deltas(folder: Path, threshold: float) -> dict[str, list[WeightDelta]]:
     """What `compute` and `write_ranks` wrote, as far as the CSV files have it.
 
+    threshold: share of the largest value that counts now, whatever it was when the files were written.
+
     Raises:
-        UserError: one of the two is not there, or is not such a file.
+        UserError: one of the two is not there, is not such a file, or lacks what the other has.
     """
-    values: dict[tuple[str, str, str], list[float]] = {}
+    spectrum, ranks = folder / "spectrum.csv", folder / "ranks.csv"
+    found: dict[tuple[str, int, str], list[float]] = {}
     deltas: dict[str, list[WeightDelta]] = {}
-    for row in _rows(folder / "spectrum.csv", ("run", "layer", "kind", "index", "value")):
-        values.setdefault((row["run"], row["layer"], row["kind"]), []).append(float(row["value"]))
-    for row in _rows(folder / "ranks.csv", ("run", "layer", "kind", *_RANK_COLUMNS)):
-        of = values.get((row["run"], row["layer"], row["kind"]))
-        if of is None:
-            raise UserError(f"{folder / 'spectrum.csv'}: lacks layer {row['layer']} {row['kind']} of {row['run']}")
-        rank = DeltaRank(*(float(row[column]) for column in ("above", "entropy", "relative_norm", "stable")))
-        delta = WeightDelta(
-            "", int(row["layer"]), row["kind"], torch.tensor(of, dtype=torch.float64), rank, float(row["floor"])
-        )
-        deltas.setdefault(row["run"], []).append(delta)
+    for run, layer, kind, (_, value) in _rows(spectrum, ("index", "value")):
+        found.setdefault((run, layer, kind), []).append(value)
+    for run, layer, kind, numbers in _rows(ranks, _RANK_COLUMNS):
+        of = dict(zip(_RANK_COLUMNS, numbers))
+        values = torch.tensor(found.pop((run, layer, kind), []), dtype=torch.float64)
+        if not 0 < len(values) == of["values"]:
+            lacks = f"has {len(values)} of the {of['values']:.0f} values of layer {layer} {kind} of {run}"
+            raise UserError(f"{spectrum}: {lacks}; make both files again")
+        rank = DeltaRank(count_above(values, threshold), of["entropy"], of["relative_norm"], of["stable"])
+        deltas.setdefault(run, []).append(WeightDelta("", layer, kind, values, rank, of["floor"]))
+    for run, layer, kind in found:
+        raise UserError(f"{ranks}: lacks layer {layer} {kind} of {run}; make both files again")
+    if not deltas:
+        raise UserError(f"{ranks}: has no weight")
     return deltas
 
 
-def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
+def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, int, str, list[float]]]:
+    """run, layer, kind, and the numbers of these columns of every row."""
     if not path.is_file():
         raise UserError(f"{path}: is not there; --report takes a directory that this tool wrote")
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
-            raise UserError(f"{path}: has no column {missing[0]}; it must be one that this tool wrote")
-        for row in reader:
-            try:
-                _ = [float(row[column]) for column in columns[3:]]
-            except (TypeError, ValueError):
-                named = ", ".join(columns[3:])
-                raise UserError(f"{path}, line {reader.line_num}: its columns {named} must be numbers") from None
-            yield row
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            for column in ("run", "layer", "kind", *columns):
+                if column not in (reader.fieldnames or ()):
+                    raise UserError(f"{path}: has no column {column}; it must be one that this tool wrote")
+            for row in reader:
+                try:
+                    layer, numbers = int(row["layer"]), [float(row[column]) for column in columns]
+                except (TypeError, ValueError):
+                    named = ", ".join(("layer", *columns))
+                    raise UserError(f"{path}, line {reader.line_num}: its columns {named} must be numbers") from None
+                yield row["run"], layer, row["kind"], numbers
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as a table: {error}") from None
 
 
 def table(deltas: dict[str, list[WeightDelta]], threshold: float) -> str:

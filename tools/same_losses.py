@@ -59,13 +59,14 @@ def first_difference(old: Trained, new: Trained) -> str:
 
 
 def read_run(folder: Path) -> Trained:
-    """The record of a finished run with [export] enable, from its dump folder."""
+    """The steps of a finished run with [export] enable, from its dump folder; other records, as of a validation, say
+    nothing of them."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     digest = hashlib.sha256()
     for path in sorted((folder / "hf").glob("*.safetensors")):
         for name, weight in sorted(load_file(path).items()):
             digest.update(f"{name} {weight.dtype} {weight.shape}".encode() + weight.tobytes())
-    return Trained([(r["loss"], r["grad_norm"]) for r in records], digest.hexdigest())
+    return Trained([(r["loss"], r["grad_norm"]) for r in records if "loss" in r], digest.hexdigest())
 
 
 def checked_out(revision: str, folder: Path) -> Path:

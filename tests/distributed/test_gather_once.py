@@ -83,7 +83,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("one", "tied", "full", "one-micro-batch")  # the others have what these have
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CASES])
 def test_settings_train_alike(case, workers, tmp_path: Path):
     """With a validation between steps, which gathers too, and a resume from a checkpoint of the middle."""
     world, changes = CASES[case]

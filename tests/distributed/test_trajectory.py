@@ -13,6 +13,8 @@ from tools.convert_checkpoint import dcp_to_hf
 LOSS_TOLERANCE = 1e-5
 # Change of a weight after three steps, relative; fp32 weights of size 1 that change by 1e-3.
 DELTA_TOLERANCE = 1e-3
+# The same after the six steps of `setup`: they move a weight further, and what is rounded stays as large.
+LONGER_DELTA_TOLERANCE = 1e-4
 # A bf16 master rounds an element the other way where its fp32 value differs in the last bit: 2^-8 of one weight.
 BF16_LOSS_TOLERANCE = 1e-4
 
@@ -58,7 +60,7 @@ MESHES = [
 MESHES += [("hsdp", m) for m in UNSPLIT if m != "bat-row"]
 # Every method on the mesh that asks most of it, and each mesh with some methods; the rest takes minutes more.
 QUICK = [("tp-fsdp", m) for m in ("hdpissa", "full", *ADAPTERS)]
-QUICK += [("hsdp", m) for m in ("hdpissa", "full", "bat")] + [("tp", "hdpissa")]
+QUICK += [("hsdp", m) for m in ("hdpissa", "full", "bat")]
 
 
 def quick_or_slow(cases, quick):
@@ -170,7 +172,9 @@ EVERY = ["hdpissa", "full", "int8", "dropout", "random", "mute", *ADAPTERS, *UNS
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(m, marks=pytest.mark.slow if m in ("random", "mute", "mora", "hira", "bat-row", "dropout") else ())
+        pytest.param(
+            m, marks=() if m in ("hdpissa", "full", "int8", "dora", "bone", "bat", "lora-dropout") else pytest.mark.slow
+        )
         for m in EVERY
     ],
 )
@@ -201,7 +205,7 @@ def test_all_samples_are_one_adapter_of_all_directions(workers, setup, tmp_path)
     assert all(losses == pytest.approx(want, rel=LOSS_TOLERANCE) for losses in dealt)
     start = runs.load_file(tmp_path / "model" / "model.safetensors")
     errors = runs.delta_error(runs.exported(tmp_path / "dealt"), runs.exported(tmp_path / "one"), start)
-    assert max(errors.values()) < 1e-4
+    assert max(errors.values()) < LONGER_DELTA_TOLERANCE
     own = workers.run(1, runs.train, setup("own", **changes))[0]
     assert own[-1] != pytest.approx(want[-1], rel=10 * LOSS_TOLERANCE)
 
@@ -315,7 +319,7 @@ def test_resume_between_two_folds(workers, setup, tmp_path, caplog):
     assert first + workers.run(2, runs.train, setup("other", **changes))[0] == pytest.approx(plain, rel=LOSS_TOLERANCE)
     start = runs.load_file(tmp_path / "model" / "model.safetensors")
     errors = runs.delta_error(runs.exported(tmp_path / "other"), runs.exported(tmp_path / "plain"), start)
-    assert max(errors.values()) < 1e-4
+    assert max(errors.values()) < LONGER_DELTA_TOLERANCE
 
 
 def test_more_steps_than_before(workers, setup, tmp_path):

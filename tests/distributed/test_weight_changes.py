@@ -19,10 +19,18 @@ from titan_hd.components.sketch import random_vectors
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG = {"num_key_value_heads": 2, "intermediate_size": 38}  # which tensor parallelism needs
 K, STEPS, VECTORS = 4, 3, 64
-# Between meshes dW differs by the rounding of fp32, which Adam makes larger in a first step.
+# Between meshes dW differs by the rounding of fp32, which Adam makes larger in a first step: where a gradient is next
+# to zero, its step is as long as any other and has the rounding's sign. (test_trajectory.py allows 1e-3 of a weight's
+# change, which here is taken twice, of dW and of the step.)
 TOLERANCE = 2e-3
-# 64 vectors, two layers of a kind: the estimate of a norm is off by sqrt(2 / (64 * 2 * rank)) / 2, rank 1 to 8.
+# Of shares of energy that are zero but for rounding, such as all of them where dW is: squares of 1e-3.
+NOTHING = 1e-6
+# 64 vectors, two layers of a kind: the estimate of a norm is off by sqrt(2 / (64 * 2 * rank)) / 2, rank 1 to 8. A norm
+# may be off by three of these for rank 1, a share of energy, whose two parts go up and down together, by two. A rank
+# is off by 0.16 / sqrt(2) where the spectrum decays (docs/metrics.md): three to four of these.
 OF_THE_NORM, OF_THE_RANK, OF_THE_ENERGY = 0.2, 0.4, 0.12
+# Sums of fp32 products over a backward pass, against float64; nothing is divided by a small number.
+OF_A_GRADIENT = 1e-4
 
 MESHES = {
     "one": (1, {}),
@@ -137,7 +145,7 @@ def test_against_whole_weights(method: str, mesh: str, workers, whole_weights, f
     found = {key: value for key, value in records[3].items() if not key.startswith("slice_grad_norm")}
     for kind in KINDS:
         same = expected(kind, *whole_weights(method), directions, exactly=False)
-        assert {key: found.pop(key) for key in same} == pytest.approx(same, rel=TOLERANCE, abs=1e-6)
+        assert {key: found.pop(key) for key in same} == pytest.approx(same, rel=TOLERANCE, abs=NOTHING)
         true = expected(kind, *whole_weights(method), directions, exactly=True)
         for key, value in true.items():
             quantity = key.partition("/")[0]
@@ -163,7 +171,7 @@ def check_slices(found: dict[str, float], method: str, folder: Path) -> None:
         for n in names:
             a, b = factors[n, i]
             squares += (gradients[n] @ a.T).square().sum().item() + (b.T @ gradients[n]).square().sum().item()
-        assert found[f"slice_grad_norm/{i}"] == pytest.approx(squares**0.5, rel=1e-4)
+        assert found[f"slice_grad_norm/{i}"] == pytest.approx(squares**0.5, rel=OF_A_GRADIENT)
     assert sum(key.startswith("slice_grad_norm") for key in found) == adapters
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 import subprocess
 import sys
 
@@ -49,7 +48,7 @@ def made(done: subprocess.CompletedProcess) -> list[str]:
 
 
 def test_two_tuned_methods(compare, tmp_path):
-    """Two rates, one of which diverges; what is complete is kept, what is gone or was cut off is made again, alike."""
+    """Two rates, one of which diverges; what is complete is kept, what was cut off is made again, alike."""
     folder = tmp_path / "all"
     options = ["--match", "parameters", "--grid", "optimizer.lr=1e-3,1e30", "--parallel", "2", "--keep-weights", "all"]
     names = [f"{arm}/optimizer.lr={rate},seed=42" for arm in ("lora", "bone") for rate in ("1e-3", "1e30")]
@@ -72,8 +71,7 @@ def test_two_tuned_methods(compare, tmp_path):
     assert starts[0] == pytest.approx(starts[1], rel=1e-6), "the same records"
 
     (folder / names[0] / "result.json").unlink()  # as if it had been killed after its last checkpoint
-    shutil.rmtree(folder / names[2])
-    assert sorted(made(compare("lora,bone", *options))) == sorted([names[0], names[2]])
+    assert made(compare("lora,bone", *options)) == [names[0]]
     timed = {"step_seconds", "seconds", "tokens_per_second", "peak_memory_gib"}
     again = list(csv.DictReader((folder / "grid.csv").open()))
     assert [{k: v for k, v in row.items() if k not in timed} for row in again] == [

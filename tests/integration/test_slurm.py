@@ -10,7 +10,7 @@ from tests.kit.commands import REPOSITORY
 
 SCRIPT = REPOSITORY / "multinode_trainer.slurm"
 SECONDS = 400  # for one job; a few seconds of it are Slurm's
-STEPS = 200  # so many that a signal after the first one comes before the last
+STEPS = 150  # so many that a signal after the first one comes before the last
 SETTINGS = {"training__steps": STEPS, "checkpoint__enable": "true", "checkpoint__interval": 1000}
 
 
@@ -51,29 +51,7 @@ def wait_for(slurm, job: str, state: str, dump) -> dict[str, str]:
     return found
 
 
-@pytest.fixture(scope="module")
-def undisturbed(slurm, inputs, tmp_path_factory):
-    """The folder of a job that ran through, and its number."""
-    dump = tmp_path_factory.mktemp("undisturbed") / "dump"
-    job = submit(slurm, inputs, dump, **SETTINGS)
-    wait_for(slurm, job, "COMPLETED", dump)
-    return dump, job
-
-
-def test_a_job_of_two_nodes_trains_and_exports(undisturbed):
-    dump, job = undisturbed
-    records = [json.loads(line) for line in (dump / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
-    assert runs.exported(dump)
-    logs = dump.parent / "logs" / f"titan_hd-{job}"
-    assert len(list(logs.glob("node-0/**/stderr.log"))) == len(list(logs.glob("node-1/**/stderr.log"))) == 1
-    (environment,) = map(json.loads, (dump / "environment.jsonl").read_text().splitlines())
-    assert environment["variables"]["SLURM_JOB_ID"] == job
-
-
-def test_a_signalled_job_saves_and_goes_on_after_the_requeue_with_the_same_weights(
-    slurm, inputs, undisturbed, tmp_path
-):
+def test_a_signalled_job_saves_and_goes_on_after_the_requeue_with_the_same_weights(slurm, inputs, workers, tmp_path):
     """As at the time limit: SIGUSR1, a checkpoint of both nodes, status 75, the same job again, the other steps."""
     dump = tmp_path / "dump"
     job = submit(slurm, inputs, dump, **SETTINGS)
@@ -84,7 +62,16 @@ def test_a_signalled_job_saves_and_goes_on_after_the_requeue_with_the_same_weigh
     (saved,) = [path.name for path in (dump / "checkpoint").iterdir()]
     assert saved != f"step-{STEPS}"
     slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm would let it wait for two minutes
+    undisturbed = runs.options(inputs / "model", inputs / "records.jsonl", tmp_path / "undisturbed", **SETTINGS)
+    workers.run(2, runs.train, [*undisturbed, "--hdpissa.num_adapters=2"])  # meanwhile
     wait_for(slurm, job, "COMPLETED", dump)
     assert f"resumed from {dump / 'checkpoint' / saved}" in dump.with_suffix(".out").read_text()
-    ours, theirs = runs.exported(dump), runs.exported(undisturbed[0])
+    ours, theirs = runs.exported(dump), runs.exported(tmp_path / "undisturbed")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    logs = dump.parent / "logs" / f"titan_hd-{job}"
+    assert len(list(logs.glob("node-0/**/stderr.log"))) == len(list(logs.glob("node-1/**/stderr.log"))) == 2
+    environments = map(json.loads, (dump / "environment.jsonl").read_text().splitlines())
+    assert [environment["variables"]["SLURM_JOB_ID"] for environment in environments] == [job, job]

@@ -49,7 +49,7 @@ def installed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _call(command: list[str], folder: Path) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -58,7 +58,12 @@ def titan_hd(installed: Path, folder: Path, *words: str, **variables: str) -> su
     environment = {**CPU_ONLY, "PYTHONPATH": str(installed), "NGPU": "2", **variables}
     environment.pop("PYTHON", None)
     return subprocess.run(
-        [str(installed / "bin" / "titan-hd"), *words], env=environment, cwd=folder, capture_output=True, text=True
+        [str(installed / "bin" / "titan-hd"), *words],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 

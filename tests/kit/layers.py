@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from titan_hd.adapters.adapter_linear import AdapterLinear
+from titan_hd.adapters.frozen_linear import FoldingLinear
 
 # fp32 sums of some tens of terms against float64, relative to the largest element.
 TOLERANCE = 2e-6
@@ -72,9 +73,30 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) 
     assert error < tolerance, f"relative error {error:.2g}"
 
 
+def inputs(shape: tuple[int, ...]) -> Tensor:
+    """An x of its own for every shape, with a gradient to come."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5)).requires_grad_(True)
+
+
+def loss_of(y: Tensor) -> Tensor:
+    """Some loss whose gradient differs from element to element and depends on y."""
+    return (y.sin() * torch.arange(y.numel(), dtype=y.dtype).view_as(y).cos()).sum()
+
+
+def pass_with_dropout(layer: FoldingLinear, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both passes of `loss_of` through a layer with dropout: y, and what its adapter has left of x."""
+    torch.manual_seed(11)
+    y = layer(x)
+    loss_of(y).backward()
+    torch.manual_seed(11)
+    left = nn.functional.dropout(x.detach(), layer.dropout)
+    assert (left == 0).any()
+    return y, left
+
+
 def check_layer(layer: AdapterLinear, reference: Reference, shape: tuple[int, ...] = (2, 3)) -> None:
     """Output, every gradient and the merged weight of a layer equal the reference's; the frozen tensors get none."""
-    x = torch.randn(*shape, layer.in_features, generator=torch.Generator().manual_seed(5)).requires_grad_(True)
+    x = inputs((*shape, layer.in_features))
     y = layer(x)
     mix = torch.arange(y.numel(), dtype=y.dtype).view_as(y).cos()
     (y.sin() * mix).sum().backward()
@@ -132,7 +154,7 @@ def check_dropout(layer: AdapterLinear) -> None:
 
 def check_compiled(layer: AdapterLinear) -> None:
     """One graph (fullgraph), whose results and gradients are the eager ones up to rounding."""
-    x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(5)).requires_grad_(True)
+    x = inputs((4, layer.in_features))
     results = []
     for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
         layer.zero_grad(set_to_none=True)

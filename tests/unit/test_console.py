@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 from tqdm import tqdm
@@ -26,8 +27,6 @@ class Stream(io.StringIO):
 @pytest.fixture
 def stream(monkeypatch):
     """The standard error, as a terminal or not; what the process silences is as before afterwards."""
-    log, progress = logging.getLogger("titan_hd"), logging.getLogger("titan_hd.progress")
-    before = log.handlers[:], log.level, log.propagate, progress.level, tqdm.__init__
     for name in ("NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
@@ -36,10 +35,8 @@ def stream(monkeypatch):
         monkeypatch.setattr(sys, "stderr", Stream(terminal))
         return sys.stderr
 
-    yield open_stream
-    log.handlers[:], level, log.propagate, progress_level, tqdm.__init__ = before
-    log.setLevel(level)
-    progress.setLevel(progress_level)
+    with console.kept():
+        yield open_stream
 
 
 @pytest.mark.parametrize(
@@ -59,11 +56,11 @@ def test_colours(terminal: bool, environment: dict[str, str], colours: bool, str
         monkeypatch.setenv(name, value)
     out = stream(terminal)
     console.init_logging(rank=0)
-    logging.getLogger("titan_hd").warning("ice \x1b[2J\rand\n  snow")
+    logging.getLogger("titan_hd").warning("ice \x1b[2J\rand\x9b2J\n  snow")
     (first, second) = out.getvalue().splitlines()
     assert ("\x1b[33m" in first) == colours
     plain = first.replace("\x1b[33m", "").replace("\x1b[2m", "").replace("\x1b[0m", "")
-    assert plain[8:] == r" warning: ice \x1b[2J\x0dand", "what a message quotes moves no cursor"
+    assert plain[8:] == r" warning: ice \x1b[2J\x0dand\x9b2J", "what a message quotes moves no cursor"
     assert second.startswith("  snow")
 
 
@@ -80,6 +77,13 @@ def test_a_closed_stream_is_no_terminal():
     closed = open(os.devnull)  # noqa: SIM115
     closed.close()
     assert not console.on_terminal(closed)
+
+
+def test_a_process_may_have_no_stream_or_one_that_is_no_file(monkeypatch):
+    for stream in (None, object()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert not console.on_terminal()
+        assert console.painted("ice", "red") == "ice"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (754, "12:34"), (3723, "1:02:03")])
@@ -103,9 +107,9 @@ class TestProgress:
         monkeypatch.setattr(console.time, "monotonic", lambda: next(ticks))
         return []
 
-    def wait_for(self, lines: list[str]) -> None:
+    def wait_for(self, shown: Callable[[], object]) -> None:
         for _ in range(1000):
-            if lines:
+            if shown():
                 return
             time.sleep(0.005)
 
@@ -123,7 +127,7 @@ class TestProgress:
         out = stream(False)
         with Progress("loading", total, unit, said=lines.append, done=before) as progress:
             progress.update(2)
-            self.wait_for(lines)
+            self.wait_for(lambda: lines)
         assert lines[0] == f"loading: {line}"
         assert lines[-1].startswith(f"loading: {last}")
         assert all(" in " not in line for line in lines[:-1])
@@ -155,13 +159,14 @@ class TestProgress:
         assert "1.00k/1.00k" in out.getvalue()
         assert lines == []
 
-    def test_a_bar_with_a_note_and_one_without_a_count(self, stream):
+    def test_a_bar_with_a_note_and_one_without_a_count(self, stream, monkeypatch):
+        monkeypatch.setattr(console, "BAR_PAUSE", 0.01)
         out = stream(True)
         with Progress("loading", 3, "layers") as progress:
             progress.note = "7 tokens/s"
             progress.update(2)
-            progress._bar.set_postfix_str(progress.note)
-        assert re.search(r"loading:  67%\|.*\| 2/3 layers \[00:00<00:00, 7 tokens/s\]", out.getvalue())
+            self.wait_for(lambda: "7 tokens/s" in out.getvalue())
+        assert re.search(r"loading:  67%\|.*\| 2/3 layers \[00:0\d<00:0\d, 7 tokens/s\]", out.getvalue())
         with Progress("the first step"):
             pass
         assert "the first step: 00:00" in out.getvalue()
@@ -176,11 +181,8 @@ class TestProgress:
     def test_no_bar_where_none_is_wanted(self, stream):
         out = stream(True)
         console.use_bars(False)
-        try:
-            with Progress("loading", 3, "layers"):
-                pass
-        finally:
-            console.use_bars(True)
+        with Progress("loading", 3, "layers"):
+            pass
         assert out.getvalue() == ""
 
     def test_by_default_the_first_rank_shows(self, stream, monkeypatch):

@@ -17,8 +17,16 @@ import torch.distributed as dist
 import titan_hd
 from tests.kit import runs
 from tests.kit.commands import REPOSITORY
+from titan_hd import console, in_process
+from titan_hd.checkpoint.checkpointer import Checkpointer
+from titan_hd.components.metrics import MetricsLogger
+from titan_hd.components.profiling import Profiling
+from titan_hd.components.trackers.registry import Trackers
+from titan_hd.components.trackers.tracker import Tracker
 from titan_hd.config import manager
+from titan_hd.data.loader import ReadAhead
 from titan_hd.in_process import load_config
+from titan_hd.process.run_lock import RunLock
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +55,24 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def warned_of():
+    """What is not deterministic is warned of in this process, and stops nothing."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def surroundings() -> list[object]:
     """What a run changes in its process."""
     logger = logging.getLogger("titan_hd")
     return [
-        {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")},
-        (logger.handlers[:], logger.level, logger.propagate),
+        dict(os.environ),
+        (logger.handlers[:], logger.level, logger.propagate, logging.getLogger("titan_hd.progress").level),
+        console._bars,
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
         gc.isenabled(),
         dist.is_initialized(),
     ]
@@ -68,7 +86,13 @@ def test_importing_it_is_light():
 
 def test_a_run_says_what_it_has_come_to_and_another_may_follow(tiny: dict[str, Any]):
     before = surroundings()
-    values = tiny | {"validation.enable": True, "data.validation": tiny["data.train"]}
+    assert before[2:4] == [True, "highest"], "which this run changes"
+    values = tiny | {
+        "metrics.progress_bar": False,
+        "training.float32_matmul_precision": "high",
+        "validation.enable": True,
+        "data.validation": tiny["data.train"],
+    }
     first = titan_hd.train(None, values, training__steps=3, export__enable=True, debug__deterministic=True)
     assert surroundings() == before
     assert (first.folder, first.steps) == (tiny["job.dump_folder"], 3)
@@ -78,7 +102,7 @@ def test_a_run_says_what_it_has_come_to_and_another_may_follow(tiny: dict[str, A
     assert (first.model / "model.safetensors").is_file()
 
     second = titan_hd.train(None, values, training__steps=3, export__enable=False)
-    assert second.metrics["loss"] == pytest.approx(first.metrics["loss"], rel=1e-6)
+    assert second.metrics["loss"] == first.metrics["loss"]
     assert second.model is None
 
 
@@ -89,6 +113,7 @@ def test_a_trainer_in_a_block(tiny: dict[str, Any]):
         losses = [trainer.train_step().loss for _ in range(2)]
         trainer.add_hook(1, lambda result: seen.append((trainer.step, result.loss)))
         trainer.train()
+        assert trainer.metrics._lines.step == 4, "what is left is told by the run's steps, those by hand among them"
     assert [step for step, _ in seen] == [3, 4]
     assert all(0 < loss < 10 for loss in (*losses, *(loss for _, loss in seen)))
     validated = {"validation.enable": True, "validation.batch_size": 5, "data.validation": tiny["data.train"]}
@@ -110,11 +135,21 @@ def test_a_trainer_in_a_block(tiny: dict[str, Any]):
         ({"training.steps": 3, "job.dry_run": True}, "job.dry_run, job.print_plan: the launcher answers them"),
     ],
 )
-def test_what_the_caller_can_mend_is_an_exception(tiny: dict[str, Any], values: dict[str, Any], line: str):
+def test_what_the_caller_can_mend_is_an_exception(tiny: dict[str, Any], values: dict[str, Any], line: str, warned_of):
     before = surroundings()
     with pytest.raises(titan_hd.UserError) as told:
         titan_hd.train(None, tiny | values)
     assert line in str(told.value)
+    assert surroundings() == before
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
+def test_in_an_environment_of_several_workers_it_waits_for_none(name: str, tiny: dict[str, Any], monkeypatch):
+    monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(in_process, "init_process", lambda *_, **__: pytest.fail("it would wait for the others"))
+    before = surroundings()
+    with pytest.raises(titan_hd.UserError, match=f"^{name}: is 2 in the environment, but .*; unset it, or start"):
+        titan_hd.train(None, tiny, training__steps=1)
     assert surroundings() == before
 
 
@@ -130,6 +165,57 @@ def test_a_run_that_fails_leaves_its_folder_to_the_next(tiny: dict[str, Any], tm
     assert surroundings() == before
     assert titan_hd.train(None, tiny, training__steps=1).steps == 1
     assert told.traceback, "a notebook keeps it, too, and with it the Trainer that failed"
+
+
+class Told(Tracker):
+    """Keeps how its run ended."""
+
+    ends: list[bool] = []  # noqa: RUF012 (emptied by the test)
+
+    def log(self, step, values):
+        pass
+
+    def finish(self, failed: bool) -> None:
+        self.ends.append(failed)
+
+
+def test_a_trainer_that_cannot_be_made_lets_go_of_what_it_has(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """However late it fails: threads and files are closed, and then the trackers hear that the run has failed, which
+    may take them long."""
+    closed, ends = [], {RunLock: "release", Trackers: "finish"}
+    for cls in (MetricsLogger, Checkpointer, ReadAhead, Profiling, RunLock, Trackers):
+        name = ends.get(cls, "close")
+        real = getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda self, real=real, **how: (closed.append(type(self)), real(self, **how)))
+    monkeypatch.setattr("titan_hd.train.Rates", lambda *_: 1 / 0)
+    Told.ends.clear()
+    before = surroundings()
+    with pytest.raises(ZeroDivisionError):
+        titan_hd.train(None, tiny, training__steps=1, metrics__trackers=[f"{__name__}:Told"])
+    assert surroundings() == before
+    assert Told.ends == [True]
+    assert closed == [MetricsLogger, Checkpointer, ReadAhead, Profiling, RunLock, Trackers]
+
+
+def test_weights_between_two_folds_are_as_they_were(tiny: dict[str, Any], tmp_path: Path, monkeypatch):
+    """Exactly, though the base weights' products are remembered with a rounding. A run that is resumed there reads
+    every tensor of the checkpoint once."""
+    values = {"job.dump_folder": tmp_path, "hdpissa.local_steps": 2, "metrics.update_freq": 1, "training.steps": 2}
+    values |= {"checkpoint.enable": True, "checkpoint.interval": 1, "checkpoint.keep_latest_k": 0}
+    first, second = (r for r in titan_hd.train(None, tiny | values).records if "measure_seconds" in r)
+    of_change = [name for name in first if name.startswith(("update_size", "weight_change", "effective", "energy"))]
+    assert len(of_change) == 5 * 7
+    assert {first[name] for name in of_change} == {0.0}
+    assert all(second[name] > 0 for name in of_change)
+
+    read: list[str] = []
+    real = Checkpointer.load
+    load = lambda self, reader, tensors: (read.extend(tensors), real(self, reader, tensors))  # noqa: E731
+    monkeypatch.setattr(Checkpointer, "load", load)
+    with titan_hd.open_trainer(None, tiny | values, checkpoint__load_step=1) as trainer:
+        assert trainer.step == 1
+        assert sorted(read) == sorted(trainer.update.state(changed_only=False))
+    assert any(name.startswith("factors.") for name in read)
 
 
 def test_keywords_files_and_recipes_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -34,7 +34,7 @@ def plan(records: Path):
 
 
 def lines_of(plan, available: int | None = 80_000_000_000) -> dict[str, str]:
-    return dict(Overview(plan, "cuda", "H100", available).lines())
+    return dict(Overview(plan, "cuda", "H100", available).lines)
 
 
 def test_the_screen_of_hdpissa(plan):
@@ -145,6 +145,18 @@ def test_plan_txt_has_the_screen_and_the_tables(plan, tmp_path: Path, monkeypatc
     (tmp_path / "file").write_text("")
     overview.write(tmp_path / "file")
     assert "plan.txt: cannot be written" in caplog.text
+
+
+def test_what_is_shown_twice_is_made_once(plan, tmp_path: Path, monkeypatch):
+    """On the log's screen, in plan.txt, and there again with the data: an 8B model's shapes take their time."""
+    made = []
+    monkeypatch.setattr("titan_hd.overview.mesh_picture", lambda *_: made.append("tables") or "")
+    monkeypatch.setattr(Overview, "_trained", lambda self: made.append("lines") or "")
+    overview = Overview(plan(2), "cuda", "H100", None)
+    assert dict(overview.lines)["method"].startswith("HD-PiSSA")
+    for _ in range(2):
+        overview.write(tmp_path)
+    assert sorted(made) == ["lines", "tables"]
 
 
 def test_a_screen_is_wrapped_and_moves_no_cursor():

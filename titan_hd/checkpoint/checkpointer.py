@@ -177,6 +177,7 @@ class Checkpointer:
             self._told = True
 
     def close(self) -> None:
+        """End the thread that writes, once it has written what it has."""
         if self._executor:
             self._executor.shutdown()
 
@@ -290,26 +291,17 @@ class Checkpointer:
         """
         steps, fault = [], None
         if dist.get_rank() == 0:  # a shared file system may show a new folder to some ranks first
-            self.files.clear_partial()
             try:
                 steps = self.files.candidates(load_step)
+                self.files.clear_partial()
             except UserError as error:
                 fault = str(error)
+            except OSError as error:
+                fault = f"{self.files.folder}: what a save has left there cannot be removed: {error}"
         steps, fault = self._from_rank_zero((steps, fault))
         if fault:
             raise UserError(fault)
-        faults: list[str] = []
-        for step in steps:
-            faults = self._verify(step)
-            if not faults:
-                return step
-            for line in faults:
-                logger.warning("checkpoint %s is damaged, and skipped: %s", self.files.path(step), line)
-        if steps:
-            left = "no whole checkpoint is left" if load_step == -1 else "it is the one that is asked for"
-            advice = f"{left}: name another checkpoint.load_step, or 0 to start anew"
-            raise UserError("\n".join(f"{line} ({advice})" for line in faults))
-        return None
+        return self.files.first_whole(steps, load_step, self._verify)
 
     def leave_behind(self, step: int, best: Best | None = None) -> None:
         """Rename the checkpoints after `step` to abandoned-N. This run drops the lines after `step` from metrics.jsonl,
@@ -332,9 +324,9 @@ class Checkpointer:
         if fault:
             raise UserError(f"{self.files.folder}: the checkpoints after step {step} cannot be set aside: {fault}")
 
-    def _verify(self, step: int) -> list[str]:
+    def _verify(self, folder: Any) -> list[str]:
         """A line for each damaged file of a checkpoint, the same on every rank. Each rank reads its share of them."""
-        folder, files, fault = self.files.path(step), {}, None
+        files, fault = {}, None
         if dist.get_rank() == 0:
             try:
                 files = read_manifest(folder)

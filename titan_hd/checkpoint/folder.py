@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,15 +70,40 @@ class CheckpointFolder:
         """Steps to resume from, the best first: the latest ones for -1, none for 0.
 
         Raises:
-            UserError: a step is asked for that is not there.
+            UserError: a step is asked for that is not there, or the folder cannot be read.
         """
-        steps = self.steps()
+        try:
+            steps = self.steps()
+        except OSError as error:
+            raise UserError(f"{error.filename or self.folder}: cannot be read: {error.strerror or error}") from None
         if load_step in (-1, 0):
             return steps[::-1] if load_step else []
         if load_step not in steps:
             have = ", ".join(map(str, steps)) or "none"
             raise UserError(f"checkpoint.load_step: {self.folder} has no complete checkpoint {load_step} (has {have})")
         return [load_step]
+
+    def first_whole(self, steps: list[int], load_step: int, faults_of: Callable[[Any], list[str]]) -> int | None:
+        """The first of the candidates whose files are as they were written; the damaged ones before it are warned of.
+        None where there are no candidates.
+
+        faults_of: a line for each damaged file of a checkpoint.
+
+        Raises:
+            UserError: the one that is asked for by `load_step` is damaged, or all are.
+        """
+        faults: list[str] = []
+        for step in steps:
+            faults = faults_of(self.path(step))
+            if not faults:
+                return step
+            for line in faults:
+                logger.warning("checkpoint %s is damaged, and skipped: %s", self.path(step), line)
+        if steps:
+            left = "no whole checkpoint is left" if load_step == -1 else "it is the one that is asked for"
+            advice = f"{left}: name another checkpoint.load_step, or 0 to start anew"
+            raise UserError("\n".join(f"{line} ({advice})" for line in faults))
+        return None
 
     def clear_partial(self) -> None:
         """Remove the remains of saves and removals that were cut off."""
@@ -227,12 +252,20 @@ def read_manifest(checkpoint: Any) -> Files:
     return files
 
 
-def damage(path: Any, entry: dict[str, Any]) -> str | None:
-    """What is wrong with a file of a checkpoint, in one line, or None. Reads all of it."""
+def wrong_size(path: Any, entry: dict[str, Any]) -> str | None:
+    """In one line, that a file of a checkpoint is not there or has another size; None if it has its size."""
     try:
         size = path.stat().st_size
-        if size != entry["size"]:
-            return f"{path}: has {size} bytes, must have {entry['size']}"
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror or error}"
+    return None if size == entry["size"] else f"{path}: has {size} bytes, must have {entry['size']}"
+
+
+def damage(path: Any, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a file of a checkpoint, in one line, or None. Reads all of it."""
+    if line := wrong_size(path, entry):
+        return line
+    try:
         with path.open("rb") as file:
             checksum = 0
             while block := file.read(_BLOCK):
@@ -240,6 +273,16 @@ def damage(path: Any, entry: dict[str, Any]) -> str | None:
     except OSError as error:
         return f"{path}: cannot be read: {error.strerror or error}"
     return None if checksum == entry["crc32"] else f"{path}: its content has changed since it was written"
+
+
+def incomplete(checkpoint: Any) -> list[str]:
+    """What can be said against a checkpoint without reading its files: a line for each that is not there or has another
+    size, or one for its manifest."""
+    try:
+        files = read_manifest(checkpoint)
+    except UserError as error:
+        return [str(error)]
+    return [line for name in sorted(files) if (line := wrong_size(checkpoint / name, files[name]))]
 
 
 def check_files(checkpoint: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,8 @@ from titan_hd.adapters.methods import method_of
 from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
 from titan_hd.models.registry import DecoderConfig
+
+logger = logging.getLogger("titan_hd")
 
 # May differ where checkpoint.allow_mismatch names it; everything else of an identity never may.
 MAY_DIFFER = (
@@ -66,6 +69,37 @@ def run_identity(
         "data.train": data,
         **method.identity(c),
     }
+
+
+def check_resume(
+    state: dict[str, Any],
+    current: dict[str, Any],
+    stored: Iterable[str],
+    allowed: list[str],
+    total_steps: int,
+    exhausted: bool = False,
+) -> bool:
+    """Whether a run can go on from a checkpoint: by its length, its identity, and what waits in dA and dB. What differs
+    and is accepted is warned of.
+
+    state, current: the checkpoint's state, and this run's identity. stored: names of the checkpoint's tensors. allowed:
+    checkpoint.allow_mismatch. exhausted: validation.patience ends the run before another step.
+
+    Returns:
+        whether what int8 has left in dA and dB is to be dropped.
+
+    Raises:
+        UserError: a line for each key that keeps it from going on.
+    """
+    step = state["step"]
+    check_length(step, total_steps)
+    for line in check_resumable(state, current, allowed):
+        logger.warning("%s; checkpoint.allow_mismatch accepts it", line)
+    ends = "validation.patience" if exhausted else ""
+    stale = check_unfolded(state, current, stored, "training.steps, training.epochs" if step == total_steps else ends)
+    if stale:
+        logger.warning("%s", stale)
+    return bool(stale)
 
 
 def check_resumable(state: dict[str, Any], current: dict[str, Any], allowed: list[str]) -> list[str]:

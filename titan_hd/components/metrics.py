@@ -49,11 +49,12 @@ class NoMetrics:
     def sync(self) -> None:
         """Wait until the records are on the disk: a checkpoint must not know more steps than they."""
 
-    def advance(self, loss: float) -> None:
-        """Move the progress bar by one step."""
+    def advance(self, step: int, loss: float) -> None:
+        """Move the progress bar to so many steps."""
 
-    def close(self) -> None:
-        """Write what is left, and end the trackers."""
+    def close(self, failed: bool = False) -> None:
+        """Write what is left, and end the trackers. failed: leave them to `finish_failed_run`, which comes after the
+        error's message, for it may wait for a server."""
 
 
 class MetricsLogger(NoMetrics):
@@ -70,11 +71,11 @@ class MetricsLogger(NoMetrics):
         folder.mkdir(parents=True, exist_ok=True)
         self.records = RecordFile(folder / METRICS, first_step)
         self.samples = RecordFile(folder / SAMPLES, first_step, lazily=True)
+        went_back = self.records.went_back or self.samples.went_back
+        self.trackers = Trackers(config, first_step, tracker_runs or {}, went_back)
         self._lines, self._bar = StepLines(first_step, total_steps), None
         if config.metrics.progress_bar and on_terminal():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=False)
-        went_back = self.records.went_back or self.samples.went_back
-        self.trackers = Trackers(config, first_step, tracker_runs or {}, went_back)
 
     @property
     def tracker_runs(self) -> dict[str, str]:
@@ -97,20 +98,21 @@ class MetricsLogger(NoMetrics):
         self.records.write(sync=True)
         self.samples.write(sync=True)
 
-    def advance(self, loss: float) -> None:
-        expected = self._lines.advance()
+    def advance(self, step: int, loss: float) -> None:
+        expected = self._lines.advance(step)
         if expected:
             logger.info("%s", expected)
         if self._bar:
             self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-            self._bar.update()
+            self._bar.update(step - self._bar.n)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self.records.close()
         self.samples.close()
         if self._bar:
             self._bar.close()
-        self.trackers.finish()
+        if not failed:
+            self.trackers.finish()
 
 
 def write_svd_report(path: Path, reports: list[dict[str, Any]]) -> None:

@@ -113,13 +113,19 @@ def clip_flat(parts: list[tuple[torch.Tensor, int]], max_norm: float) -> torch.T
     return _clip([part for part, _ in parts], total, max_norm)
 
 
+def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """What gradients of this norm, 0-dim, are multiplied with, of its dtype and on its device; 1 where max_norm is 0,
+    which clips nothing."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
+
+
 def _clip(local: list[torch.Tensor], total: torch.Tensor, max_norm: float) -> torch.Tensor:
     """total: the sum of this rank's squares."""
     if dist.is_initialized():
         dist.all_reduce(total)
     norm = total.sqrt()
     if max_norm > 0:
-        torch._foreach_mul_(local, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(local[0].dtype))
+        torch._foreach_mul_(local, clip_factor(norm, max_norm).to(local[0].dtype))
     return norm
 
 

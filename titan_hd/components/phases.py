@@ -48,15 +48,22 @@ class _DeviceMoment:
 
 
 class Phases:
-    """`begin` a phase wherever one starts, `end` a step; `take` what has been measured."""
+    """`begin_step`, then `begin` a phase wherever another one starts, `end` the step; `take` what has been measured."""
 
     def __init__(self, device: torch.device):
         self._moment = _DeviceMoment if device.type == "cuda" else _ClockMoment
         self._cuts: list[tuple[str, Any]] = []  # of the step that is under way: phase, and the moment it began
-        self._ended: deque[list[tuple[str, Any]]] = deque()
+        self._ended: deque[list[tuple[str, Any]]] = deque()  # steps that the device is not done with
+        self._seconds: defaultdict[str, float] = defaultdict(float)  # of the steps that it is, by phase
         self._range: AbstractContextManager = nullcontext()  # the phase's name in a trace
 
+    def begin_step(self, phase: str) -> None:
+        """A step starts, with this phase. What is left of one that ended by an exception counts for nothing."""
+        self._cuts = []
+        self.begin(phase)
+
     def begin(self, phase: str) -> None:
+        """This phase, one of PHASES, starts here; the one before it, if there is one, ends."""
         self._cut(phase)
         self._range = named(phase)
         self._range.__enter__()
@@ -66,6 +73,7 @@ class Phases:
         self._cut("")
         self._ended.append(self._cuts)
         self._cuts = []
+        self._drain()  # who makes steps and never takes what they took piles up nothing
 
     def _cut(self, phase: str) -> None:
         self._range.__exit__(None, None, None)
@@ -75,14 +83,18 @@ class Phases:
     def forget(self) -> None:
         """Leave out the steps so far: warm-up and compilation."""
         self._ended.clear()
+        self._seconds.clear()
 
     def take(self) -> dict[str, float]:
         """Shares of the time of the steps since the last call, by the names of docs/metrics.md; of phases that there
         were. What a device is not done with yet is left for the next call; nothing where that is all."""
-        seconds: defaultdict[str, float] = defaultdict(float)
-        while self._ended and self._ended[0][-1][1].over():
-            cuts = self._ended.popleft()
-            for (phase, begin), (_, end) in itertools.pairwise(cuts):
-                seconds[phase] += begin.seconds_until(end)
+        self._drain()
+        seconds, self._seconds = self._seconds, defaultdict(float)
         total = sum(seconds.values())
         return {f"{phase}_share": seconds[phase] / total for phase in PHASES if phase in seconds} if total else {}
+
+    def _drain(self) -> None:
+        """Add up the steps that the device is done with."""
+        while self._ended and self._ended[0][-1][1].over():
+            for (phase, begin), (_, end) in itertools.pairwise(self._ended.popleft()):
+                self._seconds[phase] += begin.seconds_until(end)

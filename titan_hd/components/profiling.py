@@ -39,7 +39,7 @@ class Traces:
         self._settings, self._folder, self._rank, self._step = settings, folder, rank, step
         folder.mkdir(parents=True, exist_ok=True)
         self._profiler = torch.profiler.profile(
-            schedule=lambda number: self._action(step + number + 1),
+            schedule=lambda _: self._action(self._step + 1),  # not by its own count: a step may be made by hand
             on_trace_ready=self._write,
             record_shapes=True,
             with_stack=settings.with_stack,
@@ -47,11 +47,12 @@ class Traces:
         self._profiler.start()
 
     def after_step(self, step: int) -> None:
-        """step: optimizer steps done."""
+        """step: optimizer steps done; of a `Trainer.train_step` by hand nothing is told."""
         self._step = step
         self._profiler.step()
 
     def close(self) -> None:
+        """Stop the profiler; a trace that is under way is written as it is."""
         self._profiler.stop()
 
     def _chosen(self, step: int) -> bool:
@@ -121,6 +122,7 @@ class MemorySnapshots:
         logger.error("memory ran out; snapshot: %s", self._write(f"out-of-memory-step{step + 1}"))
 
     def close(self) -> None:
+        """End the record of allocations, and give SIGUSR2 back."""
         torch.cuda.memory._record_memory_history(enabled=None)
         if self._listens:
             signal.signal(signal.SIGUSR2, self._before)
@@ -169,6 +171,14 @@ class Profiling:
             OSError: there can be no folder for them.
         """
         s = self._settings
+        if step < total_steps:
+            self._warn_of_steps(step, total_steps)
+        if s.enable_profiling and self._chosen:
+            self._traces = Traces(s, self._folder / s.save_traces_folder, self._rank, step)
+
+    def _warn_of_steps(self, step: int, total_steps: int) -> None:
+        """Of those that the run does not make."""
+        s = self._settings
         for key, steps in (("profile_steps", s.profile_steps), ("memory_snapshot_steps", s.memory_snapshot_steps)):
             outside = [number for number in steps if not step < number <= total_steps]
             if outside:
@@ -176,8 +186,9 @@ class Profiling:
                     "profiling.%s: %s: this run makes steps %d to %d",
                     key, ", ".join(map(str, outside)), step + 1, total_steps,
                 )  # fmt: skip
-        if s.enable_profiling and self._chosen:
-            self._traces = Traces(s, self._folder / s.save_traces_folder, self._rank, step)
+        if s.enable_profiling and not s.profile_steps and total_steps // s.profile_freq == step // s.profile_freq:
+            line = "profiling.profile_freq: %d: there will be no trace, for this run makes steps %d to %d"
+            logger.warning(line, s.profile_freq, step + 1, total_steps)
 
     @property
     def after_each_step(self) -> list[Callable[[int], None]]:
@@ -195,6 +206,7 @@ class Profiling:
             raise
 
     def close(self) -> None:
+        """End the traces and the record of the memory; from now on ranges have no names."""
         if self._traces:
             self._traces.close()
         if self._snapshots:

@@ -27,6 +27,16 @@ class StepResult(NamedTuple):
     squares: int
 
 
+class TokenCounts(NamedTuple):
+    """Of one step over all workers: trained tokens of each share of the global batch, positions of all rows, all tokens
+    but padding; squares: the sum of the records' squared lengths."""
+
+    trained: list[int]
+    positions: int
+    tokens: int
+    squares: int
+
+
 class Rates:
     """Of the steps since the last call of `take`.
 

@@ -36,6 +36,7 @@ class RecordFile:
         self._unwritten = b""
 
     def append(self, record: dict[str, Any]) -> None:
+        """Write a record; one that the disk does not take now goes before the next one."""
         self._unwritten += json.dumps(record).encode() + b"\n"
         self.write()
 

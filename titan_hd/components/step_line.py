@@ -25,18 +25,19 @@ class StepLines:
     def __init__(self, first_step: int, total_steps: int, now: Callable[[], float] = time.monotonic):
         self.step, self.total_steps, self._now = first_step, total_steps, now
         self._first: tuple[int, float] | None = None  # the first step of the process, which compiles, and its end
+        self._told = False
 
-    def advance(self) -> str | None:
-        """A step is done. What is to be expected of the run, once, as soon as that can be told."""
-        self.step += 1
+    def advance(self, step: int) -> str | None:
+        """So many steps are done. What is to be expected of the run, once, as soon as that can be told."""
+        self.step = step
         if self._first is None:
-            self._first = self.step, self._now()
+            self._first = step, self._now()
         left = self.seconds_left()
-        if self.step - self._first[0] != _MEASURED or not left:
+        if self._told or step - self._first[0] < _MEASURED or not left:
             return None
-        steps = self.total_steps - self.step
-        others = f"the other {steps} of {self.total_steps} steps will take about {clock(left)}"
-        return f"{left / steps:.3g} s a step: {others}, not counting what is validated, saved and exported"
+        self._told, steps = True, self.total_steps - step
+        each = f"{left / steps:.3g} s a step, with what came between the steps"
+        return f"{each}: the other {steps} of {self.total_steps} will take about {clock(left)}"
 
     def seconds_left(self) -> float | None:
         """As long as all steps but the first one took on average, with what came between them; None: not known yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -126,7 +127,8 @@ class ValidationSet:
 
 
 def validation_sets(datasets: dict[str, FiniteDataset], config: JobConfig) -> list[ValidationSet]:
-    """datasets: by name, the main one first. The log says which of the others cannot have an exact match, and why.
+    """datasets: by name, the main one first. The log says which of the others cannot have an exact match or samples,
+    and why.
 
     Raises:
         UserError: exact match is asked for, and the main set cannot have it, or the one of checkpoint.keep_best.
@@ -150,6 +152,7 @@ def validation_sets(datasets: dict[str, FiniteDataset], config: JobConfig) -> li
             if not sets:
                 raise UserError("validation.samples: needs records with a prompt and a response")
             shown = 0
+            logger.warning("validation.samples: %s has no prompts and responses; none of it is answered", called)
         sets.append(ValidationSet(dataset, f"/{name}" if sets else "", answers, min(shown, len(dataset))))
     return sets
 
@@ -234,7 +237,7 @@ class Validator:
         return values
 
     def _show(self, one: ValidationSet, answers: dict[int, str], sharers: Sharers) -> None:
-        """Collect what is shown of a set. Collective."""
+        """Collect what is shown of a set, on the first of the sharers. Collective."""
         decode, marker = self.tokenizer().decode, self.settings.answer_marker
         own = [
             {
@@ -247,9 +250,11 @@ class Validator:
             for record, text in answers.items()
             if record < one.shown
         ]
-        rows: list[list[dict[str, Any]]] = [[]] * sharers.size
-        dist.all_gather_object(rows, own, group=sharers.group)
-        self.shown[f"samples{one.suffix}"] = sorted((row for part in rows for row in part), key=itemgetter("record"))
+        rows: list[list[dict[str, Any]]] | None = [[]] * sharers.size if sharers.rank == 0 else None
+        dist.gather_object(own, rows, group=sharers.group, group_dst=0)
+        if rows is not None:
+            parts = itertools.chain.from_iterable(rows)
+            self.shown[f"samples{one.suffix}"] = sorted(parts, key=itemgetter("record"))
 
     def _counted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:

@@ -28,6 +28,7 @@ from torch import nn
 
 from titan_hd.adapters.adapter_linear import adapter_layers
 from titan_hd.adapters.frozen_linear import FoldingLinear
+from titan_hd.components.optimizer import clip_factor
 from titan_hd.components.sketch import effective_rank, product, random_vectors, square_norm
 from titan_hd.components.update import FoldUpdate, Update
 from titan_hd.config.job_config import JobConfig
@@ -39,6 +40,12 @@ from titan_hd.distributed.parallel_dims import ParallelDims, local_part, owned_b
 from titan_hd.distributed.regroup import tp_split
 from titan_hd.distributed.row_shards import chunk_rows
 from titan_hd.models.decoder import Decoder
+
+# Between two folds, or of a layer without a gradient, W is as it was, but for the rounding of its products: a change of
+# these that is no larger than this share of them is none. Since the base weights, whose products are kept in fp32 and
+# are off by up to half a unit in the last place; and in a step, where sums in float64 may come in another order, while
+# one element of a matrix of 10^8 that moves by one unit of fp32 makes more.
+_ROUNDING, _STEP_ROUNDING = 2.0**-24, 2.0**-44
 
 
 @dataclass(frozen=True)
@@ -129,8 +136,7 @@ class WeightChanges:
         slices = self._slice_squares()
         flat = torch.cat([slices, *(parts[name] for name in self.layers)])
         dist.all_reduce(flat)
-        clipped = max(1.0, (grad_norm + 1e-6) / self.max_norm) if self.max_norm > 0 else 1.0
-        norms = (flat[: len(slices)].sqrt() * clipped).tolist()
+        norms = (flat[: len(slices)].sqrt() / clip_factor(flat.new_tensor(grad_norm), self.max_norm)).tolist()
         values = self._by_kind(flat[len(slices) :].view(len(self.layers), -1))
         values |= {f"slice_grad_norm/{i}": norm for i, norm in enumerate(norms)}
         return values | {"measure_seconds": self._seconds + time.perf_counter() - start}
@@ -169,7 +175,7 @@ class WeightChanges:
         return self._product(layer, rows, vectors)
 
     def _parts(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """This rank's terms of the sums over ranks that `_by_kind` takes, float64 [p p + 6]."""
+        """This rank's terms of the sums over ranks that `_by_kind` takes, float64 [p p + 7]."""
         layer, p, rank, dims = self.layers[name], self.count, self.dims.rank, self.dims
         now, weight = self._sketch(name, rows)
         change = now - self._base[name]
@@ -184,9 +190,11 @@ class WeightChanges:
         # Where columns are split over tp, the products are whole sums on every tp rank, and parts of W are not.
         rows_counted = dims.first_copy(rank, None if layer.split == 1 else layer.split)
         gram = change[:, :p].T @ change[:, :p]
-        sums = torch.stack((step, right.square().sum(), beside.square().sum())) * rows_counted
-        weight = weight * dims.first_copy(rank, layer.split)
-        return torch.cat((gram.flatten() * rows_counted, sums, torch.stack((weight, *left))))
+        remembered = self._base[name][:, :p].double().square().sum()
+        right_and_beside = torch.stack((right.square().sum(), beside.square().sum())) * rows_counted
+        others = torch.stack((step * rows_counted, weight * dims.first_copy(rank, layer.split)))
+        ends = (right_and_beside, torch.stack(left), others, remembered.view(1) * rows_counted)
+        return torch.cat((gram.flatten() * rows_counted, *ends))
 
     def _all_rows(self, sketch: torch.Tensor, layer: _Layer) -> torch.Tensor:
         """Products [rows, q] of this rank's rows -> of all rows of the tp-local matrix [out, q]."""
@@ -202,16 +210,19 @@ class WeightChanges:
     # ------------------------------------------------------------------------------------------------------ results
 
     def _by_kind(self, sums: torch.Tensor) -> dict[str, float]:
-        """From the sums over ranks of `_parts`, [layers, p p + 6]."""
+        """From the sums over ranks of `_parts`, [layers, p p + 7]."""
         p = self.count
-        gram = sums[:, : p * p].view(-1, p, p)
-        columns = torch.cat((square_norm(gram)[:, None], effective_rank(gram)[:, None], sums[:, p * p :]), 1)
+        gram, (*of_change, step, weight, remembered) = sums[:, : p * p].view(-1, p, p), sums[:, p * p :].unbind(1)
+        of_change = torch.stack((square_norm(gram), effective_rank(gram), *of_change), 1)
+        of_change[gram.diagonal(dim1=-2, dim2=-1).sum(-1) <= _ROUNDING**2 * remembered] = 0.0
+        step = step.where(step > _STEP_ROUNDING**2 * remembered, 0.0)
+        columns = torch.cat((of_change, step[:, None], weight[:, None]), 1)
         kinds: defaultdict[str, list[list[float]]] = defaultdict(list)
         for layer, row in zip(self.layers.values(), columns.tolist()):
             kinds[layer.kind].append(row)
         values = {}
         for kind, rows in kinds.items():
-            change, rank, step, right, beside, weight, core, left = (float(sum(column)) for column in zip(*rows))
+            change, rank, right, beside, core, left, step, weight = (float(sum(column)) for column in zip(*rows))
             values[f"update_size/{kind}"] = _ratio(step / p, weight) ** 0.5
             values[f"weight_change/{kind}"] = _ratio(change, weight) ** 0.5
             values[f"effective_rank/{kind}"] = rank / len(rows)

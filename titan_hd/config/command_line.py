@@ -25,7 +25,6 @@ class ToolParser(argparse.ArgumentParser):
     def __init__(self, description: str | None = None, **settings: Any):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(description=description, **settings)
-        silence_libraries()  # a tool begins with its parser
 
     # pyrefly: ignore[bad-override]: an overload for each kind of namespace would say no more
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
@@ -34,13 +33,17 @@ class ToolParser(argparse.ArgumentParser):
 
     # pyrefly: ignore[bad-override]
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse's. Where there is no terminal the libraries draw no bars from now on: a tool has begun."""
+        silence_libraries()
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self._refuse(unknown[0], self._options())
         return found
 
     def parse_with_run_options(self, args: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-        """The tool's options, and those of a run (--config, --section.key), which the configuration checks."""
+        """As `parse_args`: the tool's options, and those of a run (--config, --section.key), which the configuration
+        checks."""
+        silence_libraries()
         found, rest = self.parse_known_args(args)
         for word in rest:
             name = word.partition("=")[0]
@@ -49,6 +52,7 @@ class ToolParser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str) -> NoReturn:
+        """Leave with one line and status 2, where argparse prints the usage, too."""
         manager.exit_with([f"{message}; --help shows how"])
 
     def _refuse(self, word: str, known: Iterable[str]) -> NoReturn:

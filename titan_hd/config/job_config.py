@@ -390,7 +390,7 @@ class Checkpoint:
     enable: bool = False
     """Save checkpoints, and resume from the latest one at the start."""
     folder: str = "checkpoint"
-    """Folder of the checkpoints inside job.dump_folder; or a URL, such as s3://bucket/run, of an object store (pip install
+    """Folder of the checkpoints inside job.dump_folder. Or the URL of an object store, s3://bucket/run (pip install
     "titan_hd[remote]")."""
     interval: int = 500
     """Steps between two checkpoints; the last step is always saved, and the one at which a signal stops the run."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import difflib
 import functools
 import inspect
@@ -72,6 +71,7 @@ def help_text(topics: typing.Sequence[str] = ()) -> str:
         "usage: ./run_train.sh [--config FILE] [--section.key value ...]",
         "       ./run_train.sh --quickstart [--section.key value ...]",
         "       ./run_train.sh --help [SECTION or SECTION.KEY ...]",
+        "A list is a,b or JSON, a switch alone means true, and none leaves a key unset.",
         "",
     ]
     for section, cls in sections.items():
@@ -81,8 +81,27 @@ def help_text(topics: typing.Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+_IN_A_LIST = {int: "whole numbers", str: "strings"}
+
+
+def kind_of(annotation: Any) -> str:
+    """What a field of this type takes, in words: "a whole number", "a list of strings, or none", '"mean" or "sum"'."""
+    args = typing.get_args(annotation)
+    if type(None) in args:
+        (inner,) = (arg for arg in args if arg is not type(None))
+        return f"{kind_of(inner)}, or none"
+    origin = typing.get_origin(annotation)
+    if origin is typing.Literal:
+        texts = [json.dumps(arg) for arg in args]
+        return " or ".join(texts) if len(texts) < 3 else f"one of {', '.join(texts)}"
+    if origin is list:
+        return f"a list of {_IN_A_LIST[args[0]] if args[0] in _IN_A_LIST else kind_of(args[0])}"
+    return "a path, or a list of paths or tables" if args else _KINDS[annotation]
+
+
 class Key(typing.NamedTuple):
-    """A key of a section as it is documented: its type as in Python, its default as in JSON."""
+    """A key of a section as it is documented: what it takes, in words, and its default as in JSON, or none."""
 
     name: str
     type: str
@@ -92,6 +111,8 @@ class Key(typing.NamedTuple):
 
 def documented(section: type) -> list[Key]:
     """The keys of a section's dataclass, or of a table in a list."""
-    default, texts = section(), field_docs()[section.__name__]
-    found = dataclasses.fields(section)
-    return [Key(f.name, str(f.type), json.dumps(getattr(default, f.name)), texts[f.name]) for f in found]
+    texts, found = field_docs()[section.__name__], []
+    for name, kind in fields(section).items():
+        default = getattr(section(), name)
+        found.append(Key(name, kind_of(kind), "none" if default is None else json.dumps(default), texts[name]))
+    return found

@@ -23,7 +23,7 @@ from typing import Any
 from titan_hd.bundle import RECIPES, ROOT
 from titan_hd.config.checks import check_combinations, check_presence
 from titan_hd.config.job_config import DataSource, JobConfig
-from titan_hd.config.keys import every_key, fields, help_text, hint
+from titan_hd.config.keys import every_key, fields, help_text, hint, kind_of
 from titan_hd.console import painted, printable
 from titan_hd.errors import UserError
 from titan_hd.files import expand_home
@@ -341,7 +341,7 @@ def _coerce(value: Any, annotation: Any, from_text: bool) -> Any:
     """Check `value` against a field's type; text from the command line is parsed to it. ValueError says what fits."""
     if annotation == str | list[DataSource]:
         annotation = str  # the lists are read by `_sources`
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    origin, args, kind = typing.get_origin(annotation), typing.get_args(annotation), f"must be {kind_of(annotation)}"
     if origin in (typing.Union, types.UnionType):
         if value is None or (from_text and value.lower() in ("none", "")):
             return None
@@ -351,10 +351,9 @@ def _coerce(value: Any, annotation: Any, from_text: bool) -> Any:
         if from_text and isinstance(args[0], int):
             value = _coerce(value, int, True)
         if not any(type(value) is type(a) and value == a for a in args):
-            raise ValueError("must be " + " or ".join(json.dumps(a) for a in args))
+            raise ValueError(kind)
         return value
     if origin is list:
-        kind = "must be a list of " + ("strings" if args == (str,) else "whole numbers")
         if from_text:
             value = _parse_list(value, kind)
         if not isinstance(value, list):
@@ -367,11 +366,11 @@ def _coerce(value: Any, annotation: Any, from_text: bool) -> Any:
         if from_text and value.lower() in ("true", "false"):
             return value.lower() == "true"
         if not isinstance(value, bool):
-            raise ValueError("must be true or false")
+            raise ValueError(kind)
         return value
     if annotation is str:
         if not isinstance(value, str):
-            raise ValueError("must be a string")
+            raise ValueError(kind)
         return value
     return _number(value, annotation, from_text)
 
@@ -386,14 +385,14 @@ def _parse_list(text: str, kind: str) -> Any:
 
 
 def _number(value: Any, annotation: type, from_text: bool) -> int | float:
-    kind = "a whole number" if annotation is int else "a number"
+    kind = f"must be {kind_of(annotation)}"
     if from_text:
         try:
             value = annotation(value)
         except ValueError:
-            raise ValueError(f"must be {kind}") from None
+            raise ValueError(kind) from None
     if isinstance(value, bool) or not isinstance(value, (int,) if annotation is int else (int, float)):
-        raise ValueError(f"must be {kind}")
+        raise ValueError(kind)
     if isinstance(value, int) and abs(value) >= 2**63:
         raise ValueError("must fit into 64 bits")
     if not math.isfinite(value):

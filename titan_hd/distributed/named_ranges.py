@@ -3,7 +3,7 @@
     with named("fold"):
         ...
 
-does nothing, in a fifth of a microsecond, unless `name_ranges` has been called.
+does nothing unless `name_ranges` has been called.
 """
 
 from __future__ import annotations

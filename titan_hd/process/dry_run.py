@@ -16,19 +16,20 @@ from pathlib import Path
 import torch.distributed as dist
 
 from titan_hd.adapters.methods import ignored_keys
-from titan_hd.checkpoint.folder import read_train_state
+from titan_hd.checkpoint.folder import incomplete, read_train_state
 from titan_hd.checkpoint.object_store import checkpoint_folder
 from titan_hd.checkpoint.reader import CheckpointReader
-from titan_hd.checkpoint.resume_check import check_length, check_resumable, check_unfolded
+from titan_hd.checkpoint.resume_check import check_resume
 from titan_hd.components.assembly import assemble
 from titan_hd.components.run_data import RunData, read_data
 from titan_hd.config.job_config import JobConfig
 from titan_hd.console import init_logging, silence_libraries
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.errors import Faults, UserError
+from titan_hd.files import disk_faults
 from titan_hd.overview import Overview, data_lines, screen, version_line
 from titan_hd.preflight import RunPlan, run_identity_of
-from titan_hd.process.run_lock import LOCK_FILE, RunLock
+from titan_hd.process.run_lock import check_unlocked
 
 logger = logging.getLogger("titan_hd")
 
@@ -43,18 +44,19 @@ def dry_run(config: JobConfig, plan: RunPlan, overview: Overview) -> None:
     """
     init_logging(rank=0)
     silence_libraries()
-    tables = [overview.tables()] if config.job.print_plan else []
-    print(version_line(), screen(overview.lines(), sys.stdout), *tables, sep="\n", flush=True)
+    tables = [overview.tables] if config.job.print_plan else []
+    print(version_line(), screen(overview.lines, sys.stdout), *tables, sep="\n", flush=True)
     for line in (*ignored_keys(config), *plan.warnings):
         logger.warning("%s", line)
     errors = Faults()
 
     errors.attempt(_check_dump_folder, Path(config.job.dump_folder))
+    has_folder = not errors
     data = errors.attempt(read_data, plan.config, plan.decoder.vocab_size, plan.global_batch_size)
     resumes = None
     if data is not None:
         print(screen(data_lines(data, plan.config, plan.global_batch_size), sys.stdout), flush=True)
-        resumes = errors.attempt(_check_resume, plan, data)
+        resumes = errors.attempt(_check_resume, plan, data) if has_folder else None
     errors.attempt(_assemble, plan)
     if overview.device_type == "cuda":
         errors += overview.faults()
@@ -80,35 +82,28 @@ def _checked(plan: RunPlan, overview: Overview) -> str:
 
 def _check_dump_folder(folder: Path) -> None:
     """It, or where it will be made, can be written to, and no other run has it."""
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not place.is_dir():
-        raise UserError(f"job.dump_folder: {place} is no folder; name another one")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"job.dump_folder: {place} cannot be written by this user; name another one")
-    if (folder / LOCK_FILE).exists():
-        RunLock(folder).release()
+    with disk_faults(folder):
+        place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        if not place.is_dir():
+            raise UserError(f"job.dump_folder: {place} is no folder; name another one")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(f"job.dump_folder: {place} cannot be written by this user; name another one")
+        check_unlocked(folder)
 
 
 def _check_resume(plan: RunPlan, data: RunData) -> str | None:
-    """Where the run goes on, in words; None if it starts anew. Whether the checkpoint's files are whole is read by the
-    run."""
+    """Where the run goes on, in words; None if it starts anew. A checkpoint's files are looked for, and not read."""
     c = plan.config.checkpoint
     if not c.enable:
         return None
     folder = checkpoint_folder(plan.config)
-    step = next(iter(folder.candidates(c.load_step)), None)
+    step = folder.first_whole(folder.candidates(c.load_step), c.load_step, incomplete)
     if step is None:
         return None
-    path, identity = folder.path(step), run_identity_of(plan, data.summary)
-    state = read_train_state(path)
-    for line in check_resumable(state, identity, c.allow_mismatch):
-        logger.warning("%s; checkpoint.allow_mismatch accepts it", line)
-    check_length(step, data.total_steps)
-    if (path / ".metadata").is_file():
-        ends = "training.steps, training.epochs" if step == data.total_steps else ""
-        stored = CheckpointReader(path).read_metadata().state_dict_metadata
-        if stale := check_unfolded(state, identity, stored, ends):
-            logger.warning("%s", stale)
+    path = folder.path(step)
+    stored = CheckpointReader(path).read_metadata().state_dict_metadata
+    identity = run_identity_of(plan, data.summary)
+    check_resume(read_train_state(path), identity, stored, c.allow_mismatch, data.total_steps)
     return f"from {path}"
 
 

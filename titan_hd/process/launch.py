@@ -90,7 +90,7 @@ def ask_plan(config: JobConfig, workers: int, local_workers: int) -> None:
     if job.dry_run:
         dry_run(config, plan, overview)
     else:
-        print(screen(overview.lines(), sys.stdout), overview.tables(), *overview.faults(), sep="\n")
+        print(screen(overview.lines, sys.stdout), overview.tables, *overview.faults(), sep="\n")
 
 
 def start_workers(args: argparse.Namespace, folder: Path) -> None:

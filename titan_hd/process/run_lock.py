@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import socket
@@ -34,20 +35,44 @@ class RunLock:
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock, holder = FileLock(folder / LOCK_FILE, fallback_to_soft=False), folder / HOLDER_FILE
+        self._lock = FileLock(folder / LOCK_FILE, fallback_to_soft=False)
         try:
             self._lock.acquire(timeout=_PATIENCE_SECONDS, poll_interval=0.2)
         except Timeout:
-            name = holder.read_text(errors="replace").strip() if holder.is_file() else "unknown"
-            raise UserError(
-                f"job.dump_folder: another run writes to {folder} ({name}); wait for its end, or name another folder"
-            ) from None
+            raise _held(folder) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
             logger.warning("job.dump_folder: cannot be locked (%s): start no second run on it", error.strerror)
         with contextlib.suppress(OSError):  # a full disk: the lock holds, and only the name of its holder is missing
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+            (folder / HOLDER_FILE).write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
 
     def release(self) -> None:
         self._lock.release()
+
+
+def check_unlocked(folder: Path) -> None:
+    """Whether `RunLock` would get the folder now; neither waits nor writes.
+
+    Raises:
+        UserError: another process holds it.
+        OSError: its lock cannot be written.
+    """
+    # Without O_CREAT and O_TRUNC: the file stays as it is.
+    with contextlib.suppress(FileNotFoundError), open(folder / LOCK_FILE, "r+b") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _held(folder) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+
+
+def _held(folder: Path) -> UserError:
+    name = "unknown"
+    with contextlib.suppress(OSError):
+        name = (folder / HOLDER_FILE).read_text(errors="replace").strip()
+    return UserError(
+        f"job.dump_folder: another run writes to {folder} ({name}); wait for its end, or name another folder"
+    )

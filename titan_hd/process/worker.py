@@ -41,6 +41,7 @@ DIVERGED = 3  # the exit status of a run whose loss or gradients are not finite
 
 
 def device_name(device: torch.device) -> str:
+    """What people call a worker's device: the name of its GPU, or CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
@@ -168,7 +169,7 @@ def show_start(plan: RunPlan, device: torch.device) -> Overview | None:
     if dist.get_rank():
         return None
     overview = Overview(plan, device.type, device_name(device), device_memory(device))
-    logger.info("%s\n%s", version_line(), screen(overview.lines(), sys.stderr), extra={"painted": True})
+    logger.info("%s\n%s", version_line(), screen(overview.lines, sys.stderr), extra={"painted": True})
     for line in overview.faults():
         logger.warning("%s", line)
     return overview

@@ -6,8 +6,10 @@ One colour, line style and marker for each thing that is compared, and the legen
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "8", "H", "$\\odot$")
 PANEL = (5.6, 4.4)  # width and height of one panel, inches
+_HOVER_POINTS = 200  # of a curve, at most; what is drawn has all
 _WIDE = 4.0  # an axis whose greatest value is this many times the least is a logarithmic one
 
 
@@ -117,6 +120,18 @@ def empty_picture(
     return Picture(name, title, caption, figure), axes
 
 
+def save(pictures: Iterable[Picture], folder: Path) -> None:
+    """A PNG file of each in a folder that is there; the same figure gives the same bytes. Raises OSError."""
+    for picture in pictures:
+        picture.figure.savefig(folder / f"{picture.name}.png", dpi=150, metadata={"Software": None})
+
+
+def curve_series(arm: int, axes: Axes, x: Sequence[float], y: Sequence[float], texts: Sequence[str]) -> Series:
+    """Of a curve as many points as a pointer can tell apart."""
+    stride = max(1, math.ceil(len(x) / _HOVER_POINTS))
+    return Series(arm, axes, x[::stride], y[::stride], texts[::stride])
+
+
 def is_wide(values: Iterable[float]) -> bool:
     """Whether values are better seen on a logarithmic axis."""
     values = list(values)
@@ -142,3 +157,8 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
     sums = [0.0, *itertools.accumulate(values)]
     starts = [max(0, end - max(1, window)) for end in range(1, len(sums))]
     return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, 1)]
+
+
+def trend(values: Sequence[float]) -> list[float]:
+    """What a loss is drawn as: its running mean over a fiftieth of the curve."""
+    return running_mean(values, len(values) // 50)

@@ -81,9 +81,15 @@ def effective_ranks(values: torch.Tensor, base_norm: float, threshold: float) ->
         return DeltaRank(0.0, 0.0, 0.0, 0.0)
     share = values / values.sum()
     entropy = -(share * share.clamp(min=1e-300).log()).sum()
-    above = (values > threshold * values[0]).sum()
     norm = values.norm().item()
-    return DeltaRank(above.item(), entropy.exp().item(), norm / base_norm, (norm / values[0].item()) ** 2)
+    return DeltaRank(
+        count_above(values, threshold), entropy.exp().item(), norm / base_norm, (norm / values[0].item()) ** 2
+    )
+
+
+def count_above(values: torch.Tensor, threshold: float) -> float:
+    """Singular values, the largest first, above that share of the largest; 0 if all are zero."""
+    return float((values > threshold * values[0]).sum())
 
 
 def delta_rank(base: torch.Tensor, trained: torch.Tensor, threshold: float) -> DeltaRank:

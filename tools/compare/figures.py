@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from charts.drawing import PANEL, Picture, Series, is_wide, mark_of, running_mean, set_log, style_of
+from charts.drawing import PANEL, Picture, curve_series, is_wide, mark_of, set_log, style_of, trend
 
 from compare.drawing import cross, is_wide_metric, metric_text, new_picture, scatter
 from compare.grid_figure import grid_picture
@@ -19,8 +19,6 @@ from compare.outcome import Curve, Outcome
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_HOVER_POINTS = 200  # of a curve, at most; what is drawn has all
 
 
 def pictures_of(outcome: Outcome) -> list[Picture]:
@@ -124,7 +122,7 @@ def mean_curve(curves: Iterable[Curve], column: str) -> MeanCurve:
                 places.setdefault(step, []).append((seconds, loss))
     steps = sorted(places)
     seconds, losses = ([statistics.fmean(pair[i] for pair in places[step]) for step in steps] for i in (0, 1))
-    return MeanCurve(steps, seconds, running_mean(losses, len(losses) // 50) if column == "loss" else losses)
+    return MeanCurve(steps, seconds, trend(losses) if column == "loss" else losses)
 
 
 def _losses(outcome: Outcome) -> Picture | None:
@@ -184,17 +182,15 @@ def _draw_curves(
     curves, names = _mean_curves(outcome, column), list(outcome.arms)
     for index, curve in curves.items():
         style, xs = style_of(index), along(curve)
-        every = max(
-            1, len(xs) // 6
-        )  # where markers stand; a place of its own for each arm, so that few lie on each other
+        # Where markers stand: a place of its own for each arm, so that few lie on each other.
+        every = max(1, len(xs) // 6)
         marks = {"marker": style.marker, "markersize": 4, "markevery": (index * every // len(names), every)}
         axes.plot(xs, curve.losses, **style.curve(), **marks, gid=mark_of(index))
-        stride = max(1, math.ceil(len(xs) / _HOVER_POINTS))
         texts = [
             f"{names[index]}\nstep {step}, {seconds:.4g} s\n{column} {loss:.4g}"
             for step, seconds, loss in zip(curve.steps, curve.seconds, curve.losses)
         ]
-        picture.series.append(Series(index, axes, xs[::stride], curve.losses[::stride], texts[::stride]))
+        picture.series.append(curve_series(index, axes, xs, curve.losses, texts))
     if is_wide(loss for curve in curves.values() for loss in curve.losses):
         set_log(axes, "y")
     axes.set(xlabel=label, ylabel="training loss" if column == "loss" else "validation loss")

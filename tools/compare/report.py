@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from charts.drawing import matplotlib_is_there
+from charts.drawing import matplotlib_is_there, save
 
 from compare import figures
 from compare.outcome import read_outcome
@@ -41,8 +41,7 @@ def write(folder: Path, output: Path | None = None) -> str:
     saved |= {name: files[name].encode() for name in ("table.csv", "points.csv")}
     with disk_faults(output):
         output.mkdir(parents=True, exist_ok=True)
-        for picture in pictures:
-            picture.figure.savefig(output / f"{picture.name}.png", dpi=150, metadata={"Software": None})
+        save(pictures, output)
         whole = page(outcome, tables_of(outcome), points_table(outcome), notes_of(outcome), pictures, saved)
         for name, content in (files | {"comparison.html": whole}).items():
             replace_file(output / name, lambda path, content=content: path.write_text(content, encoding="utf-8"))

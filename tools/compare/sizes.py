@@ -5,22 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
-
 from titan_hd.adapters.methods import build_method, method_of
 from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
-from titan_hd.models.decoder import Decoder
+from titan_hd.fitting import trained_size
 from titan_hd.models.registry import DecoderConfig
 
 
 def trained_parameters(config: JobConfig, decoder: DecoderConfig, num_adapters: int) -> int:
     """Number of trained parameters; for HD-PiSSA of all logical adapters together."""
-    with torch.device("meta"):
-        model = Decoder(decoder)
-    method = build_method(config, num_adapters)
-    method.apply(model, config.adapter.target_modules)
-    return method.trained_parameters(model)
+    return trained_size(build_method(config, num_adapters), decoder, config.adapter.target_modules)[0]
 
 
 def match_rank(config: JobConfig, decoder: DecoderConfig) -> int:

@@ -16,13 +16,15 @@ import yaml  # which wandb needs, too
 
 from compare.arms import Arm, Axis
 from compare.running import RUN_TRAIN
+from titan_hd.files import disk_faults
 
 SWEEP_METHODS = ("grid", "random", "bayes")  # wandb's, by which a sweep chooses
 
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """How all arms are swept. method: one of SWEEP_METHODS. metric: as it is logged; goal: "minimize" or "maximize"."""
+    """How all arms are swept. method: one of SWEEP_METHODS. metric: as it is logged; goal: "minimize" or "maximize".
+    workers: of each run; None: as run_train.sh, where the agent runs."""
 
     folder: Path
     method: str
@@ -31,22 +33,29 @@ class SweepSettings:
     project: str
     entity: str
     seeds: Sequence[int]
+    workers: int | None = None
 
 
 def write_sweep(arm: Arm, options: Sequence[str], settings: SweepSettings) -> Path:
-    """FOLDER/sweeps/ARM.yaml, for `wandb sweep`. options: what run_train.sh gets beside the values that vary."""
+    """FOLDER/sweeps/ARM.yaml, for `wandb sweep`. options: what run_train.sh gets beside the values that vary.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     place = settings.folder / "sweeps" / arm.name
     path = place.with_name(f"{arm.name}.yaml")
-    path.parent.mkdir(parents=True, exist_ok=True)
     entries = {key: value for key, value in _sweep(arm, options, settings, place).items() if value != ""}
     note = f"# wandb sweep {shlex.quote(str(path))}    prints the `wandb agent` to start\n"
-    path.write_text(note + yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")
+    with disk_faults(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(note + yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")
     return path
 
 
 def _sweep(arm: Arm, options: Sequence[str], settings: SweepSettings, place: Path) -> dict[str, Any]:
     s = settings
     points = math.prod(len(axis.values) for axis in arm.axes.values())
+    workers = [] if s.workers is None else ["/usr/bin/env", f"NGPU={s.workers}"]
     # The agent tells the run its identifier in its environment alone.
     shell = f'exec "$0" "$@" --job.dump_folder={shlex.quote(str(place.absolute()))}/"$WANDB_RUN_ID"'
     return {
@@ -61,7 +70,7 @@ def _sweep(arm: Arm, options: Sequence[str], settings: SweepSettings, place: Pat
             **{key: _values(axis, s.method) for key, axis in arm.axes.items()},
             "training.seed": {"values": list(s.seeds)},
         },
-        "command": ["/bin/sh", "-c", shell, "${program}", *options, "--metrics.enable_wandb=true", "${args}"],
+        "command": [*workers, "/bin/sh", "-c", shell, "${program}", *options, "--metrics.enable_wandb=true", "${args}"],
     }
 
 

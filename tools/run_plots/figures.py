@@ -6,6 +6,7 @@ for each member; of several runs a panel for each member, a curve for each run, 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import statistics
@@ -15,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from charts.drawing import (
     Picture,
-    Series,
     Style,
+    curve_series,
     empty_picture,
     is_wide,
     mark_of,
-    running_mean,
     set_log,
     style_of,
+    trend,
 )
 
 from run_plots.records import Curve, Run
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 _COLUMNS = 2  # panels side by side
 _MOST_PANELS = 12  # of a family of several runs; one with more members is shown by its range
 _MOST_POINTS = 1000  # of a drawn curve; longer ones are drawn as means of equal stretches
-_HOVER_POINTS = 200  # of a curve, at most
 _FEW_POINTS = 30  # of a curve, which are drawn as points, too
 _SMOOTHED = 100  # records from which on the training loss has a running mean
 
@@ -152,6 +152,7 @@ class _Figures:
         self.metrics = list(dict.fromkeys(name for run in runs for name in run.curves))
         steps = [step for run in runs for curve in run.curves.values() for step in curve.steps]
         self.span = min(steps), max(steps)
+        self.taken = {*_KNOWN, "validation", "others", "said"}  # names of figures, and what the page has beside them
         self.members: dict[str, int] = {}  # of one run: what a curve is of -> its place among all of these
 
     def all(self) -> Iterator[Picture]:
@@ -218,7 +219,15 @@ class _Figures:
         panels = self._panels(base, names, label, axis)
         if any(panel.bands for panel in panels):
             text += f" {len(names)} members: the line is their median, the band reaches from the least to the greatest."
-        return self._draw(re.sub(r"[^\w.-]", "-", base), title, text.strip(), panels)
+        return self._draw(self._unused(base), title, text.strip(), panels)
+
+    def _unused(self, base: str) -> str:
+        """A file's name for a family that no other figure has: a user's metrics can be called anything."""
+        wanted = re.sub(r"[^\w.-]", "-", base)[:60].lstrip(".") or "family"
+        tries = itertools.chain([wanted], (f"{wanted}-{number}" for number in itertools.count(2)))
+        name = next(name for name in tries if name.lower() not in self.taken)
+        self.taken.add(name.lower())  # some file systems do not tell capitals from small letters
+        return name
 
     def _panels(self, base: str, names: list[str], label: str, axis: Axis) -> list[Panel]:
         if len(self.runs) == 1:
@@ -269,36 +278,33 @@ class _Figures:
     # ------------------------------------------------------------------------------------------------------- drawing
 
     def _draw(self, name: str, title: str, caption: str, panels: Sequence[Panel]) -> Picture:
-        shown = {line.said: line for panel in panels for line in self._lines(panel)}
+        drawn = [(panel, [*panel.lines, *(line for line, _, _ in panel.bands)]) for panel in panels]
+        shown = {line.said: line for _, lines in drawn for line in lines}
         lines = list(shown.values())
         if len(self.runs) == 1:
             lines = lines if any(len(panel.lines) > 1 for panel in panels) else []
             lines = lines if len(lines) <= 16 else [lines[0], lines[len(lines) // 2], lines[-1]]
         legend = [(line.arm, line.said, line.style) for line in lines]
-        longest = max((len(line.curve.steps) for panel in panels for line in self._lines(panel)), default=0)
+        longest = max((len(line.curve.steps) for _, lines in drawn for line in lines), default=0)
         if longest > _MOST_POINTS:
             caption += f" Long curves are drawn as means of {-(-longest // _MOST_POINTS)} records."
         picture, axes = empty_picture(
             name, title, caption, legend, len(panels), min(_COLUMNS, len(panels)), 3.9 if len(panels) > 1 else 4.4
         )
-        for one, panel in zip(axes, panels):
+        for one, (panel, lines) in zip(axes, drawn):
             for line, low, high in panel.bands:
-                self._band_of(one, line, low, high)
-            for line in self._lines(panel):
+                _range(one, line, low, high)
+            for line in lines:
                 _curve(picture, one, line, panel.label, smooth=name == "loss")
-            values = [v for line in self._lines(panel) for _, v in line.curve.finite]
-            _set_axes(one, panel, values, self.span)
+            _set_axes(one, panel, [value for line in lines for _, value in line.curve.finite], self.span)
         return picture
 
-    def _lines(self, panel: Panel) -> list[Line]:
-        return [*panel.lines, *(line for line, _, _ in panel.bands)]
 
-    def _band_of(self, axes: Axes, line: Line, low: Curve, high: Curve) -> None:
-        steps = thinned(low).steps
-        axes.fill_between(
-            steps, thinned(low).values, thinned(high).values, color=line.style.colour, alpha=0.18, linewidth=0,
-            gid=mark_of(line.arm),
-        )  # fmt: skip
+def _range(axes: Axes, line: Line, low: Curve, high: Curve) -> None:
+    """The band of a family in one run."""
+    low, high = thinned(low), thinned(high)
+    look = {"color": line.style.colour, "alpha": 0.18, "linewidth": 0, "gid": mark_of(line.arm)}
+    axes.fill_between(low.steps, low.values, high.values, **look)
 
 
 def _curve(picture: Picture, axes: Axes, line: Line, metric: str, smooth: bool) -> None:
@@ -309,16 +315,14 @@ def _curve(picture: Picture, axes: Axes, line: Line, metric: str, smooth: bool) 
     if smooth and len(curve.finite) >= _SMOOTHED:
         axes.plot(curve.steps, curve.values, **thin, gid=mark)
         steps, values = zip(*curve.finite)
-        axes.plot(steps, running_mean(values, len(values) // 50), **look, gid=mark)
+        axes.plot(steps, trend(values), **look, gid=mark)
     else:
         few = len(curve.finite) <= _FEW_POINTS
         axes.plot(curve.steps, curve.values, **look, marker=line.style.marker if few else None, markersize=4, gid=mark)
-    points = line.curve.finite
-    points = points[:: max(1, math.ceil(len(points) / _HOVER_POINTS))]
-    if points:
+    if points := line.curve.finite:
         texts = [f"{line.said}\nstep {step}\n{metric} {value:.4g}" for step, value in points]
         steps, values = zip(*points)
-        picture.series.append(Series(line.arm, axes, steps, values, texts))
+        picture.series.append(curve_series(line.arm, axes, steps, values, texts))
 
 
 def _set_axes(axes: Axes, panel: Panel, values: Sequence[float], span: tuple[int, int]) -> None:

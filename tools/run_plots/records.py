@@ -65,7 +65,7 @@ def read_run(path: Path, name: str) -> Run:
         if bad:
             where = f"at step {bad[0]}" if len(bad) == 1 else f"{len(bad)} times from step {bad[0]} to {bad[-1]}"
             notes.append(f"{metric} is no finite number {where}")
-    config = _config(folder / ENVIRONMENT) if file.name == METRICS else {}
+    config = _config(folder / ENVIRONMENT, notes) if file.name == METRICS else {}
     return Run(name, folder, curves, config, notes)
 
 
@@ -126,11 +126,16 @@ def _number(value: object) -> float | None:
         return math.nan
 
 
-def _config(file: Path) -> dict[str, object]:
-    """Of the last start that file tells of."""
+def _config(file: Path, notes: list[str]) -> dict[str, object]:
+    """Of the last start that file tells of; a note where it cannot be read."""
     if not file.is_file():
         return {}
-    for line in reversed(file.read_text(encoding="utf-8", errors="replace").splitlines()):
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        notes.append(f"{file}: cannot be read: {error.strerror}")
+        return {}
+    for line in reversed(lines):
         try:
             return dict(_flat(json.loads(line)["config"]))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

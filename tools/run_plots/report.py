@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from charts.drawing import matplotlib_is_there
+from charts.drawing import matplotlib_is_there, save
 from charts.page import Table, bullets, figure_element, page, section
 
 from run_plots.figures import pictures_of
@@ -32,8 +32,7 @@ def write(runs: Sequence[Run], output: Path, title: str = "") -> Path:
         raise UserError(f"{runs[0].folder}: its metrics have no finite number that could be drawn")
     with disk_faults(output):
         output.mkdir(parents=True, exist_ok=True)
-        for picture in pictures:
-            picture.figure.savefig(output / f"{picture.name}.png", dpi=150, metadata={"Software": None})
+        save(pictures, output)
         parts = [
             section(_differences(runs, differ)) if differ else "",
             *map(figure_element, pictures),

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.kit.layers import inputs, loss_of, pass_with_dropout
 from titan_hd.adapters.hdpissa import HDPissa, HDPissaLinear, LocalHDPissaLinear, project_together
 from titan_hd.models.decoder import Decoder, project_each
 from titan_hd.models.registry import flavor_config
@@ -26,15 +27,6 @@ def layer(out: int = OUT, bias: bool = True, dropout: float = 0.0, seed: int = 0
     a, b, da, db = (torch.randn(shape) for shape in ((RANK, IN), (out, RANK)) * 2)
     wrapped.bind(a, b, (da / 3).requires_grad_(), (db / 3).requires_grad_())
     return wrapped
-
-
-def inputs(shape: tuple[int, ...] = (2, 4, IN)) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(5)).requires_grad_(True)
-
-
-def loss_of(y: torch.Tensor) -> torch.Tensor:
-    """Some loss whose gradient differs from element to element and depends on y."""
-    return (y.sin() * torch.arange(y.numel(), dtype=y.dtype).view_as(y).cos()).sum()
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
@@ -78,7 +70,7 @@ def test_where_nothing_is_learned_yet_it_is_the_exact_mute():
     found = []
     for one in (module, exact):
         one.bind(a, b, *(torch.zeros_like(t).requires_grad_() for t in deltas))
-        x = inputs()
+        x = inputs((2, 4, IN))
         y = one(x)
         loss_of(y).backward()
         found.append(results(one, x, y))
@@ -92,7 +84,7 @@ def test_where_nothing_is_learned_yet_it_is_the_exact_mute():
 def test_layers_of_one_input_share_products():
     modules = [layer(out, seed=out) for out in (OUT, OUT - 4, OUT + 2)]
     apart = [layer(out, seed=out) for out in (OUT, OUT - 4, OUT + 2)]
-    x, plain_x = inputs(), inputs()
+    x, plain_x = inputs((2, 4, IN)), inputs((2, 4, IN))
     ys, plain = project_together(x, *modules), project_each(plain_x, *apart)
     for each in (ys, plain):
         sum(loss_of(y) * (i + 1) for i, y in enumerate(each)).backward()
@@ -106,12 +98,7 @@ def test_layers_of_one_input_share_products():
 def test_dropout_is_of_the_adapters_input_alone():
     """Its gradient passes to x where it was not dropped."""
     module, x = layer(dropout=0.5), inputs((6, IN))
-    torch.manual_seed(11)
-    y = module(x)
-    loss_of(y).backward()
-    torch.manual_seed(11)
-    dropped = F.dropout(x.detach(), 0.5, training=True)
-    assert (dropped == 0).any()
+    y, dropped = pass_with_dropout(module, x)
     expected = reference(module, x, dropped)
     for name, found in results(module, x, y).items():
         assert_close(found, expected[name])
@@ -123,7 +110,7 @@ def test_bf16_inputs_give_fp32_gradients():
     for tensor in (module.weight, module.bias):
         tensor.data = tensor.bfloat16()
     module.bind(*(t.bfloat16() for t in module.bound[:2]), *module.bound[2:])
-    x = inputs().detach().bfloat16().requires_grad_(True)
+    x = inputs((2, 4, IN)).detach().bfloat16().requires_grad_(True)
     y = module(x)
     loss_of(y).backward()
     found, expected = results(module, x, y), reference(module, x)
@@ -144,7 +131,7 @@ def test_what_is_kept_for_the_backward_pass():
 
 
 def test_one_graph_for_the_compiler():
-    eager, compiled, x, plain_x = layer(), layer(), inputs(), inputs()
+    eager, compiled, x, plain_x = layer(), layer(), inputs((2, 4, IN)), inputs((2, 4, IN))
     loss_of(torch.compile(compiled, fullgraph=True, backend="aot_eager")(x)).backward()
     loss_of(eager(plain_x)).backward()
     assert_close(x.grad, plain_x.grad.double())
@@ -153,7 +140,7 @@ def test_one_graph_for_the_compiler():
 
 
 def test_without_gradients_it_is_the_frozen_layer():
-    module, x = layer(dropout=0.5), inputs()
+    module, x = layer(dropout=0.5), inputs((2, 4, IN))
     with torch.no_grad():
         assert torch.equal(module(x), F.linear(x, module.weight, module.bias))
 

@@ -14,6 +14,7 @@ from titan_hd.checkpoint.folder import (
     STATE_FILE,
     CheckpointFolder,
     damage,
+    incomplete,
     read_manifest,
     read_train_state,
     write_text,
@@ -57,6 +58,37 @@ class TestCandidates:
         assert folder.candidates(-1) == folder.candidates(0) == []
         with pytest.raises(UserError, match=r"has no complete checkpoint 3 \(has none\)"):
             folder.candidates(3)
+
+    def test_a_folder_that_the_disk_refuses(self, tmp_path: Path):
+        with pytest.raises(UserError, match=r"x/step: cannot be read: File name too long$"):
+            CheckpointFolder(tmp_path / ("x" * 300) / "step", 2).candidates(-1)
+
+    def test_the_first_that_is_whole(self, tmp_path: Path, monkeypatch, caplog):
+        """As far as sizes show it."""
+        monkeypatch.setattr("titan_hd.checkpoint.folder.logger.propagate", True)
+        folder = CheckpointFolder(tmp_path, 0)
+        paths = [save(folder, step) for step in (1, 2, 3, 4)]
+        assert folder.first_whole([4, 3, 2, 1], -1, incomplete) == 4
+        assert folder.first_whole([], -1, incomplete) is None
+        assert caplog.text == ""
+        shards, table = paths[3] / "__0_0.distcp", paths[2] / ".metadata"
+        shards.write_text("shard")
+        table.unlink()
+        (paths[1] / MANIFEST).unlink()
+        assert folder.first_whole([4, 3, 2, 1], -1, incomplete) == 1
+        assert [record.getMessage().partition(": cannot be read")[0] for record in caplog.records] == [
+            f"checkpoint {paths[3]} is damaged, and skipped: {shards}: has 5 bytes, must have 6",
+            f"checkpoint {paths[2]} is damaged, and skipped: {table}",
+            f"checkpoint {paths[1]} is damaged, and skipped: {paths[1] / MANIFEST}",
+        ]
+        for steps, load_step, left in (
+            ([4], 4, "it is the one that is asked for"),
+            ([3, 4], -1, "no whole checkpoint is left"),
+        ):
+            with pytest.raises(UserError) as told:
+                folder.first_whole(steps, load_step, incomplete)
+            advice = f"{left}: name another checkpoint.load_step, or 0 to start anew"
+            assert str(told.value) == f"{shards}: has 5 bytes, must have 6 ({advice})"
 
 
 class TestPublish:

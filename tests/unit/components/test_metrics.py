@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from titan_hd.components import metrics as metrics_module
 from titan_hd.components.metrics import MetricsLogger, write_svd_report
 from titan_hd.components.records import keep_records_until
 from titan_hd.config.job_config import JobConfig
@@ -82,7 +83,7 @@ class TestMetricsLogger:
         metrics = MetricsLogger(config, total_steps=10, first_step=first)
         for step in range(first + 1, last + 1):
             metrics.log(step, {"loss": step / 10})
-            metrics.advance(0.5)
+            metrics.advance(step, 0.5)
         metrics.close()
 
     def test_a_resumed_run_writes_every_step_once(self, tmp_path: Path):
@@ -102,6 +103,15 @@ class TestMetricsLogger:
         (tmp_path / "run" / "metrics.jsonl").write_text("")
         self.log(config, 0, 1)
         assert not (tmp_path / "run" / "metrics.3.jsonl").exists(), "there was nothing to keep"
+
+    def test_the_bar_shows_the_steps_of_the_run(self, tmp_path: Path, monkeypatch, capsys):
+        """Those of an earlier part, and those that were made by hand, too."""
+        monkeypatch.setattr(metrics_module, "on_terminal", lambda: True)
+        metrics = MetricsLogger(self.config(tmp_path), total_steps=10, first_step=2)
+        for step in (6, 7):
+            metrics.advance(step, 0.5)
+        metrics.close()
+        assert "7/10" in capsys.readouterr().err.splitlines()[-1].split("\r")[-1]
 
     def test_records_are_there_at_once(self, tmp_path: Path):
         metrics = MetricsLogger(self.config(tmp_path), 10, 0)

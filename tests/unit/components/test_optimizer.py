@@ -10,6 +10,7 @@ from torch import nn
 
 from titan_hd.components.optimizer import (
     build_optimizer,
+    clip_factor,
     clip_flat,
     clip_gradients,
     optimizer_class,
@@ -120,6 +121,15 @@ class TestClipping:
         assert params[0].grad[0, 0, 0].item() == pytest.approx(0.6, rel=1e-5)
         assert params[1].grad[1, 1, 1].item() == pytest.approx(-0.8, rel=1e-5)
         assert params[2].grad is None
+
+    @pytest.mark.parametrize(
+        ("norm", "max_norm", "factor"), [(5.0, 1.0, 0.2), (5.0, 5.1, 1.0), (5.0, 0.0, 1.0), (0.0, 1.0, 1.0)]
+    )
+    def test_the_factor(self, norm: float, max_norm: float, factor: float):
+        """By which the gradients of a step are found again as they were before, too."""
+        found = clip_factor(torch.tensor(norm, dtype=torch.float64), max_norm)
+        assert found.dtype == torch.float64
+        assert found.item() == pytest.approx(factor, rel=1e-6)
 
     def test_flat_parts(self):
         """The second part is held by two ranks alike, and counts half."""

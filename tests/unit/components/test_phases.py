@@ -79,3 +79,24 @@ def test_a_device_is_never_waited_for(monkeypatch):
     )
     device.now = 30.0
     assert phases.take()["exchange_share"] == pytest.approx(0.6)
+
+
+def test_steps_that_nobody_asks_about_pile_up_nothing():
+    phases = Phases(torch.device("cpu"))
+    for _ in range(3):
+        step(phases, "data", "exchange")
+    assert len(phases._ended) == 0
+    assert phases.take().keys() == {"data_share", "exchange_share"}
+
+
+def test_a_step_that_failed_counts_for_nothing(monkeypatch):
+    """Not as a part of the next one either, which may come much later."""
+    times = iter([0, 5, 100, 101, 104])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(times))
+    phases = Phases(torch.device("cpu"))
+    phases.begin_step("data")
+    phases.begin("optimizer")
+    phases.begin_step("data")
+    phases.begin("exchange")
+    phases.end()
+    assert phases.take() == {"data_share": 0.25, "exchange_share": 0.75}

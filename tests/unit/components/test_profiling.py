@@ -41,6 +41,21 @@ def configuration(folder: Path, **settings) -> JobConfig:
 N, W, R, S = ProfilerAction.NONE, ProfilerAction.WARMUP, ProfilerAction.RECORD, ProfilerAction.RECORD_AND_SAVE
 
 
+class Asked:
+    """In the place of torch's profiler: the action of each step, asked for as it does, by its own count."""
+
+    def __init__(self, schedule, **_):
+        self.schedule, self.actions = schedule, [schedule(0)]
+
+    def step(self) -> None:
+        self.actions.append(self.schedule(len(self.actions)))
+
+    def start(self) -> None:
+        pass
+
+    stop = start
+
+
 @pytest.mark.parametrize(
     ("settings", "actions"),
     [
@@ -49,13 +64,19 @@ N, W, R, S = ProfilerAction.NONE, ProfilerAction.WARMUP, ProfilerAction.RECORD, 
         ({"profile_steps": [1, 4, 5]}, [S, N, W, R, S, N, N]),
     ],
 )
-def test_which_steps_are_traced(tmp_path, settings: dict, actions: list[ProfilerAction]):
-    """By the steps of the run, also in a process that goes on with it."""
+def test_which_steps_are_traced(tmp_path, monkeypatch, settings: dict, actions: list[ProfilerAction]):
+    """By the steps of the run, also in a process that goes on with it, and after steps that were made by hand."""
+    monkeypatch.setattr(torch.profiler, "profile", Asked)
     for done in (0, 2):
         traces = Traces(Settings(**settings), tmp_path, 0, done)
-        schedule = traces._profiler.schedule
+        for step in range(done + 1, 7):
+            traces.after_step(step)
         traces.close()
-        assert [schedule(number) for number in range(7 - done)] == actions[done:]
+        assert traces._profiler.actions == actions[done:]
+    traces = Traces(Settings(**settings), tmp_path, 0, 0)
+    for step in (4, 5, 6):
+        traces.after_step(step)
+    assert traces._profiler.actions == [actions[0], *actions[4:]]
 
 
 def step(phases: Phases) -> None:
@@ -129,6 +150,18 @@ def test_steps_that_the_run_does_not_make(tmp_path, caplog):
     profile(config, 0, 2, first=3)
     assert "profiling.profile_steps: 3, 99: this run makes steps 4 to 5" in caplog.text
     assert "memory_snapshot_steps" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "warns"), [(0, 9, True), (10, 19, True), (0, 10, False), (9, 10, False), (12, 12, False)]
+)
+def test_a_run_that_ends_before_its_first_trace(tmp_path, caplog, first: int, last: int, warns: bool):
+    """One line, on any rank, as of chosen steps; none where the traces are chosen by their steps."""
+    Profiling(configuration(tmp_path, enable_profiling=True, profile_freq=10), 1, CPU).start(first, last)
+    Profiling(configuration(tmp_path, enable_profiling=True, profile_steps=[last]), 1, CPU).start(first, last)
+    Profiling(configuration(tmp_path, profile_freq=10), 1, CPU).start(first, last)
+    line = "profiling.profile_freq: 10: there will be no trace, for this run makes steps "
+    assert caplog.messages == [f"{line}{first + 1} to {last}"] * warns
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def lines():
         said = []
         for _ in range(steps):
             clock[0] += seconds
-            said.append(lines.advance())
+            said.append(lines.advance(lines.step + 1))
         return [line for line in said if line]
 
     return lines, advance
@@ -63,11 +63,19 @@ def test_the_first_step_which_compiles_counts_for_nothing(lines):
 def test_what_is_to_be_expected_is_said_once(lines):
     _, advance = lines
     said = advance(50) + advance(2, 30)
-    assert said == [
-        "2 s a step: the other 96 of 120 steps will take about 3:12, not counting what is validated, saved and exported"
-    ]
+    assert said == ["2 s a step, with what came between the steps: the other 96 of 120 will take about 3:12"]
+
+
+def test_steps_that_were_made_without_it_are_not_made_again(lines):
+    """By hand, before and between: the steps are the run's."""
+    lines, advance = lines
+    lines.advance(50)
+    assert advance(2, 2) == []
+    assert lines.seconds_left() == 2 * 68
+    (said,) = [line for line in (lines.advance(step) for step in (60, 61)) if line]
+    assert "the other 60 of 120 will" in said
 
 
 def test_nothing_is_expected_of_a_run_that_is_over():
     lines = StepLines(0, 4)
-    assert [lines.advance() for _ in range(4)] == [None] * 4
+    assert [lines.advance(step) for step in range(1, 5)] == [None] * 4

@@ -72,6 +72,9 @@ class Broken(Tracker):
 
     fails = "start"
 
+    def __init__(self):
+        self._perhaps("__init__")
+
     def start(self, run: TrackedRun) -> None:
         self.run_id = "known"
         self._perhaps("start")
@@ -119,15 +122,16 @@ class TestTrackersOfOnesOwn:
         metrics.close()
         assert Memory.parts[0].ended is True, "it ends once"
 
-    @pytest.mark.parametrize("fails", ["start", "log", "finish"])
+    @pytest.mark.parametrize("fails", ["__init__", "start", "log", "finish"])
     def test_a_failure_costs_the_tracker_and_nothing_else(self, fails: str, tmp_path: Path, monkeypatch, caplog):
         monkeypatch.setattr(Broken, "fails", fails)
         Memory.parts.clear()
-        found = log(config_in(tmp_path, f"{__name__}:Broken", self.NAME), 0, 2, {})
+        before = {f"{__name__}:Broken": "known"} if fails == "__init__" else {}
+        found = log(config_in(tmp_path, f"{__name__}:Broken", self.NAME), 0, 2, before)
         assert [step for step, _ in Memory.parts[0].got] == [1, 2]
-        trouble = "cannot start" if fails == "start" else "failed"
-        assert f"{__name__}:Broken {trouble} (no route in {fails}); going on without it" in caplog.text
-        assert caplog.text.count("going on without it") == 1
+        trouble = "metrics.trackers: {} cannot start" if fails in ("__init__", "start") else "{} failed"
+        line = f"{trouble.format(f'{__name__}:Broken')} (no route in {fails}); going on without it"
+        assert [text for text in caplog.messages if "going on" in text] == [line]
         assert found[f"{__name__}:Broken"] == "known", "a later part of the run may find it again"
 
     def test_a_checkpoint_keeps_what_a_part_without_the_tracker_does_not_use(self, tmp_path: Path):
@@ -149,6 +153,19 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_what_is_no_tracker(name: str, tmp_path: Path):
     assert registry.tracker_errors(config_in(tmp_path, name)) == [f"metrics.trackers: {FAULTS[name]}"]
+
+
+def test_a_package_within_one_that_cannot_be_had(tmp_path: Path, monkeypatch):
+    """Python imports the outer one to look for the inner one."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "torn_outer.py").write_text("1 / 0")
+    faults = {
+        "no_such.part": "needs the package no_such.part: pip install no_such.part",
+        "torn_outer.part": "the package torn_outer.part cannot be imported: ZeroDivisionError: division by zero",
+    }
+    for package, line in faults.items():
+        monkeypatch.setattr(Memory, "package", package)
+        assert registry.tracker_errors(config_in(tmp_path, f"{__name__}:Memory")) == [f"metrics.trackers: {line}"]
 
 
 def test_the_keys_of_one_tracker_make_one(tmp_path: Path):

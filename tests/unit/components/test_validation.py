@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from titan_hd.components.validation import (
     Sharers,
+    ValidationSet,
     Validator,
     check_references,
     exact_match,
@@ -84,6 +85,25 @@ def test_exact_match(workers, world_size: int):
         assert calls == [calls[0]] * world_size
 
 
+def shown_by(answers: int, shown: int) -> dict[str, list[dict]]:
+    """What this worker has to show of all workers' answers, which repeat the records' numbers."""
+    sharers = Sharers(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, torch.device("cpu"))
+    tokenizer = SimpleNamespace(decode=lambda ids: f"prompt {ids[0]}")
+    validator = Validator(comparing(answers), SimpleNamespace(), torch.device("cpu"), [], lambda: tokenizer)
+    own = {record: f"the answer: {record}" for record in range(sharers.rank, 7, sharers.size)}
+    validator._show(ValidationSet(Numbers(), "/more", answers, shown), own, sharers)
+    return validator.shown
+
+
+def test_the_first_worker_alone_gets_what_is_shown(workers):
+    """The texts of all go to who writes them, in the order of the records."""
+    first, second = workers.run(2, shown_by, 2, 3)
+    assert [tuple(row.values()) for row in first["samples/more"]] == [
+        (i, f"prompt {i}", f"the answer: {i}", f"the answer: {i}", True if i < 2 else None) for i in range(3)
+    ]
+    assert second == {}
+
+
 def test_references_without_the_marker(caplog):
     check_references(Numbers(), 6, "the answer: ")
     assert not caplog.text
@@ -122,6 +142,19 @@ class TestNamedSets:
         )
         validation_sets({"math": Numbers(), "more": Numbers("data.validation[more]")}, config)
         assert "1 of the 7 responses of data.validation[more] to compare with lack" in caplog.messages[-1]
+
+    @pytest.mark.parametrize("samples", [-1, 0, 2])
+    def test_samples_that_a_set_cannot_have(self, samples: int, caplog):
+        """Said once, where they were asked for."""
+        config = comparing(5)
+        config.validation.samples = samples
+        plain = Numbers("data.validation[plain]", answerable=False)
+        sets = validation_sets({"math": Numbers(), "plain": plain}, config)
+        assert [one.shown for one in sets] == [{-1: 4, 0: 0, 2: 2}[samples], 0]
+        line = "validation.samples: data.validation[plain] has no prompts and responses; none of it is answered"
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [line] * (
+            samples > 0
+        )
 
     def test_the_main_set_must_be_comparable(self):
         config = comparing(7, "The answer is: ")

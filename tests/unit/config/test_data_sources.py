@@ -85,7 +85,7 @@ def test_other_faults():
     (line,) = errors_of("--data.train", '[{"path"')
     assert line.startswith("data.train: not valid JSON: ")
     (line,) = errors_of("--data.train", '[{"path": "a", "format": "csv"}]')
-    assert line.startswith('data.train[0].format: must be "auto" or "instruction" or ')
+    assert line.startswith('data.train[0].format: must be one of "auto", "instruction", ')
     lines = errors_of("--data.train", '[{"path": "a", "weight": -1, "sample": 3}, {}]')
     assert [line.partition(":")[0] for line in lines] == [
         "data.train[0].sample",
@@ -152,4 +152,4 @@ def test_streaming_has_no_epochs():
 
 
 def test_the_documentation():
-    assert "data.train  (str | list[DataSource]" in keys.help_text()
+    assert "data.train  (a path, or a list of paths or tables;" in keys.help_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -29,8 +30,34 @@ def test_help_holds_every_key_its_default_and_its_documentation():
     for section, cls in SECTIONS.items():
         for field in dataclasses.fields(cls):
             (number,) = (i for i, line in enumerate(lines) if line.startswith(f"  --{section}.{field.name} "))
-            assert f"default {json.dumps(getattr(cls(), field.name))}" in lines[number]
+            default = json.dumps(getattr(cls(), field.name)).replace("null", "none")
+            assert lines[number].endswith(f"; default {default})")
             assert lines[number + 1].strip() == docs[cls.__name__][field.name]
+
+
+def test_help_says_in_words_what_a_key_takes():
+    """In those of the message of a value that is none of it."""
+    words = {
+        "adapter.rank": "a whole number",
+        "optimizer.lr": "a number",
+        "job.dump_folder": "a string",
+        "compile.enable": "true or false",
+        "hdpissa.aggregate": '"mean" or "sum"',
+        "lr_scheduler.decay_type": 'one of "cosine", "linear", "constant"',
+        "adapter.mora_type": "1 or 6",
+        "data.ignore_fields": "a list of strings",
+        "profiling.profile_steps": "a list of whole numbers",
+        "activation_checkpoint.keep": 'a list of "qkv" or "gate_up"',
+    }
+    shown = {line.split()[0][2:]: line for line in keys.help_text().splitlines() if line.startswith("  --")}
+    for key, kind in words.items():
+        assert f"({kind}; default " in shown[key], shown[key]
+        with pytest.raises(manager.ConfigError) as told:
+            manager.load_file(None, {key: {}})
+        assert f"{key}: must be {kind}, not {{}} (argument)" in told.value.errors
+    assert "(a whole number, or none; default none)" in shown["training.steps"]
+    assert "(a list of strings, or none; default none)" in shown["adapter.target_modules"]
+    assert not [line for line in shown.values() if re.search(r"Literal|None|\b(?:str|int|bool|float)\b", line)]
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -469,6 +469,7 @@ class TestHeaders:
         path = raw_file(tmp_path, {"w": entry([0, 8]), "e": entry([0, 0], [0, 5]), "z": entry([8, 8], [0])}, 8)
         assert read_header(path).keys() == {"w", "e", "z"}
 
+    @settings(deadline=None)
     @given(st.integers(0, 400), st.binary(min_size=1, max_size=6))
     def test_whatever_stands_there_is_a_user_error_or_what_the_library_reads(self, tmp_path_factory, place, junk):
         folder = tmp_path_factory.getbasetemp() / "junk"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import pickle
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -15,13 +15,15 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.fsdp import FSDPModule
 
 from tests.kit import runs
-from titan_hd.checkpoint.folder import STATE_FILE
+from titan_hd import console
+from titan_hd.checkpoint.folder import MANIFEST, CheckpointFolder
 from titan_hd.components.assembly import assemble
 from titan_hd.components.run_data import read_data
 from titan_hd.config import manager
 from titan_hd.preflight import plan_run, run_identity_of
 from titan_hd.process import dry_run as module
 from titan_hd.process import launch
+from titan_hd.process.run_lock import HOLDER_FILE, LOCK_FILE, RunLock
 
 
 @pytest.fixture
@@ -30,8 +32,8 @@ def ask(tmp_path: Path, monkeypatch, capsys):
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 38}
     runs.write_model(tmp_path / "model", **sizes)
     runs.write_records(tmp_path / "records.jsonl")
-    loggers = [logging.getLogger(name) for name in ("titan_hd", "titan_hd.progress", "torch.distributed.elastic")]
-    before = [(log.handlers[:], log.level, log.propagate) for log in loggers]
+    elastic = logging.getLogger("torch.distributed.elastic")
+    before = elastic.handlers[:], elastic.level, elastic.propagate
     monkeypatch.setattr(launch, "start_workers", lambda *_: pytest.fail("a dry run starts nothing"))
 
     def dry_run(workers: int, *more: str, **overrides) -> tuple[int, str, list[str]]:
@@ -46,9 +48,9 @@ def ask(tmp_path: Path, monkeypatch, capsys):
         said = capsys.readouterr()
         return status, said.out, [line for line in said.err.splitlines() if line.startswith("titan_hd: error: ")]
 
-    yield dry_run
-    for log, (handlers, level, propagate) in zip(loggers, before):
-        log.handlers[:], log.level, log.propagate = handlers, level, propagate
+    with console.kept():
+        yield dry_run
+    elastic.handlers[:], elastic.level, elastic.propagate = before
 
 
 @pytest.mark.parametrize(
@@ -121,23 +123,68 @@ def test_a_folder_that_cannot_be_written(ask, tmp_path: Path, monkeypatch):
     assert line == f"titan_hd: error: job.dump_folder: {tmp_path} cannot be written by this user; name another one"
 
 
+def test_the_folder_of_another_run(ask, tmp_path: Path):
+    """It is asked for without a trace: the lock and the name of its holder are the run's."""
+    dump = tmp_path / "dump"
+    lock = RunLock(dump)
+    files = dump / LOCK_FILE, dump / HOLDER_FILE
+    files[1].write_text("process 7 on another")
+    before = [(path.stat().st_mtime_ns, path.read_text()) for path in files]
+    (line,) = ask(1, export__enable="false")[2]
+    assert line.startswith(f"titan_hd: error: job.dump_folder: another run writes to {dump} (process 7 on another); ")
+    lock.release()
+    assert ask(1, export__enable="false")[0] == 0
+    assert [(path.stat().st_mtime_ns, path.read_text()) for path in files] == before
+    assert sorted(dump.iterdir()) == sorted(files)
+
+
+def test_a_folder_that_the_disk_refuses(ask, tmp_path: Path):
+    """As the run says it, and once."""
+    long = tmp_path / ("x" * 300) / "dump"
+    (line,) = ask(1, job__dump_folder=long)[2]
+    assert line == f"titan_hd: error: {long}: cannot be written: File name too long"
+    lock = tmp_path / "dump" / LOCK_FILE
+    lock.mkdir(parents=True)
+    (line,) = ask(1)[2]
+    assert line == f"titan_hd: error: {lock}: cannot be written: Is a directory"
+
+
 def test_the_checkpoint_that_it_would_go_on_from(ask, tmp_path: Path):
     argv = runs.options(tmp_path / "model", tmp_path / "records.jsonl", tmp_path / "dump", checkpoint__enable="true")
     plan = plan_run(manager.load(argv), 2)
     identity = run_identity_of(plan, read_data(plan.config, plan.decoder.vocab_size, 2).summary)
-    state = {"step": 3, "base": "full", "identity": identity, "config": ""}
-    folder = tmp_path / "dump" / "checkpoint" / "step-3"
-    folder.mkdir(parents=True)
-    (folder / STATE_FILE).write_text(json.dumps(state))
-    status, out, errors = ask(2, checkpoint__enable="true")
-    assert (status, errors) == (0, [])
-    assert f"from {folder}" in " ".join(out.split())
+    folder = CheckpointFolder(tmp_path / "dump" / "checkpoint", 0)
+
+    def save(step: int, *tensors: str) -> Path:
+        content = pickle.dumps(Metadata({name: BytesStorageMetadata() for name in tensors}))
+        (folder.start(step) / ".metadata").write_bytes(content)
+        state = {"step": step, "base": "full", "identity": identity, "config": ""}
+        folder.publish(step, state, {".metadata": {"size": len(content), "crc32": zlib.crc32(content)}})
+        return folder.path(step)
+
+    def found(**settings) -> str:
+        status, out, errors = ask(2, checkpoint__enable="true", **settings)
+        assert (status, errors) == (0, [])
+        return " ".join(out.split())
+
+    path = save(3)
+    assert f"from {path} " in found()
     (line,) = ask(2, checkpoint__enable="true", training__seed=7)[2]
     assert line.startswith("titan_hd: error: training.seed: the checkpoint has 42, this run 7")
     (line,) = ask(2, checkpoint__enable="true", training__steps=2)[2]
     assert "2 steps, but the checkpoint to resume from has 3" in line
-    table = Metadata({"unfolded.rates": BytesStorageMetadata()})
-    (folder / ".metadata").write_bytes(pickle.dumps(table))
-    assert ask(2, checkpoint__enable="true")[0] == 0
-    (line,) = ask(2, checkpoint__enable="true", training__steps=3)[2]
-    assert line.startswith("titan_hd: error: training.steps, training.epochs: the checkpoint of step 3, with")
+    between_folds = save(4, "unfolded.rates")
+    assert f"from {between_folds} " in found(training__steps=5)
+    (line,) = ask(2, checkpoint__enable="true", training__steps=4)[2]
+    assert line.startswith("titan_hd: error: training.steps, training.epochs: the checkpoint of step 4, with")
+
+    # The run passes over what is damaged.
+    table = between_folds / ".metadata"
+    table.write_bytes(table.read_bytes()[:-1])
+    (save(5) / MANIFEST).unlink()
+    assert f"from {path} " in found(training__steps=4)
+    (path / ".metadata").unlink()
+    (line,) = ask(2, checkpoint__enable="true")[2]
+    assert line.startswith(
+        f"titan_hd: error: {path / '.metadata'}: cannot be read: No such file or directory (no whole"
+    )

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import re
+import sys
 from collections.abc import Iterator
 
 import pytest
+from tqdm import tqdm
 
 from tests.kit.commands import REPOSITORY, call_tool, error_lines
+from titan_hd import console
 from titan_hd.config.command_line import ToolParser
 
 _LAUNCHERS = ("quickstart",)  # takes the arguments of a run's launcher
@@ -84,6 +88,18 @@ def test_dashes_and_underscores_are_alike(module: str, monkeypatch):
 def test_a_mistyped_option_is_one_line_with_the_nearest(tool: str, words: str, line: str):
     (said,) = error_lines(call_tool(importlib.import_module(tool).main, *words.split()))
     assert said.startswith(f"titan_hd: error: {line}")
+
+
+def test_libraries_draw_no_bars_where_a_tool_has_begun(monkeypatch):
+    """A parser alone, that of a module that is imported say, changes nothing in its process."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(tqdm, "__init__", console._TQDM_INIT)
+    with console.kept():
+        parser = ToolParser()
+        assert vars(tqdm)["__init__"] is console._TQDM_INIT
+        parser.parse_args([])
+        assert vars(tqdm)["__init__"] is not console._TQDM_INIT
+    assert vars(tqdm)["__init__"] is console._TQDM_INIT
 
 
 def test_values_and_a_runs_keys_stay_as_they_are():

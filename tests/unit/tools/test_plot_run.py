@@ -135,6 +135,19 @@ def test_what_differs(tmp_path):
     assert differences([*runs[1:], unknown]) == {"adapter.method": ["lora", "hdpissa", "?"]}
 
 
+def test_a_configuration_that_cannot_be_read(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Is no reason to draw nothing: as that of another user, say."""
+    folder = write_run(tmp_path / "run", records_of(2))
+
+    def refuse(path: Path, **how: object) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    run = read_run(folder, "run")
+    assert run.curves["loss"].steps == [1, 2]
+    assert (run.config, run.notes) == ({}, [f"{folder}/environment.jsonl: cannot be read: Permission denied"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures and the page
 
@@ -196,6 +209,27 @@ def test_figures_of_one_run(several):
     assert legends["slice_grad_norm"] == ["0", "10", "19"]
     assert legends["validation"] == ["maths", "plain"]
     assert legends["loss"] == []
+
+
+def test_every_figure_has_a_file_of_its_own():
+    """Whatever a user's metrics are called."""
+    pytest.importorskip("matplotlib")
+    names = [
+        "loss",
+        "peak_memory_gib",
+        "loss/aux",
+        "Memory/x",
+        "a b/x",
+        "a-b/x",
+        "a-b-2/x",
+        "others/x",
+        "/x",
+        "é" * 300 + "/x",
+    ]
+    run = Run("run", Path(), {name: Curve([1, 2], [1.0, 2.0]) for name in names}, {}, [])
+    drawn = [picture.name for picture in pictures_of([run], ["run"])]
+    families = ["loss-2", "Memory-2", "a-b", "a-b-2", "a-b-2-2", "others-2", "family", "é" * 60]
+    assert drawn == ["loss", *families, "memory"]
 
 
 def test_the_page_is_whole_and_alone(several):

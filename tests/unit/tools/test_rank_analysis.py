@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from tests.kit import runs
 from tests.kit.commands import call_tool, error_lines
+from titan_hd.errors import UserError
 
 EXACT = 1e-6  # of the largest singular value
 SIZES = {"num_key_value_heads": 2, "hidden_size": 24}
@@ -115,7 +116,7 @@ def test_pictures_or_one_warning(tmp_path, caplog):
     assert any("no weight differs" in r.getMessage() for r in caplog.records)
 
 
-def test_a_report_from_the_tables_alone(tmp_path):
+def test_a_report_from_the_tables_alone(tmp_path, monkeypatch: pytest.MonkeyPatch):
     write_trained(tmp_path / "one", tmp_path / "base")
     out, again = tmp_path / "out", tmp_path / "again"
     first = analyse(tmp_path / "base", tmp_path / "one", f"same={tmp_path / 'base'}", "--output", out)
@@ -125,25 +126,68 @@ def test_a_report_from_the_tables_alone(tmp_path):
     for picture in out.glob("*.png"):
         assert (again / picture.name).read_bytes() == picture.read_bytes()
 
-    def refused() -> str:
-        (line,) = error_lines(call_tool(rank_analysis.main, "--report", out, "--output", again))
-        return line
+    def stop(spectrum: Path, *rest: object) -> None:
+        assert spectrum.exists()
+        raise UserError("stopped")
 
-    spectrum = out / "spectrum.csv"
-    text = spectrum.read_text()
-    head, line, *_ = text.splitlines(keepends=True)
-    spectrum.write_text(head + line)
-    assert "spectrum.csv: lacks layer 0 k_proj of one" in refused()
-    spectrum.write_text(head + line.rpartition(",")[0] + ",much\n")
-    assert "spectrum.csv, line 2: its columns index, value must be numbers" in refused()
-    spectrum.unlink()
-    assert f"{spectrum}: is not there" in refused()
-    assert "give either BASE and TRAINED, or --report DIR" in refused_options(out)
+    monkeypatch.setattr(rank_analysis, "compute", stop)
+    assert analyse(tmp_path / "base", tmp_path / "one", "--output", out).returncode == 2
+    assert not (out / "ranks.csv").exists(), "the ranks of other spectra"
 
 
-def refused_options(out: Path) -> str:
-    (line,) = error_lines(call_tool(rank_analysis.main, "base", "--output", out))
-    return line
+SPECTRUM = "run,layer,kind,index,value\na,0,q_proj,1,2.0\na,0,q_proj,2,1.0\na,0,q_proj,3,0.02\n"
+RANKS = (
+    "run,layer,kind,values,above,entropy,stable,largest,relative_norm,floor,above_floor\n"
+    "a,0,q_proj,3,3,1.9,1.25,2.0,0.1,0.001,3\n"
+)
+
+
+def report_of(folder: Path, *options: object, spectrum: str = SPECTRUM, ranks: str = RANKS):
+    for name, text in (("spectrum.csv", spectrum), ("ranks.csv", ranks)):
+        (folder / name).write_text(text, encoding="latin-1")
+    return call_tool(rank_analysis.main, "--report", folder, "--output", folder / "out", *options)
+
+
+def test_a_report_counts_by_its_own_threshold(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """The files were written with another one."""
+    drawn = []
+    monkeypatch.setattr(rank_analysis.rank_plots, "plot", lambda folder, deltas, *others: drawn.append(deltas))
+    heading, row, _ = report_of(tmp_path, "--threshold", 0.1).stdout.splitlines()
+    assert "> 0.1 max" in heading
+    assert row.split()[:4] == ["a", "q_proj", "3.0", "2.0"]
+    (delta,) = drawn[0]["a"]
+    assert (delta.rank.above, delta.rank.entropy, delta.rank.stable) == (2, 1.9, 1.25)
+
+
+def test_tables_that_are_none(tmp_path):
+    def refused(*options: object, **files: str) -> str:
+        (line,) = error_lines(report_of(tmp_path, *options, **files))
+        return line.removeprefix("titan_hd: error: ").replace(f"{tmp_path}/", "")
+
+    heading = RANKS.partition("\n")[0]
+    cut = "has 2 of the 3 values of layer 0 q_proj of a; make both files again"
+    assert refused(spectrum=SPECTRUM.rpartition("a,")[0]) == f"spectrum.csv: {cut}"
+    assert refused(spectrum=SPECTRUM.partition("\n")[0]).startswith("spectrum.csv: has 0 of the 3 values of layer 0")
+    assert refused(ranks=heading) == "ranks.csv: lacks layer 0 q_proj of a; make both files again"
+    assert refused(ranks=heading, spectrum=SPECTRUM.partition("\n")[0]) == "ranks.csv: has no weight"
+    assert refused(ranks="") == "ranks.csv: has no column run; it must be one that this tool wrote"
+    numbers = "line 2: its columns layer, index, value must be numbers"
+    assert refused(spectrum=SPECTRUM.replace("a,0", "a,x")) == f"spectrum.csv, {numbers}"
+    assert refused(spectrum=SPECTRUM.replace("2.0", "much")) == f"spectrum.csv, {numbers}"
+    assert refused(spectrum=SPECTRUM[:-7]).startswith("spectrum.csv, line 4: its columns layer,")
+    assert refused(ranks=RANKS.replace("a,0", "\xe9,0")).startswith(
+        "ranks.csv: cannot be read as a table: 'utf-8' codec"
+    )
+    for option in ("--kinds", "--layers", "--device"):
+        assert refused(option, "0").startswith(f"{option}: says what is decomposed; --report draws all")
+    assert refused("base").startswith("BASE: says what is decomposed")
+    assert refused("base", "trained").startswith("give either BASE and TRAINED, or --report DIR")
+    (tmp_path / "empty").mkdir()
+    (line,) = error_lines(call_tool(rank_analysis.main, "--report", tmp_path / "empty", "--output", tmp_path / "out"))
+    assert "spectrum.csv: is not there" in line
+    (line,) = error_lines(call_tool(rank_analysis.main, "base", "--output", tmp_path / "out"))
+    assert "give either BASE and TRAINED, or --report DIR" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_refused(tmp_path):

@@ -35,6 +35,7 @@ def test_the_first_difference(other: Trained, difference: str):
 def write_run(folder: Path, weight: float) -> Path:
     (folder / "hf").mkdir(parents=True)
     lines = [json.dumps({"step": step, "loss": 1 / step, "grad_norm": 0.1, "lr": 1.0}) for step in (1, 2, 3)]
+    lines.insert(1, json.dumps({"step": 1, "validation_loss": 2.0}))
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     save_file({"b": np.zeros(2, np.float32), "a": np.array([weight], np.float32)}, folder / "hf" / "model.safetensors")
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import compare_methods
@@ -12,6 +13,7 @@ from compare.wandb_sweep import SweepSettings, write_sweep
 from tests.kit import runs
 from tests.kit.commands import REPOSITORY, call_tool
 from titan_hd.config import manager
+from titan_hd.errors import UserError
 
 yaml = pytest.importorskip("yaml")
 utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
@@ -48,8 +50,10 @@ def test_the_sweeps_of_a_comparison(tmp_path: Path):
         "optimizer.lr": {"values": [0.0001, 0.001, 0.01]},
         "training.seed": {"values": [42, 43]},
     }
-    shell, flag, script, program, *arguments = started_by_the_agent(sweep, {"optimizer.lr": 1e-05, "training.seed": 43})
-    assert (shell, flag, program) == ("/bin/sh", "-c", str(REPOSITORY / "run_train.sh"))
+    values = {"optimizer.lr": 1e-05, "training.seed": 43}
+    env, workers, shell, flag, script, program, *arguments = started_by_the_agent(sweep, values)
+    assert (env, workers, shell, flag) == ("/usr/bin/env", "NGPU=1", "/bin/sh", "-c")
+    assert program == str(REPOSITORY / "run_train.sh")
     assert script == f'exec "$0" "$@" --job.dump_folder=\'{folder}/sweeps/hdpissa+num_adapters=2\'/"$WANDB_RUN_ID"'
     config = manager.load([*arguments, "--job.dump_folder=x"])
     assert (config.optimizer.lr, config.training.seed, config.hdpissa.num_adapters) == (1e-05, 43, 2)
@@ -68,3 +72,7 @@ def test_what_is_drawn_between_the_ends_of_an_axis(tmp_path: Path):
         "training.seed": {"values": [42]},
     }
     assert (sweep["run_cap"], sweep["metric"]["goal"], "entity" in sweep) == (18, "maximize", False)
+    assert sweep["command"][0] == "/bin/sh", "the agent's own number of workers"
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/sweeps: cannot be written: Not a directory$"):
+        write_sweep(arm, [], dataclasses.replace(settings, folder=tmp_path / "file"))

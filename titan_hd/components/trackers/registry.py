@@ -37,9 +37,19 @@ def tracker_class(name: str) -> type[Tracker]:
         UserError: there is none, it is no tracker, or its package is not installed.
     """
     cls = TRACKERS.get(name) or _imported(name)
-    if cls.package and find_spec(cls.package) is None:
+    if cls.package and not _installed(cls.package):
         raise UserError(f"needs the package {cls.package}: pip install {cls.package}")
     return cls
+
+
+def _installed(package: str) -> bool:
+    """Whether there is such a package; to look for a.b imports a."""
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+    except Exception as error:
+        raise UserError(f"the package {package} cannot be imported: {type(error).__name__}: {error}") from None
 
 
 def _imported(name: str) -> type[Tracker]:
@@ -78,11 +88,10 @@ class Trackers:
     def __init__(self, config: JobConfig, first_step: int, run_ids: dict[str, str], went_back: bool):
         self._running: dict[str, Tracker] = {}
         self._known = run_ids
-        for name in tracker_names(config.metrics):
-            self._running[name] = tracker = tracker_class(name)()
+        _LIVING.append(self)  # first: one that hangs may be interrupted when others have started
+        for name, key in tracker_names(config.metrics).items():
             run = TrackedRun(config, first_step, run_ids.get(name), went_back)
-            self._call(name, "cannot start", lambda tracker=tracker, run=run: tracker.start(run))
-        _LIVING.append(self)
+            self._call(name, f"{key}: {{}} cannot start", lambda name=name, run=run: self._start(name, run))
 
     @property
     def run_ids(self) -> dict[str, str]:
@@ -92,24 +101,30 @@ class Trackers:
     def each(self, what: Callable[[Tracker], object]) -> None:
         """Call every tracker."""
         for name, tracker in list(self._running.items()):
-            self._call(name, "failed", lambda tracker=tracker: what(tracker))
+            self._call(name, "{} failed", lambda tracker=tracker: what(tracker))
 
     def finish(self, failed: bool = False) -> None:
+        """End every tracker; called again, nothing. failed: the run ends by an error."""
         self.each(lambda tracker: tracker.finish(failed))
         self._running.clear()
         if self in _LIVING:
             _LIVING.remove(self)
 
+    def _start(self, name: str, run: TrackedRun) -> None:
+        self._running[name] = tracker = tracker_class(name)()
+        tracker.start(run)
+
     def _call(self, name: str, trouble: str, function: Callable[[], object]) -> None:
-        """What a tracker raises ends it, and nothing else."""
+        """What a tracker raises ends it, and nothing else. trouble: for the warning, with {} for the tracker."""
         try:
             function()
         except Exception as error:
-            tracker = self._running.pop(name)
-            if tracker.run_id:
+            tracker = self._running.pop(name, None)  # None: there is none, for it could not be made
+            if tracker and tracker.run_id:
                 self._known = self._known | {name: tracker.run_id}
             reason = " ".join(str(error).split()) or type(error).__name__
-            logger.warning("%s %s (%s); going on without it", tracker.title or name, trouble, reason)
+            title = tracker.title if tracker else ""
+            logger.warning("%s (%s); going on without it", trouble.format(title or name), reason)
 
 
 _LIVING: list[Trackers] = []  # of this process

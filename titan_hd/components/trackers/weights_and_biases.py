@@ -28,6 +28,7 @@ class WandbTracker(Tracker):
     title, package = "wandb", "wandb"
 
     def start(self, run: TrackedRun) -> None:
+        """Start or resume a run of wandb, and log again what its history lacks of an earlier part of ours."""
         m = run.config.metrics
         self._run = WandbRun(
             str(run.folder),
