@@ -47,6 +47,10 @@ def test_a_run_goes_on_from_a_store(workers, tmp_path: Path, request, protocol: 
     url = f"s3://bucket/{tmp_path.name}" if protocol == "s3" else f"file://{tmp_path}/store"
     want = workers.run(2, runs.train, tiny_run(tmp_path, "want", training__steps=8, checkpoint__enable="false"))[0]
     argv = tiny_run(tmp_path, "dump", training__steps=8, checkpoint__folder=url)
+    if protocol == "s3":
+        for said in workers.run(2, train_with, variables, argv):
+            assert said == f"{url}: cannot be written: The specified bucket does not exist"
+        open_url(url).store.mkdir("bucket")
     losses = workers.run(2, train_with, variables, argv, 4)[0]
     assert losses == want[:4]
     assert workers.run(2, train_with, variables, argv)[0] == want[4:]

@@ -297,7 +297,7 @@ class Checkpointer:
             except UserError as error:
                 fault = str(error)
             except OSError as error:
-                fault = f"{self.files.folder}: what a save has left there cannot be removed: {error}"
+                fault = f"{self.files.folder}: cannot be written: {error}"
         steps, fault = self._from_rank_zero((steps, fault))
         if fault:
             raise UserError(fault)

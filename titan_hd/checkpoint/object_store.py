@@ -41,7 +41,10 @@ def open_url(url: str) -> StorePath:
         from fsspec.core import url_to_fs
 
         # Another process writes there, too: a listing that is remembered is an old one.
-        store, path = url_to_fs(url.rstrip("/"), use_listings_cache=False)
+        options: dict[str, Any] = {"use_listings_cache": False}
+        if url.startswith(("file:", "local:")):  # the one that has folders, which must be made
+            options["auto_mkdir"] = True
+        store, path = url_to_fs(url.rstrip("/"), **options)
     except (ImportError, ValueError) as error:
         extra = 'pip install "titan_hd[remote]" has s3://'
         raise UserError(f"checkpoint.folder: {url}: cannot be opened: {error}; {extra}") from None
@@ -103,7 +106,6 @@ class StorePath:
     def copy_to(self, other: StorePath) -> None:
         """Of a checkpoint all files, the manifest last."""
         with _as_os_errors():
-            self.store.makedirs(other.path, exist_ok=True)
             for name in sorted(self.sizes(), key=lambda name: name == MANIFEST):
                 self.store.cp_file((self / name).path, (other / name).path)
 
@@ -148,6 +150,9 @@ class ObjectStore(CheckpointFolder):
         return (self.folder / f"step-{step}" / MANIFEST).is_file()
 
     def clear_partial(self) -> None:
+        """As for folders; a store that cannot be written to, or is not there, is found out here and not after hours."""
+        write_text(self.folder / "can_be_written", "")
+        self._remove_file("can_be_written")
         for name in self._names():
             if name.startswith("step-") and not (self.folder / name / MANIFEST).is_file():
                 (self.folder / name).remove()
@@ -157,8 +162,6 @@ class ObjectStore(CheckpointFolder):
         if self.holds(step):
             self.set_aside(step)
         place.remove()
-        with _as_os_errors():
-            place.store.makedirs(place.path, exist_ok=True)
         return place
 
     def discard(self, step: int) -> None:

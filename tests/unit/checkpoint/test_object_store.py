@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.unit.checkpoint.test_folder import STATE, best_of, save
+from tests.kit.checkpoints import STATE, best_of, save
 from titan_hd.checkpoint.folder import (
     BEST,
     MANIFEST,

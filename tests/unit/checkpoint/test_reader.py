@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from tests.kit.checkpoints import Run
 from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.errors import UserError
 
@@ -27,14 +28,6 @@ def test_what_dcp_wrote_is_read(folder: Path):
     got = {name: torch.zeros_like(value) for name, value in TENSORS.items() if name != "step"}
     dcp.load(got, storage_reader=reader, no_dist=True)
     assert all(torch.equal(got[name], TENSORS[name]) for name in got)
-
-
-class Run:
-    def __init__(self, function, *arguments):
-        self.made = function, arguments
-
-    def __reduce__(self):
-        return self.made
 
 
 @pytest.mark.parametrize("function", [open, eval, getattr, print, torch.load, Path.unlink])

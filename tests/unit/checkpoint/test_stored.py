@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from tests.unit.checkpoint.test_reader import Run
+from tests.kit.checkpoints import Run
 from titan_hd.checkpoint import pieces, stored_tensor
 from titan_hd.checkpoint.pieces import owned_pieces, stored_tensors
 from titan_hd.checkpoint.reader import TABLE, CheckpointReader
