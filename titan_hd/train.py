@@ -40,7 +40,7 @@ from titan_hd.data.loader import Batch, GlobalBatches, ReadAhead, TrainLoader, l
 from titan_hd.distributed.collectives import check_equal_on_all_ranks, on_rank_zero, raise_on_all
 from titan_hd.distributed.parallel_dims import AdapterPlacement, ParallelDims
 from titan_hd.distributed.shards import init_weights, load_weights, materialize
-from titan_hd.distributed.watch import enter_phase
+from titan_hd.distributed.watch import enter_phase, waiting
 from titan_hd.distributed.weight_gathers import WeightGathers, gathered_bytes, sums_gradients_once
 from titan_hd.errors import UserError
 from titan_hd.export.hf import export_hf
@@ -78,7 +78,8 @@ class Trainer:
         self.config, self.plan, self.device, self.overview = config, plan, device, overview
         self.signals = signals or StopSignals()
         self.stop_status = 0  # all workers' agreement on `signals.status`
-        self.dims = ParallelDims(plan.dp_replicate, plan.dp_shard, device.type, plan.tp)
+        timeout = config.comm.init_timeout_seconds
+        self.dims = ParallelDims(plan.dp_replicate, plan.dp_shard, device.type, plan.tp, timeout)
         self.placement = AdapterPlacement(
             plan.method.shares,
             self.dims.dp_size,
@@ -160,7 +161,7 @@ class Trainer:
         """Weights and what is trained: from the chosen checkpoint, or from the model directory and the SVD."""
         c = self.config
         self.checkpointer = Checkpointer(
-            checkpoint_folder(c), c.checkpoint.async_mode == "async", c.comm.init_timeout_seconds
+            checkpoint_folder(c), c.checkpoint.async_mode == "async", c.comm.save_timeout_seconds
         )
         self._closing.callback(self.checkpointer.close)
         self.best = BestValidation(c, self.validator.measured_on() if self.validator else {})
@@ -272,13 +273,23 @@ class Trainer:
         self.phases.begin_step("data")
         batches = self._read_batches()
         counts = self._count_tokens(batches)
-        on_device = [batch.on(self.device) for batch in batches]
+        with waiting():
+            on_device = [batch.on(self.device) for batch in batches]
         self.phases.begin("optimizer")
         lr = self.config.optimizer.lr * lr_factor(self.config.lr_scheduler, self.step, self.total_steps)
         self.update.begin_step(lr, self.step)
+        with waiting():
+            loss, norm = self._compute(on_device, counts, lr)
+            self.gathers.after_step(max(batch.input_ids.shape[1] for batch in batches))
+        self.step += 1
+        return StepResult(loss / max(1, sum(counts.trained)), norm, lr, *counts[1:])
+
+    def _compute(self, batches: list[Batch], counts: TokenCounts, lr: float) -> tuple[float, float]:
+        """The step's work on the device. batches: there. Returns the sum of all workers' losses, and the gradients'
+        norm."""
         self.phases.begin("forward_backward")
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for m, batch in enumerate(on_device):
+        for m, batch in enumerate(batches):
             self.gathers.before_micro_batch(m)
             loss_sum += self._forward_backward(m, batch, counts.trained[self.placement.adapter(m)])
         self.phases.begin("optimizer")
@@ -287,9 +298,7 @@ class Trainer:
         self.phases.begin(self.update.apply_phase)
         self.update.apply(lr, self.step)
         self.phases.end()
-        self.gathers.after_step(max(batch.input_ids.shape[1] for batch in batches))
-        self.step += 1
-        return StepResult(loss / max(1, sum(counts.trained)), norm, lr, *counts[1:])
+        return loss, norm
 
     def _read_batches(self) -> list[Batch]:
         if not self.config.data.streaming:
@@ -381,6 +390,7 @@ class Trainer:
                 self.checkpointer.tell_of_best(self.step)
         if self.config.export.enable and not stopped:
             self.update.settle()
+            set_timeout(self.config.comm.export_timeout_seconds, but_not=self.checkpointer.groups)
             export = export_peft if self.config.export.format == "peft" else export_hf
             export(self.model, self.dims, self.config, self.answering)
         if failure:
@@ -422,7 +432,8 @@ class Trainer:
         """What the last step, and all of them, have done to the weights; on the console only from where to where the
         values go."""
         enter_phase(f"measuring step {self.step}")
-        values = self.changes.measure(last.grad_norm)
+        with waiting():
+            values = self.changes.measure(last.grad_norm)
         self.metrics.log_detail(self.step, values)
         logger.info("step %d  %s", self.step, ranges(values))
 
@@ -432,7 +443,7 @@ class Trainer:
         enter_phase(f"validation after step {self.step}")
         assert self.validator is not None
         what, batches = f"validation after step {self.step}", self.validator.batches()
-        with Progress(what, batches, "batches", shown=self.dims.rank == 0) as progress:
+        with waiting(), Progress(what, batches, "batches", shown=self.dims.rank == 0) as progress:
             values = self.validator.run(self.model, progress.update)
         self.metrics.log(self.step, values)
         for name, rows in self.validator.shown.items():

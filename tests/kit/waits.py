@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import titan_hd
+from titan_hd.distributed import watch
 
 _aten = torch.ops.aten
 # A value that Python asks for; a tensor of Python's values, which a GPU gets by a copy; shapes that depend on values.
@@ -27,7 +28,8 @@ _METHODS = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy}  # which 
 
 
 class HostWaits:
-    """While it is entered, `places` collects every operation for which a host would wait for its device, and where.
+    """While it is entered, `places` collects every operation for which a host would wait for its device, where, and
+    whether it is not in `watch.waiting`.
 
     Work that is the host's own on a GPU as well, on tensors that lie there, is to be wrapped by `host`.
     """
@@ -78,7 +80,8 @@ class HostWaits:
 
     def _seen(self, name: str) -> None:
         if self._counting:
-            self.places.append(f"{name} in {_caller()}")
+            marked = "" if watch._now.waits else ", not marked as a wait"
+            self.places.append(f"{name} in {_caller()}{marked}")
 
 
 def _caller() -> str:

@@ -26,6 +26,9 @@ def _serve(rank: int, connection) -> None:
     torch.set_num_threads(1)
     import torch.distributed as dist
 
+    from titan_hd.distributed.groups import LAZY
+
+    os.environ.update(LAZY)  # as in a run
     while (job := connection.recv()) is not None:
         world_size, store, function, args, kwargs = job
         try:

@@ -36,7 +36,8 @@ from titan_hd.checkpoint.table import TableOfContents
 from titan_hd.checkpoint.writer import Entry, bytes_of, check_space, write_pieces
 from titan_hd.components.best_validation import Best
 from titan_hd.console import Progress
-from titan_hd.distributed.collectives import on_rank_zero, raise_on_all
+from titan_hd.distributed.collectives import on_rank_zero
+from titan_hd.distributed.watch import enter_phase
 from titan_hd.errors import UserError
 from titan_hd.files import shown_size
 
@@ -99,7 +100,7 @@ class Checkpointer:
         self.files = files
         # Its own time-out: the slowest disk may take longer than any collective of the training.
         self._timeout = datetime.timedelta(seconds=timeout_seconds)
-        group = dist.new_group(backend="gloo", timeout=self._timeout)
+        group = dist.new_group(backend="gloo", timeout=self._timeout, group_desc="checkpoints")
         assert isinstance(group, dist.ProcessGroup)  # of all ranks
         self._world = group
         self._writers_group: dist.ProcessGroup | None = None  # None on other ranks
@@ -192,7 +193,7 @@ class Checkpointer:
         self.writers, self._entries, self._table = writers, None, TableOfContents()
         self._writers_group = self._world
         if len(writers) < len(takes_part):
-            group = dist.new_group(writers, backend="gloo", timeout=self._timeout)
+            group = dist.new_group(writers, backend="gloo", timeout=self._timeout, group_desc="checkpoint_writers")
             self._writers_group = group if isinstance(group, dist.ProcessGroup) else None
 
     def _writing(self, step: int, tensors: dict[str, torch.Tensor]) -> Progress:
@@ -339,11 +340,13 @@ class Checkpointer:
             for name in mine:
                 found += [line] if (line := damage(folder / name, files[name])) else []
                 progress.update(files[name]["size"])
-        if fault:
-            return [fault]
-        any_found = torch.tensor(len(found))
-        dist.all_reduce(any_found, group=self._world)
-        if not any_found:
+        return [fault] if fault else self._all_lines(found)
+
+    def _all_lines(self, found: list[str]) -> list[str]:
+        """The lines of all ranks, on every rank. Where there are none, one number travels."""
+        count = torch.tensor(len(found))
+        dist.all_reduce(count, group=self._world)
+        if not count:
             return []
         everywhere: list[list[str]] = [[]] * dist.get_world_size()
         dist.all_gather_object(everywhere, found, group=self._world)
@@ -373,8 +376,13 @@ class Checkpointer:
         Raises:
             UserError: on all ranks, if a file cannot be read on one.
         """
-        with (
-            raise_on_all("reading the checkpoint"),
-            Progress(f"reading {reader.folder.name}", shown=dist.get_rank() == 0),
-        ):
-            reader.fill(tensors)
+        enter_phase("reading the checkpoint")
+        faults = []
+        with Progress(f"reading {reader.folder.name}", shown=dist.get_rank() == 0):
+            try:
+                reader.fill(tensors)
+            except UserError as error:
+                faults.append(str(error))
+            faults = self._all_lines(faults)
+        if faults:
+            raise UserError("\n".join(dict.fromkeys(faults)))

@@ -42,7 +42,7 @@ from titan_hd.distributed.shards import adapter_parameters, base_parameters
 from titan_hd.distributed.update.fold import Fold, FoldSettings, refuse_non_finite
 from titan_hd.distributed.update.plan import UpdatePlan, plan_update
 from titan_hd.distributed.update.topology import WIRE_BYTES, Topology
-from titan_hd.distributed.watch import enter_phase
+from titan_hd.distributed.watch import enter_phase, waiting
 from titan_hd.models.decoder import Decoder
 from titan_hd.seeding import stable_seed
 
@@ -83,7 +83,7 @@ class Update:
     def first_values(self) -> Iterator[Reports]:
         """Set what is trained, from the weights and the seed, in waves of layers. Collective.
 
-        Yields what there is to say of each wave's decompositions, on rank 0 at least.
+        Yields what there is to say of each wave's decompositions, on rank 0.
         """
         raise NotImplementedError
 
@@ -124,7 +124,8 @@ class Update:
     def settle(self) -> None:
         """Wait until what lies on the host, of weights and moments, is what the last step made of it."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            with waiting():
+                torch.cuda.synchronize(self.device)
 
     def start(self, total_steps: int) -> None:
         """All values are there; the first step may come. Collective. total_steps: of the whole run."""

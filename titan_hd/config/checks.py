@@ -41,6 +41,8 @@ _AT_LEAST = {
     "profiling.profile_freq": 1,
     "comm.init_timeout_seconds": 1,
     "comm.train_timeout_seconds": 1,
+    "comm.save_timeout_seconds": 1,
+    "comm.export_timeout_seconds": 1,
     "checkpoint.interval": 1,
     "checkpoint.keep_latest_k": 0,
     "checkpoint.load_step": -1,

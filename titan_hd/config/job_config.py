@@ -383,6 +383,12 @@ class Comm:
     """Time-out of collectives until the first step is done (loading, SVD, compilation)."""
     train_timeout_seconds: int = 300
     """Time-out of collectives after the first step."""
+    save_timeout_seconds: int = 1800
+    """Time-out of collectives by which a checkpoint is checked, read and written, at the start as well: how long ranks
+    wait for the one with the slowest disk."""
+    export_timeout_seconds: int = 1800
+    """Time-out of collectives after the last step, of the export: how long ranks wait for the one with the slowest
+    disk."""
 
 
 @dataclass

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from titan_hd.adapters.adapter_linear import AdapterLinear, adapter_layers
+from titan_hd.distributed.collectives import gather_on_rank_zero
 from titan_hd.distributed.parallel_dims import ParallelDims, owned_block
 from titan_hd.distributed.regroup import collect, cut, hand_back, sharded, waves
 from titan_hd.models.decoder import Decoder
@@ -23,7 +23,7 @@ from titan_hd.seeding import stable_seed
 def initialize_adapters(model: Decoder, dims: ParallelDims, seed: int) -> Iterator[list[dict[str, Any]]]:
     """Set the tensors of every adapted layer and, for methods that change it, the base weight. Collective.
 
-    Yields the reports of each wave of layers, on every rank. Deterministic on any number of workers.
+    Yields the reports of each wave of layers, on rank 0. Deterministic on any number of workers.
     """
     layers = adapter_layers(model)
     for layer in layers.values():
@@ -54,9 +54,7 @@ def _initialize_wave(wave: list[AdapterLinear], dims: ParallelDims, seed: int) -
         tensors = [sharded(getattr(layer, key)) for layer in wave]
         for tensor, part in zip(tensors, hand_back(tensors, values.get(key), dims)):
             tensor.local.copy_(part)
-    reports: list[dict | None] = [None] * dims.world_size
-    dist.all_gather_object(reports, report)
-    return [r for r in reports if r]
+    return gather_on_rank_zero(report or None)
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:

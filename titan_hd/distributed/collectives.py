@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from titan_hd.distributed.watch import enter_phase
+from titan_hd.distributed.watch import enter_phase, waiting
 from titan_hd.errors import UserError
 
 T = TypeVar("T")
@@ -89,6 +90,46 @@ def check_equal_on_all_ranks(key: str, value: str) -> None:
     )
 
 
+def gather_on_rank_zero(value: T | None, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What the ranks have to tell, on the first rank of a group, in the order of the ranks; nothing on the others.
+    Collective.
+
+    value: picklable; None where a rank has nothing to tell. group: None: all ranks.
+
+    A tree: a rank takes what rank + 1, + 2, + 4, ... have, as long as it is the lower of the two, and passes it on. So
+    none hears from more than log2(N) others, where torch's `gather_object` has the first rank connected to all, with
+    room for as many messages of the largest one's size.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    told = {} if value is None else {rank: value}
+    step = 1
+    while step < size and not rank & step:
+        if rank + step < size:
+            told |= _receive(rank + step, group)
+        step *= 2
+    if rank:
+        _send(told, rank - step, group)
+        return []
+    return [told[rank] for rank in sorted(told)]
+
+
+def _send(told: dict[int, Any], to: int, group: dist.ProcessGroup | None) -> None:
+    message = torch.frombuffer(bytearray(pickle.dumps(told)), dtype=torch.uint8) if told else torch.empty(0)
+    dist.send(torch.tensor(message.numel()), group=group, group_dst=to)
+    if told:
+        dist.send(message, group=group, group_dst=to)
+
+
+def _receive(sender: int, group: dist.ProcessGroup | None) -> dict[int, Any]:
+    size = torch.tensor(0)
+    dist.recv(size, group=group, group_src=sender)
+    if not size:
+        return {}
+    message = torch.empty(int(size), dtype=torch.uint8)
+    dist.recv(message, group=group, group_src=sender)
+    return pickle.loads(message.numpy().data)  # of a rank of this run
+
+
 # torch 2.13 deprecates the older names, 2.11 knows no others.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -160,7 +201,8 @@ def all_reduce(tensor: torch.Tensor, size: int, group: dist.ProcessGroup) -> dis
 
 def sum_in_place(tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
     """Over the members of a group."""
-    all_reduce(tensor, dist.get_world_size(group), group).wait()
+    with waiting():
+        all_reduce(tensor, dist.get_world_size(group), group).wait()
 
 
 def exchange_lists(send: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
@@ -172,6 +214,9 @@ def exchange_lists(send: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...
     flat = torch.cat([t.reshape(-1) for t in send])
     sizes = [math.prod(shape) for shape in shapes]
     received = flat.new_empty(sum(sizes))
-    dist.all_to_all_single(received, flat, sizes, [t.numel() for t in send])
+    with waiting():
+        dist.all_to_all_single(received, flat, sizes, [t.numel() for t in send])
+        if received.is_cuda:  # who is late is seen here, and not in the work that follows
+            torch.cuda.current_stream(received.device).synchronize()
     TRAFFIC.received += sum(size for i, size in enumerate(sizes) if i != dist.get_rank()) * flat.element_size()
     return [part.view(shape) for part, shape in zip(received.split(sizes), shapes)]

@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 
 from titan_hd.adapters.svd import FACTOR_SCALES, SvdSettings, cut_slices, exact_cost, random_factors
 from titan_hd.adapters.svd_cache import cached_factors
 from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
-from titan_hd.distributed.collectives import exchange_lists
+from titan_hd.distributed.collectives import exchange_lists, gather_on_rank_zero
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.regroup import Sharded, collect, waves
 
@@ -59,9 +58,7 @@ def compute_factors(
             factors = cut_slices(a, b, registry.num_adapters, registry.rank, settings.slices)
             del weight, a, b
         _deal(registry, dims, wave, factors)
-        reports: list[dict | None] | None = [None] * dims.world_size if dims.rank == 0 else None
-        dist.gather_object(report, reports)
-        yield [r for r in reports or () if r is not None]
+        yield gather_on_rank_zero(report)
 
 
 def _draw_factors(registry: AdapterRegistry, dims: ParallelDims, name: str, seed: int) -> None:

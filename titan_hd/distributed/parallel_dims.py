@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from titan_hd.distributed.groups import Groups
 from titan_hd.distributed.row_shards import shard_rows
 from titan_hd.errors import UserError
 
@@ -109,7 +110,9 @@ class Place(NamedTuple):
 
 @dataclass
 class ParallelDims:
-    """Meshes over the world, made in the order (dp_replicate, dp_shard, tp).
+    """Meshes over the world, made in the order (dp_replicate, dp_shard, tp). Collective.
+
+    timeout_seconds: of the groups' collectives; None: torch's default.
 
     Attributes:
         fsdp_mesh: what `fully_shard` gets: [dp_shard], or [dp_replicate, dp_shard] for HSDP.
@@ -121,6 +124,8 @@ class ParallelDims:
     dp_shard: int
     device_type: str
     tp: int = 1
+    timeout_seconds: float | None = None
+    groups: Groups = field(init=False, repr=False)
     world: DeviceMesh = field(init=False)
     fsdp_mesh: DeviceMesh = field(init=False)
     dp_mesh: DeviceMesh = field(init=False)
@@ -128,12 +133,11 @@ class ParallelDims:
     tp_rank: int = field(init=False)
 
     def __post_init__(self) -> None:
-        names = ("dp_replicate", "dp_shard", "tp")
-        self.world = init_device_mesh(
-            self.device_type, (self.dp_replicate, self.dp_shard, self.tp), mesh_dim_names=names
-        )
+        names, ranks = ("dp_replicate", "dp_shard", "tp"), torch.arange(self.world_size)
+        self.groups = Groups(self.device_type, self.timeout_seconds)
+        self.world = self.groups.mesh(ranks.view(self.dp_replicate, self.dp_shard, self.tp), names)
         self.fsdp_mesh = self.world[names[:2]] if self.dp_replicate > 1 else self.world["dp_shard"]
-        self.dp_mesh = self.world[names[:2]]._flatten("dp") if self.dp_replicate > 1 else self.world["dp_shard"]
+        self.dp_mesh = self.groups.mesh(ranks.view(self.dp_size, self.tp), ("dp", "tp"))["dp"]
         # Looked up once: every access by name builds a mesh of its own.
         self.dp_rank, self.tp_rank = self.dp_mesh.get_local_rank(), self.world["tp"].get_local_rank()
 
@@ -165,7 +169,7 @@ class ParallelDims:
         """[adapter, adapter_group, tp]: min(K, W) holders of adapters x workers that share one x tensor parallelism."""
         holders = min(num_adapters, self.dp_size)
         ranks = torch.arange(self.world_size).view(holders, -1, self.tp)
-        return DeviceMesh(self.device_type, ranks, mesh_dim_names=("adapter", "adapter_group", "tp"))
+        return self.groups.mesh(ranks, ("adapter", "adapter_group", "tp"))
 
 
 @dataclass(frozen=True)

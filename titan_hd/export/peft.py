@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from titan_hd import __version__
@@ -31,7 +30,7 @@ from titan_hd.config.job_config import JobConfig
 from titan_hd.console import Progress
 from titan_hd.data.build import NO_ANSWERS, Answering
 from titan_hd.distributed.adapter_init import collect_tensors
-from titan_hd.distributed.collectives import raise_on_all
+from titan_hd.distributed.collectives import gather_on_rank_zero, raise_on_all
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.regroup import collect, sharded, waves
 from titan_hd.export.hf import beside, check_folder, export_folder, publish, start_folder, write_answering
@@ -110,9 +109,7 @@ def _adapter_waves(model: Decoder, dims: ParallelDims, base: WeightFiles | None)
                     taken_out = _base_weight(base, name, frozen) - frozen
                 for key, value in peft_tensors(layer, tensors, frozen, taken_out).items():
                     mine[f"base_model.model.{name}.{key}"] = value.cpu().contiguous()
-        everyones: list[dict[str, torch.Tensor] | None] = [None] * dims.world_size
-        dist.gather_object(mine, everyones if dims.rank == 0 else None)
-        yield {key: value for part in everyones if part for key, value in part.items()}
+        yield {key: value for part in gather_on_rank_zero(mine or None) for key, value in part.items()}
 
 
 def _base_weight(base: WeightFiles, name: str, like: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ from titan_hd.console import printable
 from titan_hd.errors import UserError
 from titan_hd.fitting import device_memory, usable_bytes
 from titan_hd.preflight import plan_run
-from titan_hd.process.network import LOOPBACK, address_towards, addresses_of, interface_of
+from titan_hd.process.network import LOOPBACK, address_towards, addresses_of, allow_connections, interface_of
 from titan_hd.process.signals import REQUEUE, STATUS, outlives_terminal
 from titan_hd.process.streams import keep_streams
 from titan_hd.process.waiting import telling_of_nodes
@@ -98,6 +98,7 @@ def start_workers(args: argparse.Namespace, folder: Path) -> None:
 
     args: of `torchrun_arguments`. folder: gets errors.jsonl if a worker fails.
     """
+    allow_connections()
     _choose_network(args)
     least, most = run.parse_min_max_nnodes(args.nnodes)
     if least < most:

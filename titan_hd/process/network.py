@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import resource
 import socket
 import struct
 
 LOOPBACK = "127.0.0.1"
+_MOST_FILES = 65_536
 _SIOCGIFADDR = 0x8915  # <linux/sockios.h>: the IPv4 address of an interface
+
+
+def allow_connections() -> None:
+    """Let this process, and those that it starts, have as many files open as the system allows, up to 65,536. All ranks
+    are connected to the one that has the rendezvous store, and many a system's default is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):  # it stays as it was
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def address_towards(host: str) -> str:

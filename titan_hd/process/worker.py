@@ -25,12 +25,13 @@ from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
 from titan_hd.console import init_logging, silence_libraries
 from titan_hd.distributed.collectives import on_rank_zero
+from titan_hd.distributed.groups import LAZY
 from titan_hd.distributed.watch import Watch
 from titan_hd.errors import UserError
 from titan_hd.fitting import device_memory
 from titan_hd.overview import Overview, screen, version_line
 from titan_hd.preflight import RunPlan, plan_run
-from titan_hd.process.network import LOOPBACK
+from titan_hd.process.network import LOOPBACK, allow_connections
 from titan_hd.process.signals import StopSignals
 from titan_hd.process.streams import keep_streams
 from titan_hd.process.waiting import announce, missing_ranks, telling
@@ -90,8 +91,10 @@ def init_process(config: JobConfig, signals: StopSignals | None) -> torch.device
             if signals.status:
                 os._exit(signals.status)
 
-        # pyrefly: ignore[missing-attribute]: torch's stubs leave `clone` of stores out
-        own_store = dist.PrefixStore("watch", store.clone())
+        def own_store() -> dist.Store:
+            # pyrefly: ignore[missing-attribute]: torch's stubs leave `clone` of stores out
+            return dist.PrefixStore("watch", store.clone())
+
         _watch = Watch(own_store, rank, world_size, config.comm.init_timeout_seconds, leave)
     torch.set_float32_matmul_precision(config.training.float32_matmul_precision)
     if config.debug.deterministic:
@@ -111,6 +114,7 @@ def _join(backend: str, timeout: datetime.timedelta) -> dist.Store:
     # The store is there when all ranks have connected to it; those that a launcher starts have one already.
     others = f"the other {world_size - 1} ranks" if rank == 0 else f"rank 0 and the others of {world_size} ranks"
     waits = telling(lambda: f"rank {rank} waits at {place} for {others}")
+    allow_connections()
     try:
         with waits if local_rank == 0 else contextlib.nullcontext():  # one of a node is enough to say it
             store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
@@ -122,12 +126,21 @@ def _join(backend: str, timeout: datetime.timedelta) -> dist.Store:
         raise
     store = dist.PrefixStore(_attempt(), store)
     announce(store, rank)
+    with _telling_of_ranks(store, place, world_size) if rank == 0 else contextlib.nullcontext():
+        for name, value in LAZY.items():
+            os.environ.setdefault(name, value)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        # Returns when all are here, and connected to those that later collectives over the world need. Who connects to
+        # a rank that has gone may wait five times as long as the time-out says (gloo in torch 2.11 to 2.13).
+        dist.barrier()
+    return store
+
+
+def _telling_of_ranks(store: dist.Store, place: str, world_size: int) -> contextlib.AbstractContextManager[None]:
+    """`telling`, by rank 0, which ranks have not come yet. It asks on a connection of its own."""
     # pyrefly: ignore[missing-attribute]: torch's stubs leave `clone` of stores out
     own_store = store.clone()
-    waits = telling(lambda: f"rank 0 waits at {place} for {missing_ranks(own_store, world_size)}")
-    with waits if rank == 0 else contextlib.nullcontext():
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    return store
+    return telling(lambda: f"rank 0 waits at {place} for {missing_ranks(own_store, world_size)}")
 
 
 def _attempt() -> str:

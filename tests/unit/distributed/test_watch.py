@@ -1,15 +1,17 @@
 """Who is late, as told through a store; the clock is made short."""
 
+import json
 import threading
 import time
+import weakref
 
 import torch.distributed as dist
 
 from titan_hd.distributed import watch
 
 
-def lines(monkeypatch, capsys, tell, wait: float = 3.0) -> str:
-    """What is printed while this thread waits in torch, with a time-out of one second.
+def lines(monkeypatch, capsys, tell) -> str:
+    """What is printed while this thread stands still beyond a time-out of one second, in a place that is marked.
 
     tell: what ranks 1 and 2 say.
     """
@@ -18,10 +20,9 @@ def lines(monkeypatch, capsys, tell, wait: float = 3.0) -> str:
         store.set(f"rank {rank}", said)
     left = threading.Event()
     watch.enter_phase("step 3")
-    monkeypatch.setattr(watch, "_TORCH", threading.__file__)  # Event.wait stands for a collective
-    watch.Watch(store, 0, 3, 1.0, left.set)
-    time_up = threading.Event()
-    time_up.wait(wait)
+    watch.Watch(lambda: store, 0, 3, 1.0, left.set)
+    with watch.waiting():  # as for a device, in whose collective a rank is missing
+        time.sleep(2.5)
     watch.enter_phase("over", timed=False)
     assert left.is_set()
     return capsys.readouterr().err
@@ -39,10 +40,63 @@ def test_nobody_is_late_where_all_wait(monkeypatch, capsys):
     assert "nobody is late" in lines(monkeypatch, capsys, {1: said, 2: said})
 
 
+def test_a_collective_on_the_host_is_waiting(monkeypatch, capsys):
+    """Nobody marks it: the main thread is in torch's own code. Event.wait stands for it."""
+    left = threading.Event()
+    watch.enter_phase("reading the weights")
+    monkeypatch.setattr(watch, "_TORCH", threading.__file__)
+    watch.Watch(dist.HashStore, 0, 2, 0.5, left.set)
+    left.wait(2)
+    watch.enter_phase("over", timed=False)
+    assert "'reading the weights': rank 1 is late: it says nothing" in capsys.readouterr().err
+
+
 def test_work_of_our_own_is_no_waiting(capsys):
-    """A rank that computes or reads for long says nothing about others."""
+    """A rank that computes or reads for long says nothing about others, and tells them that it does not wait."""
+    store, connections = dist.HashStore(), []
     watch.enter_phase("reading the data")
-    watch.Watch(dist.HashStore(), 0, 2, 0.5, lambda: None)
-    time.sleep(1.5)
+    with watch.waiting():
+        pass  # that is over
+    watch.Watch(lambda: connections.append(1) or store, 0, 2, 0.5, lambda: None)
+    time.sleep(0.15)
+    assert not connections, "it has nothing to tell yet"
+    time.sleep(1)
     watch.enter_phase("over", timed=False)
     assert not capsys.readouterr().err
+    assert connections == [1]
+    assert not json.loads(store.get("rank 0"))["waits"]
+
+
+def test_who_moves_does_not_wait(capsys):
+    """Marked as work on a device, but it goes on: a slow rank, and perhaps the one that is late."""
+    store = dist.HashStore()
+    watch.enter_phase("step 4")
+    watch.Watch(lambda: store, 0, 2, 0.5, lambda: None)
+
+    def one() -> None:
+        time.sleep(0.02)
+
+    def another() -> None:
+        time.sleep(0.02)
+
+    with watch.waiting():
+        for _ in range(25):
+            one()
+            another()
+    watch.enter_phase("over", timed=False)
+    assert not capsys.readouterr().err
+    assert not json.loads(store.get("rank 0"))["waits"]
+
+
+def test_what_a_function_had_in_hand_goes_when_it_returns():
+    """Such as the tensors of a forward pass, of which a look at the main thread must not keep any."""
+    watch.enter_phase("step 5")
+    watch.Watch(dist.HashStore, 0, 2, 0.5, lambda: None)  # looks every 12.5 ms
+
+    def forward() -> weakref.ref:
+        tensor = threading.Event()
+        time.sleep(0.02)
+        return weakref.ref(tensor)
+
+    assert [forward()() for _ in range(10)] == [None] * 10
+    watch.enter_phase("over", timed=False)

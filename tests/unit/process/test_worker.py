@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from titan_hd.distributed.groups import LAZY
 from titan_hd.errors import UserError
 from titan_hd.process import worker
 
@@ -38,7 +39,8 @@ def test_it_leaves_no_process_behind():
 @pytest.fixture
 def alone(monkeypatch):
     """The environment of the only worker of a run; returns how it joins at a port."""
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**alone, **LAZY}.items():
         monkeypatch.setenv(name, value)
 
     def join(port: int) -> dist.Store:
