@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import subprocess
 import tarfile
@@ -171,8 +172,11 @@ def save_and_fail(argv: list[str]) -> dict[str, object]:
 
     run = runs.trainer(argv)
     saver, told = run.checkpointer, []
-    gather, write = saver._gather_on_rank_zero, checkpoint.write_pieces
-    saver._gather_on_rank_zero = lambda value: told.append(value.entries) or gather(value)
+    gather, write = checkpoint.gather_on_rank_zero, checkpoint.write_pieces
+
+    def gather_and_note(value: bytes, group) -> list[bytes]:
+        told.append(pickle.loads(value).entries)
+        return gather(value, group)
 
     def failing(error: Exception):
         def write_or_fail(folder, rank, pieces):
@@ -184,6 +188,7 @@ def save_and_fail(argv: list[str]) -> dict[str, object]:
 
     seen: dict[str, object] = {"failures": []}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "gather_on_rank_zero", gather_and_note)
         for error in (None, None, OSError(28, "No space left on device")):
             run.train_step()
             if error:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import pickle
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,7 +37,7 @@ from titan_hd.checkpoint.table import TableOfContents
 from titan_hd.checkpoint.writer import Entry, bytes_of, check_space, write_pieces
 from titan_hd.components.best_validation import Best
 from titan_hd.console import Progress
-from titan_hd.distributed.collectives import on_rank_zero
+from titan_hd.distributed.collectives import gather_on_rank_zero, on_rank_zero
 from titan_hd.distributed.watch import enter_phase
 from titan_hd.errors import UserError
 from titan_hd.files import shown_size
@@ -215,7 +216,8 @@ class Checkpointer:
 
         fault = self._on_rank_zero(start, self._writers_group)
         if not fault:
-            told = self._gather_on_rank_zero(self._write_own(partial, pieces))
+            # Pickled apart, so that rank 0's main thread gets Python's lock between them.
+            told = gather_on_rank_zero(pickle.dumps(self._write_own(partial, pieces)), self._writers_group)
             fault = self._publish(contents, told) if dist.get_rank() == 0 else None
         if fault and dist.get_rank() == 0:
             self.files.discard(contents.step)
@@ -235,19 +237,21 @@ class Checkpointer:
         self._entries = entries
         return _Written(news, files)
 
-    def _publish(self, contents: _Contents, told: list[_Written]) -> str | None:
-        """On rank 0: complete what all writers have written. Returns what the disk said against it.
+    def _publish(self, contents: _Contents, told: list[bytes]) -> str | None:
+        """On rank 0: complete what all writers have written, and told in pickles of `_Written`. Returns what the disk
+        said against it.
 
         Raises:
             RuntimeError: a writer had an error of another kind.
         """
         written: Files = {}
-        for rank, part in zip(self.writers, told):
+        parts: list[_Written] = [pickle.loads(one) for one in told]
+        for rank, part in zip(self.writers, parts):
             self._table.update(rank, part.entries)
             written |= part.files
-        if bug := next((part.bug for part in told if part.bug), None):
+        if bug := next((part.bug for part in parts if part.bug), None):
             raise RuntimeError(bug)
-        if fault := next((part.fault for part in told if part.fault), None):
+        if fault := next((part.fault for part in parts if part.fault), None):
             return fault
         try:
             path = self.files.partial(contents.step) / TABLE
@@ -268,12 +272,6 @@ class Checkpointer:
             except OSError as error:
                 fault = str(error)
         return self._from_rank_zero(fault, group)
-
-    def _gather_on_rank_zero(self, value: T) -> list[T]:
-        """The writers' values, on rank 0; an empty list on others."""
-        values: list[T] = [value] * len(self.writers) if dist.get_rank() == 0 else []
-        dist.gather_object(value, values or None, group=self._writers_group)
-        return values
 
     def _from_rank_zero(self, value: T, group: dist.ProcessGroup | None = None) -> T:
         """In the group of all ranks, if no other is given."""

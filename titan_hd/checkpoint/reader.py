@@ -159,10 +159,11 @@ class CheckpointReader(dcp.FileSystemReader):
         return {name: e for name, e in entries if is_stack(name) and isinstance(e, TensorStorageMetadata) and e.size}
 
     def _read_piece(self, stored: StoredTensor, items: list[tuple[int | None, ReadItem]], planner: LoadPlanner) -> None:
+        for _, item in items:
+            if item.type == LoadItemType.BYTE_IO:  # an object, as whose pickle DCP would run anything
+                raise ValueError(f"{item.storage_index.fqn} is no tensor")
         whole = stored.read(sum(math.prod(item.lengths) for _, item in items))
         for block, item in items:
-            if item.type == LoadItemType.BYTE_IO:  # DCP would run what it says
-                raise ValueError(f"{item.storage_index.fqn} is no tensor")
             if whole is None:
                 values = stored.read_part(block, item.storage_offsets, item.lengths)
             else:

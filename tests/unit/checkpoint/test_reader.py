@@ -38,6 +38,12 @@ def test_nothing_is_called(folder: Path, tmp_path: Path, function):
     assert not (tmp_path / "made").exists()
 
 
+def test_an_object_is_not_read_as_a_tensor(folder: Path):
+    """DCP would unpickle it, and run what it says."""
+    with pytest.raises(UserError, match="cannot be read: step is no tensor"):
+        CheckpointReader(folder).fill({"step": torch.tensor(0)})
+
+
 def test_other_tables_are_one_line(folder: Path):
     for content in (b"", b"torn", pickle.dumps({"a": 1}), pickle.dumps(torch.Size([3]))):
         (folder / ".metadata").write_bytes(content)
