@@ -455,7 +455,7 @@ class Trainer:
         """Save a checkpoint of this step, if there is none yet."""
         if self.checkpointer.last_step == self.step:
             return
-        enter_phase(f"saving after step {self.step}", timed=False)  # the checkpointer has a time-out of its own
+        enter_phase(f"saving after step {self.step}", timeout=self.config.comm.save_timeout_seconds)
         base = self.config.checkpoint.base
         state = {
             "step": self.step,
