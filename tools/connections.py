@@ -57,10 +57,10 @@ class Call(NamedTuple):
     root: int = 0
 
 
-# What ranks call on the host: over the world (`distributed/collectives.py`; objects reach rank 0 along the same steps
-# as a barrier), for checkpoints over the world again, and over the ranks that write them.
+# What ranks call on the host: over the world (`distributed/collectives.py`; objects reach rank 0 on the connections
+# of a broadcast), for checkpoints over the world again, and over the ranks that write them.
 # tests/distributed/test_connections.py has a run call nothing else.
-WORLD_CALLS = WRITERS_CALLS = {Call("barrier"), Call("allreduce_"), Call("broadcast_")}
+WORLD_CALLS = {Call("barrier"), Call("allreduce_"), Call("broadcast_")}
 CHECKPOINT_CALLS = {Call("allreduce_"), Call("broadcast_")}
 
 
@@ -155,10 +155,9 @@ def as_made(replicate: int, shard: int, tp: int, num_adapters: int) -> Row:
     assert not beside, "groups of a mesh have nccl alone"
     writing = writers(replicate, shard, tp, num_adapters)
     everybody = list(range(size))
-    # Where all ranks write, they do so in the checkpoints' group.
-    host = [(WORLD_CALLS, everybody), (CHECKPOINT_CALLS, everybody), (WRITERS_CALLS, writing)]
-    if len(writing) == size:
-        host = [(WORLD_CALLS, everybody), (CHECKPOINT_CALLS | WRITERS_CALLS, everybody)]
+    host = [(WORLD_CALLS, everybody), (CHECKPOINT_CALLS, everybody)]
+    if len(writing) < size:  # else they write in the checkpoints' group
+        host.append((CHECKPOINT_CALLS, writing))
     opened, read, written = [0] * size, 0, 0
     for calls, members in host:
         written += record * len(members)
