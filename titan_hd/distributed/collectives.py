@@ -96,19 +96,18 @@ def gather_on_rank_zero(value: T | None, group: dist.ProcessGroup | None = None)
 
     value: picklable; None where a rank has nothing to tell. group: None: all ranks.
 
-    A tree: a rank takes what rank + 1, + 2, + 4, ... have, as long as it is the lower of the two, and passes it on. So
-    none hears from more than log2(N) others, where torch's `gather_object` has the first rank connected to all, with
-    room for as many messages of the largest one's size.
+    The way back of gloo's broadcast, on its connections: rank 5 of 8 tells rank 1, which adds what 3 has told it, and
+    tells 0. So none hears from more than log2(N) others, where torch's `gather_object` has the first rank connected to
+    all, with room for as many messages of the largest one's size.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     told = {} if value is None else {rank: value}
-    step = 1
-    while step < size and not rank & step:
-        if rank + step < size:
+    first = 1 << rank.bit_length()  # the least power of two above the rank
+    for step in (1 << i for i in reversed(range(size.bit_length()))):
+        if step >= first and rank + step < size:
             told |= _receive(rank + step, group)
-        step *= 2
     if rank:
-        _send(told, rank - step, group)
+        _send(told, rank - first // 2, group)
         return []
     return [told[rank] for rank in sorted(told)]
 
