@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,15 +35,17 @@ _PACKAGE, _TORCH = str(Path(__file__).parent.parent), str(Path(torch.__file__).p
 
 class _Phase:
     name, since, timed = "starting", time.monotonic(), True
+    timeout: float | None = None
     waits = 0  # how many blocks of `waiting` the main thread is in
 
 
 _now = _Phase()
 
 
-def enter_phase(name: str, timed: bool = True) -> None:
-    """This rank begins another phase of the run. timed: the collectives' time-out holds for it."""
-    _now.name, _now.since, _now.timed = name, time.monotonic(), timed
+def enter_phase(name: str, timed: bool = True, timeout: float | None = None) -> None:
+    """This rank begins another phase of the run. timed: the collectives' time-out holds for it. timeout: of the phase's
+    collectives, if they have one of their own, in seconds."""
+    _now.name, _now.since, _now.timed, _now.timeout = name, time.monotonic(), timed, timeout
 
 
 @contextlib.contextmanager
@@ -84,43 +87,42 @@ class Watch:
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def _run(self) -> None:
-        place, still_since, reported = None, time.monotonic(), ""
+        place, still, still_since, reported = None, 0.0, time.monotonic(), ""
         while True:
             time.sleep(min(0.5, self.timeout / 40))  # short also where the time-out is about to become so
-            frame = sys._current_frames().get(self._main)
-            if frame is None or not _now.timed:
-                place = None
-                continue
-            phase, seconds = _now.name, time.monotonic() - _now.since
-            here = (id(frame), id(frame.f_code), frame.f_lasti, phase)
-            if place != here:
-                place, still_since = here, time.monotonic()
+            phase, seconds, timeout = _now.name, time.monotonic() - _now.since, _now.timeout or self.timeout
+            told, stands = seconds > _TELL * timeout, still > _STILL * timeout
+            seen = _look(self._main, keep=stands, where=told) if _now.timed else None
+            if seen is None or place != (*seen.place, phase):
+                place, still_since = seen and (*seen.place, phase), time.monotonic()
             still = time.monotonic() - still_since
-            waits = still > _STILL * self.timeout and _waits(frame)
+            if seen is None:
+                continue
+            waits = still > _STILL * timeout and (seen.in_torch or _now.waits > 0)
             try:
-                if seconds > _TELL * self.timeout:
+                if told:
                     store = self._store = self._store or self._connect()
-                    self._tell(store, phase, seconds, frame, waits)
-                    if still > _REPORT * self.timeout and reported != phase and waits:
+                    self._tell(store, phase, seconds, seen.where, waits)
+                    if still > _REPORT * timeout and reported != phase and waits:
                         reported = phase
-                        self._report(store, phase, still)
+                        self._report(store, phase, still, timeout)
             except RuntimeError:  # the store's host has ended: so has the run
                 return
-            if still > self.timeout:
+            if still > timeout:
                 self._leave()
 
-    def _tell(self, store: dist.Store, phase: str, seconds: float, frame: FrameType, waits: bool) -> None:
-        said = {"phase": phase, "seconds": round(seconds), "waits": waits, "where": _where(frame)}
+    def _tell(self, store: dist.Store, phase: str, seconds: float, where: str, waits: bool) -> None:
+        said = {"phase": phase, "seconds": round(seconds), "waits": waits, "where": where}
         store.set(f"rank {self._rank}", json.dumps(said))
 
-    def _report(self, store: dist.Store, phase: str, seconds: float) -> None:
+    def _report(self, store: dist.Store, phase: str, seconds: float, timeout: float) -> None:
         if store.add(f"reported {phase}", 1) > 1:
             return
         late = [line for rank in range(self._world_size) if (line := _lateness(store, rank, phase))]
         if len(late) > _MOST_NAMED:
             late[_MOST_NAMED:] = [f"and {len(late) - _MOST_NAMED} more ranks are late"]
         found = "; ".join(late) or "nobody is late: the ranks may wait for different collectives"
-        waited = f"rank {self._rank} has waited for {seconds:.0f} s of {self.timeout:.0f} s in {phase!r}"
+        waited = f"rank {self._rank} has waited for {seconds:.0f} s of {timeout:.0f} s in {phase!r}"
         print(f"titan_hd: {waited}: {found}", file=sys.stderr, flush=True)
 
 
@@ -135,9 +137,28 @@ def _lateness(store: dist.Store, rank: int, phase: str) -> str | None:
     return f"rank {rank} is late: in {said['phase']!r} since {said['seconds']} s ({said['where']})"
 
 
-def _waits(frame: FrameType) -> bool:
-    """Whether a main thread that stands still in this innermost frame waits for others."""
-    return _now.waits > 0 or frame.f_code.co_filename.startswith(_TORCH)
+class _Seen(NamedTuple):
+    """Of the main thread's innermost frame: which instruction of which call it is at, whether that is inside of torch,
+    the line of titan_hd, if it was asked for, and the frame itself, if it is to be kept."""
+
+    place: tuple[int, int, int]
+    in_torch: bool
+    where: str
+    frame: FrameType | None
+
+
+def _look(thread: int, keep: bool, where: bool) -> _Seen | None:
+    """Where a thread is; None if it is no more.
+
+    keep: for a thread that seems to stand still. As long as its frame is referred to, no other has the same id. A frame
+    keeps what all functions have in hand that it was called from, on the device as well, when these have long returned:
+    one of a thread that moves must not outlive the look.
+    """
+    frame = sys._current_frames().get(thread)
+    if frame is None:
+        return None
+    place, in_torch = (id(frame), id(frame.f_code), frame.f_lasti), frame.f_code.co_filename.startswith(_TORCH)
+    return _Seen(place, in_torch, _where(frame) if where else "", frame if keep else None)
 
 
 def _where(frame: FrameType | None) -> str:

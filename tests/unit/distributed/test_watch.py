@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+import weakref
 
 import torch.distributed as dist
 
@@ -42,12 +43,13 @@ def test_nobody_is_late_where_all_wait(monkeypatch, capsys):
 def test_a_collective_on_the_host_is_waiting(monkeypatch, capsys):
     """Nobody marks it: the main thread is in torch's own code. Event.wait stands for it."""
     left = threading.Event()
-    watch.enter_phase("reading the weights")
+    watch.enter_phase("saving after step 5", timeout=0.5)  # which is the phase's own
     monkeypatch.setattr(watch, "_TORCH", threading.__file__)
-    watch.Watch(dist.HashStore, 0, 2, 0.5, left.set)
+    watch.Watch(dist.HashStore, 0, 2, 5, left.set)
     left.wait(2)
     watch.enter_phase("over", timed=False)
-    assert "'reading the weights': rank 1 is late: it says nothing" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "s of 0 s in 'saving after step 5': rank 1 is late: it says nothing" in said
 
 
 def test_work_of_our_own_is_no_waiting(capsys):
@@ -85,3 +87,17 @@ def test_who_moves_does_not_wait(capsys):
     watch.enter_phase("over", timed=False)
     assert not capsys.readouterr().err
     assert not json.loads(store.get("rank 0"))["waits"]
+
+
+def test_what_a_function_had_in_hand_goes_when_it_returns():
+    """Such as the tensors of a forward pass, of which a look at the main thread must not keep any."""
+    watch.Watch(dist.HashStore, 0, 2, 0.5, lambda: None)  # looks every 12.5 ms
+
+    def forward(step: int) -> weakref.ref:
+        watch.enter_phase(f"step {step}")  # within one, calls in the same memory may seem to be one that stands still
+        tensor = threading.Event()
+        time.sleep(0.02)
+        return weakref.ref(tensor)
+
+    assert [forward(step)() for step in range(10)] == [None] * 10
+    watch.enter_phase("over", timed=False)
