@@ -126,10 +126,16 @@ def block_config(args: argparse.Namespace) -> DecoderConfig:
 def build_block(args: argparse.Namespace, variant: str, device: torch.device) -> nn.Module:
     torch.manual_seed(0)
     with device:
-        block = Block(block_config(args)).to(args.dtype).requires_grad_(False)
+        block = Block(block_config(args)).to(args.dtype)
+    return adapt_block(block, variant, args.rank)
+
+
+def adapt_block(block: nn.Module, variant: str, rank: int) -> nn.Module:
+    """A block whose linear layers are as a variant has them; the rest is frozen."""
+    block.requires_grad_(False)
     for name, linear in list(block.named_modules()):
         if isinstance(linear, nn.Linear):
-            block.set_submodule(name, adapt(linear, variant, args.rank))
+            block.set_submodule(name, adapt(linear, variant, rank))
     if variant == "exact mute":
         let_share(block, project_together)
     return block

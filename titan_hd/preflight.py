@@ -20,7 +20,8 @@ from titan_hd.adapters.inject import targeted
 from titan_hd.adapters.method import Method
 from titan_hd.adapters.methods import build_method, method_errors, method_of
 from titan_hd.adapters.svd import SvdSettings
-from titan_hd.checkpoint.folder import CheckpointFolder, incomplete, read_train_state
+from titan_hd.checkpoint.folder import incomplete, read_train_state
+from titan_hd.checkpoint.object_store import checkpoint_folder
 from titan_hd.checkpoint.resume_check import allow_mismatch_errors, run_identity, weights_fingerprint
 from titan_hd.components.classification import metric_names, missing_library
 from titan_hd.components.dtypes import dtype_warnings, resolve_dtypes, untouched_dtype
@@ -185,8 +186,7 @@ def _check_start(config: JobConfig, decoder: ModelConfig, method: Method) -> Non
     Before any memory is allocated for a model whose sizes somebody else's config.json says.
     """
     c = config.checkpoint
-    checkpoints = CheckpointFolder(Path(config.job.dump_folder) / c.folder, c.keep_latest_k)
-    resumes = c.enable and checkpoints.candidates(c.load_step)
+    resumes = c.enable and checkpoint_folder(config).candidates(c.load_step)
     # The export of an adapter over a base that the method has changed reads the weights that the run started from.
     export_reads_base = method.changes_base and config.export.enable and config.export.format == "peft"
     measures_changes = config.metrics.update_freq > 0
@@ -259,7 +259,7 @@ def _period_warnings(config: JobConfig, method: type[Method]) -> list[str]:
 def _length_warnings(config: JobConfig, decoder: ModelConfig) -> list[str]:
     """Positions that the model has never seen; transformers warns too, and vLLM refuses them."""
     length, most = config.training.seq_len, decoder.max_position_embeddings
-    if length <= most:
+    if length <= most or decoder.attention_free:
         return []
     line = f"training.seq_len: {length} is beyond the model's max_position_embeddings, {most}"
     return [f"{line}: longer records train at positions that it may not know; {most} cuts them there"]
@@ -298,8 +298,8 @@ def _saved_state(config: JobConfig) -> dict[str, Any] | None:
     c = config.checkpoint
     if not c.enable:
         return None
-    folder = CheckpointFolder(Path(config.job.dump_folder) / c.folder, c.keep_latest_k)
     try:
+        folder = checkpoint_folder(config)
         paths = map(folder.path, folder.candidates(c.load_step))
         return next((read_train_state(path) for path in paths if not incomplete(path)), None)
     except UserError:  # the checkpointer reports it

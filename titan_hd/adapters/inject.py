@@ -35,8 +35,10 @@ def find_linears(model: nn.Module, target_modules: list[str] | None) -> list[str
 
 
 def is_target(name: str, target: str) -> bool:
-    """Whether a target means a linear layer: it is its name, or the end of it behind a dot ("key", "attention.key")."""
-    return name == target or name.endswith(f".{target}")
+    """Whether a target means a linear layer: it is its name, or the end of it behind a dot ("key", "attention.key").
+    A target is of all blocks: a name with a block's number is none."""
+    of_one_block = any(part.isdigit() for part in target.split("."))
+    return not of_one_block and (name == target or name.endswith(f".{target}"))
 
 
 def targeted(names: Iterable[str], target_modules: list[str] | None) -> list[str]:

@@ -49,6 +49,7 @@ from titan_hd.seeding import stable_seed
 logger = logging.getLogger("titan_hd")
 
 Reports = list[dict[str, Any]]
+_OF_HEAD = "head:"  # in front of the keys of numbers of the head's optimizer
 UNFOLDED = ("residuals.", "unfolded.")  # first words of the keys of dA and dB, and of what else waits for a fold
 
 
@@ -91,13 +92,19 @@ class Update:
         """Make the tensors that a checkpoint fills and that a run has only after its start: optimizers create their
         state in the first step."""
         parameters = {name: parameter for parameter, name in self.trainable.items()}
-        for key, stored in metadata.state_dict_metadata.items():
-            match = re.fullmatch(r"optimizer\.(.+)\.([^.]+)", key)
-            if match and match[1] in parameters and isinstance(stored, TensorStorageMetadata):
-                self._allocate_moment(parameters[match[1]], match[2], stored)
+        for entry, stored in metadata.state_dict_metadata.items():
+            match = re.fullmatch(r"optimizer\.(?:(.+)\.)?([^.]+)", entry)
+            if not match or not isinstance(stored, TensorStorageMetadata):
+                continue
+            name, key = match.groups()
+            if name is None:
+                self._allocate_number(key, stored.properties.dtype)
+            elif name in parameters:
+                self._allocate_moment(parameters[name], key, stored.properties.dtype)
 
     def state(self, changed_only: bool) -> dict[str, Any]:
-        """What a checkpoint holds, as DTensors by name: weights, adapters, fixed factors, the optimizer's moments.
+        """What a checkpoint holds, as DTensors by name: weights, adapters, fixed factors, the optimizer's moments. And
+        its numbers, such as the count of steps, once for all parameters.
 
         changed_only: without the weights that are as the base model has them.
         """
@@ -109,6 +116,9 @@ class Update:
         }
         state |= {f"adapters.{name}": p.detach() for name, p in adapter_parameters(self.model)}
         state |= {f"optimizer.{name}.{key}": value for name, key, value in self._moments()}
+        for key, copies in self._numbers().items():
+            assert all(torch.equal(copies[0], other) for other in copies[1:]), f"a step has left a parameter out: {key}"
+            state[f"optimizer.{key}"] = copies[0]
         self.settle()
         return state
 
@@ -119,7 +129,11 @@ class Update:
                 torch.cuda.synchronize(self.device)
 
     def start(self, total_steps: int) -> None:
-        """All values are there; the first step may come. Collective. total_steps: of the whole run."""
+        """All values are there; the first step may come: every parameter has the numbers that a checkpoint has once.
+        Collective. total_steps: of the whole run."""
+        for first, *others in self._numbers().values():
+            for other in others:
+                other.copy_(first)
 
     def begin_step(self, lr: float, step: int) -> None:
         """Gradients are zero, and step `step` (0-based) will be taken at the learning rate lr. Collective."""
@@ -173,13 +187,21 @@ class Update:
         decay = self._optimizer_weight_decay()
         return build_optimizer(self.config.optimizer, parameters, decay, self.method.lr_ratios)
 
-    def _allocate_moment(self, parameter: nn.Parameter, key: str, stored: TensorStorageMetadata) -> None:
-        """Make the tensor `key` of the optimizer's state of a trainable parameter, as a checkpoint has it."""
+    def _allocate_moment(self, parameter: nn.Parameter, key: str, dtype: torch.dtype) -> None:
+        """Make the tensor `key`, like the parameter, of the optimizer's state of a trainable parameter."""
+        raise NotImplementedError
+
+    def _allocate_number(self, key: str, dtype: torch.dtype) -> None:
+        """Make the number `key` of the optimizer's state of all trainable parameters."""
         raise NotImplementedError
 
     def _moments(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """The optimizer's state: name of the trainable parameter, key, tensor."""
+        """The optimizer's tensors: name of the trainable parameter, key, what is like the parameter."""
         raise NotImplementedError
+
+    def _numbers(self) -> dict[str, list[torch.Tensor]]:
+        """The optimizer's numbers: key, and what every parameter has, 0-dim and all equal."""
+        return _numbers_of(self.optimizer)
 
     def _optimizer_weight_decay(self) -> float:
         return self.config.optimizer.weight_decay
@@ -217,8 +239,12 @@ class OptimizerUpdate(Update):
         assert isinstance(self.optimizer, torch.optim.Optimizer)
         self.optimizer.step()
 
-    def _allocate_moment(self, parameter: nn.Parameter, key: str, stored: TensorStorageMetadata) -> None:
-        self.optimizer.state[parameter][key] = _like_stored(parameter, stored)
+    def _allocate_moment(self, parameter: nn.Parameter, key: str, dtype: torch.dtype) -> None:
+        self.optimizer.state[parameter][key] = torch.zeros_like(parameter, dtype=dtype)
+
+    def _allocate_number(self, key: str, dtype: torch.dtype) -> None:
+        for parameter in self.trainable:
+            self.optimizer.state[parameter][key] = torch.zeros((), dtype=dtype)
 
     def _moments(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         assert isinstance(self.optimizer, torch.optim.Optimizer)
@@ -292,6 +318,7 @@ class FoldUpdate(Update):
 
     def start(self, total_steps: int) -> None:
         """As `Update.start`: binds the adapters, plans the exchange, and sends the fixed factors that are cached."""
+        super().start(total_steps)
         c, h = self.config, self.config.hdpissa
         self.registry.start()
         compute = getattr(torch, c.training.mixed_precision_param)
@@ -394,32 +421,39 @@ class FoldUpdate(Update):
             return HostMoments(self.registry.deltas, self._optimizer_over)
         return self._optimizer_over({self.registry.deltas: "deltas"})
 
-    def _allocate_moment(self, parameter: nn.Parameter, key: str, stored: TensorStorageMetadata) -> None:
+    def _allocate_moment(self, parameter: nn.Parameter, key: str, dtype: torch.dtype) -> None:
         if parameter in self.head:
             assert self.head_optimizer is not None
-            self.head_optimizer.state[parameter][key] = _like_stored(parameter, stored)
+            self.head_optimizer.state[parameter][key] = torch.zeros_like(parameter, dtype=dtype)
             return
-        deltas = self.registry.deltas
-        state, dtype = self.optimizer.state[deltas], stored.properties.dtype
-        if key in state:  # another layer came first
-            return
-        if stored.size == parameter.shape:
-            optimizer = self.optimizer
+        deltas, optimizer = self.registry.deltas, self.optimizer
+        if key not in optimizer.state[deltas]:  # another layer may have come first
             on_host = isinstance(optimizer, HostMoments)
-            state[key] = optimizer.allocate(dtype) if on_host else torch.zeros_like(deltas, dtype=dtype)
-        else:  # a number; the fused implementations want it on the device
-            fused = self.optimizer.param_groups[0].get("fused")
-            state[key] = torch.zeros(stored.size, dtype=dtype, device=deltas.device if fused else None)
+            moment = optimizer.allocate(dtype) if on_host else torch.zeros_like(deltas, dtype=dtype)
+            optimizer.state[deltas][key] = moment
+
+    def _allocate_number(self, key: str, dtype: torch.dtype) -> None:
+        if key.startswith(_OF_HEAD):
+            assert self.head_optimizer is not None
+            for parameter in self.head:
+                self.head_optimizer.state[parameter][key.removeprefix(_OF_HEAD)] = torch.zeros((), dtype=dtype)
+            return
+        deltas, fused = self.registry.deltas, self.optimizer.param_groups[0].get("fused")
+        # The fused implementations want it on the device.
+        self.optimizer.state[deltas][key] = torch.zeros((), dtype=dtype, device=deltas.device if fused else None)
 
     def _moments(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        deltas = self.registry.deltas
-        for key, value in self.optimizer.state.get(deltas, {}).items():
-            if value.shape == deltas.shape:
+        for key, value in self.optimizer.state.get(self.registry.deltas, {}).items():
+            if value.dim():
                 yield from ((name, key, view) for name, view in self.registry.named_views(value))
-            else:  # a number, the same for all
-                yield from ((name, key, value) for p, name in self.trainable.items() if p not in self.head)
         if self.head_optimizer:
             yield from _moments_of(self.head_optimizer, self.head)
+
+    def _numbers(self) -> dict[str, list[torch.Tensor]]:
+        """As `Update._numbers`, and the head's by names of their own: new slices begin with an optimizer without
+        memory, and the head goes on."""
+        head = _numbers_of(self.head_optimizer) if self.head_optimizer else {}
+        return super()._numbers() | {f"{_OF_HEAD}{key}": copies for key, copies in head.items()}
 
     def _optimizer_weight_decay(self) -> float:
         return 0.0  # what the optimizer trains is zero when a step begins: decay belongs to the fold, on W
@@ -433,20 +467,24 @@ class FoldUpdate(Update):
             parameter.grad = None
 
 
-def _like_stored(parameter: nn.Parameter, stored: TensorStorageMetadata) -> torch.Tensor:
-    """Room for a tensor of the optimizer's state of a parameter, as a checkpoint has it."""
-    if stored.size == parameter.shape:
-        return torch.zeros_like(parameter, dtype=stored.properties.dtype)
-    return torch.zeros(stored.size, dtype=stored.properties.dtype)
-
-
 def _moments_of(
     optimizer: torch.optim.Optimizer, parameters: Mapping[nn.Parameter, str]
 ) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """The state of an optimizer of many parameters, as of `Update._moments`."""
+    """The tensors of an optimizer of many parameters, as of `Update._moments`."""
     for parameter, name in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            yield name, key, value
+            if value.dim():
+                yield name, key, value
+
+
+def _numbers_of(optimizer: torch.optim.Optimizer | HostMoments) -> dict[str, list[torch.Tensor]]:
+    """As of `Update._numbers`."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if not value.dim():
+                found.setdefault(key, []).append(value)
+    return found
 
 
 def _tensor_of(number: array[float]) -> torch.Tensor:

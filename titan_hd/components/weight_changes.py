@@ -87,10 +87,9 @@ class WeightChanges:
         # With refresh_steps the registry has the initial directions for one period alone.
         if self.registry and self.registry.method.directions and not config.hdpissa.refresh_steps:
             self.directions = Directions(self.registry)
+        kinds = model.config.linear_layers()
         self.layers = {
-            name: _Layer(
-                layer, (layer.out_features, layer.in_features), tp_split(layer.weight), name.rpartition(".")[2]
-            )
+            name: _Layer(layer, (layer.out_features, layer.in_features), tp_split(layer.weight), kinds[name])
             for name, layer in measured_layers(model).items()
         }
         self._base: dict[str, torch.Tensor] = {}

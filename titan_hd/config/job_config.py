@@ -247,8 +247,8 @@ class Adapter:
     dropout: float = 0.0
     """Dropout on the adapters' input."""
     target_modules: list[str] | None = None
-    """Linear layers to train, matched on the last part of their HF name. Not set: all linear layers of the blocks;
-    for method full: every weight of the model."""
+    """Linear layers to train, by the end of their HF name: the last part, or more of it (key, attention.key). Not set:
+    all linear layers of the blocks; for method full: every weight of the model."""
     svd: Literal["auto", "exact", "randomized"] = "auto"
     """Algorithm for the principal directions (hdpissa, pissa). exact: a full decomposition. randomized: subspace
     iteration for the K*r (pissa: r) leading ones. auto: randomized where it is much cheaper (see docs/svd.md), else
@@ -403,7 +403,8 @@ class Checkpoint:
     enable: bool = False
     """Save checkpoints, and resume from the latest one at the start."""
     folder: str = "checkpoint"
-    """Folder of the checkpoints inside job.dump_folder."""
+    """Folder of the checkpoints inside job.dump_folder. Or the URL of an object store, s3://bucket/run (pip install
+    "titan_hd[remote]")."""
     interval: int = 500
     """Steps between two checkpoints; the last step is always saved, and the one at which a signal stops the run."""
     keep_latest_k: int = 2

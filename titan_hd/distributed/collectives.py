@@ -198,24 +198,34 @@ def all_reduce(tensor: torch.Tensor, size: int, group: dist.ProcessGroup) -> dis
     return work
 
 
+def broadcast(tensor: torch.Tensor, group: dist.ProcessGroup, root: int = 0) -> dist.Work:
+    """Start sending a member's tensor to the others, into theirs; root: its number in the group."""
+    work = dist.broadcast(tensor, group=group, group_src=root, async_op=True)
+    assert work is not None  # this rank is a member
+    TRAFFIC.received += tensor.nbytes if dist.get_rank(group) != root else 0
+    return work
+
+
 def sum_in_place(tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
     """Over the members of a group."""
     with waiting():
         all_reduce(tensor, dist.get_world_size(group), group).wait()
 
 
-def exchange_lists(send: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
-    """All-to-all of tensors of any, also unequal and empty, shapes: send[i] goes to rank i.
+def exchange_lists(
+    send: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]], group: dist.ProcessGroup
+) -> list[torch.Tensor]:
+    """All-to-all of tensors of any, also unequal and empty, shapes: send[i] goes to member i of a group.
 
-    `shapes[i]` is the shape of what rank i sends here. All tensors have one dtype and device. They travel in one flat
+    `shapes[i]` is the shape of what member i sends here. All tensors have one dtype and device. They travel in one flat
     buffer: gloo's all-to-all of lists refuses tensors of different shapes.
     """
     flat = torch.cat([t.reshape(-1) for t in send])
     sizes = [math.prod(shape) for shape in shapes]
-    received = flat.new_empty(sum(sizes))
+    received = flat.new_zeros(sum(sizes))  # fake process groups deliver nothing
     with waiting():
-        dist.all_to_all_single(received, flat, sizes, [t.numel() for t in send])
+        dist.all_to_all_single(received, flat, sizes, [t.numel() for t in send], group=group)
         if received.is_cuda:  # who is late is seen here, and not in the work that follows
             torch.cuda.current_stream(received.device).synchronize()
-    TRAFFIC.received += sum(size for i, size in enumerate(sizes) if i != dist.get_rank()) * flat.element_size()
+    TRAFFIC.received += sum(size for i, size in enumerate(sizes) if i != dist.get_rank(group)) * flat.element_size()
     return [part.view(shape) for part, shape in zip(received.split(sizes), shapes)]

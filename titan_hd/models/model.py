@@ -73,8 +73,8 @@ class Model(nn.Module):
         """An empty cache for a generation of so many positions; causal models have one."""
         raise NotImplementedError
 
-    def initial(self, name: str) -> float | None:
-        """The value that all elements of a parameter have before any training; None: they are drawn."""
+    def initial(self, name: str) -> float | torch.Tensor | None:
+        """Values of a parameter before any training, or the one that all its elements have; None: they are drawn."""
         raise NotImplementedError
 
     def forward(

@@ -16,6 +16,7 @@ import torch
 
 from titan_hd.errors import UserError
 from titan_hd.files import read_json_object
+from titan_hd.models import rwkv6
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.decoder_config import ARCHITECTURES, parse_decoder
 from titan_hd.models.flavors import FLAVORS
@@ -43,7 +44,8 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    name: Family(data.families, data.model_type, parse_decoder, Decoder) for name, data in ARCHITECTURES.items()
+    **{name: Family(data.families, data.model_type, parse_decoder, Decoder) for name, data in ARCHITECTURES.items()},
+    rwkv6.ARCHITECTURE: Family(("rwkv6",), rwkv6.MODEL_TYPE, rwkv6.parse_rwkv6, rwkv6.Rwkv6),
 }
 # Files of RoBERTa's other heads hold the same encoder; the classification head is then a new one.
 FAMILIES |= {

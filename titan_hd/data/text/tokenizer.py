@@ -10,6 +10,8 @@ from titan_hd.data.text.tokenizer_base import Settings, Tokenizer
 from titan_hd.data.text.tokenizer_bpe import MERGES, VOCABULARY, read_byte_level
 from titan_hd.data.text.tokenizer_json import JsonTokenizer
 from titan_hd.data.text.tokenizer_model import SentencePieceTokenizer, TiktokenTokenizer
+from titan_hd.data.text.tokenizer_world import VOCABULARY as WORLD_VOCABULARY
+from titan_hd.data.text.tokenizer_world import WorldTokenizer
 from titan_hd.errors import UserError
 
 TOKENIZER_FILES = (
@@ -17,6 +19,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     VOCABULARY,
     MERGES,
+    WORLD_VOCABULARY,
     "tokenizer_config.json",
     "added_tokens.json",
     "special_tokens_map.json",
@@ -33,7 +36,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
     tokenizer.json if it is there, else tokenizer.model, also in `original` (Meta's layout): a SentencePiece model
     (Llama 2, Mistral) or tiktoken's base64 ranks (Llama 3), told apart by what is in it; else vocab.json and merges.txt
-    (GPT-2, RoBERTa).
+    (GPT-2, RoBERTa); else RWKV's World vocabulary.
 
     Raises:
         UserError: none of them is there, or it cannot be read.
@@ -48,9 +51,11 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             return (TiktokenTokenizer if is_tiktoken else SentencePieceTokenizer)(path, settings)
     if (directory / VOCABULARY).exists() and (directory / MERGES).exists():
         return JsonTokenizer(directory / VOCABULARY, *read_byte_level(directory, settings))
+    if (directory / WORLD_VOCABULARY).exists():
+        return WorldTokenizer(directory / WORLD_VOCABULARY, settings)
     raise UserError(
-        f"model.hf_assets_path: {directory} holds no tokenizer.json and no tokenizer.model, nor both {VOCABULARY} and "
-        f"{MERGES}"
+        f"model.hf_assets_path: {directory} holds no tokenizer.json and no tokenizer.model, nor {VOCABULARY} with "
+        f"{MERGES}, nor {WORLD_VOCABULARY}"
     )
 
 
