@@ -37,8 +37,8 @@ class Model:
     hf_assets_path: str = ""
     """Directory in the Hugging Face layout: config.json, *.safetensors, tokenizer files."""
     name: str = ""
-    """Model family (llama2, llama3, mistral, qwen2, qwen3, roberta, smollm2). Empty: read from config.json; if both are
-    given they must agree."""
+    """Model family (llama2, llama3, mistral, qwen2, qwen3, roberta, rwkv6, smollm2). Empty: read from config.json; if
+    both are given they must agree."""
     flavor: str = ""
     """Size within the family (for example debugmodel, 8B). With a flavor the weights are random, and hf_assets_path
     serves for the tokenizer alone."""
