@@ -129,11 +129,8 @@ class Update:
                 torch.cuda.synchronize(self.device)
 
     def start(self, total_steps: int) -> None:
-        """All values are there; the first step may come: every parameter has the numbers that a checkpoint has once.
-        Collective. total_steps: of the whole run."""
-        for first, *others in self._numbers().values():
-            for other in others:
-                other.copy_(first)
+        """All values are there; the first step may come. Collective. total_steps: of the whole run."""
+        self._spread_numbers()
 
     def begin_step(self, lr: float, step: int) -> None:
         """Gradients are zero, and step `step` (0-based) will be taken at the learning rate lr. Collective."""
@@ -202,6 +199,12 @@ class Update:
     def _numbers(self) -> dict[str, list[torch.Tensor]]:
         """The optimizer's numbers: key, and what every parameter has, 0-dim and all equal."""
         return _numbers_of(self.optimizer)
+
+    def _spread_numbers(self) -> None:
+        """Give every parameter the numbers that a checkpoint has once."""
+        for first, *others in self._numbers().values():
+            for other in others:
+                other.copy_(first)
 
     def _optimizer_weight_decay(self) -> float:
         return self.config.optimizer.weight_decay
@@ -318,7 +321,7 @@ class FoldUpdate(Update):
 
     def start(self, total_steps: int) -> None:
         """As `Update.start`: binds the adapters, plans the exchange, and sends the fixed factors that are cached."""
-        super().start(total_steps)
+        self._spread_numbers()
         c, h = self.config, self.config.hdpissa
         self.registry.start()
         compute = getattr(torch, c.training.mixed_precision_param)

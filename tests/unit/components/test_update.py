@@ -97,5 +97,6 @@ def test_periods_that_never_end_are_said(refresh_steps: int, local_steps: int, s
     registry = SimpleNamespace(start=lambda *_: None, entries={}, method=SimpleNamespace(samples="own"))
     dims = SimpleNamespace(dp_replicate=1, dp_shard=1)
     fold_update = SimpleNamespace(config=config, registry=registry, dims=dims, method=SimpleNamespace(num_adapters=1))
+    fold_update._spread_numbers = lambda: None
     FoldUpdate.start(fold_update, total_steps=10)
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == said
