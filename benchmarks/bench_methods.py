@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_methods                                   # CPU: 512 / 1408, r 16, 1024 tokens, fp32
     python -m benchmarks.bench_methods --dtype bfloat16 --hidden 4096 --intermediate 14336 --head-dim 128   # one GPU
-    python -m benchmarks.bench_methods --model rwkv6                     # a block of RWKV-6: eight layers
+    python -m benchmarks.bench_methods --model rwkv6 --methods lora,bone,bat --tokens 512      # of RWKV-6: eight layers
 
 Ratios as in bench_linear: to the frozen block, in the same repetition, repetitions interleaved. bone and bat have
 blocks of 2 r, with about as many parameters as the others. The bytes of "peak extra" are those that live at a time in
@@ -90,7 +90,7 @@ def bench(args: argparse.Namespace, device: torch.device) -> dict[str, dict]:
     x = torch.randn(shape, device=device, dtype=args.dtype, requires_grad=True)
     gy = torch.randn(shape, device=device, dtype=args.dtype)
     beside = inputs_beside(args, length, device)
-    blocks = {name: build(args, name, device) for name in (*BASELINES, *ADAPTERS)}
+    blocks = {name: build(args, name, device) for name in ("frozen", *args.methods)}
     steps = {n: bench_linear.make_step(b, [x, *beside], gy, args.compile) for n, b in blocks.items()}
     results = bench_linear.measure(steps, args, device)
     return {name: {**result, "trained": trained(blocks[name], args)} for name, result in results.items()}
@@ -102,10 +102,15 @@ def parse_args() -> argparse.Namespace:
     for name, value in {**sizes, "threads": 1, "repetitions": 9}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--model", choices=["llama", "rwkv6"], default="llama", help="whose block")
+    names = [name for name in (*BASELINES, *ADAPTERS) if name != "frozen"]
+    parser.add_argument("--methods", default=",".join(names), help="beside the frozen block; of " + ", ".join(names))
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--compile", action="store_true", help="torch.compile every variant (fullgraph)")
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype)
+    args.methods = args.methods.split(",")
+    if unknown := set(args.methods) - set(names):
+        parser.error(f"--methods: {', '.join(sorted(unknown))}: is none of {', '.join(names)}")
     return args
 
 

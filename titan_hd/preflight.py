@@ -123,6 +123,9 @@ def plan_run(
         errors.append(error)
     if decoder is not None:
         errors += _kind_errors(given, decoder, method, needs_files)
+        if config.data.pack and not decoder.packs:
+            kind = decoder.hf["model_type"]
+            errors.append(f"data.pack: documents in one row would see each other in {kind} models; unset it")
         warnings += _length_warnings(config, decoder) if decoder.endless else []
         if config.export.enable and needs_files:
             warnings += _space_warnings(config, decoder)

@@ -89,6 +89,13 @@ def test_dropout_of_the_model_does_not_depend_on_the_workers(argv, workers, tmp_
     assert full == pytest.approx(one, rel=LOSS_TOLERANCE)
 
 
+def test_a_stream_of_records_is_the_records(argv, workers):
+    """Documents in a row, labels and cuts do not depend on how records come."""
+    fixed = {"export__enable": "false", "data__shuffle": "false"}
+    read = workers.run(2, runs.train, argv("lora", "read", **fixed))[0]
+    assert workers.run(2, runs.train, argv("lora", "streamed", **fixed, data__streaming="true"))[0] == read
+
+
 def test_validates_and_is_opened_by_transformers(argv, workers, tmp_path: Path):
     """The metrics of a run's last step are those of transformers' own model on the exported files."""
     metrics = pytest.importorskip("sklearn.metrics")

@@ -14,7 +14,7 @@ from titan_hd.adapters.methods import METHODS
 from titan_hd.components.flops import flops_per_token
 from titan_hd.config.manager import ConfigError, load
 from titan_hd.fitting import estimate_run
-from titan_hd.models.registry import flavor_config
+from titan_hd.models.registry import build_model, flavor_config, read_hf_config
 from titan_hd.preflight import plan_run, update_plan
 
 # Other orders of the same fp32 sums, which Adam divides by their own size; the decoder's tests have the same.
@@ -94,6 +94,35 @@ def test_packed_compiled_and_recomputed(method: str, argv, workers):
     assert workers.run(1, runs.train_traced, argv(method, "wrapped", **packed, **wrapped))[0] == pytest.approx(
         plain, rel=LOSS_TOLERANCE
     )
+
+
+def answers(argv: list[str], question: torch.Tensor) -> torch.Tensor:
+    """Trains, and then the logits of the model as it was trained."""
+    run = runs.trainer(argv)
+    run.train()
+    run.close()
+    with torch.no_grad():
+        return run.model.eval()(question).clone()
+
+
+@pytest.mark.parametrize("method", ["lora", pytest.param("bone", marks=pytest.mark.slow)])
+def test_peft_puts_the_adapter_onto_the_layers(method: str, argv, workers, tmp_path: Path):
+    """Onto the plain modules of the base model, whose names are the Hub's; `key` is in both mixes."""
+    peft = pytest.importorskip("peft")
+    question = torch.arange(40).view(2, 20)
+    settings = {"export__format": "peft", "adapter__target_modules": "key,attention.output", "adapter__rank": 2}
+    ours = workers.run(2, answers, argv(method, "run", **settings), question)[0]
+    base = build_model(read_hf_config(tmp_path / "model"))
+    base.load_state_dict(load_file(tmp_path / "model" / "model.safetensors"))
+    folder = str(tmp_path / "run" / "hf")
+    model = peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(folder), base).eval()
+    untrained = model(question).detach()
+    result = peft.set_peft_model_state_dict(model, peft.utils.load_peft_weights(folder, device="cpu"))
+    assert not result.unexpected_keys
+    with torch.no_grad():
+        theirs = model(question)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    assert not torch.allclose(theirs, untrained, rtol=0, atol=1e-3)
 
 
 def published(*more: str):

@@ -354,3 +354,11 @@ def test_the_head_that_the_files_have(config, tmp_path: Path):
     decoder = plan_run(config(model=("--model.hf_assets_path", str(tmp_path / "model"))), 1).decoder
     assert not decoder.tie_word_embeddings
     assert decoder.hf["tie_word_embeddings"] is False
+
+
+def test_packing_needs_a_model_that_keeps_documents_apart(config):
+    """Every family does today; a new one may not."""
+    plan = plan_run(config("--data.pack=true"), 1)
+    with mock.patch.object(type(plan.decoder), "packs", False), pytest.raises(ConfigError) as caught:
+        plan_run(config("--data.pack=true"), 1)
+    assert "data.pack: documents in one row would see each other in llama models; unset it" in str(caught.value)

@@ -18,16 +18,29 @@ later.
 
 Shapes: B sequences, T tokens, H heads, K channels of keys, V of values; N chunks of C tokens. Everything is computed in
 fp32 (float64 stays). `decay` is what the model makes of a token: w = e^-e^decay.
+
+On a GPU with the package flash-linear-attention, its kernel does the chunks of a training step, but not within
+`torch.compile`, which cannot trace it.
 """
 
 from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+logger = logging.getLogger("titan_hd")
+
 CHUNK = 32
 FORGET = -1e5  # of which e to the power of it is 0 in every dtype
+# The kernel takes differences of sums of logarithms: e^-60 is nothing, too, and leaves those of other tokens exact.
+KERNEL_FORGET = -60.0
 
 
 def wkv6(
@@ -58,12 +71,30 @@ def _of_documents(
     bonus: torch.Tensor,
     ends: torch.Tensor | None,
 ) -> torch.Tensor:
+    kernel, given = _kernel_for(r), r.dtype
     r, k, v, bonus = _wide(r, k, v, bonus)
     y, log_decay = (r * bonus * k).sum(-1, keepdim=True) * v, log_decays(decay)
     if ends is not None:
         last = ends[:, :, None, None]
         k, log_decay = k.masked_fill(last, 0.0), log_decay.masked_fill(last, FORGET)
-    return y + chunked(r, k, v, log_decay)[0]
+    if kernel is None:
+        return y + chunked(r, k, v, log_decay)[0]
+    r, k, v = (t.to(given) for t in (r, k, v))  # of bf16 the kernel's products are in bf16, its state is in fp32
+    return y + kernel(r, k, v, log_decay.clamp(min=KERNEL_FORGET), torch.zeros_like(bonus), scale=1.0)[0]
+
+
+def _kernel_for(r: torch.Tensor) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None:
+    """What does the chunks in place of `chunked`, if anything: (r, k, v, log decays, bonus, scale) -> (y, ...)."""
+    return _kernel() if r.is_cuda and not torch.compiler.is_compiling() else None
+
+
+@functools.cache
+def _kernel() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None:
+    """flash-linear-attention's, where it is installed."""
+    if importlib.util.find_spec("fla") is None:
+        return None
+    logger.info("the recurrence of RWKV-6 is computed by flash-linear-attention's kernel")
+    return importlib.import_module("fla.ops.rwkv6").chunk_rwkv6
 
 
 def wkv6_with_state(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -102,3 +106,31 @@ def test_nothing_but_the_operands_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t.nbytes) and t, lambda t: t):
         wkv6.wkv6(*tensors)
     assert sum(kept.values()) <= sum(t.nbytes for t in tensors)
+
+
+def test_a_kernel_in_place_of_the_chunks(monkeypatch):
+    """Asked as flash-linear-attention's documentation says, through a stand-in for the package; documents, too."""
+
+    def chunk_rwkv6(r, k, v, w, u, scale=None, **rest):
+        assert scale == 1.0  # it would take K^-1/2
+        assert w.min() >= -100  # sums of larger ones leave nothing of the others
+        return recurrence(r, k, v, torch.log(-w), u)[0], None
+
+    package, ops = ModuleType("fla"), ModuleType("fla.ops.rwkv6")
+    package.__spec__, ops.chunk_rwkv6 = ModuleSpec("fla", None), chunk_rwkv6
+    monkeypatch.setitem(sys.modules, "fla", package)
+    monkeypatch.setitem(sys.modules, "fla.ops.rwkv6", ops)
+    monkeypatch.setattr(wkv6, "_kernel_for", lambda r: wkv6._kernel())
+    wkv6._kernel.cache_clear()
+    tensors, ends = operands(40), torch.zeros(2, 40, dtype=torch.bool)
+    ends[0, 20], ends[1, 5], ends[1, 6] = True, True, True
+    try:
+        got = with_gradients(wkv6.wkv6, tensors, ends)
+    finally:
+        wkv6._kernel.cache_clear()
+    for mine, want in zip(got, with_gradients(recurrence, tensors, ends), strict=True):
+        torch.testing.assert_close(mine, want, **EXACT)
+
+
+def test_without_the_package_or_a_gpu_there_is_no_kernel():
+    assert wkv6._kernel_for(torch.zeros(1)) is None
