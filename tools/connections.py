@@ -279,6 +279,8 @@ def _work(rank: int, size: int, folder: Path, lazily: bool, results: Any) -> Non
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
     found = count(_run_of(size, folder), before)
     results.put((rank, found, (folder / "store").stat().st_size))
+    results.close()
+    results.join_thread()  # what a queue has taken, a thread sends: os._exit would end it on the way
     dist.barrier()
     os._exit(0)
 

@@ -102,7 +102,7 @@ def _deal(
         works = []
         for m, weights in enumerate(owned):
             if weights:
-                flat = received.setdefault(m, registry.factors.new_empty(sum(sizes[w] for w in weights)))
+                flat = received.setdefault(m, registry.factors.new_zeros(sum(sizes[w] for w in weights)))
                 works.append(broadcast(flat, mesh.get_group("adapter_group"), m))
         for work in works:
             work.wait()

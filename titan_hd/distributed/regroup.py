@@ -96,7 +96,7 @@ def _over_replicas(
     for start in range(0, len(wave), dims.replica_size):
         shapes = [tensor.local.shape for tensor in wave[start : start + dims.replica_size]]
         sizes = [shape.numel() for shape in shapes]
-        flat = torch.empty(sum(sizes), device=dims.device_type)
+        flat = torch.zeros(sum(sizes), device=dims.device_type)
         if start == first:
             torch.cat([part.flatten() for part in parts], out=flat)
         works.append(broadcast(flat, group, start // dims.replica_size))
