@@ -21,21 +21,21 @@ are others, only where fp32 ones do not fit. Then the options of such a run.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from step_costs import Checkpointing, Cluster, Estimate, Masters, Work, authors_estimate, best, plan_of
+from step_costs import Checkpointing, Cluster, Estimate, Masters, Work, authors_estimate, best
 
 from titan_hd.config import manager
 from titan_hd.config.command_line import ToolParser
 from titan_hd.distributed.update.routes import ROUTES
-from titan_hd.distributed.update.topology import WIRE_BYTES, Topology
+from titan_hd.distributed.update.topology import WIRE_BYTES
 from titan_hd.errors import UserError
 from titan_hd.fitting import usable_bytes
 from titan_hd.models.registry import flavor_config
@@ -110,11 +110,12 @@ class Recipe:
 
     def options(self) -> str:
         """Of ./run_train.sh, beside `common_options`."""
-        options = {
+        options: dict[str, object] = {
             "parallelism.data_parallel_replicate_degree": self.row.mesh.partition(" x ")[0],
             "training.local_batch_size": self.sequences,
             "training.global_batch_size": self.global_batch,
-            "training.master_dtype": self.work.masters,
+            # "auto" has fp32 masters of what the fold changes, and leaves the rest in the dtype of its files.
+            "training.master_dtype": "auto" if self.work.masters == "float32" else self.work.masters,
             "activation_checkpoint.mode": self.work.checkpointing,
         }
         return _words(options)
@@ -221,34 +222,24 @@ def recipes(
 
 
 def settings(work: Work, gpu_counts: list[int], num_adapters: int, cluster: Cluster) -> str:
-    """The paper's setting, adapters that learn from all samples, slices that are taken anew, and both, on the mesh of
-    the first. Slices anew change no step between two of them, so every T > 0 is the same here."""
+    """The paper's setting, adapters that learn from all samples, slices that are taken anew, and both. Slices anew
+    change no step between two of them, so that every T > 0 is the same here."""
     lines = [
-        f"{'GPUs':>5} {'K':>3}  {'mesh':<9} {'samples':<7} {'new slices':<10} {'compute':>8} {'step s':>8} {'exchanged':>9}"
-        f" {'gradients':>9} {'at a refresh':>12} {'GB needed':>9}"
+        f"{'GPUs':>5} {'K':>3}  {'mesh':<9} {'samples':<7} {'new slices':<10} {'compute':>8} {'step s':>8}"
+        f" {'exchanged':>9} {'gradients':>9} {'at a refresh':>12} {'GB needed':>9}"
     ]
     for gpus in gpu_counts:
-        for row, samples, anew, gradients in _family(work, gpus, num_adapters, cluster):
-            lines.append(
-                f"{gpus:>5} {num_adapters:>3}  {row.mesh:<9} {samples:<7} {'every T' if anew else 'never':<10}"
-                f" {row.compute:>8.3f} {row.step:>8.3f} {row.exchanged / 1e9:>9.3f} {gradients / 1e9:>9.3f}"
-                f" {row.refreshed / 1e9 if anew else 0:>12.3f} {row.memory / 1e9:>9.1f}"
-                + ("  does not fit" if row.memory > cluster.memory else "")
-            )
+        for samples in ("own", "all"):
+            for anew in (False, True):
+                way = dataclasses.replace(work, refresh_steps=int(anew))
+                row = best(way, gpus, num_adapters, "auto", cluster, samples)
+                lines.append(
+                    f"{gpus:>5} {num_adapters:>3}  {row.mesh:<9} {samples:<7} {'every T' if anew else 'never':<10}"
+                    f" {row.compute:>8.3f} {row.step:>8.3f} {row.exchanged / 1e9:>9.3f} {row.gradients / 1e9:>9.3f}"
+                    f" {row.refreshed / 1e9 if anew else 0:>12.3f} {row.memory / 1e9:>9.1f}"
+                    + ("  does not fit" if row.memory > cluster.memory else "")
+                )
     return "\n".join(lines)
-
-
-def _family(
-    work: Work, gpus: int, num_adapters: int, cluster: Cluster
-) -> Iterator[tuple[Estimate, str, bool, int]]:
-    """Rows with their settings, and the bytes of the adapters' gradients of what is exchanged."""
-    for samples in ("own", "all"):
-        for anew in (False, True):
-            way = dataclasses.replace(work, refresh_steps=int(anew))
-            row = best(way, gpus, num_adapters, "auto", cluster, samples)
-            mesh = map(int, row.mesh.split(" x "))
-            topology = Topology(num_adapters, work.rank, *mesh, work.wire_bytes, samples, work.local_steps)
-            yield row, samples, anew, plan_of(way, topology, "auto").received_gradients
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,7 +250,7 @@ def _parser() -> ToolParser:
     parser = ToolParser(__doc__)
     parser.add_argument("--model", default="llama3", help="family, as model.name")
     parser.add_argument("--flavor", default="", help="size, as model.flavor: 8B, and with --recipe also 70B")
-    parser.add_argument("--gpus", default="", help="numbers of GPUs (powers of two): 8,64,512,4096")
+    parser.add_argument("--gpus", default="", help="numbers of GPUs, above 8 whole nodes: 8,64,512,4096")
     parser.add_argument("--adapters", default="8", help="values of K, beside K = GPUs as far as the rank allows")
     parser.add_argument("--rank", type=int, default=16, help="r of an adapter")
     parser.add_argument("--samples", choices=["own", "all"], default="own", help="as hdpissa.samples")
@@ -283,16 +274,60 @@ def _parser() -> ToolParser:
     parser.add_argument("--masters", choices=get_args(Masters), default="float32", help="as training.master_dtype")
     parser.add_argument("--host", type=float, default=1, help="times the host's seconds that were measured; 0: none")
     parser.add_argument("--recipe", action="store_true", help="what to set, in place of the table")
-    parser.add_argument("--global-batch", type=int, default=0, help="of --recipe: sequences of a step, kept on all rows")
     parser.add_argument(
-        "--settings", action="store_true", help="samples own and all, with and without new slices, in place of the table"
+        "--global-batch", type=int, default=0, help="of --recipe: sequences of a step, kept on all rows"
+    )
+    parser.add_argument(
+        "--settings",
+        action="store_true",
+        help="samples own and all, with and without new slices, in place of the table",
     )
     return parser
 
 
-def main() -> None:
-    parser = _parser()
-    args = parser.parse_args()
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option}: numbers with commas between them, such as 8,64, not {text!r}") from None
+
+
+def _check(args: argparse.Namespace, gpus: list[int], adapters: list[int], node: int) -> None:
+    """UserError on options that make no sense."""
+    for n in gpus:
+        if n < 1 or n % min(n, node):
+            raise UserError(f"--gpus: {n} GPUs are not whole nodes of {node}")
+        for k in adapters:
+            if k < 1 or max(k, n) % min(k, n):
+                raise UserError(
+                    f"--adapters: {k} adapters cannot be dealt to {n} GPUs; one number must divide the other"
+                )
+    if args.local_steps < 1 or (args.local_steps > 1 and args.samples == "all"):
+        raise UserError("--local-steps: a number of steps, at least 1, and above that with --samples own alone")
+    if args.local_steps > 1 and args.settings:
+        raise UserError("--local-steps: not with --settings, which has adapters that learn from all samples")
+    if args.global_batch and not args.recipe:
+        raise UserError("--global-batch: is for --recipe; the table has --tokens and --micro-batches")
+
+
+def _work(args: argparse.Namespace, flavor: str) -> Work:
+    return Work(
+        config=flavor_config(args.model, flavor),
+        rank=args.rank,
+        tokens=args.tokens,
+        length=args.length,
+        micro_batches=args.micro_batches,
+        records=args.records,
+        wire_bytes=WIRE_BYTES[args.exchange_dtype],
+        local_steps=args.local_steps,
+        checkpointing=args.checkpointing,
+        masters=args.masters,
+        refresh_steps=args.refresh_steps,
+    )
+
+
+def report(args: argparse.Namespace, flavor: str, usual: list[int]) -> str:
+    """What the options ask for, of one model. usual: numbers of GPUs without --gpus. UserError on what they cannot."""
     cluster = Cluster(
         nvlink=args.nvlink * 1e9,
         network=args.network * 1e9,
@@ -301,45 +336,30 @@ def main() -> None:
         memory=usable_bytes(args.card),
         host=args.host,
     )
-    if args.local_steps < 1 or (args.local_steps > 1 and args.samples == "all"):
-        manager.exit_with(["--local-steps: a number of steps, at least 1, and above that with --samples own alone"])
-    if args.local_steps > 1 and args.settings:
-        manager.exit_with(["--local-steps: not with --settings, which has adapters that learn from all samples"])
-    growing = args.recipe and not args.flavor
-    flavors = [*_GROWING] if growing and args.model == "llama3" else [args.flavor or "8B"]
-    adapters = [int(part) for part in args.adapters.split(",")]
-    for flavor in flavors:
-        asked = args.gpus or ("" if growing else "8,64,512,4096")
-        gpus = [int(part) for part in asked.split(",")] if asked else _GROWING[flavor]
-        odd = next(((k, n) for n in gpus for k in adapters if max(k, n) % min(k, n)), None)
-        if odd:
-            k, n = odd
-            manager.exit_with([f"--adapters: {k} adapters cannot be dealt to {n} GPUs; one number must divide the other"])
-        try:
-            config, sizes = flavor_config(args.model, flavor), (args.tokens, args.length, args.micro_batches)
-        except UserError as error:
-            manager.exit_with(str(error).splitlines())
-        work = Work(
-            config,
-            args.rank,
-            *sizes,
-            args.records,
-            WIRE_BYTES[args.exchange_dtype],
-            args.local_steps,
-            args.checkpointing,
-            args.masters,
-            args.refresh_steps,
-        )
-        model = f"{args.model} {flavor}, r = {args.rank}"
-        blank = "\n" if flavor != flavors[0] else ""
-        if args.recipe:
-            print(f"{blank}{model}, sequences of {args.length} tokens, cards of {args.card:g} GiB")
-            found = (recipes(work, gpus, k, cluster, args.samples, args.global_batch) for k in adapters)
-            print(*found, sep="\n\n")
-            continue
-        print(f"{model}, {args.micro_batches} x {args.tokens} tokens per GPU and step")
-        shown = [settings(work, gpus, k, cluster) for k in adapters] if args.settings else []
-        print(*(shown or [table(work, gpus, adapters, cluster, args.samples)]), sep="\n\n")
+    gpus = _numbers("--gpus", args.gpus) if args.gpus else usual
+    adapters, work = _numbers("--adapters", args.adapters), _work(args, flavor)
+    _check(args, gpus, adapters, cluster.node)
+    model = f"{args.model} {flavor}, r = {args.rank}"
+    step = f"{model}, {args.micro_batches} x {args.tokens} tokens per GPU and step"
+    if args.recipe:
+        step = f"{model}, sequences of {args.length} tokens, cards of {args.card:g} GiB"
+        parts = [recipes(work, gpus, k, cluster, args.samples, args.global_batch) for k in adapters]
+    elif args.settings:
+        parts = [settings(work, gpus, k, cluster) for k in adapters]
+    else:
+        parts = [table(work, gpus, adapters, cluster, args.samples)]
+    return step + "\n" + "\n\n".join(parts)
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    models = {args.flavor or "8B": [8, 64, 512, 4096]}
+    if args.recipe and not args.flavor and args.model == "llama3":
+        models = _GROWING
+    try:
+        print(*(report(args, flavor, usual) for flavor, usual in models.items()), sep="\n\n")
+    except UserError as error:
+        manager.exit_with(str(error).splitlines())
 
 
 if __name__ == "__main__":

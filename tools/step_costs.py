@@ -116,12 +116,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One row: seconds per step, bytes received per GPU and step, bytes of its memory. Of several steps for one fold the
-    averages.
+    """One row: seconds per step, bytes received per GPU and step, bytes of its memory. Of several steps for one fold
+    the averages.
 
     gathers, host, beside run while the GPU computes: the all-gathers of the weights, the host's launches, and gradients
     of the adapters, block by block. exchange comes after it: the fold, and gradients that are summed at the end. In gap
-    the GPU waits for the host. refreshed: bytes of taking all slices anew, once.
+    the GPU waits for the host. gradients: what of exchanged the adapters' gradients are; refreshed: bytes of taking
+    all slices anew, once.
     """
 
     gpus: int
@@ -137,6 +138,7 @@ class Estimate:
     beside: float = 0.0
     host: float = 0.0
     gap: float = 0.0
+    gradients: int = 0
     refreshed: float = 0.0
 
     @property
@@ -204,9 +206,12 @@ def gradient_collectives(work: Work, topology: Topology) -> list[Collective]:
     return gradient_traffic([*work.shapes().values()], topology)
 
 
-def refresh_bytes(work: Work, plan: UpdatePlan) -> float:
+def refresh_bytes(work: Work, plan: UpdatePlan, compute_bytes: int = 2) -> float:
     """What a GPU receives, on average, when all slices are taken anew: the weights that it decomposes, whole, in the
-    masters' dtype; the slices of the adapters that it hosts, in fp32; and what was made of all adapters' factors."""
+    masters' dtype; the slices of the adapters that it hosts, in fp32; and what is kept of all adapters' factors.
+
+    compute_bytes: of an element in a micro-batch's products.
+    """
     t, shapes = plan.topology, [*work.shapes().values()]
     element = getattr(torch, work.masters).itemsize
     whole = sum(element * out * width * (t.dp_shard - 1) / t.dp_shard for out, width in shapes)
@@ -217,8 +222,8 @@ def refresh_bytes(work: Work, plan: UpdatePlan) -> float:
             route, of = ROUTES[bucket.route], [*bucket.shapes.values()]
             again, kept = (sum(c.received for c in route.traffic(of, t, cached)) for cached in (False, True))
             received += again - kept
-    if t.samples == "all":  # a micro-batch computes with all of them, in bf16
-        received += 2 * (bound_elements(shapes, t) - hosted)
+    if t.samples == "all":  # a micro-batch computes with all of them
+        received += compute_bytes * (bound_elements(shapes, t) - hosted)
     return received
 
 
@@ -316,6 +321,7 @@ def estimate(work: Work, topology: Topology, exchange: str, cluster: Cluster) ->
         gathered=gathered,
         exchanged=plan.received_per_step,
         memory=memory_of(work, plan).total,
+        gradients=plan.received_gradients,
         refreshed=refresh_bytes(work, plan),
     )
 
@@ -350,11 +356,11 @@ def authors_estimate(work: Work, gpus: int, cluster: Cluster) -> Estimate:
 def best(work: Work, gpus: int, num_adapters: int, exchange: str, cluster: Cluster, samples: str = "own") -> Estimate:
     """The mesh of whole nodes that fits into memory and is fastest; of those within 1% of it, the one that gathers
     least. Where none fits, the smallest one in memory."""
-    shards = [s for s in range(min(gpus, cluster.node), gpus + 1) if gpus % s == 0 and s % min(gpus, cluster.node) == 0]
+    step = min(gpus, cluster.node)
     topologies = [
         Topology(num_adapters, work.rank, gpus // s, s, work.wire_bytes, samples, work.local_steps)
-        for s in shards
-        if (s & (s - 1)) == 0
+        for s in range(step, gpus + 1, step)
+        if gpus % s == 0
     ]
     rows = [estimate(work, t, exchange, cluster) for t in topologies]
     fitting = [row for row in rows if row.memory <= cluster.memory]

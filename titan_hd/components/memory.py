@@ -192,8 +192,8 @@ _MODEL: dict[str, _MetaModel] = {}  # the last one
 
 
 def _model_of(sizes: Sizes) -> _MetaModel:
-    """Remembered until another is asked for: looking for what fits changes anything but the model, and that of 80 layers
-    takes longer than the rest of an estimate."""
+    """Remembered until another is asked for: looking for what fits changes anything but the model, and that of 80
+    layers takes longer than the rest of an estimate."""
     c = sizes.config
     local = tp_local(sizes.decoder, sizes.mesh[2], c.parallelism.loss_parallel)
     key = repr((local, c.adapter, c.hdpissa, c.training.mixed_precision_param))  # what the method is built from
