@@ -22,8 +22,9 @@ from titan_hd.distributed.update.route import Collective, Shape
 from titan_hd.distributed.update.routes import ROUTES
 from titan_hd.distributed.update.topology import Topology
 from titan_hd.fitting import usable_bytes
-from titan_hd.models.decoder import Decoder
-from titan_hd.models.registry import DecoderConfig
+from titan_hd.models.model import Model
+from titan_hd.models.model_config import ModelConfig
+from titan_hd.models.registry import build_model
 
 Checkpointing = Literal["none", "selective", "full"]
 Masters = Literal["float32", "bfloat16"]
@@ -86,7 +87,7 @@ class Work:
     wire_bytes: of an element of an update on its way; local_steps: from one fold to the next; checkpointing: the mode;
     masters: their dtype; refresh_steps: from one taking of slices to the next, 0: never."""
 
-    config: DecoderConfig
+    config: ModelConfig
     rank: int = 16
     tokens: int = 8192
     length: int = 8192
@@ -104,9 +105,8 @@ class Work:
 
     def shapes(self) -> dict[str, Shape]:
         """Every linear layer of the blocks under its full name."""
-        linears = self.config.linear_shapes().items()
-        blocks = range(self.config.num_hidden_layers)
-        return {f"model.layers.{i}.{name}": shape for i in blocks for name, shape in linears}
+        shapes = self.config.linear_shapes()
+        return {name: shapes[kind] for name, kind in self.config.linear_layers().items()}
 
     @property
     def largest_k(self) -> int:
@@ -165,7 +165,7 @@ class Estimate:
 # Bytes
 
 
-def fsdp_gathers(config: DecoderConfig, shards: int, element: int, trained: bool = False, passes: int = 2) -> list[int]:
+def fsdp_gathers(config: ModelConfig, shards: int, element: int, trained: bool = False, passes: int = 2) -> list[int]:
     """Bytes that a GPU receives in each all-gather of the weights of one micro-batch (a forward and a backward pass).
 
     element: bytes of an element as gathered. trained: method full, whose backward pass wants the embedding again.
@@ -175,15 +175,15 @@ def fsdp_gathers(config: DecoderConfig, shards: int, element: int, trained: bool
     return [(shards - 1) * shard * element for shard, times in sizes for _ in range(times)]
 
 
-_MODELS: dict[str, Decoder] = {}
+_MODELS: dict[str, Model] = {}
 _GROUPS: dict[tuple[str, int], list[Group]] = {}
 
 
-def _groups(config: DecoderConfig, shards: int) -> list[Group]:
+def _groups(config: ModelConfig, shards: int) -> list[Group]:
     model, key = repr(config), (repr(config), shards)
     if model not in _MODELS:
         with torch.device("meta"):
-            _MODELS[model] = Decoder(config)
+            _MODELS[model] = build_model(config)
     if key not in _GROUPS:
         _GROUPS[key] = list(fsdp_group_sizes(_MODELS[model], shards))
     return _GROUPS[key]
@@ -191,14 +191,12 @@ def _groups(config: DecoderConfig, shards: int) -> list[Group]:
 
 def plan_of(work: Work, topology: Topology, exchange: str) -> UpdatePlan:
     """How the updates travel: the same for every micro-batch and checkpointing, of which many are tried."""
-    linears = tuple(work.config.linear_shapes().items())
-    return _plan(linears, work.config.num_hidden_layers, topology, exchange)
+    return _plan(tuple(work.shapes().items()), topology, exchange)
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(linears: tuple[tuple[str, Shape], ...], layers: int, topology: Topology, exchange: str) -> UpdatePlan:
-    shapes = {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in linears}
-    return plan_update(shapes, topology, exchange)
+def _plan(shapes: tuple[tuple[str, Shape], ...], topology: Topology, exchange: str) -> UpdatePlan:
+    return plan_update(dict(shapes), topology, exchange)
 
 
 def gradient_collectives(work: Work, topology: Topology) -> list[Collective]:
@@ -262,7 +260,7 @@ def compute_seconds(work: Work, cluster: Cluster, dense_gradient: bool = False, 
     products = LocalHDPissaLinear.skinny if work.local_steps > 1 else HDPissaLinear.skinny
     adapters = products * together * sum(work.rank * sum(shape) for shape in work.shapes().values())
     flops = flops_per_token(c, work.length, weights if dense_gradient else 0, adapters)
-    again = 2 * weights + 4 * c.num_attention_heads * c.head_dim * work.length * c.num_hidden_layers
+    again = 2 * weights + c.mixing_flops(work.length)
     again *= work.checkpointing == "full"  # "selective" computes no product and no attention twice
     return work.micro_batches * work.tokens * (flops + again) / (cluster.peak * cluster.utilisation)
 
