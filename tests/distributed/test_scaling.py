@@ -51,6 +51,7 @@ def received(argv: list[str]) -> tuple[list[int], int, tuple[int, float], tuple[
     planned, anew = (0, 0), 0.0
     if folds:
         planned = sum(w.received for w in fold.plan.weights), fold.plan.received_per_step
+        run.update.fold = fold
         run.update._refresh(1)
         anew = refresh_bytes(Work(run.plan.decoder, rank=1), fold.plan, compute_bytes=4)
     run.close()
