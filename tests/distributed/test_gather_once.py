@@ -83,7 +83,7 @@ CASES = {
 }
 
 
-SLOW = ("one", "tied", "full", "one-micro-batch")  # the others have what these have
+SLOW = ("one", "two", "tied", "full", "one-micro-batch")  # the others have what these have: hsdp two shards
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CASES])
