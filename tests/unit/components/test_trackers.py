@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -188,6 +190,9 @@ def test_tensorboard_goes_on_at_its_step(tmp_path: Path, monkeypatch):
         def add_text(self, *what):
             calls.append(what)
 
+        def flush(self):
+            pass
+
         def close(self):
             calls.append("close")
 
@@ -201,6 +206,33 @@ def test_tensorboard_goes_on_at_its_step(tmp_path: Path, monkeypatch):
         *(("start", folder, 0), ("loss", 1.0, 1), "close"),
         *(("start", folder, 3), ("loss", 3.02, 3), ("validation_loss", 0.3, 3), ("samples", table, 3), "close"),
     ]
+
+
+def test_tensorboards_own_reader_finds_every_step_once(tmp_path: Path, monkeypatch):
+    """A run that is killed, its last event cut off; one that goes back to an earlier step; one that goes on."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install tensorboard)")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = config_in(tmp_path, "tensorboard")
+    killed = MetricsLogger(config, 10, 0)
+    for step in range(1, 8):
+        killed.log(step, {"loss": float(step)})
+    (file,) = (tmp_path / "run" / "tb").iterdir()
+    kept = tmp_path / "kept"
+    shutil.copy(file, kept)  # as it is when no writer gets to close it
+    killed.close()
+    shutil.copy(kept, file)
+    os.truncate(file, file.stat().st_size - 3)
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 2)  # the files are read in the order of their seconds
+    log(config, 5, 8, {})
+    log(config, 8, 9, {})
+    events = EventAccumulator(str(tmp_path / "run" / "tb"))
+    events.Reload()
+    losses = {event.step: event.value for event in events.Scalars("loss")}
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 10))
+    assert losses == pytest.approx({**{n: n for n in range(1, 6)}, 6: 6.05, 7: 7.05, 8: 8.05, 9: 9.08})
+    assert [event.step for event in events.Scalars("validation_loss")] == [6, 9]
+    assert [event.step for event in events.Tensors("samples/text_summary")] == [6, 9]
 
 
 def test_wandb_offline_has_every_step_once_in_its_last_file(tmp_path: Path, monkeypatch):
@@ -304,6 +336,7 @@ class Mlflow:
         pass
 
     def start_run(self, run_id):
+        assert run_id not in self.deleted
         self.now = run_id or f"run {len(self.runs)}"
         self.runs.setdefault(self.now, [])
         return SimpleNamespace(info=SimpleNamespace(run_id=self.now))
@@ -322,12 +355,17 @@ class Mlflow:
         self.ends.append(status)
 
 
+def write_example(folder: Path, monkeypatch) -> None:
+    page = (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
+    (folder / "my_trackers.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "my_trackers", raising=False)
+
+
 def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch):
     """As it stands there, against a stand-in for MLflow."""
-    page = (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
-    (tmp_path / "my_trackers.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    write_example(tmp_path, monkeypatch)
     mlflow = Mlflow()
-    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     monkeypatch.setattr(registry, "find_spec", lambda name: name)
     config = config_in(tmp_path, "my_trackers:MlflowTracker")
@@ -341,3 +379,22 @@ def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch):
     assert (mlflow.deleted, list(runs.values())) == (["run 0"], ["run 1"])
     assert mlflow.files == ["config.json", "samples/step-3.json", "config.json", "samples/step-3.json"]
     assert mlflow.ends == ["FINISHED"] * 3
+
+
+def test_mlflows_own_reader_finds_what_the_example_logs(tmp_path: Path, monkeypatch):
+    """Three starts from one checkpoint, which knows the first run of MLflow's only: that has been deleted meanwhile."""
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed (pip install mlflow-skinny)")
+    write_example(tmp_path, monkeypatch)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
+    config = config_in(tmp_path, "my_trackers:MlflowTracker")
+    checkpoint = log(config, 0, 4, {})
+    for first, last in ((3, 3), (3, 5), (3, 4)):
+        log(config, first, last, checkpoint)
+    client = mlflow.MlflowClient()
+    (experiment,) = client.search_experiments(filter_string="name = 'titan_hd'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    history = [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, "loss")]
+    assert sorted(history) == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.03)]
+    assert run.info.status == "FINISHED"
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["config.json", "samples"]
