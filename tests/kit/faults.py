@@ -159,7 +159,9 @@ def truncated_file(launch: ForkedLaunch, chance: random.Random, workers: int) ->
     launch.kill_all()
     launch.end(_PATIENCE)
     newest = _checkpoints(launch.dump)[-1]
-    path = chance.choice([path for path in sorted(newest.iterdir()) if path.stat().st_size and path.name != "manifest.json"])
+    path = chance.choice(
+        [path for path in sorted(newest.iterdir()) if path.stat().st_size and path.name != "manifest.json"]
+    )
     os.truncate(path, chance.randrange(path.stat().st_size))
     return f"cut off {path}"
 
@@ -200,5 +202,3 @@ def mount_small_disk(folder: Path) -> bool:
 
 def unmount(folder: Path) -> None:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
