@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from benchmarks.common import environment, print_header, print_json, print_table
 from titan_hd.checkpoint.checkpointer import Checkpointer
+from titan_hd.checkpoint.folder import CheckpointFolder
 from titan_hd.config.command_line import ToolParser
 
 _SIDE = 1024
@@ -63,7 +64,7 @@ def _worker(rank: int, args: argparse.Namespace, folder: str, queue) -> None:
     results: dict[str, Any] = {
         mode: _measure(Path(folder) / mode, mode, tensors, locals_, args) for mode in ("disabled", "async")
     }
-    checkpointer = Checkpointer(Path(folder) / "async", 1, False, 600)
+    checkpointer = Checkpointer(CheckpointFolder(Path(folder) / "async", 1), False, 600)
     results["checked"] = _timed(lambda: checkpointer.choose(-1))
     if rank == 0:
         queue.put(results)
@@ -73,7 +74,7 @@ def _worker(rank: int, args: argparse.Namespace, folder: str, queue) -> None:
 
 def _measure(folder: Path, mode: str, tensors, locals_: list[torch.Tensor], args) -> dict[str, float]:
     """Medians over the saves, but for the first one, which allocates the copies."""
-    checkpointer = Checkpointer(folder, 1, mode == "async", 600)
+    checkpointer = Checkpointer(CheckpointFolder(folder, 1), mode == "async", 600)
     times: dict[str, list[float]] = {"stopped": [], "written": [], "step": [], "step_while_writing": []}
 
     def step() -> float:

@@ -100,7 +100,7 @@ def fits(cell: str, arm: Arm) -> bool:
     """Whether the first cell of a row may mean this arm: by the method (hdpissa if none is named) and all settings."""
     method = re.split(r"\W", cell.lstrip("`*").lower())[0]
     settings = re.findall(r"(\w+) ?= ?([\w.]+)", cell)
-    of = arm.name.split("+")
+    of = [re.sub(r"^\w+\.", "", setting) for setting in arm.name.split("+")]  # without the section
     numbers = arm.complete(arm.best)[0].numbers
     short = {"K": "num_adapters", "r": "rank"}
     return of[0] == (method if method in METHODS else "hdpissa") and all(

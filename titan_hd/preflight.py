@@ -18,7 +18,8 @@ import torch
 from titan_hd.adapters.method import Method
 from titan_hd.adapters.methods import build_method, method_errors, method_of
 from titan_hd.adapters.svd import SvdSettings
-from titan_hd.checkpoint.folder import CheckpointFolder, incomplete, read_train_state
+from titan_hd.checkpoint.folder import incomplete, read_train_state
+from titan_hd.checkpoint.object_store import checkpoint_folder
 from titan_hd.checkpoint.resume_check import allow_mismatch_errors, run_identity, weights_fingerprint
 from titan_hd.components.dtypes import dtype_warnings, resolve_dtypes, untouched_dtype
 from titan_hd.components.optimizer import optimizer_class
@@ -182,8 +183,7 @@ def _check_start(config: JobConfig, decoder: DecoderConfig, method: Method) -> N
     Before any memory is allocated for a model whose sizes somebody else's config.json says.
     """
     c = config.checkpoint
-    checkpoints = CheckpointFolder(Path(config.job.dump_folder) / c.folder, c.keep_latest_k)
-    resumes = c.enable and checkpoints.candidates(c.load_step)
+    resumes = c.enable and checkpoint_folder(config).candidates(c.load_step)
     # The export of an adapter over a base that the method has changed reads the weights that the run started from.
     export_reads_base = method.changes_base and config.export.enable and config.export.format == "peft"
     measures_changes = config.metrics.update_freq > 0
@@ -295,8 +295,8 @@ def _saved_state(config: JobConfig) -> dict[str, Any] | None:
     c = config.checkpoint
     if not c.enable:
         return None
-    folder = CheckpointFolder(Path(config.job.dump_folder) / c.folder, c.keep_latest_k)
     try:
+        folder = checkpoint_folder(config)
         paths = map(folder.path, folder.candidates(c.load_step))
         return next((read_train_state(path) for path in paths if not incomplete(path)), None)
     except UserError:  # the checkpointer reports it

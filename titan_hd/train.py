@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from titan_hd.adapters.methods import ignored_keys
 from titan_hd.checkpoint.checkpointer import Checkpointer
+from titan_hd.checkpoint.object_store import checkpoint_folder
 from titan_hd.checkpoint.resume_check import check_resume
 from titan_hd.components.assembly import assemble
 from titan_hd.components.best_validation import BestValidation
@@ -160,10 +161,7 @@ class Trainer:
         """Weights and what is trained: from the chosen checkpoint, or from the model directory and the SVD."""
         c = self.config
         self.checkpointer = Checkpointer(
-            Path(c.job.dump_folder) / c.checkpoint.folder,
-            c.checkpoint.keep_latest_k,
-            c.checkpoint.async_mode == "async",
-            c.comm.save_timeout_seconds,
+            checkpoint_folder(c), c.checkpoint.async_mode == "async", c.comm.save_timeout_seconds
         )
         self._closing.callback(self.checkpointer.close)
         self.best = BestValidation(c, self.validator.measured_on() if self.validator else {})
@@ -392,7 +390,7 @@ class Trainer:
                 self.checkpointer.tell_of_best(self.step)
         if self.config.export.enable and not stopped:
             self.update.settle()
-            set_timeout(self.config.comm.export_timeout_seconds, but_not=self.checkpointer.group)
+            set_timeout(self.config.comm.export_timeout_seconds, but_not=self.checkpointer.groups)
             export = export_peft if self.config.export.format == "peft" else export_hf
             export(self.model, self.dims, self.config, self.answering)
         if failure:
@@ -414,7 +412,7 @@ class Trainer:
             if self.step == first_step + 1:
                 self.rates.forget()  # warm-up and compilation
                 self.phases.forget()
-                set_timeout(self.config.comm.train_timeout_seconds, but_not=self.checkpointer.group)
+                set_timeout(self.config.comm.train_timeout_seconds, but_not=self.checkpointer.groups)
 
     def _first_step(self) -> Progress:
         compiles = ", which compiles the blocks" if self.config.compile.enable else ""

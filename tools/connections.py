@@ -57,10 +57,11 @@ class Call(NamedTuple):
     root: int = 0
 
 
-# What ranks call on the host: over the world (`distributed/collectives.py`; objects reach rank 0 along the same steps
-# as a barrier), and for checkpoints. tests/distributed/test_connections.py has a run call nothing else.
+# What ranks call on the host: over the world (`distributed/collectives.py`; objects reach rank 0 on the connections
+# of a broadcast), for checkpoints over the world again, and over the ranks that write them.
+# tests/distributed/test_connections.py has a run call nothing else.
 WORLD_CALLS = {Call("barrier"), Call("allreduce_"), Call("broadcast_")}
-CHECKPOINT_CALLS = {Call(name) for name in ("allreduce_", "allgather_", "broadcast_", "gather_", "scatter_")}
+CHECKPOINT_CALLS = {Call("allreduce_"), Call("broadcast_")}
 
 
 def partners(call: Call, rank: int, size: int) -> set[int]:
@@ -120,7 +121,9 @@ def mesh_groups(replicate: int, shard: int, tp: int, num_adapters: int, rank: in
     backends = mock.patch.object(dist, "get_backend_config", return_value="cpu:gloo,cuda:nccl")
     try:
         with mock.patch.object(dist, "new_group", recorded), backends:
-            ParallelDims(replicate, shard, "cuda", tp).adapter_mesh(num_adapters)
+            dims = ParallelDims(replicate, shard, "cuda", tp)
+            dims.adapter_mesh(num_adapters)
+            dims.one_of_each_holder(num_adapters)
     finally:
         dist.destroy_process_group()
     return asked
@@ -139,17 +142,32 @@ class Row(NamedTuple):
     read: int
 
 
+def writers(replicate: int, shard: int, tp: int, num_adapters: int) -> list[int]:
+    """Ranks that write a checkpoint: those of the first replica, and the first of those that share an adapter."""
+    workers = replicate * shard
+    first = {*range(shard), *range(0, workers, workers // min(num_adapters, workers))}
+    return [worker * tp + tp_rank for worker in sorted(first) for tp_rank in range(tp)]
+
+
 def as_made(replicate: int, shard: int, tp: int, num_adapters: int) -> Row:
     """The groups of a run of ours on GPUs."""
     size = replicate * shard * tp
     asked, record = mesh_groups(replicate, shard, tp, num_adapters), _RECORD_BYTES + len(socket.gethostname())
     beside = sum("gloo" in made.backend for made in asked if 0 in made.ranks)
     assert not beside, "groups of a mesh have nccl alone"
-    host = [WORLD_CALLS, CHECKPOINT_CALLS]  # two groups of all ranks
-    found = [[sockets(calls, rank, size) for calls in host] for rank in range(size)]
-    opened = [sum(counts) + len(counts) for counts in found]  # with those that listen
-    read = record * sum(map(sum, found))
-    return Row("made", len(asked) + 1, len(host), opened[0], max(opened[1:]), record * size * len(host), read)
+    writing = writers(replicate, shard, tp, num_adapters)
+    everybody = list(range(size))
+    host = [(WORLD_CALLS, everybody), (CHECKPOINT_CALLS, everybody)]
+    if len(writing) < size:  # else they write in the checkpoints' group
+        host.append((CHECKPOINT_CALLS, writing))
+    opened, read, written = [0] * size, 0, 0
+    for calls, members in host:
+        written += record * len(members)
+        for place, rank in enumerate(members):
+            found = sockets(calls, place, len(members))
+            opened[rank] += found + 1  # with the one that listens
+            read += record * found
+    return Row("made", len(asked) + len(host) - 1, len(host), opened[0], max(opened[1:]), written, read)
 
 
 def eager(replicate: int, shard: int, tp: int, num_adapters: int) -> Row:
@@ -261,6 +279,8 @@ def _work(rank: int, size: int, folder: Path, lazily: bool, results: Any) -> Non
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
     found = count(_run_of(size, folder), before)
     results.put((rank, found, (folder / "store").stat().st_size))
+    results.close()
+    results.join_thread()  # what a queue has taken, a thread sends: os._exit would end it on the way
     dist.barrier()
     os._exit(0)
 

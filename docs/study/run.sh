@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs of docs/study.md:  docs/study/run.sh PART [option of tools/compare_methods.py ...]
-# Parts: quickstart, spectra (of its best runs), clipped, adapters, rank, mute, aggregate, batch, family, leading,
+# Parts: quickstart, spectra (of its best runs), clipped, adapters, rank, mute, aggregate, batch, share, family, leading,
 # smollm2. Each can be killed, and goes on when it is started again. Results are in outputs/study/PART; those of the study
 # itself are in docs/study/PART.
 set -euo pipefail
@@ -39,9 +39,10 @@ spectra) # Figures 3 and 7
   "$PYTHON" tools/rank_analysis.py assets/quickstart/model "${trained[@]}" --kinds q_proj,down_proj --mark 16 \
     --output outputs/study/spectra
   ;;
-clipped) # the leading arms with gradient clipping, as the recipes have it
+clipped) # the leading arms, and those of the family, with gradient clipping as the quick start has it
   arms=hdpissa,hdpissa+num_adapters=1+rank=64,pissa,pissa+rank=64,lora+rslora=true+optimizer.lr=1e-3:1.6e-2:5
   arms+=,lora+rslora=true+rank=64+optimizer.lr=2e-4:3.2e-3:5,full+optimizer.lr=5e-4:8e-3:5
+  arms+=,hdpissa+samples=all+refresh_steps=10,hdpissa+samples=all+factor_scale=unit+refresh_steps=10
   compare "With clipping at 1.0" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}" \
     --training.max_norm 1.0
   ;;
@@ -69,6 +70,13 @@ batch) # K at K * r = 64, along the global batch: how many records a slice learn
     compare "K * r = 64, $batch records a step" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}" \
       --training.global_batch_size $batch
   done
+  ;;
+share) # K at K * r = 64 and 64 records a step, beside K = 1 with as many records a step as a slice of theirs has
+  whole=hdpissa+num_adapters=1+rank=64
+  arms=$whole,$whole+training.global_batch_size=32,$whole+training.global_batch_size=16
+  arms+=,$whole+training.global_batch_size=8,hdpissa+num_adapters=2+rank=32,hdpissa+num_adapters=4+rank=16,hdpissa
+  compare "A slice's share of the batch" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}" \
+    --training.max_norm 1.0
   ;;
 family) # beyond the paper, K = 8 r = 8; the last two arms are the ones to beat
   arms=hdpissa,hdpissa+slices=minor,hdpissa+samples=all,hdpissa+factor_scale=unit,hdpissa+exchange_dtype=int8

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import subprocess
+import tarfile
 import time
 import types
 from collections.abc import Iterator
@@ -43,7 +45,7 @@ def choose_with_each_damage(folder: Path) -> list[tuple[str, int | None, list[st
 
     import titan_hd.checkpoint.checkpointer as checkpoint
 
-    checkpointer = checkpoint.Checkpointer(folder, 2, False, 60)
+    checkpointer = checkpoint.Checkpointer(CheckpointFolder(folder, 2), False, 60)
     said: list[str] = []
 
     def choose(path: Path, content: bytes | None) -> int | None:
@@ -162,6 +164,101 @@ def test_a_run_that_went_back_and_was_killed_goes_on_from_there(workers, tmp_pat
     assert names == {"step-3", "abandoned-6"}
     assert len(workers.run(1, runs.train, argv)[0]) == 3
     assert [record["step"] for record in records(tmp_path / "dump")] == list(range(1, 7))
+
+
+def save_and_fail(argv: list[str]) -> dict[str, object]:
+    """Two saves, one in which the disk of rank 2 is full, one with a bug there. What this rank saw."""
+    import titan_hd.checkpoint.checkpointer as checkpoint
+
+    run = runs.trainer(argv)
+    saver, told = run.checkpointer, []
+    gather, write = checkpoint.gather_on_rank_zero, checkpoint.write_pieces
+
+    def gather_and_note(value: bytes, group) -> list[bytes]:
+        told.append(pickle.loads(value).entries)
+        return gather(value, group)
+
+    def failing(error: Exception):
+        def write_or_fail(folder, rank, pieces):
+            if rank == 2:
+                raise error
+            return write(folder, rank, pieces)
+
+        return write_or_fail
+
+    seen: dict[str, object] = {"failures": []}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "gather_on_rank_zero", gather_and_note)
+        for error in (None, None, OSError(28, "No space left on device")):
+            run.train_step()
+            if error:
+                patch.setattr(checkpoint, "write_pieces", failing(error))
+            run.save()
+            seen["failures"].append(saver.wait())
+        patch.setattr(checkpoint, "write_pieces", failing(ValueError("a bug")))
+        run.train_step()
+        run.save()
+        with pytest.raises(RuntimeError) as caught:
+            saver.wait()
+    run.close()
+    sent = [entries if entries is None else len(entries) for entries in told]
+    return seen | {
+        "bug": str(caught.value),
+        "writers": saver.writers,
+        "sent": sent,
+        "copies": len(saver._host._buffers),
+    }
+
+
+def test_a_rank_without_anything_of_its_own_does_nothing(workers, tmp_path: Path):
+    """2 replicas x 2 shards, 2 holders of adapters on 2 ranks each: rank 3 has nothing that no other has before it, but
+    knows how a save went. What the others have to say of where things lie they say once."""
+    degrees = {"parallelism__data_parallel_replicate_degree": 2, "training__global_batch_size": 4}
+    argv = tiny_run(tmp_path, "dump", training__steps=9, checkpoint__keep_latest_k=9, **degrees)
+    seen = workers.run(4, save_and_fail, argv)
+    folder = tmp_path / "dump" / "checkpoint"
+    full = f"{folder}/step-3: the checkpoint cannot be saved: No space left on device (on rank 2); earlier ones are un"
+    for one in seen:
+        assert one["writers"] == [0, 1, 2]
+        assert one["failures"][:2] == [None, None]
+        assert one["failures"][2].startswith(full)
+        assert one["bug"] == "the checkpoint of step 4: RuntimeError: on rank 2: ValueError: a bug"
+    assert (seen[3]["sent"], seen[3]["copies"]) == ([], 0)
+    adapters = 7 * 2 * 3  # A or B of 7 layers of a block: the factor, two moments
+    weights = 12  # by kind, those outside of blocks among them
+    assert seen[2]["sent"] == [adapters, None, None, None]
+    assert seen[0]["sent"] == [weights + adapters + 1, None, None, None]
+    for step in (1, 2):
+        files = {path.name for path in (folder / f"step-{step}").iterdir()}
+        assert {name for name in files if name.endswith(".distcp")} == {f"__{rank}_0.distcp" for rank in range(3)}
+    assert {path.name for path in folder.iterdir()} >= {"step-1", "step-2"}
+    assert not (folder / "step-3").exists()
+    assert not list(folder.glob("step-3.partial"))
+
+
+# What `old_checkpoints` were written with, by two workers after the third of six steps.
+SMALL = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 10, "num_attention_heads": 2, "head_dim": 4}
+OLD = {"hdpissa": {"hdpissa__num_adapters": 2}, "lora": {"adapter__method": "lora"}}
+
+
+@pytest.mark.parametrize("method", OLD)
+def test_a_checkpoint_from_before_there_were_stacks(workers, tmp_path: Path, method: str):
+    """Of torch.distributed.checkpoint's own planner: a tensor for each layer, a count of steps for each parameter."""
+    runs.write_model(tmp_path / "model", **SMALL)
+    runs.write_records(tmp_path / "records.jsonl", vocab_size=20)
+    shared = {"checkpoint__enable": "true", "training__steps": 6, "training__global_batch_size": 4, **OLD[method]}
+    argv = {
+        name: runs.options(tmp_path / "model", tmp_path / "records.jsonl", tmp_path / name, **shared)
+        for name in ("old", "new")
+    }
+    want = workers.run(2, runs.train, argv["new"])[0]
+    (tmp_path / "old").mkdir()
+    with tarfile.open(Path(__file__).parent / "old_checkpoints" / f"{method}.tar.xz") as archive:
+        archive.extractall(tmp_path / "old" / "checkpoint", filter="data")
+    assert workers.run(2, runs.train, argv["old"])[0] == pytest.approx(want[3:], rel=1e-6)
+    got, reference = runs.exported(tmp_path / "old"), runs.exported(tmp_path / "new")
+    start = runs.load_file(tmp_path / "model" / "model.safetensors")
+    assert max(runs.delta_error(got, reference, start).values()) < RESHARDED_TOLERANCE
 
 
 def fail_while_saving(argv: list[str]) -> bool:

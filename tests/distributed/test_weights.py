@@ -3,8 +3,9 @@
 workers  mesh (replicate x shard x tensor)  what it reaches
 1        1 x 1 x 1                          the whole file
 4        1 x 4 x 1                          uneven rows (50, 37, 22) and an empty shard (6 rows on 4: 2, 2, 2, 0)
-4        2 x 2 x 1                          HSDP: each replica reads each byte once, one of them writes
+4        2 x 2 x 1                          HSDP: one replica reads, the other receives; one of them writes
 4        1 x 2 x 2                          blocks of columns of odd widths beside blocks of rows
+4        2 x 1 x 2                          what is not split goes to replicas, then to tp ranks
 2        1 x 1 x 2                          tensor parallelism alone
 """
 
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.kit import runs
 
-MESHES = [(1, 1, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2), (1, 1, 2)]
+MESHES = [(1, 1, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2), (1, 1, 2)]
 SPLITTABLE = {"num_key_value_heads": 2, "intermediate_size": 38}  # by tensor parallelism
 
 
@@ -49,8 +50,10 @@ def sharded_model(folder: Path, mesh: tuple[int, int, int], dtype: torch.dtype =
 
 def load_and_write(
     folder: Path, out: Path, mesh: tuple[int, int, int], dtype: torch.dtype, master: torch.dtype = torch.float32
-) -> tuple[int, list[str]]:
-    """On each rank: read, write in `dtype`; the bytes read and, on rank 0, the lines of the log."""
+) -> tuple[int, int, int, list[str]]:
+    """On each rank: read, write in `dtype`; bytes read, received, and held in the dtype of the files (which is
+    `dtype`), and the lines of the log. Buckets are so small that weights lie in several, and several in one."""
+    from titan_hd.distributed import weight_reading
     from titan_hd.distributed.shards import load_weights, write_weights
 
     lines = []
@@ -64,12 +67,14 @@ def load_and_write(
         model, dims = sharded_model(folder, mesh, master)
         for parameter in model.parameters():  # whatever is not read is seen
             parameter.detach().to_local().fill_(float("nan"))
-        read = load_weights(model, dims, str(folder)).bytes_read
+        with mock.patch.object(weight_reading, "PIECE_BYTES", 1500):
+            read, received, _ = load_weights(model, dims, str(folder))
+        held = sum(p.detach().to_local().numel() for p in model.parameters()) * dtype.itemsize
         write_weights(model, dims, out, dtype, 10_000)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-    return read, lines
+    return read, received, held, lines
 
 
 def load_directory(folder: Path) -> dict[str, torch.Tensor]:
@@ -109,9 +114,12 @@ def test_round_trip_is_bitwise_and_reads_each_byte_once(mesh, tied, dtype, worke
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
 
     size = sum(value.nbytes for value in weights.values())
-    whole_on_tp = sum(v.nbytes for n, v in weights.items() if "norm" in n)  # every tp rank reads what is not split
-    assert sum(read for read, _ in results) == mesh[0] * (size + (mesh[2] - 1) * whole_on_tp)
-    (said,) = [line for line in results[0][1] if line.startswith("read ")]
+    assert sum(read for read, *_ in results) == size, "each byte once"
+    for rank, (read, received, held, _) in enumerate(results):
+        assert read + received == held
+        if rank >= mesh[1] * mesh[2]:
+            assert read == 0, "the first replica reads"
+    (said,) = [line for line in results[0][-1] if line.startswith("read ")]
     assert f"of {size / 2**30:.3f} GiB in " in said
 
 
@@ -162,15 +170,17 @@ def test_a_progress_bar_on_the_terminal_of_rank_0(workers, tmp_path):
     assert not any("reading the weights" in text for text in other_rank)
 
 
-def load_expecting_errors(folder: Path) -> tuple[list[str], bool]:
+def load_expecting_errors(folder: Path, mesh: tuple[int, int, int] = (1, 2, 1)) -> tuple[list[str], bool]:
+    from titan_hd.distributed import weight_reading
     from titan_hd.distributed.shards import load_weights
     from titan_hd.errors import UserError
 
-    model, dims = sharded_model(folder, (1, 2, 1))
+    model, dims = sharded_model(folder, mesh)
     for parameter in model.parameters():
         parameter.detach().to_local().fill_(7.0)
     try:
-        load_weights(model, dims, str(folder))
+        with mock.patch.object(weight_reading, "PIECE_BYTES", 1500):
+            load_weights(model, dims, str(folder))
     except UserError as error:
         untouched = all(bool((p.detach().to_local() == 7.0).all()) for p in model.parameters())
         return str(error).splitlines(), untouched
@@ -193,15 +203,47 @@ def test_every_rank_says_all_faults_and_loads_nothing(workers, tmp_path):
         ]
 
 
-def test_every_rank_names_the_weight_with_a_nan(workers, tmp_path):
-    """It lies in the rows of one rank alone."""
+@pytest.mark.parametrize("mesh", [(1, 2, 1), (2, 1, 1)])
+def test_every_rank_names_the_weight_with_a_nan(mesh, workers, tmp_path):
+    """It lies in the rows of one rank alone; or a replica that does not read waits for what comes behind it."""
     _, weights = runs.write_model(tmp_path / "model")
     weights["model.layers.1.mlp.up_proj.weight"][0, 3] = float("nan")
     save_file(weights, tmp_path / "model" / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     line = f"{tmp_path}/model/model.safetensors: {name}: holds a value that is NaN or infinite"
-    for lines, _ in workers.run(2, load_expecting_errors, tmp_path / "model"):
+    for lines, _ in workers.run(2, load_expecting_errors, tmp_path / "model", mesh):
         assert lines == [f"{line} (on rank 0, reading the weights)"]
+
+
+def load_in_a_fake_world(folder: Path, mesh: tuple[int, int, int], rank: int) -> tuple[int, int, int]:
+    """One rank of many whose collectives return at once: bytes read and received, and held in the files' dtype."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from titan_hd.distributed import shards
+
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=mesh[0] * mesh[1] * mesh[2])
+    model, dims = sharded_model(folder, mesh)
+    with mock.patch.object(shards, "on_rank_zero", lambda what, function: function()):  # what rank 0 would have sent
+        loaded = shards.load_weights(model, dims, str(folder))
+    return *loaded[:2], sum(p.to_local().nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(64, 8, 1), (512, 8, 1), (1, 512, 1), (256, 8, 2)])
+def test_of_many_replicas_one_reads(shape, workers, tmp_path):
+    """Of 512 or 4,096 ranks: the first replica's read what they hold, the others receive as much."""
+    runs.write_model(tmp_path / "model", **SPLITTABLE)
+    replica = shape[1] * shape[2]
+    for rank in {0, replica - 1, replica, shape[0] * replica - 1} - {shape[0] * replica}:
+        ((read, received, held),) = workers.run(1, load_in_a_fake_world, tmp_path / "model", shape, rank)
+        if rank >= replica:
+            assert (read, received) == (0, held)
+        elif shape[2] == 1 or rank == 0:
+            assert (read, received) == (held, 0)
+        else:
+            assert read + received == held
+            assert read > 0, "tp ranks read what is split over them"
 
 
 def zeros_of(folder: Path) -> list[str]:

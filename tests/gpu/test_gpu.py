@@ -6,12 +6,13 @@ import subprocess
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.kit import runs
 from tests.kit.commands import REPOSITORY
-from titan_hd.models import flex
+from titan_hd.models import flex, hf_files
 from titan_hd.models.decoder import Decoder, attention_mask, restarting_positions
-from titan_hd.models.registry import parse_hf_config
+from titan_hd.models.registry import parse_hf_config, read_hf_config
 
 pytestmark = pytest.mark.gpu
 # fp32 on both, in another order of sums; Adam amplifies it over the steps.
@@ -65,6 +66,25 @@ def packed(rows: int, length: int, longest: int) -> torch.Tensor:
     sizes = torch.randint(1, longest, (rows, length), generator=generator)
     numbers = torch.arange(length, dtype=torch.int32)
     return torch.stack([torch.repeat_interleave(numbers, row)[:length] for row in sizes]).cuda()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
+def test_weights_onto_the_gpu_are_those_on_the_host(stored, master, monkeypatch, tmp_path):
+    """In many pieces, so that both buffers are used again while copies are under way; a block of columns too."""
+    monkeypatch.setattr(hf_files, "PIECE_BYTES", 2**16)
+    _, weights = runs.write_model(tmp_path, hidden_size=512, head_dim=64, intermediate_size=1024, vocab_size=3000)
+    save_file({name: value.to(stored) for name, value in weights.items()}, tmp_path / "model.safetensors")
+    files = hf_files.open_model_weights(tmp_path, read_hf_config(tmp_path))
+    for name, value in weights.items():
+        found = torch.full(value.shape, float("nan"), dtype=master, device="cuda")
+        files.read_into(name, found)
+        assert torch.equal(found.cpu(), value.to(stored).to(master)), name
+    part = torch.full((700, 100), float("nan"), dtype=master, device="cuda")
+    files.read_into("model.embed_tokens.weight", part, 1, 3)
+    want = weights["model.embed_tokens.weight"][1:701, 3:103].to(stored).to(master)
+    assert torch.equal(part.cpu(), want)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -17,6 +17,7 @@ TINY = {
     "tokenize": "--records 60 --num-proc 1 2",
     "loader": "--records 60 --mean-length 20 --seq-len 64 --seconds 0.05 --num-workers 0 1 --pack 50",
     "checkpoint": "--megabytes 5 --workers 2 --saves 1",
+    "save_planning": "--flavor debugmodel --mesh 2x4 --adapters 2",
     "tensor_parallel": "--hidden 128 --intermediate 32 --layers 1 --vocabulary 32 --tokens 9 --repetitions 1",
     "loss": "--tokens 32 --hidden 16 --vocabulary 50 --repetitions 1",
     "checkpointing": "--layers 2 --repetitions 1",
@@ -38,6 +39,13 @@ def test_it_runs_and_ends_with_a_line_for_machines(name: str):
     if name == "tensor_parallel":
         losses = [result["loss"] for result in said["results"].values()]
         assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+    if name == "save_planning":
+        planned = said["results"]["2 x 4"]
+        # The shards of the first replica, and the first of four ranks for each adapter: ranks 0 to 3, and 4.
+        weights, adapters = 12, 3 * 2 * 7  # A, B and their moments of seven layers of a block
+        assert planned["writers"] == 5
+        assert planned["most_items"] == weights + adapters + 1
+        assert planned["items"] == 4 * weights + 2 * adapters + 1
     if name == "update":
         for variant, result in said["results"]["cases"]["24x40k8r2"].items():
             if variant != "products":

@@ -14,7 +14,7 @@ from titan_hd import cli
 from titan_hd.bundle import ROOT, recipe
 
 # Tools of those who work on titan_hd: they want its repository.
-DEVELOPERS = {"make_quickstart.py", "same_losses.py"}
+DEVELOPERS = {"make_quickstart.py", "same_losses.py", "connections.py"}
 STARTED_BY_SCRIPTS = {"quickstart.py"}
 
 

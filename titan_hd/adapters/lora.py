@@ -159,6 +159,7 @@ class LoRA(AdapterMethod):
 
     @classmethod
     def from_config(cls, config: JobConfig, num_adapters: int = 1) -> LoRA:
+        """As `Method.from_config`: OLoRA's layers where `adapter.init` asks for them, and LoRA+'s ratio of rates."""
         layer = OLoRALinear if config.adapter.init == "olora" else cls.layer
         settings = cls.layer_settings(config)
         if layer.changes_weight:

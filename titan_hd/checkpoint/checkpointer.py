@@ -6,42 +6,41 @@ of every file). The data cursor and the learning rate are functions of the step,
 none of them needs saving. Nor do dA and dB, which are zero after a fold; what is in them otherwise is saved: residuals
 that int8 leaves, and local steps that no fold has taken yet.
 
-A save, told in order: wait for the save before; copy the shards to the host (training goes on from here, if it is
-asynchronous); every rank writes its shards to `step-N.partial`, a checksum beside, and waits for its disk; rank 0 gets
-the checksums, writes table of contents, state and manifest, and renames the folder; what is then too old is purged. The
-ranks talk over a group of their own, so that a thread may do it. Whatever fails on any rank (a full disk) fails on all,
-and leaves nothing behind.
+A save, told in order: wait for the save before; find out which parts this rank is the first to hold (`pieces`), and
+which ranks have any: the writers. They copy their parts to the host (training goes on from here, if it is
+asynchronous), write them to `step-N.partial`, a checksum beside, and wait for their disks; rank 0 gets what they have
+written and where (the latter only if it is not as in the save before), writes table of contents, state and manifest,
+and renames the folder; what is then too old is purged. The writers talk over a group of their own, so that a thread may
+do it; the other ranks do nothing until `wait`, where rank 0 tells all how it went. Whatever fails on any rank (a full
+disk) fails on all, and leaves nothing behind.
 
 DCP's `.metadata` is a pickle: `checkpoint.reader` reads it without running the code in it.
 """
 
 from __future__ import annotations
 
-import copy
 import datetime
 import logging
-import shutil
+import pickle
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
-from titan_hd.checkpoint.folder import CheckpointFolder, Files, damage, read_manifest, read_train_state
-from titan_hd.checkpoint.reader import CheckpointReader
-from titan_hd.checkpoint.writer import CheckpointWriter
+from titan_hd.checkpoint.folder import CheckpointFolder, Files, damage, read_manifest, read_train_state, write_content
+from titan_hd.checkpoint.pieces import Piece, Stored, owned_pieces, stored_tensors
+from titan_hd.checkpoint.reader import TABLE, CheckpointReader
+from titan_hd.checkpoint.table import TableOfContents
+from titan_hd.checkpoint.writer import Entry, bytes_of, check_space, write_pieces
 from titan_hd.components.best_validation import Best
 from titan_hd.console import Progress
-from titan_hd.distributed.collectives import on_rank_zero
+from titan_hd.distributed.collectives import gather_on_rank_zero, on_rank_zero
 from titan_hd.distributed.watch import enter_phase
 from titan_hd.errors import UserError
-from titan_hd.files import folder_size, shown_size
+from titan_hd.files import shown_size
 
 logger = logging.getLogger("titan_hd")
 
@@ -49,138 +48,235 @@ T = TypeVar("T")
 
 
 class HostCopies:
-    """Copies of tensors on the host. Tensors that lie on the host already are copied too: the training changes them in
-    place. The buffers, pinned where there is a GPU, are kept for the next save. (DCP's own stager fails on DTensors
-    whose storage is wrapped.)"""
+    """Copies of pieces on the host. Tensors that lie on the host already are copied too: the training changes them in
+    place. The buffers, pinned where there is a GPU, are kept for the next save."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
     @torch.no_grad()
-    def take(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The same values as they are now; DTensors keep mesh and placements. Overwrites what was taken before."""
-        taken = {name: self._take(name, value) for name, value in values.items()}
+    def take(self, pieces: list[Piece]) -> list[Piece]:
+        """The same pieces with the values that they have now. Overwrites what was taken before."""
+        taken = [piece.copied_to(self._buffer(piece)) for piece in pieces]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return taken
 
-    def _take(self, name: str, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return copy.deepcopy(value)
-        local = value.to_local() if isinstance(value, DTensor) else value
-        buffer = self._buffers.get(name)
-        if buffer is None or (buffer.shape, buffer.dtype) != (local.shape, local.dtype):
-            buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
-            self._buffers[name] = buffer
-        buffer.copy_(local, non_blocking=True)
-        return DTensor(buffer, value._spec, requires_grad=False) if isinstance(value, DTensor) else buffer
+    def _buffer(self, piece: Piece) -> torch.Tensor:
+        place, dtype = (piece.tensor.name, piece.offsets), piece.tensor.dtype
+        buffer = self._buffers.get(place)
+        if buffer is None or (tuple(buffer.shape), buffer.dtype) != (piece.sizes, dtype):
+            buffer = torch.empty(piece.sizes, dtype=dtype, pin_memory=piece.parts[0].is_cuda)
+            self._buffers[place] = buffer
+        return buffer
+
+
+class _Contents(NamedTuple):
+    """Of a checkpoint, beside the pieces; best: as for `CheckpointFolder.publish`. start: when its save began."""
+
+    step: int
+    stored: list[Stored]
+    train_state: dict[str, Any]
+    best: Best | None
+    start: float
+
+
+class _Written(NamedTuple):
+    """What a writer tells rank 0. entries: None if they are those of the save before."""
+
+    entries: list[Entry] | None
+    files: Files
+    fault: str | None = None  # what its disk said
+    bug: str | None = None  # any other error
 
 
 class Checkpointer:
-    """Saves to and loads from `folder`. Collective: every rank calls every method, `warn_of_failure` apart.
+    """Saves to and loads from `files`. Collective: every rank calls every method, `warn_of_failure` apart.
 
     asynchronous: a save returns when the shards are copied to the host; the rest is done by a thread. One save is under
     way at a time.
     """
 
-    def __init__(self, folder: Path, keep_latest_k: int, asynchronous: bool, timeout_seconds: float):
-        self.files = CheckpointFolder(folder, keep_latest_k)
+    def __init__(self, files: CheckpointFolder, asynchronous: bool, timeout_seconds: float):
+        self.files = files
         # Its own time-out: the slowest disk may take longer than any collective of the training.
-        timeout = datetime.timedelta(seconds=timeout_seconds)
-        group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoints")
+        self._timeout = datetime.timedelta(seconds=timeout_seconds)
+        group = dist.new_group(backend="gloo", timeout=self._timeout, group_desc="checkpoints")
         assert isinstance(group, dist.ProcessGroup)  # of all ranks
-        self.group = group
+        self._world = group
+        self._writers_group: dist.ProcessGroup | None = None  # None on other ranks
+        self.writers: list[int] = []  # ranks that take part in saves
         self.last_step: int | None = None  # of the last save, whatever became of it
-        self._failure: str | None = None
+        # Of the save that is under way: waits for this rank's part in it, and says what failed; None if it has none.
+        self._part: Callable[[], str | None] | None = None
         self._pending: Future[str | None] | None = None
+        self._under_way = self._told = False
+        self._failure: str | None = None  # of the last save
+        self._entries: list[Entry] | None = None  # that rank 0 has of this rank
+        self._table = TableOfContents()
         self._executor = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._host = HostCopies()
 
+    @property
+    def groups(self) -> set[dist.ProcessGroup]:
+        """Those whose time-out is to stay."""
+        return {self._world} | ({self._writers_group} if self._writers_group else set())
+
     # -------------------------------------------------------------------------------------------------------- saving
 
-    def save(self, step: int, tensors: dict[str, Any], train_state: dict[str, Any], best: Best | None = None) -> None:
+    def save(
+        self, step: int, tensors: dict[str, torch.Tensor], train_state: dict[str, Any], best: Best | None = None
+    ) -> None:
         """Save `step-N`, or begin to. `wait` and `warn_of_failure` say how it went. best: as for
         `CheckpointFolder.publish`."""
         start = time.perf_counter()
         self.wait()
         self.warn_of_failure()
-        self.last_step = step
+        self.last_step, self._under_way, self._told = step, True, False
+        stored = stored_tensors(tensors)
+        pieces = owned_pieces(stored, dist.get_rank())
+        self._agree_on_writers(bool(pieces))
+        contents = _Contents(step, list(stored), train_state, best, start)
         if not self._executor:
             with self._writing(step, tensors):
-                self._failure = self._write(step, tensors, train_state, best, start)
+                self._part = (lambda: self._write(pieces, contents)) if self._writers_group else None
+                self._settle()
             return
-        staged = self._host.take(tensors)
+        if self._writers_group:
+            staged = self._host.take(pieces)
+            self._pending = self._executor.submit(self._write, staged, contents)
+            self._part = self._pending.result
         logger.info("checkpoint of step %d: training stopped for %.3f s", step, time.perf_counter() - start)
-        self._pending = self._executor.submit(self._write, step, staged, train_state, best, start)
 
     def wait(self) -> str | None:
-        """Wait for the save that is under way. Returns why the last one failed, None if it did not."""
-        if self._pending:
+        """Wait for the save that is under way. Returns why the last one failed; None if it did not, or if a warning has
+        said so."""
+        if self._under_way:
             with Progress("waiting for the last checkpoint to be written", shown=dist.get_rank() == 0):
-                self._failure, self._pending = self._pending.result(), None
-        return self._failure
+                self._settle()
+        return None if self._told else self._failure
+
+    def _settle(self) -> None:
+        """Finish this rank's part in the save that is under way; rank 0 tells all ranks how it went."""
+        try:
+            outcome = (self._part() if self._part else None), None
+        except Exception as error:
+            outcome = None, f"the checkpoint of step {self.last_step}: {type(error).__name__}: {error}"
+        self._failure, bug = self._from_rank_zero(outcome)
+        self._under_way, self._part, self._pending = False, None, None
+        if bug:
+            raise RuntimeError(bug)
 
     def warn_of_failure(self) -> None:
-        """Log, once, that the last save failed. Not collective; returns at once while a save is under way."""
-        if self._pending and self._pending.done():
-            self.wait()
-        if not self._pending and self._failure:
-            logger.warning("%s; training goes on", self._failure)
-            self._failure = None
+        """Log, once, that the last save failed. Not collective; returns at once while a save is under way, of which at
+        first only rank 0 knows whether it failed."""
+        failure = self._failure
+        if self._under_way:
+            done = self._pending and self._pending.done() and not self._pending.exception()
+            failure = self._pending.result() if self._pending and done else None
+        if failure and not self._told:
+            logger.warning("%s; training goes on", failure)
+            self._told = True
 
     def close(self) -> None:
         """End the thread that writes, once it has written what it has."""
         if self._executor:
             self._executor.shutdown()
 
-    def _writing(self, step: int, tensors: dict[str, Any]) -> Progress:
-        """Shows how many bytes of a checkpoint are on the disk."""
-        size = sum(t.numel() * t.element_size() for t in tensors.values() if isinstance(t, torch.Tensor))
-        what, partial = f"saving step {step}", self.files.partial(step)
-        return Progress(what, size, "B", shown=dist.get_rank() == 0, poll=lambda: min(size, folder_size(partial)))
+    def _agree_on_writers(self, has_pieces: bool) -> None:
+        """Find out who has something to write, and make a group of those. Rank 0 always takes part."""
+        takes_part = torch.zeros(dist.get_world_size(), dtype=torch.int8)
+        takes_part[dist.get_rank()] = has_pieces or dist.get_rank() == 0
+        dist.all_reduce(takes_part, group=self._world)
+        writers = takes_part.nonzero().flatten().tolist()
+        if writers == self.writers:
+            return
+        self.writers, self._entries, self._table = writers, None, TableOfContents()
+        self._writers_group = self._world
+        if len(writers) < len(takes_part):
+            group = dist.new_group(writers, backend="gloo", timeout=self._timeout, group_desc="checkpoint_writers")
+            self._writers_group = group if isinstance(group, dist.ProcessGroup) else None
 
-    def _write(
-        self, step: int, tensors: dict[str, Any], train_state: dict[str, Any], best: Best | None, start: float
-    ) -> str | None:
-        """Everything after the copy. Returns the line that says what the disk refused, the same on every rank."""
-        final, partial = self.files.path(step), self.files.partial(step)
-        written: Files = {}
-        fault = self._on_rank_zero(lambda: self.files.start(step))
+    def _writing(self, step: int, tensors: dict[str, torch.Tensor]) -> Progress:
+        """Shows how many bytes of a checkpoint are on the disk."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        shown = dist.get_rank() == 0
+        return Progress(f"saving step {step}", size, "B", shown=shown, poll=lambda: min(size, self.files.written(step)))
+
+    def _write(self, pieces: list[Piece], contents: _Contents) -> str | None:
+        """A writer's part of a save, all of it after the copy. Returns, on rank 0, the line that says what the disk
+        refused."""
+        partial = self.files.partial(contents.step)
+        needed = torch.tensor(bytes_of(pieces))
+        dist.all_reduce(needed, group=self._writers_group)
+
+        def start() -> None:
+            self.files.start(contents.step)
+            check_space(partial, int(needed))
+
+        fault = self._on_rank_zero(start, self._writers_group)
         if not fault:
-            writer = CheckpointWriter(partial)
-            try:
-                dcp.save(tensors, storage_writer=writer, process_group=self.group)
-            except CheckpointException as error:
-                fault = _disk_fault(error)
-            else:
-                for part in self._gather(writer.checksums):
-                    written |= part
-                fault = self._on_rank_zero(lambda: self.files.publish(step, train_state, written, best))
-        if fault:
-            self._on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))
+            # Pickled apart, so that rank 0's main thread gets Python's lock between them.
+            told = gather_on_rank_zero(pickle.dumps(self._write_own(partial, pieces)), self._writers_group)
+            fault = self._publish(contents, told) if dist.get_rank() == 0 else None
+        if fault and dist.get_rank() == 0:
+            self.files.discard(contents.step)
+            final = self.files.path(contents.step)
             return f"{final}: the checkpoint cannot be saved: {fault}; earlier ones are untouched"
-        size = shown_size(sum(entry["size"] for entry in written.values()))
-        logger.info("saved checkpoint %s (%s) in %.2f s", final, size, time.perf_counter() - start)
         return None
 
-    def _on_rank_zero(self, function: Callable[[], object]) -> str | None:
-        """Do something with files on rank 0; returns, on every rank, what the disk said against it."""
+    def _write_own(self, folder: Any, pieces: list[Piece]) -> _Written:
+        """Write this rank's files. Whatever fails is told: the other writers wait for this rank."""
+        try:
+            entries, files = write_pieces(folder, dist.get_rank(), pieces)
+        except OSError as error:
+            return _Written(None, {}, f"{error.strerror or error} (on rank {dist.get_rank()})")
+        except Exception as error:
+            return _Written(None, {}, bug=f"on rank {dist.get_rank()}: {type(error).__name__}: {error}")
+        news = None if entries == self._entries else entries
+        self._entries = entries
+        return _Written(news, files)
+
+    def _publish(self, contents: _Contents, told: list[bytes]) -> str | None:
+        """On rank 0: complete what all writers have written, and told in pickles of `_Written`. Returns what the disk
+        said against it.
+
+        Raises:
+            RuntimeError: a writer had an error of another kind.
+        """
+        written: Files = {}
+        parts: list[_Written] = [pickle.loads(one) for one in told]
+        for rank, part in zip(self.writers, parts):
+            self._table.update(rank, part.entries)
+            written |= part.files
+        if bug := next((part.bug for part in parts if part.bug), None):
+            raise RuntimeError(bug)
+        if fault := next((part.fault for part in parts if part.fault), None):
+            return fault
+        try:
+            path = self.files.partial(contents.step) / TABLE
+            written[TABLE] = write_content(path, self._table.content(contents.stored))
+            self.files.publish(contents.step, contents.train_state, written, contents.best)
+        except OSError as error:
+            return str(error)
+        size, seconds = shown_size(sum(e["size"] for e in written.values())), time.perf_counter() - contents.start
+        logger.info("saved checkpoint %s (%s) in %.2f s", self.files.path(contents.step), size, seconds)
+        return None
+
+    def _on_rank_zero(self, function: Callable[[], object], group: dist.ProcessGroup | None) -> str | None:
+        """Do something with files on rank 0; returns, on every rank of a group, what the disk said against it."""
         fault = None
         if dist.get_rank() == 0:
             try:
                 function()
             except OSError as error:
                 fault = str(error)
-        return self._from_rank_zero(fault)
+        return self._from_rank_zero(fault, group)
 
-    def _gather(self, value: T) -> list[T]:
-        values: list[T] = [value] * dist.get_world_size()
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def _from_rank_zero(self, value: T) -> T:
+    def _from_rank_zero(self, value: T, group: dist.ProcessGroup | None = None) -> T:
+        """In the group of all ranks, if no other is given."""
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.group)
+        dist.broadcast_object_list(box, src=0, group=group or self._world)
         return box[0]
 
     # ------------------------------------------------------------------------------------------------------- loading
@@ -199,6 +295,8 @@ class Checkpointer:
                 self.files.clear_partial()
             except UserError as error:
                 fault = str(error)
+            except OSError as error:
+                fault = f"{self.files.folder}: cannot be written: {error}"
         steps, fault = self._from_rank_zero((steps, fault))
         if fault:
             raise UserError(fault)
@@ -217,15 +315,15 @@ class Checkpointer:
         def leave() -> None:
             self.files.set_aside(step + 1)
             self.files.name_best(best)
-            if best and not self.files.path(best.step).is_dir():
+            if best and not self.files.holds(best.step):
                 line = "checkpoint.keep_best: the best so far, %s %.4g of step %d, is not there any more"
                 logger.warning(line, best.metric, best.value, best.step)
 
-        fault = self._on_rank_zero(leave)
+        fault = self._on_rank_zero(leave, self._world)
         if fault:
             raise UserError(f"{self.files.folder}: the checkpoints after step {step} cannot be set aside: {fault}")
 
-    def _verify(self, folder: Path) -> list[str]:
+    def _verify(self, folder: Any) -> list[str]:
         """A line for each damaged file of a checkpoint, the same on every rank. Each rank reads its share of them."""
         files, fault = {}, None
         if dist.get_rank() == 0:
@@ -240,7 +338,17 @@ class Checkpointer:
             for name in mine:
                 found += [line] if (line := damage(folder / name, files[name])) else []
                 progress.update(files[name]["size"])
-        return [fault] if fault else [line for lines in self._gather(found) for line in lines]
+        return [fault] if fault else self._all_lines(found)
+
+    def _all_lines(self, found: list[str]) -> list[str]:
+        """The lines of all ranks, on every rank. Where there are none, one number travels."""
+        count = torch.tensor(len(found))
+        dist.all_reduce(count, group=self._world)
+        if not count:
+            return []
+        everywhere: list[list[str]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(everywhere, found, group=self._world)
+        return [line for lines in everywhere for line in lines]
 
     def tell_of_best(self, step: int) -> None:
         """Log which checkpoint is the best. step: the last one, whose weights are exported."""
@@ -256,20 +364,23 @@ class Checkpointer:
     def reader(self, step: int) -> CheckpointReader:
         """The reader of `step-N`. Rank 0 reads the table of contents and sends it to the others. Collective."""
         path = self.files.path(step)
-        table = on_rank_zero("reading the checkpoint's table of contents", CheckpointReader(path).read_metadata)
+        table = on_rank_zero("reading the checkpoint's table of contents", lambda: CheckpointReader(path).table)
         return CheckpointReader(path, table)
 
-    def load(self, reader: CheckpointReader, tensors: dict[str, Any]) -> None:
-        """Fill `tensors` in place from a checkpoint, whatever mesh wrote it."""
+    def load(self, reader: CheckpointReader, tensors: dict[str, torch.Tensor]) -> None:
+        """Fill `tensors` in place from a checkpoint, whatever mesh wrote it. Each rank reads its own parts, and finds
+        out by itself where they lie.
+
+        Raises:
+            UserError: on all ranks, if a file cannot be read on one.
+        """
         enter_phase("reading the checkpoint")
+        faults = []
         with Progress(f"reading {reader.folder.name}", shown=dist.get_rank() == 0):
-            dcp.load(tensors, storage_reader=reader, process_group=self.group)
-
-
-def _disk_fault(error: CheckpointException) -> str:
-    """The line for the first rank's error, if all failed ranks had an OSError; any other error is raised again."""
-    causes = {rank: cause for rank, (cause, _) in error.failures.items() if isinstance(cause, OSError)}
-    if len(causes) < len(error.failures):
-        raise error
-    rank, cause = next(iter(causes.items()))
-    return f"{cause.strerror or cause} (on rank {rank})"
+            try:
+                reader.fill(tensors)
+            except UserError as error:
+                faults.append(str(error))
+            faults = self._all_lines(faults)
+        if faults:
+            raise UserError("\n".join(dict.fromkeys(faults)))

@@ -9,6 +9,7 @@ that one is not purged.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -17,13 +18,13 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from titan_hd.components.best_validation import Best
 from titan_hd.errors import UserError
-from titan_hd.files import read_small_text
+from titan_hd.files import folder_size, read_small_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -40,20 +41,30 @@ _BLOCK = 2**20
 
 
 class CheckpointFolder:
-    """The checkpoints in `folder`. keep_latest_k: how many of them are kept, 0 for all."""
+    """The checkpoints in `folder`, of this machine's file system; `object_store` has those in a store.
 
-    def __init__(self, folder: Path, keep_latest_k: int):
+    keep_latest_k: how many of them are kept, 0 for all.
+    """
+
+    def __init__(self, folder: Any, keep_latest_k: int):
         self.folder, self.keep_latest_k = folder, keep_latest_k
 
-    def path(self, step: int) -> Path:
+    def path(self, step: int) -> Any:
+        """Where a checkpoint is: a Path, or what has of one what is needed here."""
         return self.folder / f"step-{step}"
 
-    def partial(self, step: int) -> Path:
+    def partial(self, step: int) -> Any:
+        """Where a checkpoint is written to."""
         return self.folder / f"step-{step}.partial"
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints, ascending."""
-        return sorted(int(m[1]) for p in self.folder.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name)))
+        numbers = (int(m[1]) for name in self._names() if (m := re.fullmatch(r"step-(\d+)", name)))
+        return sorted(filter(self.holds, numbers))
+
+    def holds(self, step: int) -> bool:
+        """Whether there is a checkpoint of this step."""
+        return self.path(step).is_dir()
 
     def candidates(self, load_step: int) -> list[int]:
         """Steps to resume from, the best first: the latest ones for -1, none for 0.
@@ -64,7 +75,7 @@ class CheckpointFolder:
         try:
             steps = self.steps()
         except OSError as error:
-            raise UserError(f"{error.filename or self.folder}: cannot be read: {error.strerror}") from None
+            raise UserError(f"{error.filename or self.folder}: cannot be read: {error.strerror or error}") from None
         if load_step in (-1, 0):
             return steps[::-1] if load_step else []
         if load_step not in steps:
@@ -72,7 +83,7 @@ class CheckpointFolder:
             raise UserError(f"checkpoint.load_step: {self.folder} has no complete checkpoint {load_step} (has {have})")
         return [load_step]
 
-    def first_whole(self, steps: list[int], load_step: int, faults_of: Callable[[Path], list[str]]) -> int | None:
+    def first_whole(self, steps: list[int], load_step: int, faults_of: Callable[[Any], list[str]]) -> int | None:
         """The first of the candidates whose files are as they were written; the damaged ones before it are warned of.
         None where there are no candidates.
 
@@ -99,13 +110,21 @@ class CheckpointFolder:
         for path in self.folder.glob("step-*.partial"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def start(self, step: int) -> Path:
+    def start(self, step: int) -> Any:
         """An empty folder to write the checkpoint to."""
         partial = self.partial(step)
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
         return partial
+
+    def discard(self, step: int) -> None:
+        """What a save has written that fails."""
+        shutil.rmtree(self.partial(step), ignore_errors=True)
+
+    def written(self, step: int) -> int:
+        """Bytes that are there of a checkpoint that is being written; 0 where that is not known."""
+        return folder_size(self.partial(step))
 
     def publish(self, step: int, state: dict[str, Any], files: Files, best: Best | None = None) -> None:
         """Complete `step-N.partial`, whose other `files` are on the disk, and give it its name; then purge.
@@ -116,17 +135,14 @@ class CheckpointFolder:
             OSError: the disk is full or fails, or a file that a rank wrote is not there; nothing but the partial folder
                 has changed.
         """
-        partial = self.partial(step)
+        partial, there = self.partial(step), self._sizes(step)
         for name, entry in files.items():
-            if not (partial / name).is_file() or (partial / name).stat().st_size != entry["size"]:
+            if there.get(name) != entry["size"]:
                 shared = "all nodes must write to one file system (job.dump_folder)"
                 raise OSError(f"{name} is not there as its rank has written it: {shared}")
         files = {**files, STATE_FILE: write_text(partial / STATE_FILE, json.dumps(state, indent=1))}
         write_text(partial / MANIFEST, json.dumps({"files": dict(sorted(files.items()))}, indent=1))
-        sync_folder(partial)
-        self.set_aside(step)
-        partial.rename(self.path(step))
-        sync_folder(self.folder)
+        self._give_name(step)
         tidy = {
             f"{BEST} cannot be written": lambda: self.name_best(best),
             "an old checkpoint cannot be removed": self._purge,
@@ -140,48 +156,84 @@ class CheckpointFolder:
     def best(self) -> Best | None:
         """The best checkpoint, as best.json names it; None if there is no such file, or the checkpoint is not there."""
         try:
-            found = Best(**json.loads(read_small_text(self.folder / BEST)))
-            return found if isinstance(found.step, int) and self.path(found.step).is_dir() else None
+            found = Best(**json.loads(_read_text(self.folder / BEST)))
+            return found if isinstance(found.step, int) and self.holds(found.step) else None
         except (OSError, ValueError, TypeError, RecursionError):
             return None
 
     def name_best(self, best: Best | None) -> None:
         """Write best.json, if that checkpoint is there: its save may have failed, or a later best one have replaced it
         before the run went back. A best.json of a checkpoint that is gone is removed."""
-        path = self.folder / BEST
-        if best and self.path(best.step).is_dir():
+        if best and self.holds(best.step):
             if best != self.best():
-                partial = path.with_name(f"{BEST}.partial")
-                write_text(partial, json.dumps(best._asdict()) + "\n")
-                partial.replace(path)
-                sync_folder(self.folder)
-        elif path.exists() and not self.best():
-            path.unlink()
+                self._replace(BEST, json.dumps(best._asdict()) + "\n")
+        elif (self.folder / BEST).exists() and not self.best():
+            self._remove_file(BEST)
 
     def set_aside(self, step: int) -> None:
         """Rename the checkpoints from `step` on: the run has gone back to an earlier step, so they are not its own."""
         for later in [s for s in self.steps() if s >= step]:
-            aside = self.folder / f"abandoned-{later}"
-            shutil.rmtree(aside, ignore_errors=True)
-            self.path(later).rename(aside)
-            logger.warning("%s is of a run that was left behind; kept as %s", f"step-{later}", aside)
+            aside = f"abandoned-{later}"
+            self._move(f"step-{later}", aside)
+            logger.warning("%s is of a run that was left behind; kept as %s", f"step-{later}", self.folder / aside)
 
     def _purge(self) -> None:
         """Leave the latest checkpoints, the best, and as many of the abandoned ones (those that were written last)."""
         if not self.keep_latest_k:
             return
         best = self.best()
-        old = [step for step in self.steps()[: -self.keep_latest_k] if not best or step != best.step]
-        abandoned = sorted(self.folder.glob("abandoned-*"), key=lambda path: path.stat().st_mtime)
-        for path in [*map(self.path, old), *abandoned[: -self.keep_latest_k]]:
-            # Under another name first: a folder that is half removed is no checkpoint.
-            removed = self.folder / f"step-{path.name}.partial"
-            shutil.rmtree(removed, ignore_errors=True)
-            path.rename(removed)
-            shutil.rmtree(removed, ignore_errors=True)
+        old = [f"step-{step}" for step in self.steps()[: -self.keep_latest_k] if not best or step != best.step]
+        for name in [*old, *self._abandoned()[: -self.keep_latest_k]]:
+            self._remove(name)
+
+    # What another store does in another way.
+
+    def _names(self) -> list[str]:
+        """Of what is in the folder."""
+        return [path.name for path in self.folder.glob("*")]
+
+    def _sizes(self, step: int) -> dict[str, int]:
+        """Of the files of a checkpoint that is being written."""
+        return {path.name: path.stat().st_size for path in self.partial(step).iterdir() if path.is_file()}
+
+    def _give_name(self, step: int) -> None:
+        """All files of a checkpoint are written: from now on it is there."""
+        sync_folder(self.partial(step))
+        self.set_aside(step)
+        self.partial(step).rename(self.path(step))
+        sync_folder(self.folder)
+
+    def _replace(self, name: str, text: str) -> None:
+        """Write a file of which others see all or nothing."""
+        partial = self.folder / f"{name}.partial"
+        write_text(partial, text)
+        partial.replace(self.folder / name)
+        sync_folder(self.folder)
+
+    def _remove_file(self, name: str) -> None:
+        (self.folder / name).unlink()
+
+    def _move(self, name: str, aside: str) -> None:
+        shutil.rmtree(self.folder / aside, ignore_errors=True)
+        (self.folder / name).rename(self.folder / aside)
+
+    def _remove(self, name: str) -> None:
+        # Under another name first: a folder that is half removed is no checkpoint.
+        removed = self.folder / f"step-{name}.partial"
+        shutil.rmtree(removed, ignore_errors=True)
+        (self.folder / name).rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+    def _abandoned(self) -> list[str]:
+        """Names of the checkpoints that were left behind, those that were written last at the end."""
+        return [path.name for path in sorted(self.folder.glob("abandoned-*"), key=lambda path: path.stat().st_mtime)]
 
 
-def read_manifest(checkpoint: Path) -> Files:
+def _read_text(path: Any) -> str:
+    return read_small_text(path) if isinstance(path, Path) else path.read_text(encoding="utf-8")
+
+
+def read_manifest(checkpoint: Any) -> Files:
     """The files that a checkpoint must have, with their sizes and checksums.
 
     Raises:
@@ -189,7 +241,7 @@ def read_manifest(checkpoint: Path) -> Files:
     """
     path = checkpoint / MANIFEST
     try:
-        files = json.loads(read_small_text(path))["files"]
+        files = json.loads(_read_text(path))["files"]
         for name, entry in files.items():
             if Path(name).name != name or not isinstance(entry["size"], int) or not isinstance(entry["crc32"], int):
                 raise ValueError(f"{name!r} is no entry of a manifest")
@@ -200,30 +252,30 @@ def read_manifest(checkpoint: Path) -> Files:
     return files
 
 
-def wrong_size(path: Path, entry: dict[str, Any]) -> str | None:
+def wrong_size(path: Any, entry: dict[str, Any]) -> str | None:
     """In one line, that a file of a checkpoint is not there or has another size; None if it has its size."""
     try:
         size = path.stat().st_size
     except OSError as error:
-        return f"{path}: cannot be read: {error.strerror}"
+        return f"{path}: cannot be read: {error.strerror or error}"
     return None if size == entry["size"] else f"{path}: has {size} bytes, must have {entry['size']}"
 
 
-def damage(path: Path, entry: dict[str, Any]) -> str | None:
+def damage(path: Any, entry: dict[str, Any]) -> str | None:
     """What is wrong with a file of a checkpoint, in one line, or None. Reads all of it."""
     if line := wrong_size(path, entry):
         return line
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             checksum = 0
             while block := file.read(_BLOCK):
                 checksum = zlib.crc32(block, checksum)
     except OSError as error:
-        return f"{path}: cannot be read: {error.strerror}"
+        return f"{path}: cannot be read: {error.strerror or error}"
     return None if checksum == entry["crc32"] else f"{path}: its content has changed since it was written"
 
 
-def incomplete(checkpoint: Path) -> list[str]:
+def incomplete(checkpoint: Any) -> list[str]:
     """What can be said against a checkpoint without reading its files: a line for each that is not there or has another
     size, or one for its manifest."""
     try:
@@ -233,7 +285,7 @@ def incomplete(checkpoint: Path) -> list[str]:
     return [line for name in sorted(files) if (line := wrong_size(checkpoint / name, files[name]))]
 
 
-def check_files(checkpoint: Path) -> None:
+def check_files(checkpoint: Any) -> None:
     """Read all files of a checkpoint, in one process.
 
     Raises:
@@ -245,7 +297,7 @@ def check_files(checkpoint: Path) -> None:
         raise UserError("\n".join(faults))
 
 
-def read_train_state(checkpoint: Path) -> dict[str, Any]:
+def read_train_state(checkpoint: Any) -> dict[str, Any]:
     """The state of the run that wrote a checkpoint; its configuration, parsed, under "settings".
 
     Raises:
@@ -253,7 +305,7 @@ def read_train_state(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / STATE_FILE
     try:
-        state = json.loads(read_small_text(path))
+        state = json.loads(_read_text(path))
         state["settings"] = tomllib.loads(state["config"])
         if not isinstance(state["step"], int) or not isinstance(state["identity"], dict):
             raise TypeError("step or identity is of another type")
@@ -262,14 +314,26 @@ def read_train_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def write_text(path: Path, text: str) -> dict[str, Any]:
+def write_text(path: Any, text: str) -> dict[str, Any]:
     """Write a file onto the disk; its entry in the manifest."""
-    content = text.encode()
-    with open(path, "wb") as file:
+    return write_content(path, text.encode())
+
+
+def write_content(path: Any, content: bytes) -> dict[str, Any]:
+    """As `write_text`."""
+    with durable(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
     return {"size": len(content), "crc32": zlib.crc32(content)}
+
+
+@contextlib.contextmanager
+def durable(path: Any) -> Iterator[IO[bytes]]:
+    """A file to write, which is on the disk, or in the store, when the block has ended."""
+    with path.open("wb") as file:
+        yield file
+        if isinstance(path, Path):
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import torch
@@ -38,7 +37,7 @@ def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.d
     materialize(model, device)
     with _reading(model) as progress:
         for name, parameter in model.named_parameters():
-            _read_into(weights, name, parameter)
+            weights.read_into(name, parameter)
             progress.update(parameter.nbytes)
     return model, directory
 
@@ -62,7 +61,7 @@ def load_sharded(
     with _reading(model) as progress:
         for name, parameter in model.named_parameters():
             whole = torch.empty(parameter.shape, dtype=dtype)
-            _read_into(weights, name, whole)
+            weights.read_into(name, whole)
             block = owned_block(tuple(parameter.shape), None, dims.place(dims.rank), dims)
             local_part(parameter).copy_(whole[block.row : block.row + block.rows])
             progress.update(whole.nbytes)
@@ -100,12 +99,6 @@ def _empty_model(config: DecoderConfig, dtype: torch.dtype) -> Decoder:
     says: a wrong configuration may ask for any amount."""
     with torch.device("meta"):
         return Decoder(config).to(dtype).requires_grad_(False).eval()
-
-
-def _read_into(weights: WeightFiles | CheckpointWeights, name: str, weight: torch.Tensor) -> None:
-    with warnings.catch_warnings():  # that a checkpoint is read by one process
-        warnings.simplefilter("ignore")
-        weights.read_into(name, weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

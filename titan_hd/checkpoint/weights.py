@@ -6,8 +6,6 @@ import logging
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
 from titan_hd.adapters.adapter_linear import AdapterLinear, adapter_layers
 from titan_hd.adapters.methods import build_method
@@ -88,18 +86,11 @@ class CheckpointWeights:
         self._read(name, whole)
         tensors = {key: torch.empty(getattr(layer, key).shape) for key in layer.adapter_names}
         for key, tensor in tensors.items():
-            self._load(f"adapters.{layer.name}.{key}", tensor)
+            self._reader.fill({f"adapters.{layer.name}.{key}": tensor})
         weight.copy_(layer.merged(whole, **tensors))
 
     def _read(self, name: str, weight: torch.Tensor) -> None:
         if self._files is not None and name in self._base:
             self._files.read_into(name, weight)
         else:
-            self._load(f"model.{name}", weight)
-
-    def _load(self, key: str, values: torch.Tensor) -> None:
-        try:
-            dcp.load({key: values}, storage_reader=self._reader, no_dist=True)
-        except CheckpointException as error:
-            reason = next(iter(error.failures.values()))[0]
-            raise UserError(f"{self._reader.folder}: {key}: cannot be read: {reason}") from None
+            self._reader.fill({f"model.{name}": weight})

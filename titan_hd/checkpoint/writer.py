@@ -1,137 +1,131 @@
-"""Writes the shards of a rank: torch.distributed.checkpoint's (DCP's) FileSystemWriter, with three things added.
+"""Writes a rank's pieces in the format of torch.distributed.checkpoint (DCP): tensors as torch.save writes them, one
+behind the other, in files of bounded size.
 
-* A checksum of every file, taken while it is written: a damaged checkpoint is found before a run resumes from it.
-* Files of bounded size. DCP writes one file per rank (or per tensor), and keeps the host copies of all tensors of a
-  file in memory until the file is closed.
-* Errors of the disk as OSError, where DCP passes on what torch.save makes of them; too little space is noticed before
-  anything is written.
-
-`write_data` calls DCP's private `_write_data`, which fills a queue of files. A torch version that changes it fails in
-tests/distributed/test_checkpoint.py.
+A checksum of every file is taken while it is written: a damaged checkpoint is found before a run resumes from it.
+Errors of the disk are OSErrors, not what torch.save makes of them.
 """
 
 from __future__ import annotations
 
 import errno
-import io
 import os
-import queue
 import shutil
 import zlib
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
-from titan_hd.checkpoint.folder import Files
+from titan_hd.checkpoint.folder import Files, durable
+from titan_hd.checkpoint.pieces import Piece
 
 _FILE_BYTES = 2**30
 _FRAME_BYTES = 2048  # what torch.save adds to a tensor, about
 
 
-class CheckpointWriter(dcp.FileSystemWriter):
-    """Writes the shards of this rank to `folder`. `checksums`: size and CRC-32 of each file of this rank, by name."""
+class Entry(NamedTuple):
+    """Where a piece lies: a line of the table of contents. start, length: bytes in the file."""
 
-    def __init__(self, folder: Path):
-        # No copying ahead: DCP copies on the current CUDA stream, and in a new thread that is GPU 0's on every rank.
-        super().__init__(str(folder), per_thread_copy_ahead=0)
-        self._files = _ChecksumFiles()
-        self.fs: FileSystem = self._files
-
-    @property
-    def checksums(self) -> Files:
-        return self._files.entries
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Check, on rank 0, that what all ranks are about to write fits onto the disk.
-
-        Raises:
-            OSError: it does not fit onto the disk.
-        """
-        needed = sum(_bytes(item) + _FRAME_BYTES for plan in plans for item in plan.items)
-        free = shutil.disk_usage(self.path).free
-        if needed > free:
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed} bytes are needed, {free} are free")
-        return super().prepare_global_plan(plans)
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[Any]]:
-        """The items of the plan in files of at most _FILE_BYTES (or of one item)."""
-        files: queue.Queue = queue.Queue()
-        for number, items in enumerate(_bounded(plan.items)):
-            name = f"{plan.storage_data.prefix}{number}.distcp"
-            files.put((self.fs.concat_path(self.path, name), name, items))
-        try:
-            return self._write_data(planner, files)
-        except RuntimeError:  # what torch.save makes of an error of the file that it writes to
-            raise self._files.error or RuntimeError("a tensor could not be written") from self._files.error
+    name: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
 
 
-def _bounded(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
-    chunk: list[WriteItem] = []
+def check_space(folder: Any, needed: int) -> None:
+    """Make sure that so many bytes fit onto the disk; a store takes what it is given.
+
+    Raises:
+        OSError: they do not.
+    """
+    if not isinstance(folder, Path):
+        return
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(f"{os.strerror(errno.ENOSPC)}: {needed} bytes are needed, {free} are free")
+
+
+def bytes_of(pieces: list[Piece]) -> int:
+    """What the pieces take on the disk, about."""
+    return sum(piece.nbytes + _FRAME_BYTES for piece in pieces)
+
+
+def write_pieces(folder: Any, rank: int, pieces: list[Piece]) -> tuple[list[Entry], Files]:
+    """Write the files of a rank; on return they are on the disk. With each file's size and CRC-32.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    entries: list[Entry] = []
+    files: Files = {}
+    for number, group in enumerate(_bounded(pieces)):
+        name = f"__{rank}_{number}.distcp"
+        with durable(folder / name) as raw:
+            file = _Checked(raw)
+            for piece in group:
+                start = file.size
+                file.save(_values(piece))
+                entries.append(Entry(piece.tensor.name, piece.offsets, piece.sizes, name, start, file.size - start))
+        files[name] = {"size": file.size, "crc32": file.crc32}
+    return entries, files
+
+
+def _values(piece: Piece) -> torch.Tensor:
+    """On the host, and alone in its memory: torch.save writes all of a tensor's memory."""
+    if piece.values is not None:
+        return piece.values
+    part = piece.parts[0].detach()
+    alone = part.untyped_storage().nbytes() == part.nbytes and part.shape == piece.sizes
+    if alone and part.device.type == "cpu" and part.is_contiguous():
+        return part
+    values = piece.copied_to(torch.empty(piece.sizes, dtype=piece.tensor.dtype)).values
+    if part.is_cuda:
+        torch.cuda.synchronize(part.device)
+    assert values is not None
+    return values
+
+
+def _bounded(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    """Groups of at most _FILE_BYTES, or of one piece."""
+    group: list[Piece] = []
     size = 0
-    for item in items:
-        if chunk and size + _bytes(item) > _FILE_BYTES:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(item)
-        size += _bytes(item)
-    if chunk:
-        yield chunk
-
-
-def _bytes(item: WriteItem) -> int:
-    data = item.tensor_data
-    return data.chunk.sizes.numel() * data.properties.dtype.itemsize if data else 0
-
-
-class _ChecksumFiles(FileSystem):
-    """Computes size and checksum from the bytes on their way to the disk, not from what the disk made of them."""
-
-    def __init__(self) -> None:
-        self.entries: Files = {}
-        self.error: OSError | None = None
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[io.IOBase, None, None]:
-        with super().create_stream(path, mode) as stream:
-            if mode != "wb":
-                yield stream
-                return
-            checked = _Checked(stream, self)
-            yield cast(io.IOBase, checked)  # it has what DCP and torch.save use of one
-        # The table of contents is written to `.metadata.tmp` and renamed.
-        self.entries[Path(path).name.removesuffix(".tmp")] = {"size": checked.size, "crc32": checked.crc32}
+    for piece in pieces:
+        if group and size + piece.nbytes > _FILE_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(piece)
+        size += piece.nbytes
+    if group:
+        yield group
 
 
 class _Checked:
-    """A stream, written from its start to its end, as DCP and torch.save need it; it keeps the first OSError."""
+    """A file that is written from its start to its end, with size and checksum of the bytes on their way to the disk,
+    not of what the disk made of them."""
 
-    def __init__(self, stream: io.IOBase, files: _ChecksumFiles):
-        self._stream, self._files = stream, files
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        self._error: OSError | None = None
         self.size = self.crc32 = 0
+
+    def save(self, values: torch.Tensor) -> None:
+        try:
+            torch.save(values, cast(Any, self))  # it has what torch.save uses of a file
+        except RuntimeError:  # what torch.save makes of an error of the file
+            raise self._error or RuntimeError("a tensor could not be written") from self._error
 
     def write(self, data) -> int:
         try:
-            written = self._stream.write(data)
+            written = self._file.write(data)
         except OSError as error:
-            self._files.error = error
+            self._error = error
             raise
         self.crc32 = zlib.crc32(data, self.crc32)
         self.size += memoryview(data).nbytes
         return written
 
-    def tell(self) -> int:
-        return self.size
-
-    def fileno(self) -> int:
-        """For fsync, before which DCP does not flush its table of contents."""
-        self._stream.flush()
-        return self._stream.fileno()
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
+    def flush(self) -> None:
+        self._file.flush()

@@ -91,13 +91,19 @@ class Update:
         """Make the tensors that a checkpoint fills and that a run has only after its start: optimizers create their
         state in the first step."""
         parameters = {name: parameter for parameter, name in self.trainable.items()}
-        for key, stored in metadata.state_dict_metadata.items():
-            match = re.fullmatch(r"optimizer\.(.+)\.([^.]+)", key)
-            if match and match[1] in parameters and isinstance(stored, TensorStorageMetadata):
-                self._allocate_moment(parameters[match[1]], match[2], stored)
+        for entry, stored in metadata.state_dict_metadata.items():
+            match = re.fullmatch(r"optimizer\.(?:(.+)\.)?([^.]+)", entry)
+            if not match or not isinstance(stored, TensorStorageMetadata):
+                continue
+            name, key = match.groups()
+            if name is None:
+                self._allocate_number(key, stored.properties.dtype)
+            elif name in parameters:
+                self._allocate_moment(parameters[name], key, stored.properties.dtype)
 
     def state(self, changed_only: bool) -> dict[str, Any]:
-        """What a checkpoint holds, as DTensors by name: weights, adapters, fixed factors, the optimizer's moments.
+        """What a checkpoint holds, as DTensors by name: weights, adapters, fixed factors, the optimizer's moments. And
+        its numbers, such as the count of steps, once for all parameters.
 
         changed_only: without the weights that are as the base model has them.
         """
@@ -109,6 +115,9 @@ class Update:
         }
         state |= {f"adapters.{name}": p.detach() for name, p in adapter_parameters(self.model)}
         state |= {f"optimizer.{name}.{key}": value for name, key, value in self._moments()}
+        for key, copies in self._numbers().items():
+            assert all(torch.equal(copies[0], other) for other in copies[1:]), f"a step has left a parameter out: {key}"
+            state[f"optimizer.{key}"] = copies[0]
         self.settle()
         return state
 
@@ -173,13 +182,26 @@ class Update:
         decay = self._optimizer_weight_decay()
         return build_optimizer(self.config.optimizer, parameters, decay, self.method.lr_ratios)
 
-    def _allocate_moment(self, parameter: nn.Parameter, key: str, stored: TensorStorageMetadata) -> None:
-        """Make the tensor `key` of the optimizer's state of a trainable parameter, as a checkpoint has it."""
+    def _allocate_moment(self, parameter: nn.Parameter, key: str, dtype: torch.dtype) -> None:
+        """Make the tensor `key`, like the parameter, of the optimizer's state of a trainable parameter."""
+        raise NotImplementedError
+
+    def _allocate_number(self, key: str, dtype: torch.dtype) -> None:
+        """Make the number `key` of the optimizer's state of all trainable parameters."""
         raise NotImplementedError
 
     def _moments(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """The optimizer's state: name of the trainable parameter, key, tensor."""
+        """The optimizer's tensors: name of the trainable parameter, key, what is like the parameter."""
         raise NotImplementedError
+
+    def _numbers(self) -> dict[str, list[torch.Tensor]]:
+        """The optimizer's numbers: key, and what every parameter has, 0-dim and all equal."""
+        found: dict[str, list[torch.Tensor]] = {}
+        for state in self.optimizer.state.values():
+            for key, value in state.items():
+                if not value.dim():
+                    found.setdefault(key, []).append(value)
+        return found
 
     def _optimizer_weight_decay(self) -> float:
         return self.config.optimizer.weight_decay
@@ -202,6 +224,12 @@ class OptimizerUpdate(Update):
     def first_values(self) -> Iterator[Reports]:
         return initialize_adapters(self.model, self.dims, self.config.training.seed)
 
+    def start(self, total_steps: int) -> None:
+        """As `Update.start`: gives every parameter the numbers that a checkpoint has once."""
+        for first, *others in self._numbers().values():
+            for other in others:
+                other.copy_(first)
+
     def finish_gradients(self) -> torch.Tensor:
         return clip_gradients(self.trainable, self.config.training.max_norm)
 
@@ -217,17 +245,18 @@ class OptimizerUpdate(Update):
         assert isinstance(self.optimizer, torch.optim.Optimizer)
         self.optimizer.step()
 
-    def _allocate_moment(self, parameter: nn.Parameter, key: str, stored: TensorStorageMetadata) -> None:
-        if stored.size == parameter.shape:
-            value = torch.zeros_like(parameter, dtype=stored.properties.dtype)
-        else:
-            value = torch.zeros(stored.size, dtype=stored.properties.dtype)
-        self.optimizer.state[parameter][key] = value
+    def _allocate_moment(self, parameter: nn.Parameter, key: str, dtype: torch.dtype) -> None:
+        self.optimizer.state[parameter][key] = torch.zeros_like(parameter, dtype=dtype)
+
+    def _allocate_number(self, key: str, dtype: torch.dtype) -> None:
+        for parameter in self.trainable:
+            self.optimizer.state[parameter][key] = torch.zeros((), dtype=dtype)
 
     def _moments(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         for parameter, name in self.trainable.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                yield name, key, value
+                if value.dim():
+                    yield name, key, value
 
     def _changed_layers(self) -> set[str]:
         return {name for name, layer in adapter_layers(self.model).items() if layer.changes_weight}
@@ -382,26 +411,22 @@ class FoldUpdate(Update):
             return HostMoments(self.registry.deltas, self._optimizer_over)
         return self._optimizer_over({self.registry.deltas: "deltas"})
 
-    def _allocate_moment(self, parameter: nn.Parameter, key: str, stored: TensorStorageMetadata) -> None:
-        deltas = self.registry.deltas
-        state, dtype = self.optimizer.state[deltas], stored.properties.dtype
-        if key in state:  # another layer came first
-            return
-        if stored.size == parameter.shape:
-            optimizer = self.optimizer
+    def _allocate_moment(self, parameter: nn.Parameter, key: str, dtype: torch.dtype) -> None:
+        deltas, optimizer = self.registry.deltas, self.optimizer
+        if key not in optimizer.state[deltas]:  # another layer may have come first
             on_host = isinstance(optimizer, HostMoments)
-            state[key] = optimizer.allocate(dtype) if on_host else torch.zeros_like(deltas, dtype=dtype)
-        else:  # a number; the fused implementations want it on the device
-            fused = self.optimizer.param_groups[0].get("fused")
-            state[key] = torch.zeros(stored.size, dtype=dtype, device=deltas.device if fused else None)
+            moment = optimizer.allocate(dtype) if on_host else torch.zeros_like(deltas, dtype=dtype)
+            optimizer.state[deltas][key] = moment
+
+    def _allocate_number(self, key: str, dtype: torch.dtype) -> None:
+        deltas, fused = self.registry.deltas, self.optimizer.param_groups[0].get("fused")
+        # The fused implementations want it on the device.
+        self.optimizer.state[deltas][key] = torch.zeros((), dtype=dtype, device=deltas.device if fused else None)
 
     def _moments(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        deltas = self.registry.deltas
-        for key, value in self.optimizer.state.get(deltas, {}).items():
-            if value.shape == deltas.shape:
+        for key, value in self.optimizer.state.get(self.registry.deltas, {}).items():
+            if value.dim():
                 yield from ((name, key, view) for name, view in self.registry.named_views(value))
-            else:  # a number, the same for all
-                yield from ((name, key, value) for name in self.trainable.values())
 
     def _optimizer_weight_decay(self) -> float:
         return 0.0  # what the optimizer trains is zero when a step begins: decay belongs to the fold, on W

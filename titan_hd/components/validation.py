@@ -21,6 +21,7 @@ from titan_hd.data.dataset import FiniteDataset
 from titan_hd.data.loader import Batch, validation_batches
 from titan_hd.data.text.answers import final_answer
 from titan_hd.data.text.tokenizer import Tokenizer
+from titan_hd.distributed.collectives import gather_on_rank_zero
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import reshard
 from titan_hd.errors import UserError
@@ -233,11 +234,11 @@ class Validator:
                 exact = exact_match(one.dataset, one.answers, s.answer_marker, answers, sharers)
                 values[f"validation_exact_match{one.suffix}"] = exact
             if one.shown:
-                self._show(one, answers, sharers)
+                self._show(one, answers)
         return values
 
-    def _show(self, one: ValidationSet, answers: dict[int, str], sharers: Sharers) -> None:
-        """Collect what is shown of a set, on the first of the sharers. Collective."""
+    def _show(self, one: ValidationSet, answers: dict[int, str]) -> None:
+        """Collect what is shown of a set, on rank 0. Collective."""
         decode, marker = self.tokenizer().decode, self.settings.answer_marker
         own = [
             {
@@ -250,9 +251,8 @@ class Validator:
             for record, text in answers.items()
             if record < one.shown
         ]
-        rows: list[list[dict[str, Any]]] | None = [[]] * sharers.size if sharers.rank == 0 else None
-        dist.gather_object(own, rows, group=sharers.group, group_dst=0)
-        if rows is not None:
+        rows = gather_on_rank_zero(None if self.dims.tp_rank else own)  # the ranks of a tp group have the same
+        if self.dims.rank == 0:
             parts = itertools.chain.from_iterable(rows)
             self.shown[f"samples{one.suffix}"] = sorted(parts, key=itemgetter("record"))
 

@@ -396,7 +396,8 @@ class Checkpoint:
     enable: bool = False
     """Save checkpoints, and resume from the latest one at the start."""
     folder: str = "checkpoint"
-    """Folder of the checkpoints inside job.dump_folder."""
+    """Folder of the checkpoints inside job.dump_folder. Or the URL of an object store, s3://bucket/run (pip install
+    "titan_hd[remote]")."""
     interval: int = 500
     """Steps between two checkpoints; the last step is always saved, and the one at which a signal stops the run."""
     keep_latest_k: int = 2

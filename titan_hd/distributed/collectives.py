@@ -96,19 +96,18 @@ def gather_on_rank_zero(value: T | None, group: dist.ProcessGroup | None = None)
 
     value: picklable; None where a rank has nothing to tell. group: None: all ranks.
 
-    A tree: a rank takes what rank + 1, + 2, + 4, ... have, as long as it is the lower of the two, and passes it on. So
-    none hears from more than log2(N) others, where torch's `gather_object` has the first rank connected to all, with
-    room for as many messages of the largest one's size.
+    The way back of gloo's broadcast, on its connections: rank 5 of 8 tells rank 1, which adds what 3 has told it, and
+    tells 0. So none hears from more than log2(N) others, where torch's `gather_object` has the first rank connected to
+    all, with room for as many messages of the largest one's size.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     told = {} if value is None else {rank: value}
-    step = 1
-    while step < size and not rank & step:
-        if rank + step < size:
+    first = 1 << rank.bit_length()  # the least power of two above the rank
+    for step in (1 << i for i in reversed(range(size.bit_length()))):
+        if step >= first and rank + step < size:
             told |= _receive(rank + step, group)
-        step *= 2
     if rank:
-        _send(told, rank - step, group)
+        _send(told, rank - first // 2, group)
         return []
     return [told[rank] for rank in sorted(told)]
 
@@ -199,24 +198,34 @@ def all_reduce(tensor: torch.Tensor, size: int, group: dist.ProcessGroup) -> dis
     return work
 
 
+def broadcast(tensor: torch.Tensor, group: dist.ProcessGroup, root: int = 0) -> dist.Work:
+    """Start sending a member's tensor to the others, into theirs; root: its number in the group."""
+    work = dist.broadcast(tensor, group=group, group_src=root, async_op=True)
+    assert work is not None  # this rank is a member
+    TRAFFIC.received += tensor.nbytes if dist.get_rank(group) != root else 0
+    return work
+
+
 def sum_in_place(tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
     """Over the members of a group."""
     with waiting():
         all_reduce(tensor, dist.get_world_size(group), group).wait()
 
 
-def exchange_lists(send: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
-    """All-to-all of tensors of any, also unequal and empty, shapes: send[i] goes to rank i.
+def exchange_lists(
+    send: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]], group: dist.ProcessGroup
+) -> list[torch.Tensor]:
+    """All-to-all of tensors of any, also unequal and empty, shapes: send[i] goes to member i of a group.
 
-    `shapes[i]` is the shape of what rank i sends here. All tensors have one dtype and device. They travel in one flat
+    `shapes[i]` is the shape of what member i sends here. All tensors have one dtype and device. They travel in one flat
     buffer: gloo's all-to-all of lists refuses tensors of different shapes.
     """
     flat = torch.cat([t.reshape(-1) for t in send])
     sizes = [math.prod(shape) for shape in shapes]
-    received = flat.new_empty(sum(sizes))
+    received = flat.new_zeros(sum(sizes))  # fake process groups deliver nothing
     with waiting():
-        dist.all_to_all_single(received, flat, sizes, [t.numel() for t in send])
+        dist.all_to_all_single(received, flat, sizes, [t.numel() for t in send], group=group)
         if received.is_cuda:  # who is late is seen here, and not in the work that follows
             torch.cuda.current_stream(received.device).synchronize()
-    TRAFFIC.received += sum(size for i, size in enumerate(sizes) if i != dist.get_rank()) * flat.element_size()
+    TRAFFIC.received += sum(size for i, size in enumerate(sizes) if i != dist.get_rank(group)) * flat.element_size()
     return [part.view(shape) for part, shape in zip(received.split(sizes), shapes)]

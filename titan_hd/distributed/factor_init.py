@@ -1,22 +1,25 @@
 """First values of the fixed factors A, B: which rank computes the SVD of which weight, and who receives the slices.
 
 Weights are dealt in waves of one weight per rank, the costliest first. In a wave, every rank sends its part of weight j
-to rank j (one all-to-all), rank j computes the factors of that one weight, and sends each holder the slices of the
-adapters that it hosts (one more all-to-all each for A and B). So every SVD is computed once, all ranks compute at the
-same time, and none holds more than one whole weight and its factors.
+to rank j of its replica (`regroup`), and rank j computes the factors of that one weight. It sends one worker of each
+holder the slices of the adapters that are hosted there (an all-to-all), and that worker tells those that share them (a
+broadcast). So every SVD is computed once, all ranks compute at the same time, none holds more than one whole weight and
+its factors, and nothing is sent to a rank twice.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from titan_hd.adapters.svd import FACTOR_SCALES, SvdSettings, cut_slices, exact_cost, random_factors
 from titan_hd.adapters.svd_cache import cached_factors
 from titan_hd.distributed.adapter_registry import AdapterEntry, AdapterRegistry
-from titan_hd.distributed.collectives import exchange_lists, gather_on_rank_zero
+from titan_hd.distributed.collectives import broadcast, exchange_lists, gather_on_rank_zero
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.regroup import Sharded, collect, waves
 
@@ -46,6 +49,7 @@ def compute_factors(
         for name in names:
             _draw_factors(registry, dims, name, settings.seed)
         return
+    group = dims.one_of_each_holder(registry.num_adapters)
     for wave in waves(names, dims):
         entries = [registry.entries[name] for name in wave]
         weight = collect([Sharded(e.shape, e.split, e.weight_rows()) for e in entries], dims)
@@ -57,7 +61,7 @@ def compute_factors(
             a, b = FACTOR_SCALES[settings.factor_scale](a, b)
             factors = cut_slices(a, b, registry.num_adapters, registry.rank, settings.slices)
             del weight, a, b
-        _deal(registry, dims, wave, factors)
+        _deal(registry, dims, group, wave, factors)
         yield gather_on_rank_zero(report)
 
 
@@ -72,29 +76,49 @@ def _draw_factors(registry: AdapterRegistry, dims: ParallelDims, name: str, seed
 def _deal(
     registry: AdapterRegistry,
     dims: ParallelDims,
+    group: dist.ProcessGroup,
     wave: list[str],
     factors: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> None:
-    """Send the factors of the wave's weights from their owners to the holders of the adapters."""
-    k, size = registry.hosted, dims.world_size
-    sharing = dims.dp_size // registry.mesh.size(0)  # workers that share an adapter
+    """Send the factors of the wave's weights from their owners to the holders of the adapters. group: has one worker of
+    each holder (`one_of_each_holder`)."""
+    mesh, k = registry.mesh, registry.hosted
+    sharing, member = mesh.size(1), mesh.get_local_rank("adapter_group")
     entries = [registry.entries[name] for name in wave]
-    nothing = torch.empty(0, device=registry.factors.device)
-    send_a, send_b = [nothing] * size, [nothing] * size
-    if factors is not None:
-        a, b = factors
-        for rank in range(size):
-            place = dims.place(rank)
-            first = place.worker // sharing * k
-            hosted = slice(first, first + k)
-            send_a[rank], send_b[rank] = _tp_part(a[hosted], b[hosted], entries[dims.rank], dims.tp, place.tp_rank)
-    absent: list[tuple[int, ...]] = [(0,)] * (size - len(wave))
-    a_shapes = [(k, registry.rank, entry.local_shape[1]) for entry in entries] + absent
-    b_shapes = [(k, entry.local_shape[0], registry.rank) for entry in entries] + absent
-    a_all = exchange_lists(send_a, a_shapes)
-    b_all = exchange_lists(send_b, b_shapes)
-    for owner, name in enumerate(wave):
-        registry.set_factors(name, a_all[owner], b_all[owner])
+    shapes = [((k, registry.rank, e.local_shape[1]), (k, e.local_shape[0], registry.rank)) for e in entries]
+    sizes = [math.prod(a) + math.prod(b) for a, b in shapes]
+    # Weights by the place of their owner among the workers that share its adapters.
+    owned = [[w for w in range(len(wave)) if w // dims.tp % sharing == m] for m in range(sharing)]
+    received = {}
+    if owned[member]:
+        send = [registry.factors.new_empty(0)] * dist.get_world_size(group)
+        if factors is not None:
+            send = [_slices(registry, dims, *factors, entries[dims.rank], to) for to in range(len(send))]
+        # Member o of the group is tp rank o % tp of the holder o // tp.
+        owners = [(o // dims.tp * sharing + member) * dims.tp + o % dims.tp for o in range(len(send))]
+        parts = exchange_lists(send, [(sizes[w],) if w < len(wave) else (0,) for w in owners], group)
+        received[member] = torch.cat(parts)
+    if sharing > 1:
+        works = []
+        for m, weights in enumerate(owned):
+            if weights:
+                flat = received.setdefault(m, registry.factors.new_zeros(sum(sizes[w] for w in weights)))
+                works.append(broadcast(flat, mesh.get_group("adapter_group"), m))
+        for work in works:
+            work.wait()
+    for m, flat in received.items():
+        for w, values in zip(owned[m], flat.split([sizes[w] for w in owned[m]])):
+            a, b = shapes[w]
+            registry.set_factors(wave[w], values[: math.prod(a)].view(a), values[math.prod(a) :].view(b))
+
+
+def _slices(
+    registry: AdapterRegistry, dims: ParallelDims, a: torch.Tensor, b: torch.Tensor, entry: AdapterEntry, to: int
+) -> torch.Tensor:
+    """What number `to` of `one_of_each_holder` gets of a [K, r, in] and b [K, out, r]: flat, first of a."""
+    holder, tp_rank = divmod(to, dims.tp)
+    hosted = slice(holder * registry.hosted, (holder + 1) * registry.hosted)
+    return torch.cat([part.flatten() for part in _tp_part(a[hosted], b[hosted], entry, dims.tp, tp_rank)])
 
 
 def _tp_part(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -117,6 +118,7 @@ class ParallelDims:
     Attributes:
         fsdp_mesh: what `fully_shard` gets: [dp_shard], or [dp_replicate, dp_shard] for HSDP.
         dp_mesh: the data-parallel workers of this tp rank, replicas and shards in one dimension.
+        replica_group: the ranks of this rank's replica, neighbours, which hold all weights together.
         dp_rank, tp_rank: this rank's places in dp_mesh and in its tp group.
     """
 
@@ -129,6 +131,7 @@ class ParallelDims:
     world: DeviceMesh = field(init=False)
     fsdp_mesh: DeviceMesh = field(init=False)
     dp_mesh: DeviceMesh = field(init=False)
+    replica_group: dist.ProcessGroup = field(init=False, repr=False)
     dp_rank: int = field(init=False)
     tp_rank: int = field(init=False)
 
@@ -138,6 +141,8 @@ class ParallelDims:
         self.world = self.groups.mesh(ranks.view(self.dp_replicate, self.dp_shard, self.tp), names)
         self.fsdp_mesh = self.world[names[:2]] if self.dp_replicate > 1 else self.world["dp_shard"]
         self.dp_mesh = self.groups.mesh(ranks.view(self.dp_size, self.tp), ("dp", "tp"))["dp"]
+        by_replica = self.groups.mesh(ranks.view(self.dp_replicate, -1), ("dp_replicate", "replica"))
+        self.replica_group = by_replica.get_group("replica")
         # Looked up once: every access by name builds a mesh of its own.
         self.dp_rank, self.tp_rank = self.dp_mesh.get_local_rank(), self.world["tp"].get_local_rank()
 
@@ -148,6 +153,11 @@ class ParallelDims:
     @property
     def world_size(self) -> int:
         return self.dp_size * self.tp
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks of a replica."""
+        return self.dp_shard * self.tp
 
     @property
     def rank(self) -> int:
@@ -162,14 +172,24 @@ class ParallelDims:
         """Whether a global rank is the first of those that hold the same part of a parameter, and so the one that sends
         or writes it: replicas hold the same, and tp ranks too where the parameter is not split over tp (`split` None).
         """
-        place = self.place(rank)
-        return place.worker < self.dp_shard and (split is not None or place.tp_rank == 0)
+        return rank < self.replica_size and self.first_in_replica(rank, split)
+
+    def first_in_replica(self, rank: int, split: int | None) -> bool:
+        """The same of the ranks of each replica."""
+        return split is not None or self.place(rank).tp_rank == 0
 
     def adapter_mesh(self, num_adapters: int) -> DeviceMesh:
         """[adapter, adapter_group, tp]: min(K, W) holders of adapters x workers that share one x tensor parallelism."""
         holders = min(num_adapters, self.dp_size)
         ranks = torch.arange(self.world_size).view(holders, -1, self.tp)
         return self.groups.mesh(ranks, ("adapter", "adapter_group", "tp"))
+
+    def one_of_each_holder(self, num_adapters: int) -> dist.ProcessGroup:
+        """The group of this rank in which every holder of adapters is once, with its tp ranks: those at the same place
+        in their "adapter_group". In the order of the ranks. Collective."""
+        ranks = torch.arange(self.world_size).view(min(num_adapters, self.dp_size), -1, self.tp)
+        lines = ranks.transpose(0, 1).flatten(1)
+        return self.groups.mesh(lines, ("adapter_group", "holders")).get_group("holders")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """From shards to whole tensors, each on one rank, and back: for work that needs all of a weight (an SVD, a merge).
 
-Tensors are dealt in waves of one per rank. In a wave, every rank sends its part of tensor j to rank j (`collect`), rank
-j computes, and sends every rank its part of the result (`hand_back`): two all-to-alls, and no rank holds more than one
-whole tensor. Whole tensors, and the parts that are handed back, lie on the device; shards may lie on the host.
+Tensors are dealt in waves of one per rank. A replica has all parts of all tensors, so in a wave every rank sends its
+part of tensor j to rank j of its own replica (`collect`). Rank j computes, and sends every rank of its replica its part
+of the result; replicas then tell each other what theirs have computed (`hand_back`). No rank holds more than one whole
+tensor, and each gets its parts once. Whole tensors, and the parts that are handed back, lie on the device; shards may
+lie on the host.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
-from titan_hd.distributed.collectives import exchange_lists
+from titan_hd.distributed.collectives import broadcast, exchange_lists
 from titan_hd.distributed.parallel_dims import Block, ParallelDims, local_part, owned_block
 
 
@@ -46,25 +48,25 @@ def waves(names: Sequence[str], dims: ParallelDims) -> Iterator[list[str]]:
 
 def collect(wave: list[Sharded], dims: ParallelDims) -> torch.Tensor | None:
     """Tensor number `rank` of the wave, whole; None on ranks beyond the wave's length. Collective."""
+    first, mine = _of_replica(wave, dims)
+    if not mine:
+        return None
     nothing = wave[0].local.new_empty(0, device=dims.device_type)
-    send = [
-        tensor.local.to(dims.device_type) if dims.first_copy(dims.rank, tensor.split) else nothing for tensor in wave
-    ]
-    send += [nothing] * (dims.world_size - len(wave))
+    here = [tensor.local.to(dims.device_type) if _sends(dims.rank, tensor, dims) else nothing for tensor in mine]
+    send = here + [nothing] * (dims.replica_size - len(mine))
     if dims.rank >= len(wave):
-        exchange_lists(send, [(0,)] * dims.world_size)
+        exchange_lists(send, [(0,)] * dims.replica_size, dims.replica_group)
         return None
     own = wave[dims.rank]
-    blocks = {
-        rank: owned_block(own.shape, own.split, dims.place(rank), dims)
-        for rank in range(dims.world_size)
-        if dims.first_copy(rank, own.split)
-    }
+    places = [dims.place(first + member) for member in range(dims.replica_size)]
+    blocks = [owned_block(own.shape, own.split, place, dims) for place in places]
     whole = own.local.new_empty(own.shape, device=dims.device_type)
-    shapes = [cut(whole, blocks[r]).shape if r in blocks else (0,) for r in range(dims.world_size)]
-    received = exchange_lists(send, shapes)
-    for rank, block in blocks.items():
-        cut(whole, block).copy_(received[rank])
+    parts = [cut(whole, block) for block in blocks]
+    shapes = [tuple(p.shape) if _sends(first + m, own, dims) else (0,) for m, p in enumerate(parts)]
+    received = exchange_lists(send, shapes, dims.replica_group)
+    for member, (part, values) in enumerate(zip(parts, received)):
+        if _sends(first + member, own, dims):
+            part.copy_(values)
     return whole
 
 
@@ -73,14 +75,46 @@ def hand_back(wave: list[Sharded], whole: torch.Tensor | None, dims: ParallelDim
 
     whole: fp32, of the shape of tensor number `rank` of the wave; None where `collect` gave None.
     """
-    size = dims.world_size
-    send = [torch.empty(0, device=dims.device_type)] * size
-    if whole is not None:
-        own = wave[dims.rank]
-        send = [cut(whole, owned_block(own.shape, own.split, dims.place(rank), dims)) for rank in range(size)]
-    shapes: list[tuple[int, ...]] = [tuple(tensor.local.shape) for tensor in wave]
-    shapes += [(0,)] * (size - len(wave))
-    return exchange_lists(send, shapes)[: len(wave)]
+    size, (first, mine) = dims.replica_size, _of_replica(wave, dims)
+    parts: list[torch.Tensor] = []
+    if mine:
+        send = [torch.empty(0, device=dims.device_type)] * size
+        if whole is not None:
+            own = wave[dims.rank]
+            places = [dims.place(first + member) for member in range(size)]
+            send = [cut(whole, owned_block(own.shape, own.split, place, dims)) for place in places]
+        shapes = [tuple(tensor.local.shape) for tensor in mine]
+        parts = exchange_lists(send, [*shapes, *[(0,)] * (size - len(mine))], dims.replica_group)[: len(mine)]
+    return parts if dims.dp_replicate == 1 else _over_replicas(wave, first, parts, dims)
+
+
+def _over_replicas(
+    wave: list[Sharded], first: int, parts: list[torch.Tensor], dims: ParallelDims
+) -> list[torch.Tensor]:
+    """This rank's part of every tensor of the wave, from those that its replica, whose first rank is `first`, has."""
+    group, found, works = dims.world.get_group("dp_replicate"), [], []
+    for start in range(0, len(wave), dims.replica_size):
+        shapes = [tensor.local.shape for tensor in wave[start : start + dims.replica_size]]
+        sizes = [shape.numel() for shape in shapes]
+        flat = torch.zeros(sum(sizes), device=dims.device_type)
+        if start == first:
+            torch.cat([part.flatten() for part in parts], out=flat)
+        works.append(broadcast(flat, group, start // dims.replica_size))
+        found += [part.view(shape) for part, shape in zip(flat.split(sizes), shapes)]
+    for work in works:
+        work.wait()
+    return found
+
+
+def _of_replica(wave: list[Sharded], dims: ParallelDims) -> tuple[int, list[Sharded]]:
+    """The first rank of this rank's replica, and the tensors of the wave that its ranks get."""
+    first = dims.rank // dims.replica_size * dims.replica_size
+    return first, wave[first : first + dims.replica_size]
+
+
+def _sends(rank: int, tensor: Sharded, dims: ParallelDims) -> bool:
+    """Whether a rank's part is wanted: tp ranks have the same part of what is not split over them."""
+    return dims.first_in_replica(rank, tensor.split)
 
 
 def cut(whole: torch.Tensor, block: Block) -> torch.Tensor:

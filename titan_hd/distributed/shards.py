@@ -1,4 +1,4 @@
-"""Weights from files into the shards, and back: every rank reads and writes its own block, no tensor is gathered."""
+"""Weights from files into the shards, and back: every block is read and written once, no tensor is gathered."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from torch import nn
 from titan_hd.adapters.adapter_linear import adapter_layers
 from titan_hd.console import Progress
 from titan_hd.distributed.adapter_init import merged_weights
-from titan_hd.distributed.collectives import on_rank_zero, raise_on_all
+from titan_hd.distributed.collectives import TRAFFIC, on_rank_zero, raise_on_all
 from titan_hd.distributed.parallel_dims import Block, ParallelDims, local_part, owned_block
 from titan_hd.distributed.regroup import tp_split
+from titan_hd.distributed.weight_reading import Part, read_parts
 from titan_hd.files import disk_faults
 from titan_hd.models.decoder import Decoder
 from titan_hd.models.hf_files import WeightFiles, check_space, plan_files, sync_files, write_headers, write_rows
@@ -59,22 +60,24 @@ def _block(parameter: nn.Parameter, dims: ParallelDims) -> Block:
 
 
 class LoadedWeights(NamedTuple):
-    """bytes_read: by this rank. zeros: names of the weights in which there is nothing but zeros, on every rank."""
+    """bytes_read: by this rank. bytes_received: by this rank, of what others have read. zeros: names of the weights in
+    which there is nothing but zeros, on every rank."""
 
     bytes_read: int
+    bytes_received: int
     zeros: list[str]
 
 
 @torch.no_grad()
 def load_weights(model: Decoder, dims: ParallelDims, directory: str) -> LoadedWeights:
-    """Fill the shards from a HF directory. Rank 0 reads the index and the headers; every rank reads just the byte
-    ranges of its own blocks. Collective.
+    """Fill the shards from a HF directory. Rank 0 reads the index and the headers; of the ranks that hold a block one
+    reads its byte ranges, and the others receive them (`weight_reading`). Collective.
 
     Raises:
         UserError: one line for everything that is wrong with the files, on every rank, before any rank loads anything;
             or for a weight that holds a NaN.
     """
-    started = time.perf_counter()
+    started, received = time.perf_counter(), TRAFFIC.received
     parameters = dict(base_parameters(model))
     expected = {name: p.shape for name, p in parameters.items()}
     tied = model.lm_head is None
@@ -82,13 +85,11 @@ def load_weights(model: Decoder, dims: ParallelDims, directory: str) -> LoadedWe
     parts = {name: local_part(p).numel() / p.numel() for name, p in parameters.items()}
     total = round(sum(files.nbytes(name) * part for name, part in parts.items()))
     progress = Progress("reading the weights", total, "B", shown=dims.rank == 0)
-    with raise_on_all("reading the weights"), progress:
-        for name, parameter in parameters.items():
-            block = _block(parameter, dims)
-            if block.rows:
-                files.read_into(name, local_part(parameter), block.row, block.column)
-                progress.update(files.bytes_read - progress.done)
+    held = [Part(n, _block(p, dims), tp_split(p), local_part(p)) for n, p in parameters.items()]
+    with raise_on_all("reading the weights"), progress:  # it raises when nobody waits for it any more
+        read_parts(files, held, dims, held[0].target.device, lambda: progress.update(files.bytes_read - progress.done))
     files.close()
+    received = TRAFFIC.received - received
     read = torch.tensor([files.bytes_read, *(name in files.nonzero for name in parameters)])
     dist.all_reduce(read)
     read, nonzero = read[0], read[1:].tolist()
@@ -100,7 +101,8 @@ def load_weights(model: Decoder, dims: ParallelDims, directory: str) -> LoadedWe
         seconds,
         read.item() / 1e9 / seconds,
     )
-    return LoadedWeights(files.bytes_read, [name for name, count in zip(parameters, nonzero) if not count])
+    zeros = [name for name, count in zip(parameters, nonzero) if not count]
+    return LoadedWeights(files.bytes_read, received, zeros)
 
 
 @torch.no_grad()

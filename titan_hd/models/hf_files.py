@@ -8,7 +8,7 @@ Why not the readers of the safetensors library? Each worker reads only its own b
 exists already. The library maps files into memory: the pages count against the memory limit of a container, for whole
 files once every row was touched, and a file that shrinks meanwhile is a SIGBUS instead of an error. Its backend without
 a map reads the whole tensor for a slice of it (safetensors 0.8: 67 MB for 0.4 MB). So blocks are read by their position
-(`preadv`), through one small buffer. The library checks the headers (`safetensors_header`).
+(`preadv`), through small buffers (`staging`). The library checks the headers (`safetensors_header`).
 
 Writing is the mirror image: a file's header is written first, so that any number of workers can then write the rows
 that they own, each into its place. The library's writers, and torch's HuggingFaceStorageWriter, need whole tensors or
@@ -33,6 +33,7 @@ from titan_hd.files import read_json_object, shown, shown_size, sync_file
 from titan_hd.models.decoder import parameter_shapes
 from titan_hd.models.registry import DecoderConfig, read_hf_config
 from titan_hd.models.safetensors_header import DTYPES, Entry, build_header, read_header, unique_keys
+from titan_hd.models.staging import PIECE_BYTES, Staging
 
 logger = logging.getLogger("titan_hd")
 
@@ -41,7 +42,6 @@ _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Buffers that old Llama checkpoints carry and that the decoder computes by itself.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
-_PIECE_BYTES = 16 * 2**20  # what is on the way between a file and the tensor it goes to
 
 
 class WeightFiles:
@@ -59,7 +59,7 @@ class WeightFiles:
         self.directory = Path(directory)
         self.bytes_read = 0
         self.nonzero: set[str] = set()
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._staging = Staging()
         self._places: dict[str, tuple[Path, Entry]] = {}
         self._open: dict[Path, io.FileIO] = {}  # each file once, not once per tensor: opening loads a file system most
         errors = self._locate(expected, tied_head)
@@ -77,33 +77,44 @@ class WeightFiles:
     @torch.no_grad()
     def read_into(self, name: str, out: torch.Tensor, row: int = 0, column: int = 0) -> None:
         """Fill `out` [rows, columns] (or [rows] of a vector), of any device and floating dtype, with the block of a
-        tensor that begins at (row, column). Only that block is read, in pieces of at most 16 MiB or one row.
+        tensor that begins at (row, column). Only that block is read, in pieces of at most 16 MiB or one row; they are
+        converted where `out` lies.
 
         Raises:
             UserError: it cannot be read, or holds a value that is NaN, infinite or too large for `out`.
         """
+        dtype = self.dtype(name)
+        wanted = out[0].numel() * dtype.itemsize if len(out) else 0  # bytes of a row of the block
+        step = max(1, PIECE_BYTES // max(1, wanted))
+        if self._staging.device != out.device:
+            self._staging = Staging(out.device)
+        for start in range(0, len(out), step):
+            target = out[start : start + step]
+            slot = self._staging.next(len(target) * wanted)
+            self.read_bytes(name, slot.on_host(), row + start, len(target), column, out.dtype)
+            target.copy_(slot.sent().view(dtype).view(target.shape))
+            slot.release()
+
+    def read_bytes(self, name: str, raw: torch.Tensor, row: int, rows: int, column: int, dtype: torch.dtype) -> None:
+        """Fill `raw`, uint8 on the host, with so many rows of a tensor as they lie in its file, from (row, column) on;
+        its length says how many columns. dtype: what they will be converted to.
+
+        Raises:
+            UserError: as `read_into`.
+        """
         path, entry = self._places[name]
-        item = DTYPES[entry.dtype].itemsize
+        stored = DTYPES[entry.dtype]
         width = entry.nbytes // max(1, entry.shape[0])  # bytes of a row in the file
-        wanted = out[0].numel() * item if len(out) else 0  # bytes of a row of the block
-        step = max(1, _PIECE_BYTES // max(1, wanted))
-        if self._scratch.numel() < min(step, len(out)) * wanted:
-            self._scratch = torch.empty(min(step, len(out)) * wanted, dtype=torch.uint8)
+        offset = entry.offset + row * width + column * stored.itemsize
         try:
             if path not in self._open:
                 self._open[path] = io.FileIO(path)
-            for start in range(0, len(out), step):
-                target = out[start : start + step]
-                piece = self._scratch[: len(target) * wanted]
-                offset = entry.offset + (row + start) * width + column * item
-                _read_strided(self._open[path].fileno(), piece.numpy().data, offset, wanted, width)
-                values = piece.view(DTYPES[entry.dtype])
-                if len(values):
-                    self._check_values(name, values, out.dtype)
-                target.copy_(values.view(target.shape))
-                self.bytes_read += len(piece)
+            _read_strided(self._open[path].fileno(), raw.numpy().data, offset, len(raw) // max(1, rows), width)
         except (OSError, EOFError) as error:
             raise UserError(f"{path}: {name}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        if len(raw):
+            self._check_values(name, raw.view(stored), dtype)
+        self.bytes_read += len(raw)
 
     def _check_values(self, name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
         """One pass at the speed of memory; a NaN is the smallest and the largest of its tensor."""
@@ -131,7 +142,7 @@ class WeightFiles:
         if not {_HEAD, _EMBEDDING} <= self._places.keys():
             return False
         rows, width = self._places[_EMBEDDING][1].shape
-        step = max(1, _PIECE_BYTES // (8 * width))
+        step = max(1, PIECE_BYTES // (8 * width))
         blocks = ((start, min(rows, start + step)) for start in range(0, rows, step))
         return any(
             not torch.equal(self.read_rows(_EMBEDDING, *block).double(), self.read_rows(_HEAD, *block).double())
@@ -372,7 +383,7 @@ def write_rows(slot: TensorSlot, start: int, rows: torch.Tensor, column: int = 0
         return
     item = slot.dtype.itemsize
     wanted = rows[0].numel() * item if rows.dim() else item
-    step = max(1, _PIECE_BYTES // wanted)
+    step = max(1, PIECE_BYTES // wanted)
     with open(slot.file, "r+b", buffering=0) as file:
         for first in range(0, len(rows), step):
             piece = rows[first : first + step].to("cpu", slot.dtype).contiguous()

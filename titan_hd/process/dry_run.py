@@ -16,7 +16,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from titan_hd.adapters.methods import ignored_keys
-from titan_hd.checkpoint.folder import CheckpointFolder, incomplete, read_train_state
+from titan_hd.checkpoint.folder import incomplete, read_train_state
+from titan_hd.checkpoint.object_store import checkpoint_folder
 from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.checkpoint.resume_check import check_resume
 from titan_hd.components.assembly import assemble
@@ -95,7 +96,7 @@ def _check_resume(plan: RunPlan, data: RunData) -> str | None:
     c = plan.config.checkpoint
     if not c.enable:
         return None
-    folder = CheckpointFolder(Path(plan.config.job.dump_folder) / c.folder, c.keep_latest_k)
+    folder = checkpoint_folder(plan.config)
     step = folder.first_whole(folder.candidates(c.load_step), c.load_step, incomplete)
     if step is None:
         return None

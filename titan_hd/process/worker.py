@@ -167,11 +167,11 @@ def _record_flight(dump_folder: Path) -> None:
         os.environ.setdefault(name, value)
 
 
-def set_timeout(seconds: int, but_not: dist.ProcessGroup) -> None:
+def set_timeout(seconds: int, but_not: set[dist.ProcessGroup]) -> None:
     """From now on collectives give up after so many seconds: loading and compiling are over."""
     dist.barrier()
     # There is no public way yet (torch 2.11 to 2.13): a time-out can be given only when a group is made.
-    for group in dist.distributed_c10d._world.pg_map.keys() - {but_not}:
+    for group in dist.distributed_c10d._world.pg_map.keys() - but_not:
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
     if _watch:
         _watch.timeout = seconds

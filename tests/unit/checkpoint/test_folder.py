@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit.checkpoints import STATE, best_of, save
 from titan_hd.checkpoint.folder import (
     BEST,
     MANIFEST,
@@ -19,17 +20,7 @@ from titan_hd.checkpoint.folder import (
     read_train_state,
     write_text,
 )
-from titan_hd.components.best_validation import Best
 from titan_hd.errors import UserError
-
-STATE = {"step": 3, "base": "full", "identity": {}, "config": "[model]\nname = 'llama3'\n"}
-
-
-def save(folder: CheckpointFolder, step: int, content: str = "shards", best: Best | None = None) -> Path:
-    partial = folder.start(step)
-    files = {name: write_text(partial / name, content) for name in ("__0_0.distcp", ".metadata")}
-    folder.publish(step, {**STATE, "step": step}, files, best)
-    return folder.path(step)
 
 
 def names(folder: Path) -> list[str]:
@@ -155,10 +146,6 @@ class TestPublish:
         save(folder, 1000, "of the second run")
         assert (folder.path(1000) / "__0_0.distcp").read_text() == "of the second run"
         assert names(tmp_path) == ["abandoned-10000", "abandoned-9500", "step-1000", "step-500"]
-
-
-def best_of(step: int) -> Best:
-    return Best(step, "validation_loss", 1 / step)
 
 
 class TestBest:

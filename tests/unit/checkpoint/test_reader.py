@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from tests.kit.checkpoints import Run
 from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.errors import UserError
 
@@ -29,20 +30,18 @@ def test_what_dcp_wrote_is_read(folder: Path):
     assert all(torch.equal(got[name], TENSORS[name]) for name in got)
 
 
-class Run:
-    def __init__(self, function, *arguments):
-        self.made = function, arguments
-
-    def __reduce__(self):
-        return self.made
-
-
 @pytest.mark.parametrize("function", [open, eval, getattr, print, torch.load, Path.unlink])
 def test_nothing_is_called(folder: Path, tmp_path: Path, function):
     (folder / ".metadata").write_bytes(pickle.dumps(Run(function, str(tmp_path / "made"), "w")))
     with pytest.raises(UserError, match=r"\.metadata: cannot be read: .*is no part of a table of contents"):
         CheckpointReader(folder).read_metadata()
     assert not (tmp_path / "made").exists()
+
+
+def test_an_object_is_not_read_as_a_tensor(folder: Path):
+    """DCP would unpickle it, and run what it says."""
+    with pytest.raises(UserError, match="cannot be read: step is no tensor"):
+        CheckpointReader(folder).fill({"step": torch.tensor(0)})
 
 
 def test_other_tables_are_one_line(folder: Path):

@@ -223,9 +223,8 @@ def test_tensorboards_own_reader_finds_every_step_once(tmp_path: Path, monkeypat
     killed.close()
     shutil.copy(kept, file)
     os.truncate(file, file.stat().st_size - 3)
-    monkeypatch.setattr(
-        time, "time", lambda now=time.time: now() + 2
-    )  # the files are read in the order of their seconds
+    # The files are read in the order of the seconds in their names.
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 2)
     log(config, 5, 8, {})
     log(config, 8, 9, {})
     events = EventAccumulator(str(tmp_path / "run" / "tb"))

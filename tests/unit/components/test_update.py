@@ -34,9 +34,12 @@ def moments(of: OptimizerUpdate) -> dict[str, torch.Tensor]:
 
 
 def test_state_is_keyed_by_the_parameters_name():
+    """The count of steps is one for all."""
     state = moments(update(1))
-    assert set(state) == {f"optimizer.{n}.{k}" for n in ("weight", "bias") for k in ("step", "exp_avg", "exp_avg_sq")}
+    tensors = {f"optimizer.{n}.{k}" for n in ("weight", "bias") for k in ("exp_avg", "exp_avg_sq")}
+    assert set(state) == tensors | {"optimizer.step"}
     assert state["optimizer.weight.exp_avg"].shape == (2, 3)
+    assert state["optimizer.step"] == 1
 
 
 def test_state_is_allocated_as_the_checkpoint_has_it():
@@ -53,6 +56,9 @@ def test_state_is_allocated_as_the_checkpoint_has_it():
     assert made.keys() == saved.keys()
     for key, value in saved.items():
         assert (made[key].shape, made[key].dtype) == (value.shape, value.dtype), key
+        made[key].copy_(value)
+    fresh.start(9)
+    assert [state["step"] for state in fresh.optimizer.state.values()] == [1, 1]
 
 
 def test_a_fold_comes_after_every_few_steps_and_after_the_last():

@@ -87,11 +87,12 @@ def test_exact_match(workers, world_size: int):
 
 def shown_by(answers: int, shown: int) -> dict[str, list[dict]]:
     """What this worker has to show of all workers' answers, which repeat the records' numbers."""
-    sharers = Sharers(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, torch.device("cpu"))
+    rank, size = dist.get_rank(), dist.get_world_size()
     tokenizer = SimpleNamespace(decode=lambda ids: f"prompt {ids[0]}")
-    validator = Validator(comparing(answers), SimpleNamespace(), torch.device("cpu"), [], lambda: tokenizer)
-    own = {record: f"the answer: {record}" for record in range(sharers.rank, 7, sharers.size)}
-    validator._show(ValidationSet(Numbers(), "/more", answers, shown), own, sharers)
+    dims = SimpleNamespace(rank=rank, tp_rank=0)
+    validator = Validator(comparing(answers), dims, torch.device("cpu"), [], lambda: tokenizer)
+    own = {record: f"the answer: {record}" for record in range(rank, 7, size)}
+    validator._show(ValidationSet(Numbers(), "/more", answers, shown), own)
     return validator.shown
 
 

@@ -91,13 +91,13 @@ def test_who_moves_does_not_wait(capsys):
 
 def test_what_a_function_had_in_hand_goes_when_it_returns():
     """Such as the tensors of a forward pass, of which a look at the main thread must not keep any."""
-    watch.enter_phase("step 5")
     watch.Watch(dist.HashStore, 0, 2, 0.5, lambda: None)  # looks every 12.5 ms
 
-    def forward() -> weakref.ref:
+    def forward(step: int) -> weakref.ref:
+        watch.enter_phase(f"step {step}")  # within one, calls in the same memory may seem to be one that stands still
         tensor = threading.Event()
         time.sleep(0.02)
         return weakref.ref(tensor)
 
-    assert [forward()() for _ in range(10)] == [None] * 10
+    assert [forward(step)() for step in range(10)] == [None] * 10
     watch.enter_phase("over", timed=False)

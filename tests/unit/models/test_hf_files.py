@@ -137,7 +137,7 @@ class TestWriting:
 
     @pytest.mark.parametrize("piece_bytes", [1, 50, 2**24])
     def test_pieces_of_any_size(self, tmp_path: Path, monkeypatch, piece_bytes: int):
-        monkeypatch.setattr(hf_weights, "_PIECE_BYTES", piece_bytes)
+        monkeypatch.setattr(hf_weights, "PIECE_BYTES", piece_bytes)
         values = tensors()
         write(tmp_path, values, 2**30, 1)
         files = WeightFiles(tmp_path, shapes_of(values), tied_head=False)
