@@ -1,7 +1,7 @@
 """What befalls a run in the soak, one function for each kind of fault.
 
-A fault is done at a random moment of a run, which then either goes on or has ended. It returns what became of that, in a
-few words; AssertionError if it was not what the kind of fault owes to its user: to go on, or one clear line.
+A fault is done at a random moment of a run, which then either goes on or has ended. It returns what became of that, in
+a few words; AssertionError if it was not what the kind of fault owes to its user: to go on, or one clear line.
 """
 
 from __future__ import annotations
@@ -73,9 +73,7 @@ def stop_one(launch: ForkedLaunch, chance: random.Random, workers: int) -> str:
         os.kill(pid, signal.SIGCONT)
     status, said = launch.end(_PATIENCE)
     assert status not in (0, None), said
-    line = _only_line(said, r"^titan_hd: rank \d+ has waited for \d+ s of \d+ s in ")
-    assert f"rank {rank} is late: " in line, line
-    assert line.count("is late") == 1, line
+    assert _names_late(said, rank) == 1, said
     return "one line names the rank"
 
 
@@ -140,16 +138,40 @@ def _seconds_of_saves(said: str) -> list[float]:
 def dead_disk(launch: ForkedLaunch, chance: random.Random, workers: int) -> str:
     """A disk that does not answer within the time-out, as of a file server that is gone: the run ends, and says who."""
     rank = chance.randrange(1, workers)
+    status, said = _dead_disk_of(rank, launch)
+    assert status == 2, said
+    line = _only_line(said, "^titan_hd: error: ")
+    assert re.search(rf"cannot be saved: rank {rank} has waited for .* for its disk, in .*; earlier ones are unt", line)
+    assert "Traceback" not in said, said
+    _names_late(said, rank)
+    return "status 2, one line names the rank"
+
+
+def dead_disk_of_rank_zero(launch: ForkedLaunch, chance: random.Random, workers: int) -> str:
+    """As `dead_disk`; but this rank's training waits for its disk, too, which writes metrics.jsonl."""
+    status, said = _dead_disk_of(0, launch)
+    assert status not in (0, None), said
+    assert _names_late(said, 0), said
+    return "one line names the rank"
+
+
+def _dead_disk_of(rank: int, launch: ForkedLaunch) -> tuple[int, str]:
     slow = launch.dump.parent / f"slow-{rank}"
     slow.write_text(str(4 * TIMEOUT))
     try:
-        status, said = launch.end(_PATIENCE)
+        return launch.end(_PATIENCE)
     finally:
         slow.unlink()
-    assert status not in (0, None), said
-    line = _only_line(said, r"^titan_hd: rank \d+ has waited for \d+ s of \d+ s in ")
-    assert f"rank {rank} is late: " in line, line
-    return "one line names the rank"
+
+
+def _names_late(said: str, rank: int) -> int:
+    """How often it is said who is late: at most once, and it is this rank."""
+    lines = [line for line in said.splitlines() if re.search(r"^titan_hd: rank \d+ has waited for ", line)]
+    assert len(lines) <= 1, lines
+    for line in lines:
+        assert f"rank {rank} is late: " in line, line
+        assert line.count("is late") == 1, line
+    return len(lines)
 
 
 def truncated_file(launch: ForkedLaunch, chance: random.Random, workers: int) -> str:
@@ -187,6 +209,7 @@ KINDS: dict[str, Fault] = {
     "a full disk": full_disk,
     "a slow disk": slow_disk,
     "a disk that does not answer": dead_disk,
+    "the disk of rank 0 does not answer": dead_disk_of_rank_zero,
     "a file of the newest checkpoint is cut off": truncated_file,
 }
 

@@ -12,8 +12,8 @@ asynchronous), write them to `step-N.partial`, a checksum beside, and wait for t
 written and where (the latter only if it is not as in the save before), writes table of contents, state and manifest,
 and renames the folder; what is then too old is purged. The writers talk over a group of their own, so that a thread may
 do it; the other ranks do nothing until `wait`, where rank 0 tells all how it went. Whatever fails on any rank (a full
-disk) fails on all, and leaves nothing behind. A disk that does not answer fails the save before the writers' collectives
-give up (`disk`): all know whose it is, and the run ends.
+disk) fails on all, and leaves nothing behind. A disk that does not answer fails the save before the collectives of the
+writers give up (`disk`): all know whose it is, and the run ends.
 
 DCP's `.metadata` is a pickle: `checkpoint.reader` reads it without running the code in it.
 """

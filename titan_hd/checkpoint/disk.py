@@ -49,8 +49,6 @@ class Disk:
         assert thread.ident is not None  # it has begun
         with waits_for(thread.ident):
             if not done.wait(max(0.0, self._start + _PATIENCE * self._timeout - time.monotonic())):
-                waited = (
-                    f"for {time.monotonic() - self._start:.0f} s of {self._timeout:g} s (comm.save_timeout_seconds)"
-                )
-                raise DiskIsLate(f"has waited {waited} for its disk, in {place_of(thread.ident)}")
+                waited, most = time.monotonic() - self._start, f"{self._timeout:g} s (comm.save_timeout_seconds)"
+                raise DiskIsLate(f"has waited for {waited:.0f} s of {most} for its disk, in {place_of(thread.ident)}")
         return outcome.result()
