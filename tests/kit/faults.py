@@ -50,6 +50,7 @@ def kill_one(launch: ForkedLaunch, chance: random.Random, workers: int) -> str:
     assert status == 128 + signal.SIGKILL, said
     _only_line(said, rf"^titan_hd: worker {rank} ended with signal 9$")
     assert said.count("titan_hd: worker") == 1, said
+    assert "Traceback" not in said, said
     return "status 137, one line"
 
 

@@ -50,6 +50,10 @@ def enter_phase(name: str, timed: bool = True, timeout: float | None = None) -> 
     _now.name, _now.since, _now.timed, _now.timeout = name, time.monotonic(), timed, timeout
 
 
+def phase_name() -> str:
+    return _now.name
+
+
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
     """Where the main thread stands still in here, it waits for other ranks, or for a device that waits for them.
