@@ -1,13 +1,14 @@
 """The launcher and its workers, forked from a process that has imported everything: a start takes a second or two.
 
-The launcher is the real one; what differs is that it forks its workers where it would start `python -m titan_hd.train`,
-and that a worker's disk can be slow: an fsync on rank R takes as many seconds longer as the file `slow-R` beside
-job.dump_folder says.
+The launcher is the real one. What differs: where it would start `python -m titan_hd.train`, it lets a process go on
+that was forked before the launcher had threads, whose locks a later fork would find taken for ever. And a worker's disk
+can be slow: an fsync on rank R takes as many seconds longer as the file `slow-R` beside job.dump_folder says.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -32,7 +33,7 @@ class ForkedLaunch(Launch):
         words = ["titan_hd.launch", "--nproc_per_node", str(workers), "--rdzv_backend", "c10d"]
         words += ["--rdzv_endpoint", "localhost:0", "--monitor_interval", "0.1"]
         words += ["--", "--config", str(config), *argv]
-        self.process = _Process(words, self._log, self.dump.parent)
+        self.process = _Process(words, workers, self._log, self.dump.parent)
 
     def said(self) -> str:
         return plain(self._log.read_bytes()) if self._log.exists() else ""
@@ -48,8 +49,8 @@ class ForkedLaunch(Launch):
 class _Process:
     """What a Launch asks of a subprocess.Popen, of a process of the fork server."""
 
-    def __init__(self, words: list[str], log: Path, disks: Path):
-        self._process = fork_server().Process(target=_launch, args=(words, str(log), str(disks)))
+    def __init__(self, words: list[str], workers: int, log: Path, disks: Path):
+        self._process = fork_server().Process(target=_launch, args=(words, workers, str(log), str(disks)))
         self._process.start()
         self.pid = self._process.pid
 
@@ -63,12 +64,9 @@ class _Process:
         return self._process.exitcode
 
 
-def _launch(words: list[str], log: str, disks: str) -> None:
+def _launch(words: list[str], workers: int, log: str, disks: str) -> None:
     """Be the launcher."""
     import torch
-    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
-
-    from titan_hd import launch
 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -77,7 +75,15 @@ def _launch(words: list[str], log: str, disks: str) -> None:
     os.environ.update(CPU_ONLY)
     os.chdir(REPOSITORY)
     torch.set_num_threads(1)
-    SubprocessHandler._popen = lambda self, args, env: _Worker(args, env, Path(disks))
+    waiting: list[_Worker] = []
+    for _ in range(workers):
+        waiting.append(_Worker(Path(disks), waiting))
+
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    from titan_hd import launch
+
+    SubprocessHandler._popen = lambda self, args, env: waiting.pop(0).go_on(args, env)
     sys.argv[:] = words
     launch.main()
 
@@ -85,11 +91,26 @@ def _launch(words: list[str], log: str, disks: str) -> None:
 class _Worker:
     """What torchrun's agent asks of a subprocess.Popen."""
 
-    def __init__(self, args: tuple[str, ...], env: dict[str, str], disks: Path):
-        self.args, self.returncode = args, None
+    def __init__(self, disks: Path, before: list[_Worker]):
+        self.args: tuple[str, ...] = ()
+        self.returncode: int | None = None
+        reader, self._writer = os.pipe()
         self.pid = os.fork()
         if not self.pid:
-            _work(list(args[args.index("titan_hd.train") :]), env, disks)
+            for other in (self, *before):  # or the launcher's end would not be seen
+                os.close(other._writer)
+            with open(reader, encoding="utf-8") as file:
+                said = file.read()
+            if said:  # else the launcher has ended
+                _work(*json.loads(said), disks)
+            os._exit(1)
+        os.close(reader)
+
+    def go_on(self, args: tuple[str, ...], env: dict[str, str]) -> _Worker:
+        self.args = args
+        with open(self._writer, "w", encoding="utf-8") as file:
+            json.dump([args[args.index("titan_hd.train") :], env], file)
+        return self
 
     def poll(self) -> int | None:
         if self.returncode is None:
