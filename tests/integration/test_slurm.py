@@ -76,14 +76,18 @@ def test_a_job_that_loses_a_node_ends_or_is_requeued_and_goes_on(slurm, inputs, 
         slurm("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")  # as after SlurmdTimeout
         slurm.wait(lambda: slurm.job(job)["Restarts"] == "1", SECONDS, "the requeue")
     else:
-        wait_for(slurm, job, "FAILED", dump)
-    print(f"noticed {noticed} after {time.monotonic() - start:.0f} s")
-    print(dump.with_suffix(".out").read_text())
-    print(slurm.job(job))
+        slurm.wait(lambda: slurm.job(job)["JobState"] in ("COMPLETING", "FAILED"), SECONDS, f"the end of job {job}")
+    said = dump.with_suffix(".out").read_text()
+    print(f"{time.monotonic() - start:.0f} s after the loss, noticed {noticed}:\n{said}")
     slurm.start_node("n2")
     if noticed == "by Slurm":
+        assert "DUE TO NODE FAILURE" in said
         slurm("scontrol", "update", "NodeName=n2", "State=RESUME")
     else:
+        (line,) = [line for line in said.splitlines() if line.startswith("titan_hd: worker ")]
+        assert line.startswith("titan_hd: worker 0 ended with status 1: the connection to another worker is lost; ")
+        assert "Traceback" not in said
+        wait_for(slurm, job, "FAILED", dump)
         slurm("scontrol", "requeue", job)
     slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
     undisturbed = runs.options(inputs / "model", inputs / "records.jsonl", tmp_path / "undisturbed", **settings)
