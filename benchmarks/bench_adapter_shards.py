@@ -40,9 +40,8 @@ from titan_hd.distributed.flat import lay_out
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import parallelize
 from titan_hd.distributed.shards import materialize
-from titan_hd.models.decoder import Decoder
 from titan_hd.models.head import Targets
-from titan_hd.models.registry import parse_hf_config
+from titan_hd.models.registry import build_model, parse_hf_config
 from titan_hd.seeding import stable_seed
 
 VARIANTS = ("sharded", "summed once", "replicated")
@@ -98,7 +97,7 @@ def build(args: argparse.Namespace, variant: str) -> tuple[Callable[[], float], 
     )
     dims = ParallelDims(1, dist.get_world_size(), "cpu")
     with torch.device("meta"):
-        model = Decoder(config)
+        model = build_model(config)
     LoRA(rank=args.rank, scale=1.0).apply(model, None)
     layers = adapter_layers(model)
     places = [(layer, key) for layer in layers.values() for key in layer.adapter_names]

@@ -43,8 +43,8 @@ from titan_hd.adapters.shared_products import let_share
 from titan_hd.config.command_line import ToolParser
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import apply_activation_checkpointing, apply_fsdp
-from titan_hd.models.decoder import Decoder
-from titan_hd.models.registry import parse_hf_config
+from titan_hd.models.model import Model
+from titan_hd.models.registry import build_model, parse_hf_config
 
 VARIANTS = {
     "none": None,
@@ -94,14 +94,14 @@ def dispatch_contexts():
     return create_selective_checkpoint_contexts(policy)
 
 
-def build(args: argparse.Namespace, dtype: torch.dtype) -> Decoder:
+def build(args: argparse.Namespace, dtype: torch.dtype) -> Model:
     heads = args.hidden // args.head_dim
     sizes = {"hidden_size": args.hidden, "intermediate_size": args.intermediate, "vocab_size": 64}
     sizes |= {"num_hidden_layers": args.layers, "num_attention_heads": heads, "head_dim": args.head_dim}
     sizes |= {"num_key_value_heads": max(1, heads // 4), "rms_norm_eps": 1e-5, "rope_theta": 1e4}
     fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
     torch.manual_seed(0)
-    model = Decoder(parse_hf_config({**fixed, **sizes, "max_position_embeddings": 8192}, "benchmark")).to(dtype)
+    model = build_model(parse_hf_config({**fixed, **sizes, "max_position_embeddings": 8192}, "benchmark")).to(dtype)
     if args.method == "lora":
         LoRA(rank=args.rank, scale=1.0).apply(model, None)
         for name, p in model.named_parameters():
@@ -117,12 +117,12 @@ def build(args: argparse.Namespace, dtype: torch.dtype) -> Decoder:
     return model
 
 
-def variants(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Decoder]:
+def variants(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Model]:
     dims, models = ParallelDims(1, 1, "cpu"), {}
     for name in [*VARIANTS, "dispatch mode"]:
         model = build(args, dtype)
         if name == "dispatch mode":
-            for block in model.model.layers:
+            for block in model.blocks():
                 options = {"use_reentrant": False, "context_fn": dispatch_contexts}
                 block.forward = functools.partial(checkpoint, block.forward, **options)
         elif choice := VARIANTS[name]:
@@ -135,7 +135,7 @@ def variants(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Decoder]
     return models
 
 
-def kept_bytes(model: Decoder, forward: Callable[[], torch.Tensor], args: argparse.Namespace) -> float:
+def kept_bytes(model: Model, forward: Callable[[], torch.Tensor], args: argparse.Namespace) -> float:
     """Per token and layer. What the last norm and the head keep counts too: a share of one layer's."""
     forward().backward()
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -164,7 +164,7 @@ def main() -> None:
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         models, ids = variants(args, getattr(torch, args.dtype)), torch.arange(args.tokens)[None] % 64
 
-        def forward(model: Decoder) -> torch.Tensor:
+        def forward(model: Model) -> torch.Tensor:
             return model(ids).float().sum()
 
         passes = {name: functools.partial(forward, model) for name, model in models.items()}

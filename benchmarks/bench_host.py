@@ -38,8 +38,7 @@ from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import parallelize
 from titan_hd.distributed.shards import init_weights, materialize
 from titan_hd.distributed.update import rounding
-from titan_hd.models.decoder import Decoder
-from titan_hd.models.registry import parse_hf_config
+from titan_hd.models.registry import build_model, parse_hf_config
 
 BLOCKS, HIDDEN, RANK, LR = 32, 32, 2, 1e-4
 MODEL = {
@@ -83,7 +82,7 @@ def build(args: argparse.Namespace):
     dims = ParallelDims(1, 1, "cpu")
     method = HDPissa(args.adapters, RANK)
     with torch.device("meta"):
-        model = Decoder(parse_hf_config(MODEL, "bench_host"))
+        model = build_model(parse_hf_config(MODEL, "bench_host"))
     method.apply(model, None)
     update = build_update(model, method, dims, config)
     parallelize(model, dims, update.ignored_parameters(), torch.float32, "none", False)

@@ -37,7 +37,8 @@ from titan_hd.adapters.hdpissa import HDPissaLinear, project_together
 from titan_hd.adapters.shared_products import let_share
 from titan_hd.config.command_line import ToolParser
 from titan_hd.models.decoder import Block
-from titan_hd.models.registry import DecoderConfig, flavor_config
+from titan_hd.models.decoder_config import DecoderConfig
+from titan_hd.models.registry import flavor_config
 from titan_hd.models.rope import RotaryEmbedding
 
 MUTE = 1e-16
@@ -110,8 +111,10 @@ def build_linear(args: argparse.Namespace, variant: str, device: torch.device) -
 
 def block_config(args: argparse.Namespace) -> DecoderConfig:
     heads = args.hidden // args.head_dim
+    config = flavor_config("llama3", "8B")
+    assert isinstance(config, DecoderConfig)
     return dataclasses.replace(
-        flavor_config("llama3", "8B"),
+        config,
         hidden_size=args.hidden,
         intermediate_size=args.intermediate,
         num_attention_heads=heads,
@@ -123,10 +126,16 @@ def block_config(args: argparse.Namespace) -> DecoderConfig:
 def build_block(args: argparse.Namespace, variant: str, device: torch.device) -> nn.Module:
     torch.manual_seed(0)
     with device:
-        block = Block(block_config(args)).to(args.dtype).requires_grad_(False)
+        block = Block(block_config(args)).to(args.dtype)
+    return adapt_block(block, variant, args.rank)
+
+
+def adapt_block(block: nn.Module, variant: str, rank: int) -> nn.Module:
+    """A block whose linear layers are as a variant has them; the rest is frozen."""
+    block.requires_grad_(False)
     for name, linear in list(block.named_modules()):
         if isinstance(linear, nn.Linear):
-            block.set_submodule(name, adapt(linear, variant, args.rank))
+            block.set_submodule(name, adapt(linear, variant, rank))
     if variant == "exact mute":
         let_share(block, project_together)
     return block

@@ -1,7 +1,8 @@
-"""Forward + backward of one transformer block with all seven layers adapted, by every method.
+"""Forward + backward of one block with all of its linear layers adapted, by every method.
 
     python -m benchmarks.bench_methods                                   # CPU: 512 / 1408, r 16, 1024 tokens, fp32
     python -m benchmarks.bench_methods --dtype bfloat16 --hidden 4096 --intermediate 14336 --head-dim 128   # one GPU
+    python -m benchmarks.bench_methods --model rwkv6                     # a block of RWKV-6: eight layers
 
 Ratios as in bench_linear: to the frozen block, in the same repetition, repetitions interleaved. bone and bat have
 blocks of 2 r, with about as many parameters as the others. The bytes of "peak extra" are those that live at a time in
@@ -22,8 +23,10 @@ from titan_hd.adapters.adapter_linear import adapter_layers
 from titan_hd.adapters.methods import build_method
 from titan_hd.config.command_line import ToolParser
 from titan_hd.config.job_config import Adapter, JobConfig
+from titan_hd.models import rwkv6
 from titan_hd.models.decoder import Block
 from titan_hd.models.rope import RotaryEmbedding
+from titan_hd.models.rwkv6 import parse_rwkv6
 
 # name -> changes of [adapter], or a variant of bench_linear
 BASELINES = {"frozen": "frozen", "full": "full", "hdpissa": "exact mute"}
@@ -40,13 +43,30 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(args: argparse.Namespace, name: str, device: torch.device) -> nn.Module:
-    """A block with a method's layers, at their first values."""
-    if name in BASELINES:
-        return bench_linear.build_block(args, BASELINES[name], device)
+def plain_block(args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The block of args.model, with random weights."""
     torch.manual_seed(0)
     with device:
-        block = Block(bench_linear.block_config(args)).to(args.dtype)
+        if args.model == "llama":
+            return Block(bench_linear.block_config(args)).to(args.dtype)
+        sizes = {"hidden_size": args.hidden, "intermediate_size": args.intermediate, "head_size": args.head_dim}
+        config = parse_rwkv6({"vocab_size": 1, "num_hidden_layers": 1, **sizes}, "benchmark")
+        return rwkv6.Block(config, first=False).to(args.dtype)
+
+
+def inputs_beside(args: argparse.Namespace, length: int, device: torch.device) -> list[torch.Tensor | None]:
+    """What the block takes beside the stream."""
+    if args.model != "llama":
+        return [None]
+    rope = RotaryEmbedding(bench_linear.block_config(args)).to(device)
+    return [*rope(torch.arange(length, device=device)[None], args.dtype), None]
+
+
+def build(args: argparse.Namespace, name: str, device: torch.device) -> nn.Module:
+    """A block with a method's layers, at their first values."""
+    block = plain_block(args, device)
+    if name in BASELINES:
+        return bench_linear.adapt_block(block, BASELINES[name], args.rank)
     changes = ADAPTERS[name]
     rank = 2 * args.rank if changes["method"] in ("bone", "bat") else args.rank
     build_method(JobConfig(adapter=Adapter(rank=rank, **changes))).apply(block, None)
@@ -69,10 +89,9 @@ def bench(args: argparse.Namespace, device: torch.device) -> dict[str, dict]:
     shape = args.tokens // length, length, args.hidden
     x = torch.randn(shape, device=device, dtype=args.dtype, requires_grad=True)
     gy = torch.randn(shape, device=device, dtype=args.dtype)
-    rope = RotaryEmbedding(bench_linear.block_config(args)).to(device)
-    cos, sin = rope(torch.arange(length, device=device)[None], args.dtype)
+    beside = inputs_beside(args, length, device)
     blocks = {name: build(args, name, device) for name in (*BASELINES, *ADAPTERS)}
-    steps = {n: bench_linear.make_step(b, [x, cos, sin, None], gy, args.compile) for n, b in blocks.items()}
+    steps = {n: bench_linear.make_step(b, [x, *beside], gy, args.compile) for n, b in blocks.items()}
     results = bench_linear.measure(steps, args, device)
     return {name: {**result, "trained": trained(blocks[name], args)} for name, result in results.items()}
 
@@ -82,6 +101,7 @@ def parse_args() -> argparse.Namespace:
     sizes = {"hidden": 512, "intermediate": 1408, "head-dim": 64, "seq-len": 512, "rank": 16, "tokens": 1024}
     for name, value in {**sizes, "threads": 1, "repetitions": 9}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--model", choices=["llama", "rwkv6"], default="llama", help="whose block")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--compile", action="store_true", help="torch.compile every variant (fullgraph)")
     args = parser.parse_args()
@@ -95,7 +115,8 @@ def main() -> None:
     env = common.environment(device, args.threads)
     common.print_header("bench_methods", env)
     results = bench(args, device)
-    print(f"\nblock {args.hidden} / {args.intermediate}, r {args.rank}, {args.tokens} tokens, {args.dtype}\n")
+    sizes = f"{args.hidden} / {args.intermediate}, r {args.rank}, {args.tokens} tokens, {args.dtype}"
+    print(f"\n{args.model}: block {sizes}\n")
     rows = [
         [
             name,

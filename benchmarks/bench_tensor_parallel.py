@@ -33,8 +33,8 @@ from titan_hd.config.command_line import ToolParser
 from titan_hd.distributed.parallelize import apply_activation_checkpointing
 from titan_hd.distributed.tp.tensor_parallel import apply_tensor_parallel
 from titan_hd.models.decoder import Decoder
+from titan_hd.models.decoder_config import parse_decoder
 from titan_hd.models.head import Targets
-from titan_hd.models.registry import parse_hf_config
 
 VARIANTS = {"neither": (False, False), "sequence": (True, False), "loss": (False, True), "both": (True, True)}
 
@@ -74,7 +74,7 @@ def build(args: argparse.Namespace, mesh, sequence: bool, loss: bool, inputs: tu
     head = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
     device = inputs[0].device
     with device:
-        model = Decoder(parse_hf_config({**head, **sizes, **fixed}, "benchmark"))
+        model = Decoder(parse_decoder({**head, **sizes, **fixed}, "benchmark"))
         model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     apply_tensor_parallel(model, mesh, sequence, loss)
     if args.fake:  # nothing arrived from the others

@@ -139,7 +139,9 @@ def test_a_page_shows_the_source_that_it_names():
     shown = docs_pages.completed("a\n\n<!-- source: titan_hd/adapters/bone.py BoneLinear -->\n\nb")
     assert shown.startswith("a\n\n```python\nclass BoneLinear(AdapterLinear):\n")
     assert shown.endswith("return 6 * self.miss_block.numel()\n```\n\nb")
-    assert docs_pages.source_of(REPOSITORY / "titan_hd/models/registry.py", "ARCHITECTURES").startswith("ARCHITECTURES")
+    assert docs_pages.source_of(REPOSITORY / "titan_hd/models/decoder_config.py", "ARCHITECTURES").startswith(
+        "ARCHITECTURES"
+    )
     with pytest.raises(ValueError, match="has no"):
         docs_pages.source_of(REPOSITORY / "titan_hd/adapters/bone.py", "Bones")
 

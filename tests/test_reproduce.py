@@ -31,7 +31,7 @@ CONFIGS = sorted((REPOSITORY / "train_configs" / "paper").glob("*.toml"))
 TEXT = (REPOSITORY / "docs" / "reproduce.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    ((?:NGPU=\d+ )?(?:\./run_train\.sh|python tools/)\S* .*)$", TEXT, re.MULTILINE)
 # Where each model's weights would lie; its sizes are known without them.
-FLAVORS = {"Llama-2-7b-hf": "7B", "Llama-3.1-8B": "8B", "Mistral-7B-v0.1": "7B", "Llama-3.2-3B": "3B"}
+FLAVORS = {"Llama-2-7b-hf": "7B", "Llama-3.1-8B": "8B", "Mistral-7B-v0.1": "7B", "Llama-3.2-3B": "3B", "rwkv6-3B": "3B"}
 
 
 def plan(argv: list[str], gpus: int) -> RunPlan:

@@ -12,8 +12,8 @@ from titan_hd.adapters.method import Method
 from titan_hd.adapters.methods import method_of
 from titan_hd.components.memory import GB, Estimate, Sizes, estimate_memory, received_bytes
 from titan_hd.distributed.weight_gathers import CPU_SHARE, CUDA_MARGIN
-from titan_hd.models.decoder import Decoder
-from titan_hd.models.registry import DecoderConfig
+from titan_hd.models.model_config import ModelConfig
+from titan_hd.models.registry import build_model
 from titan_hd.preflight import RunPlan, update_plan
 
 _MOST_SHARDS = 64
@@ -26,10 +26,10 @@ def estimate_run(plan: RunPlan, device_type: str) -> Estimate:
     return estimate_memory(_sizes(plan, device_type))
 
 
-def trained_size(method: Method, decoder: DecoderConfig, target_modules: list[str] | None) -> tuple[int, int]:
+def trained_size(method: Method, decoder: ModelConfig, target_modules: list[str] | None) -> tuple[int, int]:
     """Parameters that a method trains, those of all logical adapters together, and the layers that they are in."""
     with torch.device("meta"):
-        model = Decoder(decoder)
+        model = build_model(decoder)
     layers = method.apply(model, target_modules)
     return method.trained_parameters(model), len(layers)
 

@@ -26,7 +26,7 @@ from titan_hd.data.tokens.statistics import Statistics, statistics_table
 from titan_hd.distributed.mesh_picture import mesh_picture
 from titan_hd.files import replace_file, shown_size
 from titan_hd.fitting import estimate_run, gathering, too_little, trained_size
-from titan_hd.models.decoder import parameter_shapes
+from titan_hd.models.registry import parameter_shapes
 from titan_hd.preflight import RunPlan, refresh_line, update_plan
 
 logger = logging.getLogger("titan_hd")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from titan_hd.adapters.inject import targeted
 from titan_hd.adapters.method import Method
 from titan_hd.adapters.methods import build_method, method_errors, method_of
 from titan_hd.adapters.svd import SvdSettings
@@ -29,14 +30,14 @@ from titan_hd.config.job_config import JobConfig
 from titan_hd.config.manager import ConfigError
 from titan_hd.data.build import check_data
 from titan_hd.distributed.parallel_dims import holders_error, placement_error, resolve_shard_degree
-from titan_hd.distributed.tp.tensor_parallel import LINEAR_PATHS, local_shape, tensor_parallel_errors
+from titan_hd.distributed.tp.tensor_parallel import local_shape, tensor_parallel_errors
 from titan_hd.distributed.update.plan import UpdatePlan
 from titan_hd.errors import Faults, UserError
 from titan_hd.export.hf import check_assets, check_folder, check_place, export_folder
 from titan_hd.files import shown_size
-from titan_hd.models.decoder import parameter_shapes
 from titan_hd.models.hf_files import open_model_weights, read_model_config
-from titan_hd.models.registry import DecoderConfig, flavor_config
+from titan_hd.models.model_config import ModelConfig
+from titan_hd.models.registry import flavor_config, parameter_shapes
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class RunPlan:
     """
 
     config: JobConfig
-    decoder: DecoderConfig
+    decoder: ModelConfig
     dp_replicate: int
     dp_shard: int
     tp: int
@@ -119,10 +120,7 @@ def plan_run(
         warnings += _length_warnings(config, decoder)
         if config.export.enable and needs_files:
             warnings += _space_warnings(config, decoder)
-        sizes = {name: getattr(decoder, name) for name in ("num_key_value_heads", "intermediate_size")}
-        if parallelism.loss_parallel:
-            sizes["vocab_size"] = decoder.vocab_size
-        errors += tensor_parallel_errors(sizes, tp)
+        errors += _split_errors(config, decoder)
         errors += _target_errors(config, decoder, method)
     if errors:
         raise ConfigError(errors)
@@ -150,13 +148,12 @@ def run_identity_of(plan: RunPlan, data: str) -> dict[str, Any]:
 
 def update_plan(config: JobConfig, plan: RunPlan) -> UpdatePlan:
     """How the update of every adapted weight will travel, without a model."""
-    linears = plan.decoder.linear_shapes()
-    targets = config.adapter.target_modules or linears
+    linears, paths = plan.decoder.linear_shapes(), plan.decoder.linear_paths()
+    kinds = targeted(linears, config.adapter.target_modules)
     shapes = {
-        f"model.layers.{i}.{path}": local_shape(path, linears[name], plan.tp)
-        for i in range(plan.decoder.num_hidden_layers)
-        for name, path in LINEAR_PATHS.items()
-        if name in targets
+        name: local_shape(paths[kind], linears[kind], plan.tp) if plan.tp > 1 else linears[kind]
+        for name, kind in plan.decoder.linear_layers().items()
+        if kind in kinds
     }
     return fold_plan(config, plan.num_adapters, (plan.dp_replicate, plan.dp_shard), shapes)
 
@@ -170,14 +167,14 @@ def refresh_line(plan: RunPlan) -> str | None:
         return f"slices are drawn anew every {every} steps"
     linears, workers = plan.decoder.linear_shapes(), math.prod(plan.mesh)
     svd, blocks = SvdSettings(a.svd, a.svd_niter, method.smallest), plan.decoder.num_hidden_layers
-    costs = [svd.cost(linears[name], method.directions) for name in a.target_modules or linears]
+    costs = [svd.cost(linears[kind], method.directions) for kind in targeted(linears, a.target_modules)]
     return (
         f"slices of the current weights every {every} steps: {blocks * len(costs)} decompositions on {workers} "
         f"worker(s), about {blocks * sum(costs) / workers:.1e} operations on each; training waits for them"
     )
 
 
-def _check_start(config: JobConfig, decoder: DecoderConfig, method: Method) -> None:
+def _check_start(config: JobConfig, decoder: ModelConfig, method: Method) -> None:
     """What the run starts from is there: the checkpoint, or weight files whose headers have the model's shapes.
 
     Before any memory is allocated for a model whose sizes somebody else's config.json says.
@@ -253,16 +250,16 @@ def _period_warnings(config: JobConfig, method: type[Method]) -> list[str]:
     return warnings if method.folds else []
 
 
-def _length_warnings(config: JobConfig, decoder: DecoderConfig) -> list[str]:
+def _length_warnings(config: JobConfig, decoder: ModelConfig) -> list[str]:
     """Positions that the model has never seen; transformers warns too, and vLLM refuses them."""
     length, most = config.training.seq_len, decoder.max_position_embeddings
-    if length <= most:
+    if length <= most or decoder.attention_free:
         return []
     line = f"training.seq_len: {length} is beyond the model's max_position_embeddings, {most}"
     return [f"{line}: longer records train at positions that it may not know; {most} cuts them there"]
 
 
-def _space_warnings(config: JobConfig, decoder: DecoderConfig) -> list[str]:
+def _space_warnings(config: JobConfig, decoder: ModelConfig) -> list[str]:
     """A disk that has no room for the export now; it may have when the training is done."""
     if config.export.format != "hf":
         return []
@@ -276,7 +273,7 @@ def _space_warnings(config: JobConfig, decoder: DecoderConfig) -> list[str]:
     return [f"export.folder: {folder}: the weights will need {shown_size(needed)}, {shown_size(free)} are free"]
 
 
-def files_dtype(config: JobConfig, decoder: DecoderConfig | None) -> torch.dtype | None:
+def files_dtype(config: JobConfig, decoder: ModelConfig | None) -> torch.dtype | None:
     """The one dtype of all weights of the base model; where its files are not there, what its config.json says. None:
     several, or not to be known."""
     if decoder is None or config.model.flavor:
@@ -303,23 +300,37 @@ def _saved_state(config: JobConfig) -> dict[str, Any] | None:
         return None
 
 
-def decoder_config(config: JobConfig) -> DecoderConfig:
+def decoder_config(config: JobConfig) -> ModelConfig:
     """The model's sizes: of the flavor if one is named, else of the directory. UserError names the key or the file."""
     if config.model.flavor:
         return flavor_config(config.model.name, config.model.flavor)
     return read_model_config(config.model.hf_assets_path, config.model.name)
 
 
-def _target_errors(config: JobConfig, decoder: DecoderConfig, method: Method) -> list[str]:
+def _split_errors(config: JobConfig, decoder: ModelConfig) -> list[str]:
+    """Why tensor parallelism cannot split the model."""
+    p = config.parallelism
+    if p.tensor_parallel_degree == 1:
+        return []
+    if not decoder.tensor_parallel:
+        kind = decoder.hf["model_type"]
+        return [f"parallelism.tensor_parallel_degree: {kind} models have no tensor parallelism; set it to 1"]
+    sizes = {name: getattr(decoder, name) for name in ("num_key_value_heads", "intermediate_size")}
+    if p.loss_parallel:
+        sizes["vocab_size"] = decoder.vocab_size
+    return tensor_parallel_errors(sizes, p.tensor_parallel_degree)
+
+
+def _target_errors(config: JobConfig, decoder: ModelConfig, method: Method) -> list[str]:
     """Targets that the model has not, or of whose shapes the method can make nothing."""
     errors, shapes = [], decoder.linear_shapes()
-    targets = config.adapter.target_modules or list(shapes)
-    for target in targets:
-        if target not in shapes:
+    for target in config.adapter.target_modules or []:
+        if not targeted(shapes, [target]):
             errors.append(f"adapter.target_modules: {target!r} is no linear layer; there are {', '.join(shapes)}")
     if config.parallelism.tensor_parallel_degree > 1 and not method.tensor_parallel():
         errors.append(
             f"parallelism.tensor_parallel_degree: method {config.adapter.method} has no tensor parallelism; set it to 1"
         )
-    faults = (method.shape_error(target, shapes[target]) for target in targets if target in shapes)
+    kinds = targeted(shapes, config.adapter.target_modules)
+    faults = (method.shape_error(kind, shapes[kind]) for kind in kinds)
     return errors + [fault for fault in faults if fault][:1]  # the other layers' lines would say the same

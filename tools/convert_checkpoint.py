@@ -35,7 +35,6 @@ from titan_hd.errors import UserError
 from titan_hd.export.hf import beside, check_assets, check_folder, publish, start_folder, write_assets
 from titan_hd.export.model_card import model_card
 from titan_hd.files import disk_faults, expand_home, user_path
-from titan_hd.models.decoder import parameter_shapes
 from titan_hd.models.hf_files import (
     WeightFiles,
     check_space,
@@ -46,6 +45,7 @@ from titan_hd.models.hf_files import (
     write_headers,
     write_rows,
 )
+from titan_hd.models.registry import parameter_shapes
 
 
 def dcp_to_hf(checkpoint: Path, folder: Path, assets: str, dtype: torch.dtype | None, max_file_bytes: float) -> None:

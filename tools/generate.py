@@ -36,7 +36,7 @@ from titan_hd.data.text.templates import load_template
 from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
 from titan_hd.errors import UserError
 from titan_hd.files import expand_home, user_path
-from titan_hd.models.decoder import Decoder
+from titan_hd.models.model import Model
 
 
 def main() -> None:
@@ -160,7 +160,7 @@ def read_prompts(path: Path) -> list[tuple[str, str, str]]:
 
 @dataclass
 class Session:
-    model: Decoder
+    model: Model
     tokenizer: Tokenizer
     sampling: Sampling
     max_new_tokens: int

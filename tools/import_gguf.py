@@ -44,6 +44,7 @@ from titan_hd.config.command_line import ToolParser
 from titan_hd.console import Progress, on_terminal, tell
 from titan_hd.errors import UserError
 from titan_hd.files import disk_faults, folder_size, shown, shown_size, user_path
+from titan_hd.models.decoder_config import parse_decoder
 from titan_hd.models.hf_files import sync_files
 from titan_hd.models.registry import parse_hf_config
 from titan_hd.models.rope import rope_frequencies
@@ -154,7 +155,7 @@ def _set_llama3_rope(config, file: GGUFFile) -> None:
     context = file.get("rope.scaling.original_context_length") or _LLAMA3_CONTEXT
     scaling = {**_LLAMA3_ROPE, "factor": float(divisors.max()), "original_max_position_embeddings": context}
     config.rope_parameters = {**config.rope_parameters, **scaling}
-    decoder = parse_hf_config({**config.to_dict(), "architectures": ["LlamaForCausalLM"]}, file.name)
+    decoder = parse_decoder({**config.to_dict(), "architectures": ["LlamaForCausalLM"]}, file.name)
     expected = rope_frequencies(dataclasses.replace(decoder, rope_scaling=None)) / rope_frequencies(decoder)
     if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=_ROPE_TOLERANCE):
         line = f"is not the RoPE scaling of Llama 3.1 and later for an original context of {context}"

@@ -34,8 +34,7 @@ import torch
 from safetensors.torch import save_file
 
 from titan_hd.config.command_line import ToolParser
-from titan_hd.models.decoder import Decoder
-from titan_hd.models.registry import parse_hf_config
+from titan_hd.models.registry import build_model, parse_hf_config
 
 SEED = 42
 ROOT = Path(__file__).resolve().parent.parent
@@ -208,7 +207,7 @@ def train_tokenizer(records: list[dict], path: Path) -> None:
 def write_random_model(folder: Path) -> None:
     """config.json and seeded random weights in fp32: norms 1, everything else normal."""
     torch.manual_seed(SEED)
-    model = Decoder(parse_hf_config(CONFIG, "quick start"))
+    model = build_model(parse_hf_config(CONFIG, "quick start"))
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.02)

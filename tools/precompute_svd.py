@@ -25,8 +25,8 @@ from titan_hd.config.command_line import ToolParser
 from titan_hd.config.job_config import JobConfig
 from titan_hd.console import Progress, tell
 from titan_hd.errors import UserError
-from titan_hd.models.decoder import Decoder, parameter_shapes
 from titan_hd.models.hf_files import open_model_weights
+from titan_hd.models.registry import build_model, parameter_shapes
 from titan_hd.preflight import decoder_config
 from titan_hd.process.streams import keep_streams
 
@@ -37,7 +37,7 @@ def precompute(config: JobConfig, share: int, shares: int) -> None:
     decoder = decoder_config(config)
     files, shapes = open_model_weights(config.model.hf_assets_path, decoder), parameter_shapes(decoder)
     with torch.device("meta"):
-        model = Decoder(decoder)
+        model = build_model(decoder)
     method = build_method(config, method_of(config).adapters_for(config, workers=1))
     names = method.apply(model, a.target_modules)[share::shares]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

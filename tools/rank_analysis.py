@@ -48,7 +48,7 @@ from titan_hd.config.command_line import ToolParser
 from titan_hd.console import Progress, tell
 from titan_hd.errors import UserError
 from titan_hd.files import disk_faults, user_path
-from titan_hd.models.registry import DecoderConfig
+from titan_hd.models.model_config import ModelConfig
 from titan_hd.process.streams import keep_streams
 
 logger = logging.getLogger("titan_hd")
@@ -152,7 +152,7 @@ def _numbers(text: str, option: str) -> list[int]:
 # What is compared
 
 
-def open_runs(texts: list[str], config: DecoderConfig, base: Path) -> list[Run]:
+def open_runs(texts: list[str], config: ModelConfig, base: Path) -> list[Run]:
     """Every TRAINED, named, and found to be a model of BASE's sizes.
 
     base: the HF directory of the base model; it has what "delta" checkpoints leave out.
@@ -185,7 +185,7 @@ def _default_name(path: Path) -> str:
     return parts[-1]
 
 
-def _differences(ours: DecoderConfig, theirs: DecoderConfig) -> list[str]:
+def _differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
     """Sizes of the linear layers that differ."""
     if ours.num_hidden_layers != theirs.num_hidden_layers:
         return [f"{theirs.num_hidden_layers} blocks against {ours.num_hidden_layers}"]

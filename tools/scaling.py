@@ -32,8 +32,8 @@ from titan_hd.distributed.update.route import Collective
 from titan_hd.distributed.update.routes import ROUTES
 from titan_hd.distributed.update.topology import WIRE_BYTES, Topology
 from titan_hd.errors import UserError
-from titan_hd.models.decoder import Decoder
-from titan_hd.models.registry import DecoderConfig, flavor_config
+from titan_hd.models.model_config import ModelConfig
+from titan_hd.models.registry import build_model, flavor_config
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Work:
     """The model, and a step of a GPU: tokens per micro-batch, in sequences of `length`. records: of an epoch.
     wire_bytes: of an element of an update on its way; local_steps: from one fold to the next."""
 
-    config: DecoderConfig
+    config: ModelConfig
     rank: int = 16
     tokens: int = 8192
     length: int = 8192
@@ -100,9 +100,8 @@ class Work:
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Every linear layer of the blocks under its full name."""
-        linears = self.config.linear_shapes().items()
-        blocks = range(self.config.num_hidden_layers)
-        return {f"model.layers.{i}.{name}": shape for i in blocks for name, shape in linears}
+        shapes = self.config.linear_shapes()
+        return {name: shapes[kind] for name, kind in self.config.linear_layers().items()}
 
     @property
     def largest_k(self) -> int:
@@ -140,7 +139,7 @@ class Estimate:
 # Bytes
 
 
-def fsdp_gathers(config: DecoderConfig, shards: int, element: int, trained: bool = False, passes: int = 2) -> list[int]:
+def fsdp_gathers(config: ModelConfig, shards: int, element: int, trained: bool = False, passes: int = 2) -> list[int]:
     """Bytes that a GPU receives in each all-gather of the weights of one micro-batch (a forward and a backward pass).
 
     element: bytes of an element as gathered. trained: method full, whose backward pass wants the embedding again.
@@ -150,9 +149,9 @@ def fsdp_gathers(config: DecoderConfig, shards: int, element: int, trained: bool
     return [(shards - 1) * shard * element for shard, times in sizes for _ in range(times)]
 
 
-def _groups(config: DecoderConfig, shards: int) -> list[Group]:
+def _groups(config: ModelConfig, shards: int) -> list[Group]:
     with torch.device("meta"):
-        return list(fsdp_group_sizes(Decoder(config), shards))
+        return list(fsdp_group_sizes(build_model(config), shards))
 
 
 def gradient_collectives(work: Work, topology: Topology) -> list[Collective]:
@@ -204,7 +203,7 @@ def compute_seconds(work: Work, cluster: Cluster, dense_gradient: bool = False, 
     products = LocalHDPissaLinear.skinny if work.local_steps > 1 else HDPissaLinear.skinny
     adapters = products * together * sum(work.rank * sum(shape) for shape in work.shapes().values())
     flops = flops_per_token(c, work.length, weights if dense_gradient else 0, adapters)
-    again = 2 * weights + 4 * c.num_attention_heads * c.head_dim * work.length * c.num_hidden_layers
+    again = 2 * weights + c.mixing_flops(work.length)
     return work.micro_batches * work.tokens * (flops + again) / (cluster.peak * cluster.utilisation)
 
 

@@ -137,6 +137,17 @@ def test_dtypes_are_converted_on_the_way(stored, master, workers, tmp_path):
     assert all(torch.equal(got[name], value.to(master)) for name, value in weights.items())
 
 
+def test_numbers_of_a_file_with_several_dtypes_lie_where_they_can_be_read(workers, tmp_path):
+    """Three bf16 numbers of a norm, a rank's share of 12, are followed by fp32 ones in the same bucket."""
+    _, weights = runs.write_model(tmp_path / "model", hidden_size=12, head_dim=6)
+    weights = {name: value.to(torch.bfloat16) if "norm" in name else value for name, value in weights.items()}
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "out").mkdir()
+    workers.run(4, load_and_write, tmp_path / "model", tmp_path / "out", (1, 4, 1), torch.float32, torch.float32)
+    got = load_directory(tmp_path / "out")
+    assert all(torch.equal(got[name], value.float()) for name, value in weights.items())
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -48,6 +48,12 @@ CHANGES = {
     "all samples": {"hdpissa__samples": "all"},
     "local steps": {"hdpissa__local_steps": 2},
     "slices anew": {"hdpissa__refresh_steps": 2, "hdpissa__factor_scale": "unit"},
+    "int8": {"hdpissa__exchange_dtype": "int8"},
+    "int8, local steps, slices anew": {
+        "hdpissa__exchange_dtype": "int8",
+        "hdpissa__local_steps": 2,
+        "hdpissa__refresh_steps": 4,
+    },
     "gathered once": {"parallelism__fsdp_reshard_after_forward": "never"},
     "hsdp": {"parallelism__data_parallel_replicate_degree": 2},
     "tp": {"parallelism__tensor_parallel_degree": 2},

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from titan_hd.models.decoder import Decoder
-from titan_hd.models.registry import DecoderConfig, parse_hf_config
+from titan_hd.models.decoder_config import DecoderConfig
+from titan_hd.models.registry import parse_hf_config
 
 SIZES = {
     "vocab_size": 61,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from torch import nn
@@ -14,22 +14,33 @@ Layer = TypeVar("Layer", bound=FrozenLinear)
 
 
 def find_linears(model: nn.Module, target_modules: list[str] | None) -> list[str]:
-    """Full names of the nn.Linear layers whose last name part is targeted, in the model's order; without targets of all
-    but the head.
+    """Full names of the targeted nn.Linear layers, in the model's order; without targets of all but the head's.
 
     Raises:
         UserError: a target that matches no linear layer.
     """
-    head = getattr(model, "lm_head", None)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if target_modules is None:
-        return [name for name in linears if model.get_submodule(name) is not head]
-    last_parts = {name.rpartition(".")[2] for name in linears}
+        head = getattr(model, "output_head", lambda: None)()
+        beside = set() if head is None else set(head.modules())
+        return [name for name, module in linears.items() if module not in beside]
     for target in target_modules:
-        if target not in last_parts:
-            known = ", ".join(sorted(last_parts))
+        if not any(is_target(name, target) for name in linears):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
             raise UserError(f"adapter.target_modules: {target!r} is no linear layer of the model; there are {known}")
-    return [name for name in linears if name.rpartition(".")[2] in set(target_modules)]
+    return targeted(linears, target_modules)
+
+
+def is_target(name: str, target: str) -> bool:
+    """Whether a target means a linear layer: it is its name, or the end of it behind a dot ("key", "attention.key").
+    A target is of all blocks: a name with a block's number is none."""
+    of_one_block = any(part.isdigit() for part in target.split("."))
+    return not of_one_block and (name == target or name.endswith(f".{target}"))
+
+
+def targeted(names: Iterable[str], target_modules: list[str] | None) -> list[str]:
+    """Those of some linear layers, or of the kinds of them, that are targeted; without targets all of them."""
+    return [n for n in names if target_modules is None or any(is_target(n, target) for target in target_modules)]
 
 
 def replace_linears(

@@ -16,12 +16,13 @@ from titan_hd.distributed.parallel_dims import ParallelDims, local_part, owned_b
 from titan_hd.distributed.parallelize import parallelize
 from titan_hd.distributed.shards import load_weights, materialize
 from titan_hd.errors import UserError
-from titan_hd.models.decoder import Decoder
 from titan_hd.models.hf_files import WeightFiles, open_model_weights, read_model_config
-from titan_hd.models.registry import DecoderConfig, flavor_config
+from titan_hd.models.model import Model
+from titan_hd.models.model_config import ModelConfig
+from titan_hd.models.registry import build_model, flavor_config
 
 
-def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.device) -> tuple[Decoder, Path]:
+def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.device) -> tuple[Model, Path]:
     """The model in eval mode, and the directory that has its tokenizer.
 
     Every tensor is read into its place: there is never a second copy of the model, and never one of another dtype.
@@ -44,7 +45,7 @@ def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.d
 
 def load_sharded(
     path: Path, assets: str, dtype: torch.dtype, device: torch.device
-) -> tuple[Decoder, Path, dist.ProcessGroup]:
+) -> tuple[Model, Path, dist.ProcessGroup]:
     """The same with every weight sharded over all processes, and the process group that has the shards. Collective.
 
     Of a HF directory each process reads its own rows. Of a checkpoint each reads one weight after the other as a whole,
@@ -68,13 +69,13 @@ def load_sharded(
     return model, directory, dims.dp_mesh.get_group()
 
 
-def _reading(model: Decoder) -> Progress:
+def _reading(model: Model) -> Progress:
     """A tool's, which has no log: it tells."""
     total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return Progress("reading the weights", total, "B", said=tell)
 
 
-def open_pretrained(path: Path, assets: str) -> tuple[DecoderConfig, WeightFiles | CheckpointWeights, Path]:
+def open_pretrained(path: Path, assets: str) -> tuple[ModelConfig, WeightFiles | CheckpointWeights, Path]:
     """What `load_pretrained` reads, without reading a weight: `read_into(name, tensor)` of the second reads one.
 
     Raises:
@@ -94,18 +95,18 @@ def open_pretrained(path: Path, assets: str) -> tuple[DecoderConfig, WeightFiles
     return config, open_model_weights(path, config), path
 
 
-def _empty_model(config: DecoderConfig, dtype: torch.dtype) -> Decoder:
+def _empty_model(config: ModelConfig, dtype: torch.dtype) -> Model:
     """A model without memory. It is given some when the files have been found to have the sizes that the configuration
     says: a wrong configuration may ask for any amount."""
     with torch.device("meta"):
-        return Decoder(config).to(dtype).requires_grad_(False).eval()
+        return build_model(config).to(dtype).requires_grad_(False).eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
-def _open_checkpoint(folder: Path, assets: str) -> tuple[DecoderConfig, CheckpointWeights, Path]:
+def _open_checkpoint(folder: Path, assets: str) -> tuple[ModelConfig, CheckpointWeights, Path]:
     state = read_train_state(folder)
     settings, identity = state["settings"].get("model", {}), state["identity"]
     directory = assets or settings.get("hf_assets_path", "")

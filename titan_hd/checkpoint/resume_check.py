@@ -12,7 +12,7 @@ from typing import Any
 from titan_hd.adapters.methods import method_of
 from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
-from titan_hd.models.registry import DecoderConfig
+from titan_hd.models.model_config import ModelConfig
 
 logger = logging.getLogger("titan_hd")
 
@@ -49,7 +49,7 @@ _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def run_identity(
-    config: JobConfig, decoder: DecoderConfig, num_adapters: int, batch: int, data: str, weights: str
+    config: JobConfig, decoder: ModelConfig, num_adapters: int, batch: int, data: str, weights: str
 ) -> dict[str, Any]:
     """By the key that a user would change. num_adapters, batch: the resolved K and global batch size; data: what the
     samples are made of; weights: the fingerprint of the base model, "" if it is not at hand. Of the method's settings
@@ -182,7 +182,7 @@ def _same(key: str, saved: Any, current: Any) -> bool:
 
 
 def same_model(saved: Any, current: Any) -> bool:
-    """Whether two texts of a DecoderConfig, whose rope_scaling is as config.json orders it, are of one model."""
+    """Whether two texts of a ModelConfig, whose rope_scaling is as config.json orders it, are of one model."""
     return _ordered(str(saved)) == _ordered(str(current))
 
 

@@ -14,9 +14,9 @@ from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.checkpoint.resume_check import weights_fingerprint
 from titan_hd.config import manager
 from titan_hd.errors import UserError
-from titan_hd.models.decoder import Decoder, parameter_shapes
 from titan_hd.models.hf_files import open_model_weights
-from titan_hd.models.registry import DecoderConfig
+from titan_hd.models.model_config import ModelConfig
+from titan_hd.models.registry import build_model, parameter_shapes
 
 logger = logging.getLogger("titan_hd")
 
@@ -37,14 +37,14 @@ class CheckpointWeights:
             checkpoint is not as it was written; a line for each.
     """
 
-    def __init__(self, reader: CheckpointReader, state: dict[str, Any], decoder: DecoderConfig, directory: str):
+    def __init__(self, reader: CheckpointReader, state: dict[str, Any], decoder: ModelConfig, directory: str):
         self._reader = reader
         self.shapes = parameter_shapes(decoder)
         self._layers: dict[str, AdapterLinear] = {}
         if state:
             config = manager.from_toml(state["config"], str(reader.folder))
             with torch.device("meta"):
-                model = Decoder(decoder)
+                model = build_model(decoder)
                 build_method(config).apply(model, config.adapter.target_modules)
             self._layers = {f"{name}.weight": layer for name, layer in adapter_layers(model).items()}
         self.merged = self._layers.keys()

@@ -15,14 +15,16 @@ from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import parallelize
 from titan_hd.distributed.tp.tensor_parallel import apply_tensor_parallel
 from titan_hd.models.decoder import Decoder
-from titan_hd.models.registry import DecoderConfig
+from titan_hd.models.model import Model
+from titan_hd.models.model_config import ModelConfig
+from titan_hd.models.registry import build_model
 
 
 class Assembled(NamedTuple):
     """trained_layers: their names. ignored: parameters that FSDP2 neither gathers nor reduces. param_dtype: that of the
     gathered weights."""
 
-    model: Decoder
+    model: Model
     update: Update
     trained_layers: list[str]
     ignored: set[nn.Parameter]
@@ -30,7 +32,7 @@ class Assembled(NamedTuple):
 
 
 def assemble(
-    config: JobConfig, decoder: DecoderConfig, method: Method, dims: ParallelDims, untouched: torch.dtype
+    config: JobConfig, decoder: ModelConfig, method: Method, dims: ParallelDims, untouched: torch.dtype
 ) -> Assembled:
     """meta init -> method -> tensor parallelism -> update -> the other wrappers. Nothing has memory or values yet, and
     nothing is communicated: also one process, of a mesh that is there in name alone, can do it.
@@ -39,12 +41,13 @@ def assemble(
     """
     c = config
     with torch.device("meta"):
-        model = Decoder(decoder).to(getattr(torch, c.training.master_dtype))
+        model = build_model(decoder).to(getattr(torch, c.training.master_dtype))
     trained_layers = method.apply(model, c.adapter.target_modules)
     for parameter in untouched_parameters(model):
         parameter.data = parameter.data.to(untouched)
     if dims.tp > 1:
         p, mesh = c.parallelism, dims.world["tp"]
+        assert isinstance(model, Decoder), "the family that can be split"
         apply_tensor_parallel(model, mesh, p.sequence_parallel, p.loss_parallel)
     update = build_update(model, method, dims, c)
     ignored, param_dtype = update.ignored_parameters(), getattr(torch, c.training.mixed_precision_param)

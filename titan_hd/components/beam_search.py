@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from titan_hd.components.generation import agree_on_end, padded
-from titan_hd.models.decoder import Decoder, KVCache
+from titan_hd.models.model import Model
 
 
 class _Search:
@@ -53,7 +53,7 @@ class _Search:
 
 @torch.no_grad()
 def beam_search(
-    model: Decoder,
+    model: Model,
     prompts: list[list[int]],
     stop_ids: Collection[int],
     max_new_tokens: int,
@@ -70,7 +70,7 @@ def beam_search(
         FloatingPointError: logits are not finite (on all workers).
     """
     ids, ends = padded(prompts or [[0]], device)  # without prompts: a row that nobody heeds
-    cache = KVCache(model.config.num_hidden_layers, ids.shape[1] + max_new_tokens)
+    cache = model.new_cache(ids.shape[1] + max_new_tokens)
     searches = [_Search(beams, stop_ids) for _ in ends]
     in_batch = list(searches)
     scores = torch.zeros(len(searches), 1, device=device)

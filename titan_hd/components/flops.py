@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from titan_hd.adapters.frozen_linear import FrozenLinear
-from titan_hd.models.decoder import Decoder
-from titan_hd.models.registry import DecoderConfig
+from titan_hd.models.model import Model
+from titan_hd.models.model_config import ModelConfig
 
 # Dense TFLOP/s of tensor cores in bf16, from the vendors' data sheets, by a part of torch.cuda.get_device_name(). The
 # first entry that fits counts.
@@ -39,7 +39,7 @@ def peak_flops(device_name: str) -> float | None:
     return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
 
 
-def flops_per_token(config: DecoderConfig, length: float, trained_weights: int, adapters: float) -> float:
+def flops_per_token(config: ModelConfig, length: float, trained_weights: int, adapters: float) -> float:
     """Model FLOPs per token of one training step, without recomputation.
 
     length: tokens of the sequence that an average token is in: E[L^2] / E[L] of the records' lengths L. A mean length
@@ -53,17 +53,16 @@ def flops_per_token(config: DecoderConfig, length: float, trained_weights: int, 
     """
     per_layer = sum(out * width for out, width in config.linear_shapes().values())
     weights = config.num_hidden_layers * per_layer + config.vocab_size * config.hidden_size
-    attention = 12 * config.num_attention_heads * config.head_dim * length * config.num_hidden_layers
-    return 4 * weights + 2 * trained_weights + attention + adapters
+    return 4 * weights + 2 * trained_weights + 3 * config.mixing_flops(length) + adapters
 
 
-def trained_work(model: Decoder, tokens: float) -> tuple[int, float]:
+def trained_work(model: Model, tokens: float) -> tuple[int, float]:
     """`trained_weights` and `adapters` of `flops_per_token` for a model that a method was applied to.
 
     tokens: of one worker's micro-batch.
     """
-    looked_up = None if model.lm_head is None else model.model.embed_tokens.weight
+    looked_up = set() if model.output_head() is None else {*model.embedding().parameters()}
     layers = [layer for layer in model.modules() if isinstance(layer, FrozenLinear)]
-    beside = {looked_up, *(p for layer in layers for p in layer.parameters())}
+    beside = looked_up | {*(p for layer in layers for p in layer.parameters())}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dim() == 2 and p not in beside)
     return trained, sum(layer.flops(tokens) for layer in layers)

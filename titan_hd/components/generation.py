@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from titan_hd.data.text.tokenizer_base import Tokenizer
 from titan_hd.errors import UserError
-from titan_hd.models.decoder import Decoder, KVCache
+from titan_hd.models.model import Model
 from titan_hd.seeding import stable_seed
 
 logger = logging.getLogger("titan_hd")
@@ -62,7 +62,7 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def generate(model: Decoder, prompts: list[list[int]], *args, **kwargs) -> list[list[int]]:
+def generate(model: Model, prompts: list[list[int]], *args, **kwargs) -> list[list[int]]:
     """The new tokens of every prompt, without the stop token; arguments as for `stream`."""
     rows: list[list[int]] = [[] for _ in prompts]
     for tokens in stream(model, prompts, *args, **kwargs):
@@ -74,7 +74,7 @@ def generate(model: Decoder, prompts: list[list[int]], *args, **kwargs) -> list[
 
 @torch.no_grad()
 def stream(
-    model: Decoder,
+    model: Model,
     prompts: list[list[int]],
     stop_ids: Collection[int],
     max_new_tokens: int,
@@ -106,7 +106,7 @@ def stream(
     ids, ends = padded(prompts or [[0]], device, first_index)  # without prompts: a row that nobody heeds
     lengths = ends.tolist()
     positions, select = None, ends - 1
-    cache = KVCache(model.config.num_hidden_layers, max(lengths) + max_new_tokens)
+    cache = model.new_cache(max(lengths) + max_new_tokens)
     in_batch = list(range(len(lengths)))  # the rows, in the order of the batch
     texts: list[list[int]] = [[] for _ in lengths]
     for step in range(max_new_tokens):

@@ -6,7 +6,6 @@ costs a fraction of a second and knows. Shapes, dtypes and the moment at which e
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import weakref
 from typing import Any, NamedTuple
@@ -22,10 +21,11 @@ from titan_hd.adapters.frozen_linear import FoldingLinear
 from titan_hd.adapters.method import FoldingMethod, Method
 from titan_hd.config.job_config import ActivationCheckpoint
 from titan_hd.distributed.parallelize import apply_activation_checkpointing
-from titan_hd.models.decoder import Decoder
 from titan_hd.models.head import Targets, logits_or_loss
+from titan_hd.models.model import Model
+from titan_hd.models.model_config import ModelConfig
 from titan_hd.models.norm import RMSNorm
-from titan_hd.models.registry import DecoderConfig
+from titan_hd.models.registry import build_model
 
 # Operators that make a tensor as large as their input for themselves.
 _WORKSPACE = {torch.ops.aten.logsumexp.default}
@@ -91,10 +91,10 @@ class HeadMemory(NamedTuple):
     backward: int
 
 
-def head_memory(config: DecoderConfig, tokens: tuple[int, int], dtype: torch.dtype, trained: bool) -> HeadMemory:
+def head_memory(config: ModelConfig, tokens: tuple[int, int], dtype: torch.dtype, trained: bool) -> HeadMemory:
     """Of a micro-batch of tokens (B, T) that all have a label. trained: the head gets a gradient."""
     with FakeTensorMode(), torch.device("cpu"):
-        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        norm = RMSNorm(config.hidden_size, eps=1e-6)
         weight = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, requires_grad=trained)
         norm.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype), requires_grad=trained)
         count = tokens[0] * tokens[1]
@@ -108,7 +108,7 @@ def head_memory(config: DecoderConfig, tokens: tuple[int, int], dtype: torch.dty
 
 
 def block_memory(
-    config: DecoderConfig,
+    config: ModelConfig,
     method: Method,
     targets: list[str] | None,
     tokens: tuple[int, int],
@@ -121,22 +121,22 @@ def block_memory(
 
     Two blocks are run: what the second adds is what every further one adds.
     """
-    two = dataclasses.replace(config, num_hidden_layers=2, layer_windows=config.layer_windows[:2], vocab_size=1)
+    two = config.with_blocks(2).changed(vocab_size=1)
     with FakeTensorMode(), torch.device("cpu"):
-        model = Decoder(two)
+        model = build_model(two)
         method.apply(model, targets)
         _as_gathered(model, dtype)
         _bind(model, method, dtype)
         if checkpointing.mode != "none":
             apply_activation_checkpointing(model, checkpointing.mode, checkpointing.keep, dropout)
         positions = torch.zeros(tokens, dtype=torch.long)
-        cos, sin = model.model.rotary_emb(positions, dtype)
+        beside = model.block_inputs(positions, dtype)
         with LiveBytes() as bytes_:
             h = torch.empty(*tokens, config.hidden_size, dtype=dtype).requires_grad_()
-            first, second = model.model.layers
-            h = first(h, cos, sin, None)
+            first, second = model.blocks()
+            h = first(h, *beside)
             after_one = bytes_.peak = bytes_.live
-            h = second(h, cos, sin, None)
+            h = second(h, *beside)
             kept, forward = bytes_.live - after_one, bytes_.peak - bytes_.live
             gy = torch.empty_like(h)
             bytes_.peak = before = bytes_.live
@@ -145,7 +145,7 @@ def block_memory(
 
 
 def recomputed_flops(
-    config: DecoderConfig,
+    config: ModelConfig,
     method: Method,
     targets: list[str] | None,
     tokens: tuple[int, int],
@@ -163,14 +163,14 @@ def recomputed_flops(
     return again / 2 * config.num_hidden_layers / (tokens[0] * tokens[1])
 
 
-def _as_gathered(model: Decoder, dtype: torch.dtype) -> None:
+def _as_gathered(model: Model, dtype: torch.dtype) -> None:
     """Every parameter in the dtype of the compute, as FSDP2 hands it to a forward pass."""
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             module.register_parameter(name, nn.Parameter(torch.empty(p.shape, dtype=dtype), p.requires_grad))
 
 
-def _bind(model: Decoder, method: Method, dtype: torch.dtype) -> None:
+def _bind(model: Model, method: Method, dtype: torch.dtype) -> None:
     """Adapters for the layers whose registry is not there, with the gradients that it keeps."""
     for layer in model.modules():
         if isinstance(layer, FoldingLinear):

@@ -8,7 +8,6 @@ allocator counts.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from titan_hd.adapters.adapter_linear import AdapterLinear, untouched_parameters
+from titan_hd.adapters.inject import targeted
 from titan_hd.adapters.methods import build_method
 from titan_hd.adapters.svd import SvdSettings, working_bytes
 from titan_hd.components.host_moments import PART_ELEMENTS
@@ -30,8 +30,10 @@ from titan_hd.distributed.update.gradients import bound_elements
 from titan_hd.distributed.update.plan import UpdatePlan, block_of
 from titan_hd.distributed.update.routes import ROUTES
 from titan_hd.distributed.weight_gathers import sums_gradients_once
-from titan_hd.models.decoder import Decoder
-from titan_hd.models.registry import DecoderConfig
+from titan_hd.models.decoder_config import DecoderConfig
+from titan_hd.models.model import Model
+from titan_hd.models.model_config import ModelConfig
+from titan_hd.models.registry import build_model
 
 GB = 1e9
 # Of the device's memory, beside what the allocator hands out: the CUDA context with the libraries' workspaces, nccl's
@@ -49,7 +51,7 @@ class Sizes:
     configuration's dtypes are resolved."""
 
     config: JobConfig
-    decoder: DecoderConfig
+    decoder: ModelConfig
     mesh: tuple[int, int, int]
     updates: UpdatePlan | None
     device_type: str = "cuda"
@@ -157,11 +159,13 @@ def shard_elements(parameter: torch.Tensor, shards: int) -> int:
     return chunk_rows(parameter.shape[0], shards) * parameter[0].numel()
 
 
-def tp_local(decoder: DecoderConfig, tp: int, loss_parallel: bool) -> DecoderConfig:
+def tp_local(decoder: ModelConfig, tp: int, loss_parallel: bool) -> ModelConfig:
     """The decoder whose weights are a tensor-parallel rank's parts. (With sequence parallelism norms and residuals are
     smaller still.)"""
-    return dataclasses.replace(
-        decoder,
+    if tp == 1:
+        return decoder
+    assert isinstance(decoder, DecoderConfig), "the family that can be split"
+    return decoder.changed(
         num_attention_heads=decoder.num_attention_heads // tp,
         num_key_value_heads=decoder.num_key_value_heads // tp,
         intermediate_size=decoder.intermediate_size // tp,
@@ -169,16 +173,16 @@ def tp_local(decoder: DecoderConfig, tp: int, loss_parallel: bool) -> DecoderCon
     )
 
 
-def _meta_model(sizes: Sizes) -> tuple[Decoder, DecoderConfig]:
+def _meta_model(sizes: Sizes) -> tuple[Model, ModelConfig]:
     """The tp-local model with its method, without memory."""
     local = tp_local(sizes.decoder, sizes.mesh[2], sizes.config.parallelism.loss_parallel)
     with torch.device("meta"):
-        model = Decoder(local)
+        model = build_model(local)
         build_method(sizes.config).apply(model, sizes.config.adapter.target_modules)
     return model, local
 
 
-def fsdp_group_sizes(model: Decoder, shards: int) -> Iterator[Group]:
+def fsdp_group_sizes(model: Model, shards: int) -> Iterator[Group]:
     """Of a model on the meta device that is not sharded yet."""
     seen: set[nn.Parameter] = set()
     left_alone = set(untouched_parameters(model))
@@ -188,9 +192,9 @@ def fsdp_group_sizes(model: Decoder, shards: int) -> Iterator[Group]:
         if not mine:
             continue
         kind = "block"
-        if model.model.embed_tokens in modules:
+        if model.embedding() in modules:
             kind = "embedding"
-        elif model.lm_head is not None and model.lm_head in modules:
+        elif model.output_head() in modules:
             kind = "head"
         elif modules[0] is model:
             kind = "root"
@@ -209,7 +213,7 @@ def fsdp_group_sizes(model: Decoder, shards: int) -> Iterator[Group]:
 # All the time
 
 
-def _held(sizes: Sizes, model: Decoder, groups: list[Group]) -> dict[str, int]:
+def _held(sizes: Sizes, model: Model, groups: list[Group]) -> dict[str, int]:
     trained = sum(g.trained for g in groups)
     beside = any(isinstance(layer, AdapterLinear) for layer in model.modules())
     here = not sizes.shards_on_host
@@ -240,7 +244,7 @@ def _held(sizes: Sizes, model: Decoder, groups: list[Group]) -> dict[str, int]:
     }
 
 
-def _products(sizes: Sizes, model: Decoder) -> int:
+def _products(sizes: Sizes, model: Model) -> int:
     metrics, layers = sizes.config.metrics, measured_layers(model).values()
     if not metrics.update_freq:
         return 0
@@ -273,7 +277,7 @@ def state_tensors(optimizer: str) -> int:
 # The phases of a step
 
 
-def _phases(sizes: Sizes, model: Decoder, local: DecoderConfig, groups: list[Group]) -> dict[str, dict[str, int]]:
+def _phases(sizes: Sizes, model: Model, local: ModelConfig, groups: list[Group]) -> dict[str, dict[str, int]]:
     """Bytes by name of each phase, beside what is held all the time."""
     c, element = sizes.config, sizes.compute.itemsize
     tokens = (c.training.local_batch_size, c.training.seq_len)
@@ -332,7 +336,7 @@ def _refresh_bytes(sizes: Sizes, updates: UpdatePlan) -> int:
     if not method.directions:  # nothing is decomposed
         return 0
     svd, linears = SvdSettings(c.adapter.svd, c.adapter.svd_niter, method.smallest), sizes.decoder.linear_shapes()
-    shapes = [linears[name] for name in c.adapter.target_modules or linears]
+    shapes = [linears[kind] for kind in targeted(linears, c.adapter.target_modules)]
     weights = [(sizes.master.itemsize * out * width, (out, width)) for out, width in shapes]
     return max(size + max(size, working_bytes(shape, method.directions, svd)) for size, shape in weights)
 
@@ -343,7 +347,7 @@ def _micro_batches(c: JobConfig, mesh: tuple[int, int, int]) -> int:
 
 
 def _block_memory(
-    c: JobConfig, num_adapters: int, local: DecoderConfig, tokens: tuple[int, int], compute: torch.dtype
+    c: JobConfig, num_adapters: int, local: ModelConfig, tokens: tuple[int, int], compute: torch.dtype
 ) -> BlockMemory:
     """`block_memory`, remembered: looking for what would make a run fit asks for the same block many times."""
     h = c.hdpissa
@@ -380,7 +384,7 @@ def received_bytes(sizes: Sizes, micro_batches: int, kept: bool = False) -> tupl
     which are summed over workers, are not in it. kept: the weights are gathered once for the step."""
     shards = sizes.mesh[1]
     model, _ = _meta_model(sizes)
-    embeds = model.model.embed_tokens.weight.requires_grad
+    embeds = any(p.requires_grad for p in model.embedding().parameters())
     groups = fsdp_group_sizes(model, shards)
     elements = sum((1 if kept else micro_batches * group.gathers(embeds)) * group.shard for group in groups)
     exchanged = 0.0 if sizes.updates is None else sizes.updates.received_per_step

@@ -10,7 +10,7 @@ from titan_hd.adapters.methods import build_method
 from titan_hd.components.flops import flops_per_token, peak_flops, trained_work
 from titan_hd.components.live_bytes import recomputed_flops
 from titan_hd.config.job_config import JobConfig
-from titan_hd.models.decoder import Decoder
+from titan_hd.models.model import Model
 
 
 class StepResult(NamedTuple):
@@ -43,7 +43,7 @@ class Rates:
     workers: the world's size. passes: micro-batches of all workers in a step, tensor-parallel groups counted once.
     """
 
-    def __init__(self, model: Decoder, config: JobConfig, device: torch.device, workers: int, passes: int):
+    def __init__(self, model: Model, config: JobConfig, device: torch.device, workers: int, passes: int):
         self.model, self.workers, self.passes = model, workers, passes
         card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak_flops = peak_flops(card)

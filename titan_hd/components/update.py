@@ -43,7 +43,7 @@ from titan_hd.distributed.update.fold import Fold, FoldSettings, refuse_non_fini
 from titan_hd.distributed.update.plan import UpdatePlan, plan_update
 from titan_hd.distributed.update.topology import WIRE_BYTES, Topology
 from titan_hd.distributed.watch import enter_phase, waiting
-from titan_hd.models.decoder import Decoder
+from titan_hd.models.model import Model
 from titan_hd.seeding import stable_seed
 
 logger = logging.getLogger("titan_hd")
@@ -60,7 +60,7 @@ class Update:
 
     apply_phase = "optimizer"
 
-    def __init__(self, model: Decoder, method: Method, dims: ParallelDims, config: JobConfig):
+    def __init__(self, model: Model, method: Method, dims: ParallelDims, config: JobConfig):
         self.model, self.method, self.dims, self.config = model, method, dims, config
         self.trainable: dict[nn.Parameter, str] = {}
         self.optimizer: torch.optim.Optimizer | HostMoments
@@ -276,7 +276,7 @@ class FoldUpdate(Update):
 
     apply_phase = "exchange"
 
-    def __init__(self, model: Decoder, method: FoldingMethod, dims: ParallelDims, config: JobConfig):
+    def __init__(self, model: Model, method: FoldingMethod, dims: ParallelDims, config: JobConfig):
         super().__init__(model, method, dims, config)
         assert not method.lr_ratios, "the optimizer has one flat tensor, and one learning rate for all of it"
         self.registry = AdapterRegistry(model, method, dims.adapter_mesh(method.num_adapters))
@@ -443,7 +443,7 @@ def _tensor_of(number: array[float]) -> torch.Tensor:
     return torch.frombuffer(number, dtype=torch.float64).view(())
 
 
-def build_update(model: Decoder, method: Method, dims: ParallelDims, config: JobConfig) -> Update:
+def build_update(model: Model, method: Method, dims: ParallelDims, config: JobConfig) -> Update:
     """The update of a method that was applied to a meta model."""
     if isinstance(method, FoldingMethod):
         return FoldUpdate(model, method, dims, config)

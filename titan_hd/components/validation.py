@@ -25,7 +25,7 @@ from titan_hd.distributed.collectives import gather_on_rank_zero
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import reshard
 from titan_hd.errors import UserError
-from titan_hd.models.decoder import Decoder
+from titan_hd.models.model import Model
 
 logger = logging.getLogger("titan_hd")
 
@@ -182,7 +182,7 @@ class Validator:
         self.shown: dict[str, list[dict[str, Any]]] = {}
         self._progress: Callable[[], object] = lambda: None
 
-    def run(self, model: Decoder, progress: Callable[[], object] = lambda: None) -> dict[str, float]:
+    def run(self, model: Model, progress: Callable[[], object] = lambda: None) -> dict[str, float]:
         """validation_loss and, if asked for, validation_exact_match of the main set, then those of the others under
         their names; rank 0's, so that all agree what is best. Collective; leaves the model as for training.
 
@@ -222,7 +222,7 @@ class Validator:
                 texts[f"validation_exact_match{one.suffix}"] = f"{answers}, of {summary}"
         return texts
 
-    def _measure(self, model: Decoder, one: ValidationSet) -> dict[str, float]:
+    def _measure(self, model: Model, one: ValidationSet) -> dict[str, float]:
         s, rank, size = self.settings, self.dims.dp_rank, self.dims.dp_size
         sharers = Sharers(rank, size, self.dims.dp_mesh.get_group(), self.device)
         batches = validation_batches(one.dataset, rank, size, self.batch_size, s.steps)
@@ -261,7 +261,7 @@ class Validator:
             yield batch
             self._progress()
 
-    def _answer(self, model: Decoder, stop_ids: frozenset[int], prompts: list[list[int]]) -> list[str]:
+    def _answer(self, model: Model, stop_ids: frozenset[int], prompts: list[list[int]]) -> list[str]:
         answers = generate(
             model,
             prompts,

@@ -39,7 +39,7 @@ from titan_hd.distributed.directions import Directions
 from titan_hd.distributed.parallel_dims import ParallelDims, local_part, owned_block
 from titan_hd.distributed.regroup import tp_split
 from titan_hd.distributed.row_shards import chunk_rows
-from titan_hd.models.decoder import Decoder
+from titan_hd.models.model import Model
 
 # Between two folds, or of a layer without a gradient, W is as it was, but for the rounding of its products: a change of
 # these that is no larger than this share of them is none. Since the base weights, whose products are kept in fp32 and
@@ -72,7 +72,7 @@ class WeightChanges:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Model,
         update: Update,
         dims: ParallelDims,
         config: JobConfig,
@@ -87,10 +87,9 @@ class WeightChanges:
         # With refresh_steps the registry has the initial directions for one period alone.
         if self.registry and self.registry.method.directions and not config.hdpissa.refresh_steps:
             self.directions = Directions(self.registry)
+        kinds = model.config.linear_layers()
         self.layers = {
-            name: _Layer(
-                layer, (layer.out_features, layer.in_features), tp_split(layer.weight), name.rpartition(".")[2]
-            )
+            name: _Layer(layer, (layer.out_features, layer.in_features), tp_split(layer.weight), kinds[name])
             for name, layer in measured_layers(model).items()
         }
         self._base: dict[str, torch.Tensor] = {}
@@ -248,14 +247,14 @@ class WeightChanges:
         return squares
 
 
-def measured_layers(model: Decoder) -> dict[str, nn.Linear]:
+def measured_layers(model: Model) -> dict[str, nn.Linear]:
     """The linear layers of the blocks that are trained or have an adapter, by name."""
-    adapted = adapter_layers(model)
+    adapted, inside = adapter_layers(model), {module for block in model.blocks() for module in block.modules()}
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and ".layers." in name
+        and module in inside
         and (name in adapted or module.weight.requires_grad or isinstance(module, FoldingLinear))
     }
 

@@ -240,8 +240,8 @@ class Adapter:
     dropout: float = 0.0
     """Dropout on the adapters' input."""
     target_modules: list[str] | None = None
-    """Linear layers to train, matched on the last part of their HF name. Not set: all linear layers of the blocks;
-    for method full: every weight of the model."""
+    """Linear layers to train, by the end of their HF name: the last part, or more of it (key, attention.key). Not set:
+    all linear layers of the blocks; for method full: every weight of the model."""
     svd: Literal["auto", "exact", "randomized"] = "auto"
     """Algorithm for the principal directions (hdpissa, pissa). exact: a full decomposition. randomized: subspace
     iteration for the K*r (pissa: r) leading ones. auto: randomized where it is much cheaper (see docs/svd.md), else

@@ -15,12 +15,12 @@ from titan_hd.adapters.adapter_linear import AdapterLinear, adapter_layers
 from titan_hd.distributed.collectives import gather_on_rank_zero
 from titan_hd.distributed.parallel_dims import ParallelDims, owned_block
 from titan_hd.distributed.regroup import collect, cut, hand_back, sharded, waves
-from titan_hd.models.decoder import Decoder
+from titan_hd.models.model import Model
 from titan_hd.seeding import stable_seed
 
 
 @torch.no_grad()
-def initialize_adapters(model: Decoder, dims: ParallelDims, seed: int) -> Iterator[list[dict[str, Any]]]:
+def initialize_adapters(model: Model, dims: ParallelDims, seed: int) -> Iterator[list[dict[str, Any]]]:
     """Set the tensors of every adapted layer and, for methods that change it, the base weight. Collective.
 
     Yields the reports of each wave of layers, on rank 0. Deterministic on any number of workers.
@@ -71,7 +71,7 @@ def collect_tensors(wave: list[AdapterLinear], dims: ParallelDims) -> dict[str, 
 
 
 @torch.no_grad()
-def merged_weights(model: Decoder, dims: ParallelDims) -> Iterator[list[tuple[str, torch.Tensor]]]:
+def merged_weights(model: Model, dims: ParallelDims) -> Iterator[list[tuple[str, torch.Tensor]]]:
     """Waves of (name of a weight, this rank's part of it in fp32 with its adapter merged in). Collective.
 
     The model stays as it is.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -194,7 +195,8 @@ class ParallelDims:
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle of a matrix: rows [row, row + rows), columns [column, column + columns); vectors have one column."""
+    """A rectangle of a matrix: rows [row, row + rows), columns [column, column + columns); vectors have one column,
+    and what has more dimensions than two is a matrix of its first one's rows."""
 
     row: int
     rows: int
@@ -211,7 +213,7 @@ def local_part(tensor: torch.Tensor | None) -> torch.Tensor:
 def owned_block(shape: tuple[int, ...], split: int | None, place: Place, dims: ParallelDims) -> Block:
     """What the rank at `place` holds of a parameter: first split over tp in dimension `split` (None: not), then rows
     over dp_shard, as FSDP2 shards a tp-local matrix."""
-    rows, columns = shape[0], shape[1] if len(shape) > 1 else 1
+    rows, columns = shape[0], math.prod(shape[1:])
     row = column = 0
     if split == 0:
         rows //= dims.tp

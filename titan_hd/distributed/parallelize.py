@@ -16,15 +16,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.utils.checkpoint import checkpoint
 
 from titan_hd.distributed.parallel_dims import ParallelDims
-from titan_hd.models.decoder import Decoder
-from titan_hd.models.recompute import recompute_first
+from titan_hd.models.model import Model
 
 KEEPABLE = ("qkv", "gate_up")  # values of activation_checkpoint.keep
 _GRAPHS = 64  # of one block's code at most: lengths, times kinds of masks, times the first block and the others
 
 
 def parallelize(
-    model: Decoder,
+    model: Model,
     dims: ParallelDims,
     ignored_params: set[nn.Parameter],
     param_dtype: torch.dtype,
@@ -49,7 +48,7 @@ def parallelize(
 
 
 def apply_activation_checkpointing(
-    model: Decoder, mode: str, keep: Sequence[str] = KEEPABLE, draws: bool = False
+    model: Model, mode: str, keep: Sequence[str] = KEEPABLE, draws: bool = False
 ) -> None:
     """Recompute each block in the backward pass, wholly ("full"), or but for its costly results ("selective").
 
@@ -64,22 +63,17 @@ def apply_activation_checkpointing(
             flags = {"use_reentrant": False, "preserve_rng_state": draws, "determinism_check": "none"}
             block.forward = functools.partial(checkpoint, block.forward, **flags)
             continue
-        block.norm_then = block.mlp.activate_then = recompute_first
-        project_then = functools.partial(recompute_first, draws=draws)
-        if "qkv" not in keep:
-            block.self_attn.project_then = project_then
-        if "gate_up" not in keep:
-            block.mlp.project_then = project_then
+        block.recompute(keep, draws)
 
 
-def apply_compile(model: Decoder) -> None:
+def apply_compile(model: Model) -> None:
     """Compile each block as one graph per shape; FSDP2's hooks stay outside of it. Equal blocks share one compilation.
 
     Shapes are static: rows come in a handful of lengths (`data.loader.length_buckets`). Passes without gradients are
     not compiled: validation and generation have shapes of their own, too many and too rare to compile for.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
-    for block in model.model.layers:
+    for block in model.blocks():
         compiled = torch.compile(block.forward, fullgraph=True, dynamic=False)
         block.forward = functools.partial(_compiled_in_training, compiled, block.forward)
 
@@ -92,20 +86,25 @@ def _compiled_in_training(compiled: Callable, eager: Callable, *args: Any) -> to
 # FSDP2
 
 
-def fsdp_groups(model: Decoder) -> list[tuple[list[nn.Module], bool]]:
+def fsdp_groups(model: Model) -> list[tuple[list[nn.Module], bool]]:
     """What is gathered together, as data: modules of each FSDP2 group, and whether it is resharded after forward.
 
     The head is needed again at once in the backward pass, so it stays gathered. A tied embedding is the head too, and
     belongs to the root group, which stays gathered for the whole step.
     """
-    groups: list[tuple[list[nn.Module], bool]] = [([block], True) for block in model.model.layers]
-    if model.lm_head is not None:
-        groups.extend([([model.model.embed_tokens], True), ([model.model.norm, model.lm_head], False)])
+    groups: list[tuple[list[nn.Module], bool]] = [([block], True) for block in model.blocks()]
+    if model.output_head() is not None:
+        groups.extend([([model.embedding()], True), (_behind(model), False)])
     return [*groups, ([model], False)]
 
 
+def _behind(model: Model) -> list[nn.Module]:
+    """What is behind the blocks."""
+    return [module for module in (model.final_norm(), model.output_head()) if module is not None]
+
+
 def apply_fsdp(
-    model: Decoder,
+    model: Model,
     dims: ParallelDims,
     ignored_params: set[nn.Parameter],
     param_dtype: torch.dtype,
@@ -131,26 +130,26 @@ def apply_fsdp(
         first.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
     if dims.dp_shard > 1:
         prefetch_forward(model)
-    if not model.model.embed_tokens.weight.requires_grad and model.lm_head is not None:
+    if model.output_head() is not None and not any(p.requires_grad for p in model.embedding().parameters()):
         # A frozen embedding has no backward pass, but FSDP2 would prefetch it during that of the first block.
-        first = model.model.layers[0]
+        first = next(model.blocks())
         assert isinstance(first, FSDPModule)
         first.set_modules_to_backward_prefetch([first])
 
 
-def prefetch_forward(model: Decoder) -> None:
+def prefetch_forward(model: Model) -> None:
     """Ask for the next block's weights before a block computes. FSDP2 by itself asks when the host comes to the next
     block, which is in time only while the host runs ahead of the device."""
-    chain: list[nn.Module] = [*model.model.layers]
-    if model.lm_head is not None:
-        chain = [model.model.embed_tokens, *chain, model.model.norm]  # norm stands for its group, that of the head
+    chain: list[nn.Module] = [*model.blocks()]
+    if model.output_head() is not None:
+        chain = [model.embedding(), *chain, _behind(model)[0]]  # the first of a group stands for it
     for module, following in itertools.pairwise(chain):
         assert isinstance(module, FSDPModule)
         assert isinstance(following, FSDPModule)
         module.set_modules_to_forward_prefetch([following])
 
 
-def reshard(model: Decoder) -> None:
+def reshard(model: Model) -> None:
     """Back to shards after forward passes without a backward pass (validation).
 
     A backward pass does this by itself; without one, the groups that stay gathered would hand whole plain parameters to

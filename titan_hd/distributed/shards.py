@@ -22,9 +22,8 @@ from titan_hd.distributed.parallel_dims import Block, ParallelDims, local_part, 
 from titan_hd.distributed.regroup import tp_split
 from titan_hd.distributed.weight_reading import Part, read_parts
 from titan_hd.files import disk_faults
-from titan_hd.models.decoder import Decoder
 from titan_hd.models.hf_files import WeightFiles, check_space, plan_files, sync_files, write_headers, write_rows
-from titan_hd.models.norm import RMSNorm
+from titan_hd.models.model import Model
 from titan_hd.seeding import stable_seed
 
 logger = logging.getLogger("titan_hd")
@@ -32,7 +31,7 @@ logger = logging.getLogger("titan_hd")
 _INIT_ROWS = 1024
 
 
-def materialize(model: Decoder, device: torch.device, shards_on: torch.device | None = None) -> None:
+def materialize(model: Model, device: torch.device, shards_on: torch.device | None = None) -> None:
     """Give a parallelised meta model real memory: shards only, values not set. shards_on: where they lie, if not on the
     device that computes."""
     model.to_empty(device=shards_on or device)
@@ -69,7 +68,7 @@ class LoadedWeights(NamedTuple):
 
 
 @torch.no_grad()
-def load_weights(model: Decoder, dims: ParallelDims, directory: str) -> LoadedWeights:
+def load_weights(model: Model, dims: ParallelDims, directory: str) -> LoadedWeights:
     """Fill the shards from a HF directory. Rank 0 reads the index and the headers; of the ranks that hold a block one
     reads its byte ranges, and the others receive them (`weight_reading`). Collective.
 
@@ -80,7 +79,7 @@ def load_weights(model: Decoder, dims: ParallelDims, directory: str) -> LoadedWe
     started, received = time.perf_counter(), TRAFFIC.received
     parameters = dict(base_parameters(model))
     expected = {name: p.shape for name, p in parameters.items()}
-    tied = model.lm_head is None
+    tied = model.output_head() is None
     files = on_rank_zero("checking the weights", lambda: WeightFiles(directory, expected, tied_head=tied))
     parts = {name: local_part(p).numel() / p.numel() for name, p in parameters.items()}
     total = round(sum(files.nbytes(name) * part for name, part in parts.items()))
@@ -106,27 +105,31 @@ def load_weights(model: Decoder, dims: ParallelDims, directory: str) -> LoadedWe
 
 
 @torch.no_grad()
-def init_weights(model: Decoder, dims: ParallelDims, seed: int, std: float = 0.02) -> None:
-    """Random weights: norms 1, biases 0, the rest normal. Drawn on the host in blocks of rows, each with a generator
-    keyed by (seed, name, block), so that the model is the same on any number of workers and any device."""
-    norms = {f"{n}.weight" for n, module in model.named_modules() if isinstance(module, RMSNorm)}
+def init_weights(model: Model, dims: ParallelDims, seed: int, std: float = 0.02) -> None:
+    """Random weights: normal where the model has no first value (`Model.initial`). Drawn on the host in blocks of rows,
+    each with a generator keyed by (seed, name, block), so that the model is the same on any number of workers and any
+    device."""
     parameters = dict(base_parameters(model))
     with Progress("drawing random weights", len(parameters), "tensors", shown=dims.rank == 0) as progress:
         for name, parameter in parameters.items():
-            if parameter.dim() == 1:
-                local_part(parameter).fill_(1.0 if name in norms else 0.0)
-            else:
+            value = model.initial(name)
+            if value is None:
                 _draw(name, parameter, dims, seed, std)
+            elif isinstance(value, torch.Tensor):
+                mine = _block(parameter, dims)
+                local_part(parameter).copy_(value[mine.row : mine.row + mine.rows])
+            else:
+                local_part(parameter).fill_(value)
             progress.update()
 
 
 def _draw(name: str, parameter: nn.Parameter, dims: ParallelDims, seed: int, std: float) -> None:
-    """Random values of a matrix, into this rank's part."""
+    """Random values of a matrix, or of several, into this rank's part."""
     local, mine = local_part(parameter), _block(parameter, dims)
     for number in range(mine.row // _INIT_ROWS, math.ceil((mine.row + mine.rows) / _INIT_ROWS)):
         lo, hi = number * _INIT_ROWS, min(parameter.shape[0], (number + 1) * _INIT_ROWS)
         generator = torch.Generator().manual_seed(stable_seed("init", seed, name, number))
-        drawn = torch.empty(hi - lo, parameter.shape[1]).normal_(0.0, std, generator=generator)
+        drawn = torch.empty(hi - lo, *parameter.shape[1:]).normal_(0.0, std, generator=generator)
         first, last = max(lo, mine.row), min(hi, mine.row + mine.rows)
         if first < last:
             part = drawn[first - lo : last - lo, mine.column : mine.column + mine.columns]
@@ -134,9 +137,7 @@ def _draw(name: str, parameter: nn.Parameter, dims: ParallelDims, seed: int, std
 
 
 @torch.no_grad()
-def write_weights(
-    model: Decoder, dims: ParallelDims, directory: Path, dtype: torch.dtype, max_file_bytes: float
-) -> None:
+def write_weights(model: Model, dims: ParallelDims, directory: Path, dtype: torch.dtype, max_file_bytes: float) -> None:
     """Write safetensors files of bounded size; every rank writes what it holds in place. Collective.
 
     Adapters are merged in fp32 on the way; the model stays as it is.

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from titan_hd.distributed.parallel_dims import ParallelDims
-from titan_hd.models.decoder import Decoder
+from titan_hd.models.model import Model
 
 logger = logging.getLogger("titan_hd")
 
@@ -47,7 +47,7 @@ class WeightGathers:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Model,
         setting: str,
         micro_batches: int,
         sums_once: bool,
@@ -116,7 +116,7 @@ def sums_gradients_once(trained: int, weights: int, dp_shard: int, micro_batches
     return trained > 0 and micro_batches > 1 and (dp_shard == 1 or trained <= SMALL * weights)
 
 
-def gathered_bytes(model: Decoder, dims: ParallelDims, ignored: set[nn.Parameter], dtype: torch.dtype) -> int:
+def gathered_bytes(model: Model, dims: ParallelDims, ignored: set[nn.Parameter], dtype: torch.dtype) -> int:
     """Bytes of all that FSDP2 gathers, held whole in `dtype` (under tensor parallelism: whole tp-local matrices)."""
     shards = [p.to_local() for p in model.parameters() if isinstance(p, DTensor) and p not in ignored]
     return sum(shard.numel() for shard in shards) * dims.dp_shard * dtype.itemsize

@@ -24,7 +24,7 @@ from titan_hd.models.staging import PIECE_BYTES, Slot, Staging
 
 class Part(NamedTuple):
     """What this rank holds of a weight. split: the dimension that tp splits, or None; target: where its values go,
-    [rows, columns], or [rows] of a vector."""
+    [rows, columns], [rows] of a vector, or with a row's columns as several dimensions."""
 
     name: str
     block: Block

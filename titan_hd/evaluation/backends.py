@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from titan_hd.components.beam_search import beam_search
 from titan_hd.components.generation import GREEDY, Sampling, choose, draw, generate
 from titan_hd.errors import UserError
-from titan_hd.models.decoder import Decoder
+from titan_hd.models.model import Model
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class NativeBackend:
     time, at most equally many tokens, some perhaps for no prompts.
     """
 
-    def __init__(self, model: Decoder, device: torch.device, group: Any = None):
+    def __init__(self, model: Model, device: torch.device, group: Any = None):
         self._model, self._device, self._group = model, device, group
 
     def generate(self, prompts: list[list[int]], request: Request) -> list[list[int]]:

@@ -15,7 +15,7 @@ import torch
 
 from titan_hd.components.generation import padded
 from titan_hd.data.text.tokenizer_base import Tokenizer
-from titan_hd.models.decoder import Decoder
+from titan_hd.models.model import Model
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
 
 @torch.no_grad()
 def log_likelihoods(
-    model: Decoder, pairs: Sequence[tuple[list[int], list[int]]], device: torch.device, batch_size: int = 8
+    model: Model, pairs: Sequence[tuple[list[int], list[int]]], device: torch.device, batch_size: int = 8
 ) -> list[Likelihood]:
     """The likelihood of each continuation behind its context, in the order of the pairs.
 

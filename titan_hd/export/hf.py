@@ -26,7 +26,7 @@ from titan_hd.distributed.shards import write_weights
 from titan_hd.errors import UserError
 from titan_hd.export.model_card import final_metrics, model_card
 from titan_hd.files import disk_faults, read_json_object
-from titan_hd.models.decoder import Decoder
+from titan_hd.models.model import Model
 
 logger = logging.getLogger("titan_hd")
 
@@ -47,7 +47,7 @@ _MARKS = ("config.json", "adapter_config.json")
 _GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def export_hf(model: Decoder, dims: ParallelDims, config: JobConfig, answering: Answering = NO_ANSWERS) -> None:
+def export_hf(model: Model, dims: ParallelDims, config: JobConfig, answering: Answering = NO_ANSWERS) -> None:
     """Write the model to export.folder. Collective; each rank writes the rows that it owns, rounded once from the
     masters to export.dtype.
 

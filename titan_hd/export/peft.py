@@ -36,8 +36,8 @@ from titan_hd.distributed.regroup import collect, sharded, waves
 from titan_hd.export.hf import beside, check_folder, export_folder, publish, start_folder, write_answering
 from titan_hd.export.model_card import base_name
 from titan_hd.files import disk_faults
-from titan_hd.models.decoder import Decoder
 from titan_hd.models.hf_files import WeightFiles, open_model_weights
+from titan_hd.models.model import Model
 
 logger = logging.getLogger("titan_hd")
 
@@ -46,7 +46,7 @@ _PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 _MAGNITUDE = "lora_magnitude_delta"  # of DoRA; peft keeps m, ours is m - ||W||
 
 
-def export_peft(model: Decoder, dims: ParallelDims, config: JobConfig, answering: Answering = NO_ANSWERS) -> None:
+def export_peft(model: Model, dims: ParallelDims, config: JobConfig, answering: Answering = NO_ANSWERS) -> None:
     """Write the adapters to export.folder: adapter_config.json and adapter_model.safetensors. Collective.
 
     answering: of the training records; what the base model lacks of it is written, too, for whoever generates.
@@ -80,7 +80,7 @@ def export_peft(model: Decoder, dims: ParallelDims, config: JobConfig, answering
             logger.info("exported the adapter (%d tensors, float32) to %s", len(tensors), folder)
 
 
-def _base_files(model: Decoder, assets: str) -> WeightFiles | None:
+def _base_files(model: Model, assets: str) -> WeightFiles | None:
     """The base model's weights, if a method has changed them."""
     layers = adapter_layers(model)
     if not any(layer.changes_weight for layer in layers.values()):
@@ -89,7 +89,7 @@ def _base_files(model: Decoder, assets: str) -> WeightFiles | None:
 
 
 @torch.no_grad()
-def _adapter_waves(model: Decoder, dims: ParallelDims, base: WeightFiles | None) -> Iterator[dict[str, torch.Tensor]]:
+def _adapter_waves(model: Model, dims: ParallelDims, base: WeightFiles | None) -> Iterator[dict[str, torch.Tensor]]:
     """Tensors by peft's names, on the host, wave by wave; all of them on rank 0, nothing on the others."""
     layers = adapter_layers(model)
     needs_weight = any(layer.changes_weight or _MAGNITUDE in layer.adapter_names for layer in layers.values())

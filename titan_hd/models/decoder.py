@@ -6,7 +6,8 @@ H query heads, G key/value heads, C channels per head; S slots of a key/value ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,11 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from titan_hd.models import flex
+from titan_hd.models.decoder_config import DecoderConfig
 from titan_hd.models.head import Head, Targets, logits_or_loss
+from titan_hd.models.model import Model, ModelBlock
 from titan_hd.models.norm import RMSNorm
-from titan_hd.models.recompute import in_turn
-from titan_hd.models.registry import DecoderConfig
+from titan_hd.models.recompute import in_turn, recompute_first
 from titan_hd.models.rope import RotaryEmbedding, rotate
 
 _SLOT_STEP = 64  # of a cache, that are looked at
@@ -181,7 +183,7 @@ def silu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-class Block(nn.Module):
+class Block(ModelBlock):
     """Attention and MLP, each behind a norm and beside the residual stream."""
 
     norm_then: Callable[..., torch.Tensor]
@@ -206,6 +208,16 @@ class Block(nn.Module):
         x = x + self.norm_then(self.input_layernorm, self.self_attn, (x,), cos, sin, mask, cache, positions)
         return x + self.norm_then(self.post_attention_layernorm, self.mlp, (x,))
 
+    def recompute(self, keep: Sequence[str], draws: bool) -> None:
+        """Recompute the norms and the MLP's product in the backward pass, and what `keep` does not name: queries, keys
+        and values ("qkv"), the outputs of gate_proj and up_proj ("gate_up")."""
+        self.norm_then = self.mlp.activate_then = recompute_first
+        project_then = functools.partial(recompute_first, draws=draws)
+        if "qkv" not in keep:
+            self.self_attn.project_then = project_then
+        if "gate_up" not in keep:
+            self.mlp.project_then = project_then
+
 
 class Embedding(nn.Embedding):
     """Draws nothing on the meta device: torch would import its compiler for that, which takes a launcher a second."""
@@ -226,12 +238,12 @@ class DecoderStack(nn.Module):
         self.rotary_emb = RotaryEmbedding(config)
 
 
-class Decoder(nn.Module):
+class Decoder(Model):
     """Causal language model. Tied models have no lm_head: they read the embedding, as their checkpoints store it."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.config = config
+        self.config, self.layer_windows = config, config.layer_windows
         self.model = DecoderStack(config)
         self.lm_head = None if config.tie_word_embeddings else Head(config.hidden_size, config.vocab_size)
 
@@ -240,6 +252,30 @@ class Decoder(nn.Module):
         for layer in self.model.layers:
             assert isinstance(layer, Block)
             yield layer
+
+    def embedding(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    def final_norm(self) -> nn.Module:
+        return self.model.norm
+
+    def output_head(self) -> nn.Module | None:
+        return self.lm_head
+
+    def block_inputs(
+        self, positions: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return *self.model.rotary_emb(positions, dtype), None
+
+    def new_cache(self, slots: int) -> KVCache:
+        return KVCache(self.config.num_hidden_layers, slots)
+
+    def initial(self, name: str) -> float | None:
+        """1 for norms, 0 for biases; matrices are drawn."""
+        owner, _, last = name.rpartition(".")
+        if last == "bias":
+            return 0.0
+        return 1.0 if isinstance(self.get_submodule(owner), RMSNorm) else None
 
     def reset_buffers(self, device: torch.device) -> None:
         """Recompute what is not loaded from a checkpoint; call it after the parameters are materialised."""
@@ -276,10 +312,10 @@ class Decoder(nn.Module):
             window: flex.document_mask(documents, window)
             if documents is not None and documents.device.type in flex.DEVICES
             else attention_mask(length, window, positions, documents, cache.reach if cache else None)
-            for window in set(self.config.layer_windows)
+            for window in set(self.layer_windows)
         }
         for i, layer in enumerate(stack.layers):
-            mask = masks[self.config.layer_windows[i]]
+            mask = masks[self.layer_windows[i]]
             h = layer(h, cos, sin, mask, cache.layers[i], positions) if cache else layer(h, cos, sin, mask)
         if select is not None:
             h = h[torch.arange(batch, device=h.device), select][:, None]
@@ -289,13 +325,6 @@ class Decoder(nn.Module):
     def tied_head(self, h: torch.Tensor, targets: Targets | None = None) -> torch.Tensor:
         """Logits, or the loss, of tied models."""
         return logits_or_loss(h, self.model.embed_tokens.weight, targets)
-
-
-def parameter_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
-    """Shape of every parameter of the model by HF's name, without memory for any."""
-    with torch.device("meta"):
-        model = Decoder(config)
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def attention_mask(

@@ -90,6 +90,25 @@ _qwen3 = _family(
     eos_token_id=151643,
 )
 
+
+def _rwkv6(hidden: int, layers: int, **more: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["Rwkv6ForCausalLM"],
+        "model_type": "rwkv6",
+        "vocab_size": 65536,
+        "hidden_size": hidden,
+        "attention_hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "head_size": 64,
+        "head_size_divisor": 8,
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        **more,
+    }
+
+
 # family -> flavor -> config.json
 FLAVORS: dict[str, dict[str, dict[str, Any]]] = {
     "llama2": {
@@ -115,6 +134,7 @@ FLAVORS: dict[str, dict[str, dict[str, Any]]] = {
         "4B": _qwen3(2560, 9728, 36, 32, 8, tied=True),
         "8B": _qwen3(4096, 12288, 36, 32, 8),
     },
+    "rwkv6": {"1.6B": _rwkv6(2048, 24), "3B": _rwkv6(2560, 32), "7B": _rwkv6(4096, 32)},
     "smollm2": {
         "135M": _smollm2(576, 1536, 30, 9, 3, tied=True),
         "360M": _smollm2(960, 2560, 32, 15, 5, tied=True),

@@ -23,15 +23,15 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from titan_hd.errors import UserError
 from titan_hd.files import read_json_object, shown, shown_size, sync_file
-from titan_hd.models.decoder import parameter_shapes
-from titan_hd.models.registry import DecoderConfig, read_hf_config
+from titan_hd.models.model_config import ModelConfig
+from titan_hd.models.registry import parameter_shapes, read_hf_config
 from titan_hd.models.safetensors_header import DTYPES, Entry, build_header, read_header, unique_keys
 from titan_hd.models.staging import PIECE_BYTES, Staging
 
@@ -220,7 +220,7 @@ class WeightFiles:
         return errors
 
 
-def open_model_weights(directory: str | Path, config: DecoderConfig) -> WeightFiles:
+def open_model_weights(directory: str | Path, config: ModelConfig) -> WeightFiles:
     """The weight files of a HF directory, checked against the model of a configuration.
 
     Raises:
@@ -229,7 +229,7 @@ def open_model_weights(directory: str | Path, config: DecoderConfig) -> WeightFi
     return WeightFiles(directory, parameter_shapes(config), tied_head=config.tie_word_embeddings)
 
 
-def read_model_config(directory: str | Path, name: str = "") -> DecoderConfig:
+def read_model_config(directory: str | Path, name: str = "") -> ModelConfig:
     """As `read_hf_config`, with the head that transformers would take: where config.json ties it to the embedding and
     the files hold another one (merges of trained heads do), theirs, and the configuration, also for the export, says
     that it is not tied. Files that are not there, or not in order, change nothing: whoever reads them says so.
@@ -251,7 +251,7 @@ def read_model_config(directory: str | Path, name: str = "") -> DecoderConfig:
         "says tie_word_embeddings = false",
         *(files.directory, _HEAD),
     )
-    return replace(config, tie_word_embeddings=False, hf={**config.hf, "tie_word_embeddings": False})
+    return config.changed(tie_word_embeddings=False, hf={**config.hf, "tie_word_embeddings": False})
 
 
 def _read_strided(file: int, out: memoryview, offset: int, wanted: int, width: int) -> None:

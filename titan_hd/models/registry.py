@@ -1,153 +1,54 @@
-"""The supported architectures as data: which keys of a config.json are read, and the DecoderConfig that they give.
+"""The supported architectures: how a config.json becomes a configuration, and a configuration a model.
 
-A key that changes the computation in a way that the decoder does not have is refused by name; a key of unknown meaning
-is ignored, and named in the log.
+An architecture that differs from another in its data alone is a line of `decoder_config.ARCHITECTURES`. One that
+computes something else is a file of its own, with a `ModelConfig` and a `Model`, and a line of `FAMILIES`.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from titan_hd.errors import UserError
 from titan_hd.files import read_json_object
+from titan_hd.models import rwkv6
+from titan_hd.models.decoder import Decoder
+from titan_hd.models.decoder_config import ARCHITECTURES, parse_decoder
 from titan_hd.models.flavors import FLAVORS
+from titan_hd.models.model import Model
+from titan_hd.models.model_config import ModelConfig
 
 logger = logging.getLogger("titan_hd")
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """How the variants of the decoder follow from the keys of a config.json.
+class Family:
+    """What stands behind a name in a config.json's `architectures`.
 
+    names: that `model.name` may have for it.
     model_type: stands for it where a config.json does not name its architecture.
-    families: names that `model.name` may have for it.
-    qkv_bias, o_bias, mlp_bias: True or False, or the key that says so (False where it is missing).
-    windows: "none", "all" (Mistral: `sliding_window` holds for every layer), or "some" (Qwen: `use_sliding_window`,
-        from layer `max_window_layers` on, or by `layer_types`).
+    parse: (config.json with both of its names, where it is from) -> the model's configuration. It refuses by name what
+        the model would compute wrongly.
     """
 
+    names: tuple[str, ...]
     model_type: str
-    families: tuple[str, ...]
-    qkv_bias: bool | str = False
-    o_bias: bool | str = False
-    mlp_bias: bool | str = False
-    qk_norm: bool = False
-    windows: str = "none"
+    parse: Callable[[dict[str, Any], str], ModelConfig]
+    model: Callable[[Any], Model]
 
 
-_WINDOW_KEYS = {
-    "none": (),
-    "all": ("sliding_window",),
-    "some": ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
-}
-ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture(
-        "llama", ("llama2", "llama3", "smollm2"), "attention_bias", "attention_bias", "mlp_bias"
-    ),
-    "MistralForCausalLM": Architecture("mistral", ("mistral",), windows="all"),
-    "Qwen2ForCausalLM": Architecture("qwen2", ("qwen2",), qkv_bias=True, windows="some"),
-    "Qwen3ForCausalLM": Architecture(
-        "qwen3", ("qwen3",), "attention_bias", "attention_bias", qk_norm=True, windows="some"
-    ),
+FAMILIES: dict[str, Family] = {
+    **{name: Family(data.families, data.model_type, parse_decoder, Decoder) for name, data in ARCHITECTURES.items()},
+    rwkv6.ARCHITECTURE: Family(("rwkv6",), rwkv6.MODEL_TYPE, rwkv6.parse_rwkv6, rwkv6.Rwkv6),
 }
 
-_ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-_ROPE_REASONS = {
-    "dynamic": "its frequencies depend on the length of each sequence, so that training and generation would differ",
-    "yarn": "it also scales the attention",
-    "longrope": "it also scales the attention",
-}
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_READ = {
-    *_SIZES,
-    *("architectures", "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"),
-    *("tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters"),
-}
-# Keys that change what a model computes, with the values that mean "not used".
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),  # two names of one function
-    "quantization_config": (None, {}),
-    "partial_rotary_factor": (None, 1.0),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "logit_scale": (None, 1.0),
-    "logits_scaling": (None, 1.0),
-    "embedding_multiplier": (None, 1.0),
-    "residual_multiplier": (None, 1.0),
-    "attention_multiplier": (None,),
-    "clip_qkv": (None,),
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
-    "is_encoder_decoder": (None, False),
-    "add_cross_attention": (None, False),
-}
-# Keys that say nothing about the computation.
-_HARMLESS = {
-    *("model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "initializer_range", "use_cache"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "pretraining_tp", "return_dict", "id2label"),
-    *("label2id", "problem_type", "output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
-    *("is_decoder", "is_llama_config", "rope_interleaved", "transformers.js_config", "attn_implementation"),
-    *("_attn_implementation_autoset", "use_mrope"),
-}
-_LARGEST = 2**31  # no size of a model; a larger one is a broken or a hostile file
-_LARGEST_NUMBER = 2.0**100
-_LARGEST_WEIGHT = 2**40  # elements
-_MOST_LAYERS = 1_000  # each is a module; no published model has 200
 
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Sizes and variants of a Llama-family decoder, in HF's names.
-
-    layer_windows: for each layer how many positions a token sees, itself included; None: all.
-    ignored: keys of the config.json that have an unknown meaning, or one for training alone; the decoder ignores them.
-    hf: the whole config.json, for the export; with the architecture, which vLLM needs, and the model type, which
-        transformers needs, if they are not there.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict[str, Any] | None
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    layer_windows: tuple[int | None, ...]
-    ignored: tuple[str, ...] = field(repr=False, compare=False)
-    hf: dict[str, Any] = field(repr=False, compare=False)
-
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Last part of the HF name -> (out, in) of each linear layer of a block."""
-        d, heads, kv = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads
-        kv, ffn = kv * self.head_dim, self.intermediate_size
-        return {
-            "q_proj": (heads, d),
-            "k_proj": (kv, d),
-            "v_proj": (kv, d),
-            "o_proj": (d, heads),
-            "gate_proj": (ffn, d),
-            "up_proj": (ffn, d),
-            "down_proj": (d, ffn),
-        }
-
-
-def flavor_config(name: str, flavor: str) -> DecoderConfig:
+def flavor_config(name: str, flavor: str) -> ModelConfig:
     """Published sizes of a family's flavor. UserError if either is unknown."""
     if name not in FLAVORS:
         raise UserError(f"model.name: must be one of {', '.join(FLAVORS)}, not {name!r}")
@@ -156,7 +57,7 @@ def flavor_config(name: str, flavor: str) -> DecoderConfig:
     return parse_hf_config(FLAVORS[name][flavor], f"{name} {flavor}")
 
 
-def read_hf_config(directory: str | Path, name: str = "") -> DecoderConfig:
+def read_hf_config(directory: str | Path, name: str = "") -> ModelConfig:
     """Read `config.json` of a HF directory; `name`, if given, must be a family of its architecture.
 
     Raises:
@@ -169,149 +70,42 @@ def read_hf_config(directory: str | Path, name: str = "") -> DecoderConfig:
     config = parse_hf_config(raw, str(path))
     if config.ignored:
         logger.warning("%s: ignored keys: %s", path, ", ".join(config.ignored))
-    families = _architecture(raw, str(path))[1].families
-    if name and name not in families:
-        raise UserError(f"model.name: {path} is of the family {' or '.join(families)}, not {name!r}")
+    names = FAMILIES[_architecture(raw, str(path))].names
+    if name and name not in names:
+        raise UserError(f"model.name: {path} is of the family {' or '.join(names)}, not {name!r}")
     return config
 
 
-def parse_hf_config(raw: dict[str, Any], where: str) -> DecoderConfig:
-    """Turn the keys of a config.json into a DecoderConfig; refuse by name what the decoder would compute wrongly.
+def parse_hf_config(raw: dict[str, Any], where: str) -> ModelConfig:
+    """Turn the keys of a config.json into a model's configuration; refuse by name what the model would compute wrongly.
 
     where: the file, or what stands for it, in front of every error.
     """
-    architecture_name, architecture = _architecture(raw, where)
-    for key, unused in _UNSUPPORTED.items():
-        if key in raw and raw[key] not in unused:
-            shown = "" if isinstance(raw[key], (dict, list)) else f" {raw[key]!r}"
-            only = f"; only {unused[0]} is" if isinstance(unused[0], str) else ""
-            raise UserError(f"{where}: {key}:{shown} is not supported{only}")
-    sizes = {key: _size(raw, key, where) for key in _SIZES}
-    if sizes["num_hidden_layers"] > _MOST_LAYERS:
-        raise UserError(f"{where}: num_hidden_layers: must be at most {_MOST_LAYERS}")
-    hidden, heads, layers = (sizes[key] for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    # Where the key is missing transformers assumes one head each for Llama, and other numbers for the others.
-    llama = architecture_name == "LlamaForCausalLM"
-    kv_heads = _size(raw, "num_key_value_heads", where, heads if llama else None)
-    if heads % kv_heads:
-        raise UserError(f"{where}: num_key_value_heads: must divide num_attention_heads ({heads})")
-    head_dim = _size(raw, "head_dim", where, 128 if architecture.qk_norm else max(1, hidden // heads))
-    if head_dim % 2:
-        raise UserError(f"{where}: head_dim: must be even for rotary embeddings, not {head_dim}")
-    if max(sizes["vocab_size"], sizes["intermediate_size"], heads * head_dim) * hidden > _LARGEST_WEIGHT:
-        raise UserError(f"{where}: hidden_size: a weight of more than {_LARGEST_WEIGHT} elements is no model's")
-    rope = _rope_parameters(raw, where)
-    biases = (architecture.qkv_bias, architecture.o_bias, architecture.mlp_bias)
-    qkv_bias, o_bias, mlp_bias = (_flag(raw, said, where) if isinstance(said, str) else said for said in biases)
-    return DecoderConfig(
-        **sizes,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=_number(raw, "rms_norm_eps", where, 1e-6),
-        rope_theta=rope.pop("rope_theta"),
-        rope_scaling=rope if rope["rope_type"] != "default" else None,
-        max_position_embeddings=_size(raw, "max_position_embeddings", where, 2048),
-        tie_word_embeddings=_flag(raw, "tie_word_embeddings", where),
-        qkv_bias=qkv_bias,
-        o_bias=o_bias,
-        mlp_bias=mlp_bias,
-        qk_norm=architecture.qk_norm,
-        layer_windows=_layer_windows(raw, architecture.windows, layers, where),
-        ignored=_ignored(raw, architecture),
-        hf={
-            **raw,
-            "architectures": [architecture_name],
-            "model_type": raw.get("model_type") or architecture.model_type,
-        },
-    )
+    name = _architecture(raw, where)
+    family = FAMILIES[name]
+    named = {**raw, "architectures": [name], "model_type": raw.get("model_type") or family.model_type}
+    return family.parse(named, where)
 
 
-def _architecture(raw: dict[str, Any], where: str) -> tuple[str, Architecture]:
+def _architecture(raw: dict[str, Any], where: str) -> str:
     """The architecture that a config.json names, else that of its model_type, by which transformers goes."""
-    by_type = {architecture.model_type: name for name, architecture in ARCHITECTURES.items()}
+    by_type = {family.model_type: name for name, family in FAMILIES.items()}
     named = by_type.get(str(raw.get("model_type")))
     names = raw.get("architectures") or ([named] if named else [])
-    if not isinstance(names, list) or len(names) != 1 or str(names[0]) not in ARCHITECTURES:
-        raise UserError(f"{where}: architectures: {names} is not supported; supported are {', '.join(ARCHITECTURES)}")
+    if not isinstance(names, list) or len(names) != 1 or str(names[0]) not in FAMILIES:
+        raise UserError(f"{where}: architectures: {names} is not supported; supported are {', '.join(FAMILIES)}")
     if named and names[0] != named:  # vLLM goes by the one, transformers by the other
         raise UserError(f"{where}: architectures {names} and model_type {raw['model_type']!r} contradict each other")
-    return names[0], ARCHITECTURES[names[0]]
+    return names[0]
 
 
-def _number(raw: dict[str, Any], key: str, where: str, default: float | None = None) -> float:
-    value = raw.get(key)
-    if value is None:
-        if default is None:
-            raise UserError(f"{where}: {key}: is missing")
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST_NUMBER:
-        raise UserError(f"{where}: {key}: must be a number above 0, not {str(value)[:40]}")
-    return float(value)
+def build_model(config: ModelConfig) -> Model:
+    """The model of a configuration, on the device that is the default one."""
+    return FAMILIES[config.hf["architectures"][0]].model(config)
 
 
-def _size(raw: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
-    value = _number(raw, key, where, default)
-    if value != int(value) or value >= _LARGEST:
-        raise UserError(f"{where}: {key}: must be a whole number above 0, not {str(raw[key])[:40]}")
-    return int(value)
-
-
-def _flag(raw: dict[str, Any], key: str, where: str) -> bool:
-    value = raw.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise UserError(f"{where}: {key}: must be true or false, not {value!r}")
-    return bool(value)
-
-
-def _layer_windows(raw: dict[str, Any], rule: str, layers: int, where: str) -> tuple[int | None, ...]:
-    """Sliding windows as transformers derives them, its defaults for missing keys included."""
-    window: int | None = None
-    # A key that is there and null says "no window"; only a missing one has transformers' default.
-    if rule == "all" or (rule == "some" and _flag(raw, "use_sliding_window", where)):
-        given = {"sliding_window": raw.get("sliding_window", 4096)}
-        window = None if given["sliding_window"] is None else _size(given, "sliding_window", where)
-    if rule != "some":
-        return (window,) * layers
-    types = raw.get("layer_types")
-    if types is None:
-        first = raw.get("max_window_layers", 28)
-        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-            raise UserError(f"{where}: max_window_layers: must be a whole number, not {first!r}")
-        types = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
-        raise UserError(f"{where}: layer_types: must name {' or '.join(known)} for each of the {layers} layers")
-    return tuple(window if t == "sliding_attention" else None for t in types)
-
-
-def _ignored(raw: dict[str, Any], architecture: Architecture) -> tuple[str, ...]:
-    read = _READ | _HARMLESS | _UNSUPPORTED.keys() | set(_WINDOW_KEYS[architecture.windows])
-    read |= {key for key in (architecture.qkv_bias, architecture.mlp_bias) if isinstance(key, str)}
-    return tuple(sorted(key for key, value in raw.items() if value and key not in read))
-
-
-def _rope_parameters(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """RoPE settings from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
-    for given in (new, old):
-        if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
-            raise UserError(f"{where}: rope_parameters: must be one table of numbers for all layers")
-    # Libraries differ in which of two contradicting keys they take.
-    if new and old and {**old, **new} != {**new, **old}:
-        raise UserError(f"{where}: rope_parameters and rope_scaling contradict each other; keep one of them")
-    rope = {**old, **new}
-    kinds = {key: rope.pop(key) for key in ("type", "rope_type") if rope.get(key)}
-    if len(set(map(str, kinds.values()))) > 1:
-        raise UserError(f"{where}: rope_scaling: type and rope_type contradict each other; keep one of them")
-    kind = next(iter(kinds.values()), "default")
-    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
-        reason = f" ({_ROPE_REASONS[kind]})" if str(kind) in _ROPE_REASONS else ""
-        raise UserError(
-            f"{where}: rope_scaling: type {kind!r} is not supported{reason}; supported are {', '.join(_ROPE_KEYS)}"
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{where}: partial_rotary_factor: is not supported")
-    for key in _ROPE_KEYS[kind]:
-        _number(rope, key, f"{where}: rope_scaling")
-    theta = _number({"rope_theta": rope.get("rope_theta") or raw.get("rope_theta")}, "rope_theta", where, 10000.0)
-    return {**rope, "rope_type": kind, "rope_theta": theta}
+def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Shape of every parameter of the model by HF's name, without memory for any."""
+    with torch.device("meta"):
+        model = build_model(config)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from titan_hd.models.registry import DecoderConfig
+from titan_hd.models.decoder_config import DecoderConfig
 
 
 def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) -> torch.Tensor:

@@ -12,9 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from titan_hd.errors import UserError
-from titan_hd.models.decoder import parameter_shapes
 from titan_hd.models.hf_files import open_model_weights
-from titan_hd.models.registry import DecoderConfig
+from titan_hd.models.model_config import ModelConfig
 
 # Relative to the largest, singular values from the Gram matrix in float64 are off by about 1e-16 / (2 s^2): 1e-8 of a
 # value at s = 1e-4. Where a smaller one is among them, the weight is decomposed itself.
@@ -110,23 +109,26 @@ def rounding_floor(weight: torch.Tensor, dtype: torch.dtype) -> float:
     return (variance.sum(0).max().sqrt() + variance.sum(1).max().sqrt()).item()
 
 
-def linear_weights(config: DecoderConfig, kinds: Collection[str] = (), layers: Collection[int] = ()) -> list[str]:
+def linear_weights(config: ModelConfig, kinds: Collection[str] = (), layers: Collection[int] = ()) -> list[str]:
     """HF names of the linear layers of the blocks, in the model's order; of these kinds (q_proj, ...) and blocks alone,
     if any are given."""
-    linear = tuple(f"{kind}.weight" for kind in (kinds or config.linear_shapes()))
     wanted = set(layers or range(config.num_hidden_layers))
-    return [name for name in parameter_shapes(config) if name.endswith(linear) and _layer(name) in wanted]
+    return [
+        f"{name}.weight"
+        for name, kind in config.linear_layers().items()
+        if (not kinds or kind in kinds) and _layer(name) in wanted
+    ]
 
 
 def _layer(name: str) -> int:
-    return int(name.split(".")[2])
+    return int(next(part for part in name.split(".") if part.isdecimal()))
 
 
 @torch.no_grad()
 def weight_deltas(
     base: Weights,
     trained: Weights,
-    config: DecoderConfig,
+    config: ModelConfig,
     names: Collection[str],
     threshold: float,
     device: torch.device,
@@ -136,8 +138,9 @@ def weight_deltas(
     Raises:
         UserError: a weight cannot be read, or holds a value that is NaN or infinite.
     """
+    kinds = config.linear_layers()
     for name in names:
-        kind = name.split(".")[-2]
+        kind = kinds[name.removesuffix(".weight")]
         before, after = (_read(weights, name, config.linear_shapes()[kind]).to(device) for weights in (base, trained))
         base_norm, floor = before.norm().item(), rounding_floor(after, trained.dtype(name))
         values = singular_values(after.sub_(before))
@@ -163,7 +166,7 @@ def mean_ranks(deltas: Collection[WeightDelta]) -> dict[str, DeltaRank]:
     return {kind: DeltaRank(*(sum(column) / len(ranks) for column in zip(*ranks))) for kind, ranks in kinds.items()}
 
 
-def delta_ranks(base: Path, trained: Path, config: DecoderConfig, threshold: float) -> dict[str, DeltaRank]:
+def delta_ranks(base: Path, trained: Path, config: ModelConfig, threshold: float) -> dict[str, DeltaRank]:
     """`mean_ranks` of all linear layers.
 
     base, trained: HF directories of the model that `config` describes; trained should be in fp32, or its rounding is

@@ -11,7 +11,7 @@ import torch
 from titan_hd.adapters.frozen_linear import FoldingLinear
 from titan_hd.adapters.methods import build_method
 from titan_hd.components.flops import flops_per_token, peak_flops, trained_work
-from titan_hd.models.decoder import Decoder
+from titan_hd.models.registry import build_model
 from titan_hd.preflight import RunPlan
 
 _START_SECONDS = 15.0  # of the processes, and the export
@@ -37,7 +37,7 @@ class Durations:
             return _START_SECONDS + statistics.median(self._measured[arm]), "as the runs that were made"
         training = plan.config.training
         with torch.device("meta"):
-            model = Decoder(plan.decoder)
+            model = build_model(plan.decoder)
         build_method(plan.config, plan.num_adapters).apply(model, plan.config.adapter.target_modules)
         layers = [layer for layer in model.modules() if isinstance(layer, FoldingLinear)]
         if layers:  # whose deltas are made later

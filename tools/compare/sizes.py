@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from titan_hd.adapters.inject import targeted
 from titan_hd.adapters.methods import build_method, method_of
 from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
 from titan_hd.fitting import trained_size
-from titan_hd.models.registry import DecoderConfig
+from titan_hd.models.model_config import ModelConfig
 
 
-def trained_parameters(config: JobConfig, decoder: DecoderConfig, num_adapters: int) -> int:
+def trained_parameters(config: JobConfig, decoder: ModelConfig, num_adapters: int) -> int:
     """Number of trained parameters; for HD-PiSSA of all logical adapters together."""
     return trained_size(build_method(config, num_adapters), decoder, config.adapter.target_modules)[0]
 
 
-def match_rank(config: JobConfig, decoder: DecoderConfig) -> int:
+def match_rank(config: JobConfig, decoder: ModelConfig) -> int:
     """The rank (block) at which the configuration's method has the number of parameters nearest to that of lora at
     adapter.rank. full has no rank, one logical adapter of hdpissa is as large as lora: both keep adapter.rank.
 
@@ -26,9 +27,9 @@ def match_rank(config: JobConfig, decoder: DecoderConfig) -> int:
     """
     if method_of(config).folds or "adapter.rank" not in method_of(config).keys:
         return config.adapter.rank
-    block = dataclasses.replace(decoder, num_hidden_layers=1, layer_windows=decoder.layer_windows[:1])
+    block = decoder.with_blocks(1)
     shapes = decoder.linear_shapes()
-    shapes = {name: shapes[name] for name in config.adapter.target_modules or shapes}
+    shapes = {kind: shapes[kind] for kind in targeted(shapes, config.adapter.target_modules)}
 
     def at(rank: int, **changes: Any) -> JobConfig:
         return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, rank=rank, **changes))

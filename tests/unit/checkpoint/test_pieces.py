@@ -16,8 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titan_hd.checkpoint import pieces
 from titan_hd.checkpoint.pieces import Piece, name_in_block, owned_pieces, stacked_name, stored_tensors
-from titan_hd.models.decoder import parameter_shapes
-from titan_hd.models.registry import flavor_config
+from titan_hd.models.registry import flavor_config, parameter_shapes
 
 LAYER = "model.model.layers.{}.mlp.up_proj.weight"
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from tests.kit.decoders import LENGTH, LLAMA, SIZES, VARIANTS, config_of, random_decoder
 from titan_hd.models.decoder import Decoder, KVCache
-from titan_hd.models.registry import DecoderConfig, read_hf_config
+from titan_hd.models.decoder_config import DecoderConfig
+from titan_hd.models.registry import read_hf_config
 
 # Largest difference of two logits of size about 1. Both sides are fp32 sums of at most a few hundred terms in an order
 # of their own; seen: below 4e-6.

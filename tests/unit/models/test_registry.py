@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from titan_hd.adapters.inject import find_linears
 from titan_hd.models.decoder import Decoder
-from titan_hd.models.registry import FLAVORS, flavor_config, parse_hf_config, read_hf_config
+from titan_hd.models.registry import FLAVORS, build_model, flavor_config, parse_hf_config, read_hf_config
 from titan_hd.models.rope import rope_frequencies
 
 SMALL = FLAVORS["llama3"]["debugmodel"]
@@ -333,13 +334,15 @@ class TestFlavors:
         assert sum(p.numel() for p in model.parameters()) == count
 
     @pytest.mark.parametrize(("name", "flavor"), [(n, f) for n, flavors in FLAVORS.items() for f in flavors])
-    def test_linear_shapes_are_the_decoders(self, name: str, flavor: str):
+    def test_linear_shapes_are_the_models(self, name: str, flavor: str):
         config = flavor_config(name, flavor)
         with torch.device("meta"):
-            model = Decoder(config)
-        for block in model.model.layers:
-            linears = {n.rpartition(".")[2]: m for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
-            assert {n: tuple(m.weight.shape) for n, m in linears.items()} == config.linear_shapes()
+            model = build_model(config)
+        shapes = {config.linear_paths()[kind]: shape for kind, shape in config.linear_shapes().items()}
+        for block in model.blocks():
+            linears = {n: m for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+            assert {n: tuple(m.weight.shape) for n, m in linears.items()} == shapes
+        assert find_linears(model, None) == list(config.linear_layers())
 
     def test_unknown_names(self):
         with pytest.raises(ValueError, match=r"model.name: must be one of llama2, llama3, mistral.*, not 'gpt'"):

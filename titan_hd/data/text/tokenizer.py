@@ -9,11 +9,14 @@ from titan_hd.data.text.chat import TOOL_TEMPLATE
 from titan_hd.data.text.tokenizer_base import Settings, Tokenizer
 from titan_hd.data.text.tokenizer_json import JsonTokenizer
 from titan_hd.data.text.tokenizer_model import SentencePieceTokenizer, TiktokenTokenizer
+from titan_hd.data.text.tokenizer_world import VOCABULARY as WORLD_VOCABULARY
+from titan_hd.data.text.tokenizer_world import WorldTokenizer
 from titan_hd.errors import UserError
 
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    WORLD_VOCABULARY,
     "tokenizer_config.json",
     "added_tokens.json",
     "special_tokens_map.json",
@@ -29,7 +32,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a HF directory.
 
     tokenizer.json if it is there, else tokenizer.model, also in `original` (Meta's layout): a SentencePiece model
-    (Llama 2, Mistral) or tiktoken's base64 ranks (Llama 3), told apart by what is in it.
+    (Llama 2, Mistral) or tiktoken's base64 ranks (Llama 3), told apart by what is in it; else RWKV's World vocabulary.
 
     Raises:
         UserError: none of them is there, or it cannot be read.
@@ -42,7 +45,11 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         if path.exists():
             is_tiktoken = _TIKTOKEN_LINE.match(_read_bytes(path)) is not None
             return (TiktokenTokenizer if is_tiktoken else SentencePieceTokenizer)(path, settings)
-    raise UserError(f"model.hf_assets_path: {directory} holds no tokenizer.json and no tokenizer.model")
+    if (directory / WORLD_VOCABULARY).exists():
+        return WorldTokenizer(directory / WORLD_VOCABULARY, settings)
+    raise UserError(
+        f"model.hf_assets_path: {directory} holds no tokenizer.json and no tokenizer.model, nor {WORLD_VOCABULARY}"
+    )
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -50,8 +50,6 @@ BLOCK_PLAN: dict[str, Style] = {
     "mlp.up_proj": styles.column_wise,
     "mlp.down_proj": styles.row_wise,  # Shard(-1) -> stream
 }
-# Last part of a linear layer's name -> its path in the block.
-LINEAR_PATHS = {path.rpartition(".")[2]: path for path in BLOCK_PLAN if path.endswith("_proj")}
 
 
 def local_shape(path: str, shape: tuple[int, int], degree: int) -> tuple[int, int]:

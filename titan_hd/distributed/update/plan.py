@@ -167,7 +167,7 @@ def _plan_weight(name: str, shape: Shape, t: Topology, exchange: str, budget: in
 
 def block_of(name: str) -> str | None:
     """The transformer block of a layer, both under their full names; None for one that is in no block."""
-    block = re.match(r"(.*layers\.\d+)\.", name)
+    block = re.match(r"(.*?\.\d+)\.", name)
     return block[1] if block else None
 
 

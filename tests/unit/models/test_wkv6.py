@@ -1,0 +1,104 @@
+"""The recurrence in chunks against its definition, token by token in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kit.rwkv import recurrence
+from titan_hd.models import wkv6
+
+HEADS, KEYS, VALUES = 2, 4, 3
+# fp32 sums of a few dozen products, in another order.
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+EXACT = {"rtol": 1e-10, "atol": 1e-10}  # float64
+
+
+def operands(
+    length: int, batch: int = 2, decays: tuple[float, float] = (-6.0, 2.0), seed: int = 0
+) -> list[torch.Tensor]:
+    """r, k, v, decay, bonus in float64. decays: from e^-e^ of the first, nearly 1, to e^-e^ of the second."""
+    g = torch.Generator().manual_seed(seed)
+    keys, values = (batch, length, HEADS, KEYS), (batch, length, HEADS, VALUES)
+    r, k, v = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in (keys, keys, values))
+    low, high = decays
+    decay = low + (high - low) * torch.rand(keys, generator=g, dtype=torch.float64)
+    return [r, k, v, decay, torch.randn(HEADS, KEYS, generator=g, dtype=torch.float64)]
+
+
+def with_gradients(function, tensors: list[torch.Tensor], *rest):
+    """The output, and the gradients of all tensors for one and the same gradient of the output."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    y = function(*leaves, *rest)
+    y = y[0] if isinstance(y, tuple) else y
+    gy = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(y.dtype)
+    y.backward(gy)
+    return [y.detach(), *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 77, 128])
+def test_chunks_are_the_recurrence(length: int):
+    tensors = operands(length)
+    wanted = with_gradients(recurrence, tensors)
+    for got, want in zip(with_gradients(wkv6.wkv6, tensors), wanted, strict=True):
+        torch.testing.assert_close(got, want, **EXACT)
+    for got, want in zip(with_gradients(wkv6.wkv6, [t.float() for t in tensors]), wanted, strict=True):
+        torch.testing.assert_close(got, want.float(), **TOLERANCE)
+
+
+@pytest.mark.parametrize("decays", [(2.0, 5.0), (20.0, 100.0), (-30.0, -20.0), (-8.0, 6.0)], ids=str)
+def test_strong_and_weak_decays(decays: tuple[float, float]):
+    """Decays whose products no fp32 holds (e^-e^5 of every token), and those that forget nothing."""
+    tensors = operands(70, decays=decays)
+    got = with_gradients(wkv6.wkv6, [t.float() for t in tensors])
+    wanted = with_gradients(recurrence, [*tensors[:3], tensors[3].clamp(max=12.0), tensors[4]])
+    for one, want in zip(got, wanted, strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, want.float(), **TOLERANCE)
+
+
+def test_one_strong_decay_does_not_blur_the_weak_ones_behind_it():
+    """A sum of logarithms from the chunk's begin would lose the small ones beside the large one."""
+    tensors = operands(32, decays=(-9.0, -7.0))
+    tensors[3][:, 3] = 9.0
+    got = with_gradients(wkv6.wkv6, [t.float() for t in tensors])
+    for one, want in zip(got, with_gradients(recurrence, tensors), strict=True):
+        torch.testing.assert_close(one, want.float(), **TOLERANCE)
+
+
+def test_documents_do_not_see_each_other():
+    """Borders at and beside those of chunks, documents of one token, and other documents in another row."""
+    tensors, ends = operands(70), torch.zeros(2, 70, dtype=torch.bool)
+    ends[0, [0, 1, 31, 32, 40, 63, 69]] = True
+    ends[1, [5, 62, 69]] = True
+    got = with_gradients(wkv6.wkv6, tensors, ends)
+    for one, want in zip(got, with_gradients(recurrence, tensors, ends), strict=True):
+        torch.testing.assert_close(one, want, **EXACT)
+    alone = wkv6.wkv6(*(t[:1, 33:41] for t in tensors[:4]), tensors[4])
+    torch.testing.assert_close(got[0][:1, 33:41], alone, **EXACT)
+
+
+def test_a_state_goes_on():
+    """A prompt at once, then token by token; rows of unequal lengths, whose padding leaves no trace."""
+    r, k, v, decay, bonus = operands(40)
+    lengths = torch.tensor([35, 37])
+    with torch.no_grad():
+        y, state = wkv6.wkv6_with_state(r[:, :37], k[:, :37], v[:, :37], decay[:, :37], bonus, None, lengths)
+        for row, length in enumerate(lengths):
+            wanted, behind = recurrence(*(t[row : row + 1, :length] for t in (r, k, v, decay)), bonus)
+            torch.testing.assert_close(y[row : row + 1, :length], wanted, **EXACT)
+            torch.testing.assert_close(state[row : row + 1], behind, **EXACT)
+        step = [t[:, 39:40] for t in (r, k, v, decay)]
+        one, after = wkv6.wkv6_with_state(*step, bonus, state, torch.tensor([1, 1]))
+        wanted, behind = recurrence(*step, bonus, state=state)
+        torch.testing.assert_close(one, wanted, **EXACT)
+        torch.testing.assert_close(after, behind, **EXACT)
+
+
+def test_nothing_but_the_operands_is_kept():
+    """In the dtype in which they came: chunks, states and scores are computed again."""
+    tensors = [t.bfloat16().requires_grad_() for t in operands(64)]
+    kept: dict[int, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t.nbytes) and t, lambda t: t):
+        wkv6.wkv6(*tensors)
+    assert sum(kept.values()) <= sum(t.nbytes for t in tensors)
