@@ -119,7 +119,8 @@ class SlurmCluster:
         for name in ("slurmd-n1", "slurmd-n2", "slurmctld", "munge"):
             path = self.folder / f"{name}.pid"
             if path.exists():
-                os.kill(int(path.read_text()), signal.SIGTERM)
+                with contextlib.suppress(ProcessLookupError):  # a node that is lost
+                    os.kill(int(path.read_text()), signal.SIGTERM)
 
 
 def _processes() -> list[int]:
