@@ -201,8 +201,8 @@ class Checkpointer:
             raise RuntimeError(bug)
 
     def warn_of_failure(self) -> None:
-        """Log, once, that the last save failed. Not collective; returns at once while a save is under way, of which at
-        first only rank 0 knows whether it failed."""
+        """Log, once, that the last save failed, unless that ends the run. Not collective; returns at once while a save
+        is under way, of which at first only rank 0 knows whether it failed."""
         failure = self._known_failure()
         if failure and not failure.late and not self._told:
             logger.warning("%s; training goes on", failure.said)

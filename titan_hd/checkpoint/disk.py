@@ -12,6 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+import torch
+
 from titan_hd.distributed.watch import place_of, waits_for
 
 T = TypeVar("T")
@@ -36,9 +38,12 @@ class Disk:
         """
         outcome: Future[T] = Future()
         done = threading.Event()
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
         def call() -> None:
             try:
+                if gpu is not None:  # every thread begins with the first one
+                    torch.cuda.set_device(gpu)
                 outcome.set_result(function())
             except BaseException as error:
                 outcome.set_exception(error)
