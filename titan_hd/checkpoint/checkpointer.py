@@ -32,6 +32,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
+from titan_hd.checkpoint.copies import send_copies, to_read
 from titan_hd.checkpoint.disk import Disk, DiskIsLate
 from titan_hd.checkpoint.folder import CheckpointFolder, Files, damage, read_manifest, read_train_state, write_content
 from titan_hd.checkpoint.pieces import Piece, Stored, owned_pieces, stored_tensors
@@ -409,8 +410,8 @@ class Checkpointer:
         return CheckpointReader(path, table)
 
     def load(self, reader: CheckpointReader, tensors: dict[str, torch.Tensor]) -> None:
-        """Fill `tensors` in place from a checkpoint, whatever mesh wrote it. Each rank reads its own parts, and finds
-        out by itself where they lie.
+        """Fill `tensors` in place from a checkpoint, whatever mesh wrote it. Each rank finds out by itself where its
+        parts lie, and reads those that no rank before it holds; the others are sent to it.
 
         Raises:
             UserError: on all ranks, if a file cannot be read on one.
@@ -419,9 +420,10 @@ class Checkpointer:
         faults = []
         with Progress(f"reading {reader.folder.name}", shown=dist.get_rank() == 0):
             try:
-                reader.fill(tensors)
+                reader.fill(to_read(tensors))
             except UserError as error:
                 faults.append(str(error))
             faults = self._all_lines(faults)
-        if faults:
-            raise UserError("\n".join(dict.fromkeys(faults)))
+            if faults:
+                raise UserError("\n".join(dict.fromkeys(faults)))
+            send_copies(tensors.values())
