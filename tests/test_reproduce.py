@@ -31,7 +31,8 @@ CONFIGS = sorted((REPOSITORY / "train_configs" / "paper").glob("*.toml"))
 TEXT = (REPOSITORY / "docs" / "reproduce.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    ((?:NGPU=\d+ )?(?:\./run_train\.sh|python tools/)\S* .*)$", TEXT, re.MULTILINE)
 # Where each model's weights would lie; its sizes are known without them.
-FLAVORS = {"Llama-2-7b-hf": "7B", "Llama-3.1-8B": "8B", "Mistral-7B-v0.1": "7B", "Llama-3.2-3B": "3B", "rwkv6-3B": "3B"}
+FLAVORS = {"Llama-2-7b-hf": "7B", "Llama-3.1-8B": "8B", "Mistral-7B-v0.1": "7B", "Llama-3.2-3B": "3B"}
+FLAVORS |= {"rwkv6-3B": "3B", "roberta-base": "base"}
 
 
 def plan(argv: list[str], gpus: int) -> RunPlan:
@@ -42,7 +43,7 @@ def plan(argv: list[str], gpus: int) -> RunPlan:
 
 
 def gpus_of(config: Path | str) -> int:
-    return 1 if "peft" in str(config) else 8
+    return 1 if "peft" in str(config) or "glue" in str(config) else 8
 
 
 def words_of(line: str) -> list[str]:

@@ -6,6 +6,7 @@ something else, on another node with other files.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os.path
 import shutil
@@ -22,11 +23,12 @@ from titan_hd.adapters.svd import SvdSettings
 from titan_hd.checkpoint.folder import incomplete, read_train_state
 from titan_hd.checkpoint.object_store import checkpoint_folder
 from titan_hd.checkpoint.resume_check import allow_mismatch_errors, run_identity, weights_fingerprint
+from titan_hd.components.classification import metric_names, missing_library
 from titan_hd.components.dtypes import dtype_warnings, resolve_dtypes, untouched_dtype
 from titan_hd.components.optimizer import optimizer_class
 from titan_hd.components.trackers.registry import tracker_errors
 from titan_hd.components.update import fold_plan
-from titan_hd.config.job_config import JobConfig
+from titan_hd.config.job_config import Data, JobConfig
 from titan_hd.config.manager import ConfigError
 from titan_hd.data.build import check_data
 from titan_hd.distributed.parallel_dims import holders_error, placement_error, resolve_shard_degree
@@ -38,6 +40,7 @@ from titan_hd.files import shown_size
 from titan_hd.models.hf_files import open_model_weights, read_model_config
 from titan_hd.models.model_config import ModelConfig
 from titan_hd.models.registry import flavor_config, parameter_shapes
+from titan_hd.models.roberta import RobertaConfig, with_labels
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ def plan_run(
     workers = max(1, world_size // tp)
     decoder = errors.attempt(decoder_config, config)
     given, files = config, files_dtype(config, decoder) or unseen_files
+    if decoder:
+        config = dataclasses.replace(config, data=_as_the_model_reads(config.data, decoder))
     config = resolve_dtypes(config, device_type, files, _saved_state(config))
     errors.attempt(optimizer_class, config.optimizer.name)
     errors += tracker_errors(config)
@@ -117,7 +122,8 @@ def plan_run(
     if error:
         errors.append(error)
     if decoder is not None:
-        warnings += _length_warnings(config, decoder)
+        errors += _kind_errors(given, decoder, method, needs_files)
+        warnings += _length_warnings(config, decoder) if decoder.endless else []
         if config.export.enable and needs_files:
             warnings += _space_warnings(config, decoder)
         errors += _split_errors(config, decoder)
@@ -283,7 +289,7 @@ def files_dtype(config: JobConfig, decoder: ModelConfig | None) -> torch.dtype |
     except UserError:  # `_check_start` reports it
         said = decoder.hf.get("dtype", decoder.hf.get("torch_dtype"))
         return {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32")}.get(str(said))
-    dtypes = {files.dtype(name) for name in parameter_shapes(decoder)}
+    dtypes = {files.dtype(name) for name in parameter_shapes(decoder) if name not in files.missing}
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
@@ -303,8 +309,48 @@ def _saved_state(config: JobConfig) -> dict[str, Any] | None:
 def decoder_config(config: JobConfig) -> ModelConfig:
     """The model's sizes: of the flavor if one is named, else of the directory. UserError names the key or the file."""
     if config.model.flavor:
-        return flavor_config(config.model.name, config.model.flavor)
-    return read_model_config(config.model.hf_assets_path, config.model.name)
+        model = flavor_config(config.model.name, config.model.flavor)
+    else:
+        model = read_model_config(config.model.hf_assets_path, config.model.name)
+    return with_labels(model, config.data.labels) if isinstance(model, RobertaConfig) and config.data.labels else model
+
+
+def _as_the_model_reads(data: Data, model: ModelConfig) -> Data:
+    """The [data] section for a classifier: its one format, and its classes."""
+    if not isinstance(model, RobertaConfig):
+        return data
+    return dataclasses.replace(data, format="classification", labels=[*model.label_names])
+
+
+def _kind_errors(config: JobConfig, model: ModelConfig, method: Method, needs_files: bool) -> list[str]:
+    """What a kind of model cannot do, one line each. config: as the user gave it. needs_files: the run is to start, and
+    needs packages too."""
+    c, family = config, model.hf.get("model_type")
+    lists = (source for source in (c.data.train, c.data.validation) if isinstance(source, list))
+    formats = {c.data.format, *(entry.format for sources in lists for entry in sources if entry.format)}
+    if not isinstance(model, RobertaConfig):
+        return [
+            f"data.{key}: is for a model with a classification head (roberta), not for {family}"
+            for key, given in (("format", "classification" in formats), ("labels", c.data.labels))
+            if given
+        ]
+    others = formats - {"auto", "classification"}
+    length, most, known = c.training.seq_len, model.max_position_embeddings, metric_names(model.num_labels)
+    best = c.checkpoint.keep_best.partition("/")[0].removeprefix("validation_")
+    library = missing_library(model.num_labels) if c.validation.enable and needs_files else None
+    faults = {
+        f"data.format: {', '.join(sorted(others))} is for models that write text; {family} classifies": others,
+        f"training.seq_len: {length} is more than the positions that the model has, {most}": length > most,
+        "validation.exact_match_samples: a classifier writes no answers; set it to 0": c.validation.exact_match_samples,
+        "validation.samples: a classifier writes no answers; set it to 0": c.validation.samples > 0,
+        f"validation.enable: the metrics need {library}: pip install {library}, or titan_hd[classification]": library,
+        f"checkpoint.keep_best: must be validation_loss or validation_{' or validation_'.join(known)} for "
+        f"{model.num_labels} label(s), not {c.checkpoint.keep_best!r}": best and best not in ("loss", *known),
+        f"training.enable_cpu_offload: method {method.name} cannot train a classification head on the host; unset it": (
+            c.training.enable_cpu_offload and method.folds
+        ),
+    }
+    return [line for line, fault in faults.items() if fault]
 
 
 def _split_errors(config: JobConfig, decoder: ModelConfig) -> list[str]:

@@ -146,9 +146,10 @@ class Trainer:
         # padding to the longest row of a micro-batch is enough.
         one_length = c.data.pack and (c.compile.enable or self.device.type == "cuda")
         pad_to = (seq_len,) if one_length else length_buckets(seq_len) if c.compile.enable else ()
-        self.validator = Validator(c, self.dims, self.device, data.sets, data.tokenizer) if data.sets else None
+        labels, sets = self.plan.decoder.num_labels, data.sets
+        self.validator = Validator(c, self.dims, self.device, sets, data.tokenizer, labels) if sets else None
         micro_batches = [self.placement.samples(m) for m in range(self.placement.micro_batches)]
-        batches = GlobalBatches(data.dataset, data.order, batch, pad_to, c.data.pack)
+        batches = GlobalBatches(data.dataset, data.order, batch, pad_to, c.data.pack or not self.plan.decoder.causal)
         loader = TrainLoader(batches, micro_batches, c.data.num_workers)
         self.loader = ReadAhead(loader, self.total_steps, pin=self.device.type == "cuda")
         self._closing.callback(self.loader.close)
@@ -209,6 +210,9 @@ class Trainer:
         else:
             loaded = load_weights(self.model, self.dims, c.model.hf_assets_path)
             self._warn_of_zeros(loaded.zeros)
+            if loaded.missing:
+                logger.info("new, with random values: %s", ", ".join(loaded.missing))
+                init_weights(self.model, self.dims, c.training.seed, names=loaded.missing)
 
     def _warn_of_zeros(self, weights: list[str]) -> None:
         """Of weights of zeros that the method can never move; what an SVD shows `write_svd_report` tells."""
@@ -253,8 +257,7 @@ class Trainer:
         self.add_hook(c.metrics.log_freq, self._log)
         if self.changes.every:
             self.add_hook(self.changes.every, self._log_changes)
-        # Of an earlier save; a failure of the last step's is no warning.
-        self.add_hook(1, lambda _: self.checkpointer.warn_of_failure())
+        self.add_hook(1, lambda _: self._look_after_saves())
         self.add_hook(c.training.gc_freq, lambda _: gc.collect(1))
         if self.validator:
             self.add_hook(c.validation.freq, lambda _: self.validate())
@@ -345,7 +348,7 @@ class Trainer:
     def _forward_backward(self, micro_batch: int, batch: Batch, trained_tokens: int) -> torch.Tensor:
         """Accumulate gradients of (sum of token losses / trained_tokens); returns the sum, detached."""
         self.update.bind(self.placement.slot(micro_batch), last=micro_batch + 1 == self.placement.micro_batches)
-        if self.config.adapter.dropout:
+        if self.config.adapter.dropout or self.plan.decoder.draws:
             # Masks are a function of the samples, not of the worker that happens to compute them.
             first = self.step * self.plan.global_batch_size + self.placement.samples(micro_batch).start
             torch.manual_seed(stable_seed("dropout", self.config.training.seed, first))
@@ -450,6 +453,13 @@ class Trainer:
             self.metrics.log_samples(self.step, name, rows)
         if self.best.add(self.step, values):
             self.save()
+
+    def _look_after_saves(self) -> None:
+        """Of an earlier save; a failure of the last step's is no warning. One that a disk holds up ends the run, as any
+        other wait that is too long: all ranks stop after the same step."""
+        self.checkpointer.warn_of_failure()
+        if self.checkpointer.late:
+            self.signals.status = self.signals.status or REQUEUE
 
     def save(self) -> None:
         """Save a checkpoint of this step, if there is none yet."""

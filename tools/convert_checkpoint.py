@@ -25,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.planner import WriteItem
 
 from titan_hd.checkpoint.folder import STATE_FILE, read_train_state
+from titan_hd.checkpoint.pretrained import as_trained
 from titan_hd.checkpoint.reader import CheckpointReader
 from titan_hd.checkpoint.weights import CheckpointWeights
 from titan_hd.config import manager
@@ -57,7 +58,7 @@ def dcp_to_hf(checkpoint: Path, folder: Path, assets: str, dtype: torch.dtype | 
     state = read_train_state(checkpoint) if (checkpoint / STATE_FILE).is_file() else {}  # {}: no run wrote it
     check_folder(folder, assets)
     check_assets(assets)
-    config = read_model_config(assets)
+    config = as_trained(read_model_config(assets), state)
     weights = CheckpointWeights(CheckpointReader(checkpoint), state, config, assets)
     shapes, stored = weights.shapes, _one_dtype(checkpoint, weights.dtypes)
     dtype, settings = dtype or stored, state.get("settings", {})
@@ -95,6 +96,8 @@ def hf_to_dcp(assets: str, folder: Path, dtype: torch.dtype | None) -> None:
         raise UserError(f"{folder}: is there already; remove it or name another folder")
     config = read_model_config(assets)
     files = open_model_weights(assets, config)
+    if files.missing:
+        raise UserError(f"{assets}: holds no classification head, which a run would draw")
     tensors = {
         f"model.{name}": torch.empty(shape, dtype=dtype or files.dtype(name), device="meta")
         for name, shape in parameter_shapes(config).items()

@@ -68,7 +68,7 @@ def load_and_write(
         for parameter in model.parameters():  # whatever is not read is seen
             parameter.detach().to_local().fill_(float("nan"))
         with mock.patch.object(weight_reading, "PIECE_BYTES", 1500):
-            read, received, _ = load_weights(model, dims, str(folder))
+            read, received, *_ = load_weights(model, dims, str(folder))
         held = sum(p.detach().to_local().numel() for p in model.parameters()) * dtype.itemsize
         write_weights(model, dims, out, dtype, 10_000)
     finally:

@@ -98,7 +98,7 @@ class AdapterMethod(Method):
         error = self.layer.shape_error(shape, **self.settings)
         return error and f"{error}; {name} has shape {list(shape)}"
 
-    def apply(self, model: nn.Module, target_modules: list[str] | None) -> list[str]:
+    def change(self, model: nn.Module, target_modules: list[str] | None) -> list[str]:
         model.requires_grad_(False)
         return list(replace_linears(model, target_modules, lambda linear: self.layer(linear, **self.settings)))
 

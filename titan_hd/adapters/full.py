@@ -42,7 +42,7 @@ class FullFineTuning(Method):
     def shape_error(self, name: str, shape: tuple[int, int]) -> None:
         """Any shape will do."""
 
-    def apply(self, model: nn.Module, target_modules: list[str] | None) -> list[str]:
+    def change(self, model: nn.Module, target_modules: list[str] | None) -> list[str]:
         if target_modules is None:
             model.requires_grad_(True)
             return [name for name, _ in model.named_parameters()]

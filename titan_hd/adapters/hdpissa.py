@@ -241,9 +241,11 @@ class HDPissa(FoldingMethod):
 
     def trained_parameters(self, model: nn.Module) -> int:
         layers = [layer for layer in model.modules() if isinstance(layer, HDPissaLinear)]
-        return self.num_adapters * self.rank * sum(layer.in_features + layer.out_features for layer in layers)
+        slices = self.num_adapters * self.rank * sum(layer.in_features + layer.out_features for layer in layers)
+        head = getattr(model, "trained_head", lambda: None)()
+        return slices + sum(p.numel() for p in head.parameters()) if head is not None else slices
 
-    def apply(self, model: nn.Module, target_modules: list[str] | None) -> list[str]:
+    def change(self, model: nn.Module, target_modules: list[str] | None) -> list[str]:
         """Replace the targeted layers (default: all linear layers but the head) and freeze everything.
 
         Raises:

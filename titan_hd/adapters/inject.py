@@ -14,12 +14,15 @@ Layer = TypeVar("Layer", bound=FrozenLinear)
 
 
 def find_linears(model: nn.Module, target_modules: list[str] | None) -> list[str]:
-    """Full names of the targeted nn.Linear layers, in the model's order; without targets of all but the head's.
+    """Full names of the targeted nn.Linear layers, in the model's order; without targets of all but the head's. A head
+    that is trained beside any method is no target.
 
     Raises:
         UserError: a target that matches no linear layer.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    trained_head = getattr(model, "trained_head", lambda: None)()
+    trained = set() if trained_head is None else set(trained_head.modules())
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m not in trained}
     if target_modules is None:
         head = getattr(model, "output_head", lambda: None)()
         beside = set() if head is None else set(head.modules())

@@ -181,8 +181,8 @@ class LoRA(AdapterMethod):
         scale = a.effective_alpha / (math.sqrt(a.rank) if a.rslora else a.rank)
         return {"rank": a.rank, "scale": scale, "dropout": a.dropout}
 
-    def apply(self, model: nn.Module, target_modules: list[str] | None) -> list[str]:
-        names = super().apply(model, target_modules)
+    def change(self, model: nn.Module, target_modules: list[str] | None) -> list[str]:
+        names = super().change(model, target_modules)
         if self.layer.forward is LoRALinear.forward:  # DoRA's has more to do
             let_share(model, project_together)
         return names

@@ -93,9 +93,9 @@ class Method(abc.ABC):
     def shape_error(self, name: str, shape: tuple[int, int]) -> str | None:
         """One line on why the layer `name` with a weight [out, in] cannot be trained so, or None."""
 
-    @abc.abstractmethod
     def apply(self, model: nn.Module, target_modules: list[str] | None) -> list[str]:
-        """Change a model in place: replace the targeted linear layers, set `requires_grad` of every parameter.
+        """Change a model in place: replace the targeted linear layers, set `requires_grad` of every parameter. A head
+        that is trained beside any method is trained in fp32.
 
         target_modules: last parts of the names of linear layers; None for all but the head.
 
@@ -105,6 +105,16 @@ class Method(abc.ABC):
         Raises:
             UserError: a target matches no layer.
         """
+        names = self.change(model, target_modules)
+        head = getattr(model, "trained_head", lambda: None)()
+        for parameter in head.parameters() if head is not None else ():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        return names
+
+    @abc.abstractmethod
+    def change(self, model: nn.Module, target_modules: list[str] | None) -> list[str]:
+        """`apply`, of what the method itself changes and trains."""
 
     def sentence(self) -> str:
         """The method with its paper, and its idea."""

@@ -123,7 +123,7 @@ def _alike(members: list[torch.Tensor]) -> bool:
 def _own(tensor: Stored, members: list[torch.Tensor], rank: int, first_meshes: set[int]) -> Iterator[Piece]:
     first = members[0]
     if isinstance(first, DTensor):
-        if id(first.device_mesh) not in first_meshes or not _first_holder(first):
+        if id(first.device_mesh) not in first_meshes or not first_holder(first):
             return
         sizes, offsets = compute_local_shape_and_global_offset(first.shape, first.device_mesh, first.placements)
         largest = _largest_part(first)
@@ -143,7 +143,7 @@ def _own(tensor: Stored, members: list[torch.Tensor], rank: int, first_meshes: s
         yield Piece(tensor, (block, *offsets), (len(parts), *sizes), parts)
 
 
-def _first_holder(tensor: DTensor) -> bool:
+def first_holder(tensor: DTensor) -> bool:
     """Whether this rank is the first of those on the tensor's mesh that hold the same part."""
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from titan_hd.models.hf_files import WeightFiles, open_model_weights, read_model
 from titan_hd.models.model import Model
 from titan_hd.models.model_config import ModelConfig
 from titan_hd.models.registry import build_model, flavor_config
+from titan_hd.models.roberta import with_labels
 
 
 def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.device) -> tuple[Model, Path]:
@@ -34,6 +36,7 @@ def load_pretrained(path: Path, assets: str, dtype: torch.dtype, device: torch.d
         UserError: one line for everything that is wrong with the files.
     """
     config, weights, directory = open_pretrained(path, assets)
+    _check_that_it_writes(config, path)
     model = _empty_model(config, dtype)
     materialize(model, device)
     with _reading(model) as progress:
@@ -52,6 +55,7 @@ def load_sharded(
     onto the host: adapters are merged into whole matrices.
     """
     config, weights, directory = open_pretrained(path, assets)
+    _check_that_it_writes(config, path)
     dims = ParallelDims(1, dist.get_world_size(), device.type)
     model = _empty_model(config, dtype)
     parallelize(model, dims, set(), dtype, "none", compile_blocks=False)
@@ -67,6 +71,11 @@ def load_sharded(
             local_part(parameter).copy_(whole[block.row : block.row + block.rows])
             progress.update(whole.nbytes)
     return model, directory, dims.dp_mesh.get_group()
+
+
+def _check_that_it_writes(config: ModelConfig, path: Path) -> None:
+    if not config.causal:
+        raise UserError(f"{path}: {config.hf['model_type']} writes no text; validation.enable measures a classifier")
 
 
 def _reading(model: Model) -> Progress:
@@ -106,6 +115,12 @@ def _empty_model(config: ModelConfig, dtype: torch.dtype) -> Model:
 # Checkpoints
 
 
+def as_trained(config: ModelConfig, state: dict[str, Any]) -> ModelConfig:
+    """The configuration of a model directory, with the classes that the run of a checkpoint gave its head."""
+    labels = state.get("settings", {}).get("data", {}).get("labels")
+    return with_labels(config, labels) if config.num_labels and labels else config
+
+
 def _open_checkpoint(folder: Path, assets: str) -> tuple[ModelConfig, CheckpointWeights, Path]:
     state = read_train_state(folder)
     settings, identity = state["settings"].get("model", {}), state["identity"]
@@ -119,6 +134,7 @@ def _open_checkpoint(folder: Path, assets: str) -> tuple[ModelConfig, Checkpoint
         config = flavor_config(settings["name"], settings["flavor"])
     else:
         config = read_model_config(directory)
+    config = as_trained(config, state)
     if not same_model(identity.get("model"), repr(config)):
         raise UserError(f"--assets: {directory}: its config.json is not that of the checkpoint's model")
     return config, CheckpointWeights(CheckpointReader(folder), state, config, directory), Path(directory)

@@ -59,7 +59,7 @@ def assemble(
         checkpoint_mode=c.activation_checkpoint.mode,
         compile_blocks=c.compile.enable,
         checkpoint_keep=c.activation_checkpoint.keep,
-        dropout=c.adapter.dropout > 0,
+        dropout=c.adapter.dropout > 0 or decoder.draws,
         offload=c.training.enable_cpu_offload,
     )
     return Assembled(model, update, trained_layers, ignored, param_dtype)

@@ -26,7 +26,7 @@ class BestValidation:
     measured_on: what each metric is measured on, by `Validator.measured_on`: only values of equal texts compare.
 
     Attributes:
-        metric: checkpoint.keep_best, or validation_loss: of a loss the least is best, of an exact match the most.
+        metric: checkpoint.keep_best, or validation_loss: of a loss the least is best, of all else the most.
         best: None as long as there is none.
         without_gain: how many validations in a row have not been better since.
     """
@@ -51,7 +51,7 @@ class BestValidation:
         return gain and self._keep
 
     def _better(self, value: float, than: float) -> bool:
-        return value > than if self.metric.startswith("validation_exact_match") else value < than
+        return value < than if self.metric.startswith("validation_loss") else value > than
 
     @property
     def to_keep(self) -> Best | None:

@@ -52,7 +52,9 @@ def flops_per_token(config: ModelConfig, length: float, trained_weights: int, ad
     backward as forward.
     """
     per_layer = sum(out * width for out, width in config.linear_shapes().values())
-    weights = config.num_hidden_layers * per_layer + config.vocab_size * config.hidden_size
+    weights = config.num_hidden_layers * per_layer
+    if not config.num_labels:  # a classification head meets one token of a sequence
+        weights += config.vocab_size * config.hidden_size
     return 4 * weights + 2 * trained_weights + 3 * config.mixing_flops(length) + adapters
 
 
@@ -63,6 +65,7 @@ def trained_work(model: Model, tokens: float) -> tuple[int, float]:
     """
     looked_up = set() if model.output_head() is None else {*model.embedding().parameters()}
     layers = [layer for layer in model.modules() if isinstance(layer, FrozenLinear)]
-    beside = looked_up | {*(p for layer in layers for p in layer.parameters())}
+    head = model.trained_head()  # meets few tokens
+    beside = looked_up | {*(p for module in (head, *layers) if module is not None for p in module.parameters())}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dim() == 2 and p not in beside)
     return trained, sum(layer.flops(tokens) for layer in layers)

@@ -92,7 +92,10 @@ class HeadMemory(NamedTuple):
 
 
 def head_memory(config: ModelConfig, tokens: tuple[int, int], dtype: torch.dtype, trained: bool) -> HeadMemory:
-    """Of a micro-batch of tokens (B, T) that all have a label. trained: the head gets a gradient."""
+    """Of a micro-batch of tokens (B, T) that all have a label. trained: the head gets a gradient. A classification head
+    sees one token of each sequence: what counts is the gradient of the hidden states."""
+    if config.num_labels:
+        return HeadMemory(0, tokens[0] * tokens[1] * config.hidden_size * dtype.itemsize)
     with FakeTensorMode(), torch.device("cpu"):
         norm = RMSNorm(config.hidden_size, eps=1e-6)
         weight = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, requires_grad=trained)

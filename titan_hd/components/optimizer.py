@@ -113,6 +113,11 @@ def clip_flat(parts: list[tuple[torch.Tensor, int]], max_norm: float) -> torch.T
     return _clip([part for part, _ in parts], total, max_norm)
 
 
+def held_parts(gradients: Iterable[torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
+    """What this rank holds of gradients, each with the number of ranks that hold the same."""
+    return [(g.to_local() if isinstance(g, DTensor) else g, _copies(g)) for g in gradients]
+
+
 def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
     """What gradients of this norm, 0-dim, are multiplied with, of its dtype and on its device; 1 where max_norm is 0,
     which clips nothing."""

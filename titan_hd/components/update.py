@@ -28,7 +28,7 @@ from titan_hd.adapters.adapter_linear import adapter_layers
 from titan_hd.adapters.method import FoldingMethod, Method
 from titan_hd.adapters.svd import SvdSettings
 from titan_hd.components.host_moments import HostMoments
-from titan_hd.components.optimizer import build_optimizer, clip_flat, clip_gradients, step_if_finite
+from titan_hd.components.optimizer import build_optimizer, clip_flat, clip_gradients, held_parts, step_if_finite
 from titan_hd.config.job_config import JobConfig
 from titan_hd.console import Progress
 from titan_hd.distributed.adapter_init import initialize_adapters
@@ -49,6 +49,7 @@ from titan_hd.seeding import stable_seed
 logger = logging.getLogger("titan_hd")
 
 Reports = list[dict[str, Any]]
+_OF_HEAD = "head:"  # in front of the keys of numbers of the head's optimizer
 UNFOLDED = ("residuals.", "unfolded.")  # first words of the keys of dA and dB, and of what else waits for a fold
 
 
@@ -129,6 +130,7 @@ class Update:
 
     def start(self, total_steps: int) -> None:
         """All values are there; the first step may come. Collective. total_steps: of the whole run."""
+        self._spread_numbers()
 
     def begin_step(self, lr: float, step: int) -> None:
         """Gradients are zero, and step `step` (0-based) will be taken at the learning rate lr. Collective."""
@@ -196,12 +198,13 @@ class Update:
 
     def _numbers(self) -> dict[str, list[torch.Tensor]]:
         """The optimizer's numbers: key, and what every parameter has, 0-dim and all equal."""
-        found: dict[str, list[torch.Tensor]] = {}
-        for state in self.optimizer.state.values():
-            for key, value in state.items():
-                if not value.dim():
-                    found.setdefault(key, []).append(value)
-        return found
+        return _numbers_of(self.optimizer)
+
+    def _spread_numbers(self) -> None:
+        """Give every parameter the numbers that a checkpoint has once."""
+        for first, *others in self._numbers().values():
+            for other in others:
+                other.copy_(first)
 
     def _optimizer_weight_decay(self) -> float:
         return self.config.optimizer.weight_decay
@@ -223,12 +226,6 @@ class OptimizerUpdate(Update):
 
     def first_values(self) -> Iterator[Reports]:
         return initialize_adapters(self.model, self.dims, self.config.training.seed)
-
-    def start(self, total_steps: int) -> None:
-        """As `Update.start`: gives every parameter the numbers that a checkpoint has once."""
-        for first, *others in self._numbers().values():
-            for other in others:
-                other.copy_(first)
 
     def finish_gradients(self) -> torch.Tensor:
         return clip_gradients(self.trainable, self.config.training.max_norm)
@@ -253,10 +250,8 @@ class OptimizerUpdate(Update):
             self.optimizer.state[parameter][key] = torch.zeros((), dtype=dtype)
 
     def _moments(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        for parameter, name in self.trainable.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if value.dim():
-                    yield name, key, value
+        assert isinstance(self.optimizer, torch.optim.Optimizer)
+        return _moments_of(self.optimizer, self.trainable)
 
     def _changed_layers(self) -> set[str]:
         return {name for name, layer in adapter_layers(self.model).items() if layer.changes_weight}
@@ -272,6 +267,9 @@ class FoldUpdate(Update):
     adapter, as the moments, so that any number of workers may go on.
 
     The optimizer gets the registry's flat tensor alone, and its moments are flat too; a checkpoint has them by layer.
+
+    A head that is trained beside any method is one for all logical adapters, with an optimizer of its own: it learns
+    from the mean of their losses, and takes its step when the weights change.
     """
 
     apply_phase = "exchange"
@@ -282,6 +280,8 @@ class FoldUpdate(Update):
         self.registry = AdapterRegistry(model, method, dims.adapter_mesh(method.num_adapters))
         self.samples: Samples
         self.fold: Fold
+        self.head: dict[nn.Parameter, str] = {}
+        self.head_optimizer: torch.optim.Optimizer | None = None
         self._refresh_seconds = 0.0
         # First words of what a checkpoint has until a fold: of the one that is read, then of those that are saved.
         self._unfolded: tuple[str, ...] = ()
@@ -294,6 +294,10 @@ class FoldUpdate(Update):
     def build_optimizer(self, device: torch.device) -> None:
         self.registry.materialize(device)
         super().build_optimizer(device)
+        adapters = self.registry.parameters()
+        self.head = {p: name for p, name in self.trainable.items() if p not in adapters}
+        if self.head:
+            self.head_optimizer = build_optimizer(self.config.optimizer, self.head, self.config.optimizer.weight_decay)
 
     def layers_to_start(self) -> int:
         return len(self.registry.entries)
@@ -317,6 +321,7 @@ class FoldUpdate(Update):
 
     def start(self, total_steps: int) -> None:
         """As `Update.start`: binds the adapters, plans the exchange, and sends the fixed factors that are cached."""
+        self._spread_numbers()
         c, h = self.config, self.config.hdpissa
         self.registry.start()
         compute = getattr(torch, c.training.mixed_precision_param)
@@ -348,6 +353,8 @@ class FoldUpdate(Update):
             with named("refresh"):
                 self._refresh(step // every)
             enter_phase(f"step {step + 1}")
+        for group in self.head_optimizer.param_groups if self.head_optimizer else ():
+            group["lr"] = lr
         super().begin_step(lr, step)
 
     def take_seconds(self) -> dict[str, float]:
@@ -360,7 +367,11 @@ class FoldUpdate(Update):
     def finish_gradients(self) -> torch.Tensor:
         self.samples.finish()
         self.registry.finish_gradients()
-        return clip_flat(self.registry.gradient_parts(), self.config.training.max_norm)
+        gradients = [p.grad for p in self.head if p.grad is not None]
+        if gradients and self.method.shares > 1:  # each adapter's loss is a mean of its own
+            torch._foreach_div_(gradients, self.method.shares)
+        parts = [*self.registry.gradient_parts(), *held_parts(gradients)]
+        return clip_flat(parts, self.config.training.max_norm)
 
     def propose(self, norm: torch.Tensor) -> torch.Tensor:
         """The optimizer's step, which changes dA, dB and the moments alone."""
@@ -377,6 +388,8 @@ class FoldUpdate(Update):
         """Fold, if it is time to. A run that goes on behind its last step, because it is given more steps, folds next
         where any other does."""
         h = self.config.hdpissa
+        if self.head_optimizer:
+            self.head_optimizer.step()
         self._rates[0] += lr
         self._unfolded = UNFOLDED
         if (step + 1) % h.local_steps == 0 or step == self._last_step:
@@ -412,6 +425,10 @@ class FoldUpdate(Update):
         return self._optimizer_over({self.registry.deltas: "deltas"})
 
     def _allocate_moment(self, parameter: nn.Parameter, key: str, dtype: torch.dtype) -> None:
+        if parameter in self.head:
+            assert self.head_optimizer is not None
+            self.head_optimizer.state[parameter][key] = torch.zeros_like(parameter, dtype=dtype)
+            return
         deltas, optimizer = self.registry.deltas, self.optimizer
         if key not in optimizer.state[deltas]:  # another layer may have come first
             on_host = isinstance(optimizer, HostMoments)
@@ -419,6 +436,11 @@ class FoldUpdate(Update):
             optimizer.state[deltas][key] = moment
 
     def _allocate_number(self, key: str, dtype: torch.dtype) -> None:
+        if key.startswith(_OF_HEAD):
+            assert self.head_optimizer is not None
+            for parameter in self.head:
+                self.head_optimizer.state[parameter][key.removeprefix(_OF_HEAD)] = torch.zeros((), dtype=dtype)
+            return
         deltas, fused = self.registry.deltas, self.optimizer.param_groups[0].get("fused")
         # The fused implementations want it on the device.
         self.optimizer.state[deltas][key] = torch.zeros((), dtype=dtype, device=deltas.device if fused else None)
@@ -427,6 +449,14 @@ class FoldUpdate(Update):
         for key, value in self.optimizer.state.get(self.registry.deltas, {}).items():
             if value.dim():
                 yield from ((name, key, view) for name, view in self.registry.named_views(value))
+        if self.head_optimizer:
+            yield from _moments_of(self.head_optimizer, self.head)
+
+    def _numbers(self) -> dict[str, list[torch.Tensor]]:
+        """As `Update._numbers`, and the head's by names of their own: new slices begin with an optimizer without
+        memory, and the head goes on."""
+        head = _numbers_of(self.head_optimizer) if self.head_optimizer else {}
+        return super()._numbers() | {f"{_OF_HEAD}{key}": copies for key, copies in head.items()}
 
     def _optimizer_weight_decay(self) -> float:
         return 0.0  # what the optimizer trains is zero when a step begins: decay belongs to the fold, on W
@@ -436,6 +466,28 @@ class FoldUpdate(Update):
 
     def _zero_gradients(self) -> None:
         self.samples.zero_grad()
+        for parameter in self.head:
+            parameter.grad = None
+
+
+def _moments_of(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[nn.Parameter, str]
+) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """The tensors of an optimizer of many parameters, as of `Update._moments`."""
+    for parameter, name in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value.dim():
+                yield name, key, value
+
+
+def _numbers_of(optimizer: torch.optim.Optimizer | HostMoments) -> dict[str, list[torch.Tensor]]:
+    """As of `Update._numbers`."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if not value.dim():
+                found.setdefault(key, []).append(value)
+    return found
 
 
 def _tensor_of(number: array[float]) -> torch.Tensor:

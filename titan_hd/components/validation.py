@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from titan_hd.components.classification import measure, metric_names, predict
 from titan_hd.components.generation import generate
 from titan_hd.config.job_config import JobConfig
 from titan_hd.data.dataset import FiniteDataset
@@ -26,6 +27,7 @@ from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.parallelize import reshard
 from titan_hd.errors import UserError
 from titan_hd.models.model import Model
+from titan_hd.models.roberta import Roberta
 
 logger = logging.getLogger("titan_hd")
 
@@ -161,7 +163,7 @@ def validation_sets(datasets: dict[str, FiniteDataset], config: JobConfig) -> li
 class Validator:
     """What a run validates on, and how.
 
-    tokenizer: called only to generate answers.
+    tokenizer: called only to generate answers. num_labels: of a classifier, else 0.
 
     Attributes:
         shown: of the last `run`, by name ("samples", "samples/NAME" of another set), on rank 0: its first answers with
@@ -175,7 +177,9 @@ class Validator:
         device: torch.device,
         sets: list[ValidationSet],
         tokenizer: Callable[[], Tokenizer],
+        num_labels: int = 0,
     ):
+        self.of_classes = metric_names(num_labels) if num_labels else ()
         self.settings, self.dims, self.device, self.sets = config.validation, dims, device, sets
         self.batch_size = config.validation.batch_size or config.training.local_batch_size
         self.tokenizer = tokenizer
@@ -183,8 +187,9 @@ class Validator:
         self._progress: Callable[[], object] = lambda: None
 
     def run(self, model: Model, progress: Callable[[], object] = lambda: None) -> dict[str, float]:
-        """validation_loss and, if asked for, validation_exact_match of the main set, then those of the others under
-        their names; rank 0's, so that all agree what is best. Collective; leaves the model as for training.
+        """validation_loss and, if asked for, validation_exact_match of the main set (of a classifier, the metrics of
+        `classification.measure`), then those of the others under their names; rank 0's, so that all agree what is best.
+        Collective; leaves the model as for training.
 
         progress: called for each of the `batches`.
         """
@@ -216,7 +221,8 @@ class Validator:
         for one in self.sets:
             size, summary = len(one.dataset), one.dataset.summary()
             read = size if s.steps < 0 else min(size, s.steps * self.batch_size * self.dims.dp_size)
-            texts[f"validation_loss{one.suffix}"] = f"{read} of {summary}"
+            for name in ("loss", *self.of_classes):
+                texts[f"validation_{name}{one.suffix}"] = f"{read} of {summary}"
             if one.answers:
                 answers = f"{min(size, one.answers)} answers of up to {s.max_new_tokens} tokens, {s.answer_marker!r}"
                 texts[f"validation_exact_match{one.suffix}"] = f"{answers}, of {summary}"
@@ -225,6 +231,10 @@ class Validator:
     def _measure(self, model: Model, one: ValidationSet) -> dict[str, float]:
         s, rank, size = self.settings, self.dims.dp_rank, self.dims.dp_size
         sharers = Sharers(rank, size, self.dims.dp_mesh.get_group(), self.device)
+        if isinstance(model, Roberta):
+            batches = validation_batches(one.dataset, rank, size, self.batch_size, s.steps, packed=True)
+            found = predict(model, self._counted(batches), size, sharers.group, self.device)
+            return {f"validation_{name}{one.suffix}": value for name, value in measure(*found).items()}
         batches = validation_batches(one.dataset, rank, size, self.batch_size, s.steps)
         values = {f"validation_loss{one.suffix}": validation_loss(model, self._counted(batches), sharers)}
         if count := max(one.answers, one.shown):

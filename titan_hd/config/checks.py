@@ -131,6 +131,8 @@ def check_combinations(config: JobConfig) -> list[str]:
     require(c.adapter.alpha is None or c.adapter.alpha > 0, f"adapter.alpha: must be above 0, not {c.adapter.alpha}")
     if c.export.enable and c.export.format == "peft":
         require(not c.model.flavor, "export.format: peft's adapter needs a base model; model.flavor has random weights")
+    labels = c.data.labels
+    require(len(set(labels)) == len(labels) and all(labels), "data.labels: must be names that differ")
     size = c.export.max_shard_size_gb
     require(size > 0, f"export.max_shard_size_gb: must be above 0, not {size}")
     require(c.adapter.target_modules != [], "adapter.target_modules: names no layer; leave it out for all")
@@ -164,6 +166,8 @@ def _validation_metrics(config: JobConfig) -> list[str]:
     others = config.data.validation[1:] if isinstance(config.data.validation, list) else []
     suffixes = ["", *(f"/{entry.name}" for entry in others if entry.name)]
     kinds = ["validation_loss"] + ["validation_exact_match"] * (config.validation.exact_match_samples > 0)
+    if config.data.format == "classification":  # of classes, and of scores
+        kinds += [f"validation_{name}" for name in ("accuracy", "f1", "matthews", "pearson", "spearman")]
     return [kind + suffix for suffix in suffixes for kind in kinds]
 
 

@@ -37,8 +37,8 @@ class Model:
     hf_assets_path: str = ""
     """Directory in the Hugging Face layout: config.json, *.safetensors, tokenizer files."""
     name: str = ""
-    """Model family (llama2, llama3, mistral, qwen2, qwen3, smollm2). Empty: read from config.json; if both are given
-    they must agree."""
+    """Model family (llama2, llama3, mistral, qwen2, qwen3, roberta, rwkv6, smollm2). Empty: read from config.json; if
+    both are given they must agree."""
     flavor: str = ""
     """Size within the family (for example debugmodel, 8B). With a flavor the weights are random, and hf_assets_path
     serves for the tokenizer alone."""
@@ -58,7 +58,7 @@ class DataSource:
     """Of data.train only: every epoch takes round(weight * its records). Not set: 1, every record once."""
     samples: int | None = None
     """Of data.train only: every epoch takes exactly this many of its records. Give this or weight."""
-    format: Literal["auto", "instruction", "chat", "text", "tokens"] | None = None
+    format: Literal["auto", "instruction", "chat", "text", "tokens", "classification"] | None = None
     """As data.format."""
     template: str | None = None
     """As data.template."""
@@ -79,23 +79,30 @@ class DataSource:
 @dataclass
 class Data:
     train: str | list[DataSource] = ""
-    """Training records: a file, a directory or a glob, read in the order of names (JSONL, a JSON array, both perhaps
-    .gz or .zst, or Parquet), or org/name[:config][:split] of the Hub (needs the package datasets). Or a mixture: a list
-    of paths or tables, [[data.train]] (on the command line as JSON), each with path, perhaps weight or samples, and
-    perhaps format, template, ignore_fields and the names of fields instead of those of [data]. An epoch takes
-    round(weight * records) of a source, each record equally often, or exactly `samples`; a partial pass goes on where
-    the last epoch's ended, so the counts of two records never differ by more than one."""
+    """Training records: a file, a directory or a glob, read in the order of names (JSONL, a JSON array or a .tsv,
+    perhaps .gz or .zst, or Parquet), or org/name[:config][:split] of the Hub (needs the package datasets). Or a
+    mixture: a list of paths or tables, [[data.train]] (on the command line as JSON), each with path, perhaps weight or
+    samples, and perhaps format, template, ignore_fields and the names of fields instead of those of [data]. An epoch
+    takes round(weight * records) of a source, each record equally often, or exactly `samples`; a partial pass goes on
+    where the last epoch's ended, so the counts of two records never differ by more than one."""
     validation: str | list[DataSource] = ""
     """Validation records, as data.train; of a list all records are read, in its order. Tables with a `name` are sets of
     their own: [{name = "math", path = "..."}, {name = "plain", path = "...", format = "text"}]. The metrics of the
     first keep their names, those of every other one end in /NAME (validation_loss/plain)."""
-    format: Literal["auto", "instruction", "chat", "text", "tokens"] = "auto"
+    format: Literal["auto", "instruction", "chat", "text", "tokens", "classification"] = "auto"
     """instruction: a prompt and a response field. chat: messages [{role, content}, ...] or ShareGPT's conversations
     [{from, value}, ...], as the model's own chat template writes them; loss on every assistant turn and its end. text:
-    one field, loss on all of it. tokens: {"input_ids": [...], "labels": [...]}, taken as they are. auto: by the fields
-    of the first record; the log says what it found."""
+    one field, loss on all of it. tokens: {"input_ids": [...], "labels": [...]}, taken as they are. classification: one
+    or two texts and a label, for a model with a classification head (RoBERTa). auto: by the fields of the first record,
+    and for such a model classification; the log says what it found."""
+    labels: list[str] = field(default_factory=list)
+    """Format classification: the classes in the order of their numbers, as the records spell them (or they have the
+    numbers). One name: the label is a number, a score, learned by the squared error. Empty: what config.json says
+    (id2label), else two classes, 0 and 1."""
     prompt_field: str = ""
-    """Field with the prompt. Empty: the first of instruction, query, question, prompt that the first record has."""
+    """Field with the prompt. Empty: the first of instruction, query, question, prompt that the first record has. Of
+    format classification the first text, prompt_field, the second one, input_field, and the label, response_field, are
+    looked for under the names that GLUE's files have."""
     response_field: str = ""
     """Field with the response. Empty: the first of output, response, answer, completion that the first record has."""
     input_field: str = ""

@@ -176,7 +176,7 @@ class DatasetBuilder:
         for format in self._trained:
             if isinstance(format, QuestionFormat):
                 stops |= format.stop_ids()
-            elif format.needs_tokenizer:
+            elif format.generates:
                 stops.add(format.tokenizer.eos_id)
             if format.name == "chat" or (format.needs_template and format.config.template == "chat"):
                 template = borrowed_template(format.tokenizer)
@@ -202,7 +202,7 @@ class DatasetBuilder:
         names = ("format", "template", "prompt_field", "response_field", "text_field", "train_on_prompt")
         names += ("encoding", "parse_control_tokens")
         settings = ", ".join(f"{name} {getattr(config, name)}" for name in names)
-        later = {name: getattr(config, name) for name in ("input_field", "system_field", "ignore_fields")}
+        later = {name: getattr(config, name) for name in ("input_field", "system_field", "ignore_fields", "labels")}
         settings += "".join(f", {name} {value}" for name, value in later.items() if value)
         text = f"a stream of {' and '.join(extents)}, {settings}, training.seq_len {self.seq_len}"
         if config.shuffle:
@@ -232,6 +232,7 @@ class DatasetBuilder:
         config, format = source.config, encoder.format
         names = ("prompt_field", "response_field", "input_field", "system_field", "text_field", "ignore_fields")
         names += ("train_on_prompt", "template", "encoding", "parse_control_tokens", "on_error", "max_skipped")
+        names += ("labels",)
         settings = {name: getattr(config, name) for name in names}
         settings |= {"format": format.name, "vocab_size": self.vocab_size, "seq_len": self.seq_len}
         settings |= {"keep_questions": encoder.questions is not None}

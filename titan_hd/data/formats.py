@@ -23,6 +23,7 @@ from titan_hd.data.conversations import (
 )
 from titan_hd.data.example import IGNORE, Example
 from titan_hd.data.fields import INPUT_FIELDS, SYSTEM_FIELDS, given_field, is_given, optional_text, text_of
+from titan_hd.data.labels import classification_fields, label_id
 from titan_hd.data.sources import Record
 from titan_hd.data.text.chat import load_chat_template
 from titan_hd.data.text.chat_encoding import ChatTurns, ConversationEncoder, Trained
@@ -47,12 +48,14 @@ class Format(ABC):
         needs_tokenizer: texts are encoded, with `tokenizer`.
         needs_template: data.template says how the text is written.
         own_labels: a record brings its labels along. They are stored as they are, and a record without any is kept.
+        generates: a model that was trained on it writes texts, which end with the tokenizer's EOS.
     """
 
     name: ClassVar[str]
     needs_tokenizer: ClassVar[bool] = True
     needs_template: ClassVar[bool] = False
     own_labels: ClassVar[bool] = False
+    generates: ClassVar[bool] = True
     tokenizer: Tokenizer
 
     def __init__(self, config: Data, tokenizer: Tokenizer):
@@ -82,6 +85,10 @@ class Format(ABC):
         Raises:
             UserError: it is a bad record.
         """
+
+    def cut(self, example: Example, length: int) -> Example:
+        """What is left of an example that is longer than `length` tokens."""
+        return Example(example.input_ids[:length], example.labels[:length])
 
     @abstractmethod
     def used(self, record: Record) -> set[str]:
@@ -139,6 +146,7 @@ class TokensFormat(Format):
     name = "tokens"
     needs_tokenizer = False
     own_labels = True
+    generates = False
 
     @classmethod
     def recognize(cls, config: Data, record: Record) -> str | None:
@@ -388,7 +396,71 @@ class TextFormat(Format):
         return {self.config.text_field}
 
 
-FORMATS: dict[str, type[Format]] = {f.name: f for f in (TokensFormat, ChatFormat, InstructionFormat, TextFormat)}
+class ClassificationFormat(Format):
+    """One or two texts, <s> a </s> or <s> a </s></s> b </s>, with a label at the first token.
+
+    (An `Example` predicts labels[t + 1] at position t: the label is labels[1].)
+    """
+
+    name = "classification"
+    own_labels = True
+    generates = False
+
+    @classmethod
+    def create(cls, config: Data, vocab_size: int, tokenizer: Callable[[], Tokenizer], first: Record) -> Format:
+        return cls(config, tokenizer().fitting(vocab_size), first)
+
+    def __init__(self, config: Data, tokenizer: Tokenizer, first: Record):
+        super().__init__(config, tokenizer)
+        if tokenizer.bos_id is None:
+            raise UserError(
+                f"model.hf_assets_path: {tokenizer.directory}: the tokenizer puts no token in front of a text"
+            )
+        self._begin, self._fields = tokenizer.bos_id, classification_fields(config, first)
+
+    @classmethod
+    def recognize(cls, config: Data, record: Record) -> str | None:
+        """Never: the model says that it classifies (`DatasetBuilder`)."""
+
+    def used(self, record: Record) -> set[str]:
+        return {*self._fields}
+
+    def encode(self, record: Record) -> Example:
+        names = self._fields
+        label = label_id(record.get(names.label), names.label, self.config.labels)
+        texts = [text_of(record, name) for name in (names.first, names.second) if name]
+        if not any(text.strip() for text in texts):
+            raise UserError(f"{names.first}: is empty")
+        return self._example([self.tokenizer.encode(text) for text in texts], label)
+
+    def _example(self, parts: list[list[int]], label: int) -> Example:
+        end = self.tokenizer.eos_id
+        ids = [self._begin, *parts[0], end]
+        for part in parts[1:]:
+            ids += [end, *part, end]
+        return Example(ids, [IGNORE, label] + [IGNORE] * (len(ids) - 2))
+
+    def cut(self, example: Example, length: int) -> Example:
+        """Texts lose their last tokens, the longer one first, and then both as many; what stands around them stays."""
+        ids, end = example.input_ids, self.tokenizer.eos_id
+        border = ids.index(end)  # a text spells no control token
+        parts = [ids[1:border]] + ([ids[border + 2 : -1]] if border < len(ids) - 1 else [])
+        room = max(0, length - 2 * len(parts))
+        sizes = [room] if len(parts) == 1 else shares(room, *map(len, parts))
+        return self._example([part[:size] for part, size in zip(parts, sizes)], example.labels[1])
+
+
+def shares(room: int, first: int, second: int) -> list[int]:
+    """How many tokens stay of two texts that have no room together: as of transformers' "longest_first"."""
+    half = room // 2
+    if first <= second:
+        return [first, room - first] if first <= half else [half, room - half]
+    return [room - second, second] if second <= half else [room - half, half]
+
+
+FORMATS: dict[str, type[Format]] = {
+    f.name: f for f in (TokensFormat, ChatFormat, InstructionFormat, TextFormat, ClassificationFormat)
+}
 """In the order in which data.format = "auto" tries them."""
 
 

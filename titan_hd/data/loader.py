@@ -118,7 +118,8 @@ def _collate(rows: Sequence[Sequence[Example]], pad_to: Sequence[int]) -> Batch:
 
 
 class GlobalBatches(Dataset):
-    """Any part of any optimizer step's global batch. packed: samples are packs."""
+    """Any part of any optimizer step's global batch. packed: with the documents' numbers: samples are packs, or the
+    model sees both ways, so that it must be told what is padding."""
 
     def __init__(self, examples: Examples, order: Order, global_batch_size: int, pad_to: Sequence[int], packed: bool):
         self.examples, self.order, self.global_batch_size = examples, order, global_batch_size
@@ -272,14 +273,16 @@ def _received(fields: dict[str, Any] | str) -> Batch:
 
 
 def validation_batches(
-    examples: SizedExamples, worker: int, workers: int, batch_size: int, limit: int
+    examples: SizedExamples, worker: int, workers: int, batch_size: int, limit: int, packed: bool = False
 ) -> Iterator[Batch]:
     """Every record exactly once over all workers, and the same number of batches on each, the last ones perhaps empty
     of labels: a worker that stopped early would leave the others in a collective. limit: batches at most, -1 for all.
+    packed: as of `GlobalBatches`.
     """
     per_round, size = workers * batch_size, len(examples)
     rounds = -(-size // per_round)
     for i in range(rounds if limit < 0 else min(limit, rounds)):
         start = i * per_round + worker * batch_size
         indices = range(start, start + batch_size)
-        yield collate([examples[j] if j < size else NOTHING for j in indices])
+        rows = [[examples[j] if j < size else NOTHING] for j in indices]
+        yield collate_packs(rows) if packed else _collate(rows, ())

@@ -1,5 +1,5 @@
-"""Where records come from: files, directories and globs of JSONL, JSON arrays and Parquet, perhaps compressed; or a
-data set of the Hugging Face Hub by its name.
+"""Where records come from: files, directories and globs of JSONL, JSON arrays, Parquet and TSV, perhaps compressed; or
+a data set of the Hugging Face Hub by its name.
 
 Files are read as RawRecords, which cost next to nothing to pass over; `parse` makes a Record of one, perhaps in another
 process. Whatever is wrong with a record is said with its file and its line (or row), and passes through `Faults`, which
@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from titan_hd.data.tables import Table, is_table
 from titan_hd.errors import UserError
 
 MAX_RECORD = 8 * 2**20  # bytes of a line; longer ones are binary data or a file without line ends
@@ -42,11 +43,11 @@ _FOREIGN = {
     b"\xff\xff\xff\xff": "it is an Arrow stream, as save_to_disk writes; write it as Parquet",
 }
 _COLUMN = re.compile(rb"[a-z_][\w .-]*")
-_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
+_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".tsv")
 _SPACE = re.compile(r"[ \t\r\n]*")
 # Of the Hub: org/name, org/name:split or org/name:config:split; what ends or begins so is meant as a file.
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+?)(:(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
-_FILE_NAME = re.compile(r"\.(jsonl?|ndjson|parquet)(\.gz|\.zst)?$|^\.{1,2}/")
+_FILE_NAME = re.compile(r"\.(jsonl?|ndjson|parquet|tsv)(\.gz|\.zst)?$|^\.{1,2}/")
 
 
 class Fault(str):
@@ -255,7 +256,8 @@ def _read_file(path: Path, key: str) -> Iterator[RawRecord]:
             text = stream.peek(_START)[:_START]
             _check_start(text, path, key)
             is_array = text.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-            yield from (_read_array if is_array else _read_lines)(stream, path)
+            read = _read_table if is_table(path) else _read_array if is_array else _read_lines
+            yield from read(stream, path)
     except OSError as error:  # gzip's own are among them
         raise UserError(f"{key}: cannot read {path}: {error.strerror or error}") from None
     except (EOFError, zlib.error) as error:
@@ -284,7 +286,7 @@ def _check_start(start: bytes, path: Path, key: str) -> None:
         if start.startswith(sign) or text.startswith(sign):
             raise UserError(f"{key}: cannot read {path}: {reason}")
     line = (text.splitlines() or [b""])[0]
-    for sign, name in ((b",", "CSV"), (b"\t", "TSV")):
+    for sign, name in () if is_table(path) else ((b",", "CSV"), (b"\t", "TSV")):
         names = [part.strip(b' "') for part in line.split(sign)]
         if len(names) > 1 and all(map(_COLUMN.fullmatch, names)):
             reason = f"its first line is the heading of a {name} table; write that as JSONL or Parquet"
@@ -348,6 +350,17 @@ def _read_lines(stream: io.BufferedReader, path: Path) -> Iterator[RawRecord]:
             yield RawRecord(where, Fault(fault))
         elif not line.isspace():
             yield RawRecord(f"{path}:{number}", line)
+
+
+def _read_table(stream: io.BufferedReader, path: Path) -> Iterator[RawRecord]:
+    table = Table()
+    for raw in _read_lines(stream, path):
+        try:
+            fields = raw.data if isinstance(raw.data, Fault) else table.fields(raw.data)
+        except ValueError as error:
+            fields = Fault(f"{raw.where}: {error}")
+        if fields is not None:
+            yield RawRecord(raw.where, fields)
 
 
 def _read_array(stream: io.BufferedReader, path: Path) -> Iterator[RawRecord]:

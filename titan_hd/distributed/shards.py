@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from titan_hd.distributed.parallel_dims import Block, ParallelDims, local_part, 
 from titan_hd.distributed.regroup import tp_split
 from titan_hd.distributed.weight_reading import Part, read_parts
 from titan_hd.files import disk_faults
-from titan_hd.models.hf_files import WeightFiles, check_space, plan_files, sync_files, write_headers, write_rows
+from titan_hd.models.hf_files import check_space, plan_files, sync_files, weight_files, write_headers, write_rows
 from titan_hd.models.model import Model
 from titan_hd.seeding import stable_seed
 
@@ -60,11 +60,12 @@ def _block(parameter: nn.Parameter, dims: ParallelDims) -> Block:
 
 class LoadedWeights(NamedTuple):
     """bytes_read: by this rank. bytes_received: by this rank, of what others have read. zeros: names of the weights in
-    which there is nothing but zeros, on every rank."""
+    which there is nothing but zeros, on every rank. missing: of those that the files lack, and may: a new head's."""
 
     bytes_read: int
     bytes_received: int
     zeros: list[str]
+    missing: list[str]
 
 
 @torch.no_grad()
@@ -78,9 +79,9 @@ def load_weights(model: Model, dims: ParallelDims, directory: str) -> LoadedWeig
     """
     started, received = time.perf_counter(), TRAFFIC.received
     parameters = dict(base_parameters(model))
-    expected = {name: p.shape for name, p in parameters.items()}
-    tied = model.output_head() is None
-    files = on_rank_zero("checking the weights", lambda: WeightFiles(directory, expected, tied_head=tied))
+    expected, config = {name: p.shape for name, p in parameters.items()}, model.config
+    files = on_rank_zero("checking the weights", lambda: weight_files(directory, expected, config))
+    parameters = {name: p for name, p in parameters.items() if name not in files.missing}
     parts = {name: local_part(p).numel() / p.numel() for name, p in parameters.items()}
     total = round(sum(files.nbytes(name) * part for name, part in parts.items()))
     progress = Progress("reading the weights", total, "B", shown=dims.rank == 0)
@@ -101,15 +102,17 @@ def load_weights(model: Model, dims: ParallelDims, directory: str) -> LoadedWeig
         read.item() / 1e9 / seconds,
     )
     zeros = [name for name, count in zip(parameters, nonzero) if not count]
-    return LoadedWeights(files.bytes_read, received, zeros)
+    return LoadedWeights(files.bytes_read, received, zeros, sorted(files.missing))
 
 
 @torch.no_grad()
-def init_weights(model: Model, dims: ParallelDims, seed: int, std: float = 0.02) -> None:
-    """Random weights: normal where the model has no first value (`Model.initial`). Drawn on the host in blocks of rows,
-    each with a generator keyed by (seed, name, block), so that the model is the same on any number of workers and any
-    device."""
-    parameters = dict(base_parameters(model))
+def init_weights(
+    model: Model, dims: ParallelDims, seed: int, std: float = 0.02, names: Collection[str] | None = None
+) -> None:
+    """Random weights, all of them or those of `names`: normal where the model has no first value (`Model.initial`).
+    Drawn on the host in blocks of rows, each with a generator keyed by (seed, name, block), so that the model is the
+    same on any number of workers and any device."""
+    parameters = {name: p for name, p in base_parameters(model) if names is None or name in names}
     with Progress("drawing random weights", len(parameters), "tensors", shown=dims.rank == 0) as progress:
         for name, parameter in parameters.items():
             value = model.initial(name)

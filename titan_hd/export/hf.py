@@ -137,7 +137,8 @@ def write_assets(
     for name in _assets(assets):
         (partial / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(Path(assets) / name, partial / name)
-    generation = {key: config[key] for key in _GENERATION_KEYS if config.get(key) is not None}
+    generates = not str(config.get("problem_type", "")).endswith(("classification", "regression"))
+    generation = {key: config[key] for key in _GENERATION_KEYS if generates and config.get(key) is not None}
     if generation and not (partial / "generation_config.json").exists():
         _write_json(partial / "generation_config.json", {"_from_model_config": True, **generation})
     write_answering(partial, partial, hf_config, answering)

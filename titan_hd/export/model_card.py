@@ -36,7 +36,7 @@ def model_card(
     datasets = [_source(data) for data in _sources(settings.get("data", {}).get("train", ""))]
     front = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if _classifies(hf_config) else "text-generation",
         **({"base_model": base} if _HUB_NAME.fullmatch(base) else {}),  # the hub would look for it
         **_license(assets),
         **({"datasets": hub} if (hub := [name for name in datasets if _HUB_NAME.fullmatch(name)]) else {}),
@@ -59,6 +59,10 @@ def model_card(
     ]
     lines += _table("Settings", rows) + _table("Final metrics", [(k, _cell(v)) for k, v in metrics.items()])
     return "\n".join(lines)
+
+
+def _classifies(hf_config: dict[str, Any]) -> bool:
+    return str(hf_config.get("architectures", "")).endswith("ForSequenceClassification']")
 
 
 def _described(method: type[Method]) -> str:

@@ -38,6 +38,7 @@ from titan_hd.export.model_card import base_name
 from titan_hd.files import disk_faults
 from titan_hd.models.hf_files import WeightFiles, open_model_weights
 from titan_hd.models.model import Model
+from titan_hd.models.model_config import ModelConfig
 
 logger = logging.getLogger("titan_hd")
 
@@ -65,10 +66,12 @@ def export_peft(model: Model, dims: ParallelDims, config: JobConfig, answering: 
         for wave in _adapter_waves(model, dims, base):
             tensors |= wave
             progress.update(min(dims.world_size, layers - progress.done))
+        for wave in _head_waves(model, dims):
+            tensors |= wave
     with raise_on_all("writing the adapter"), disk_faults(partial):
         if dims.rank == 0:
             start_folder(partial)
-            about = adapter_config(config, base_name(model.config.hf, assets), adapter_layers(model))
+            about = adapter_config(config, base_name(model.config.hf, assets), adapter_layers(model), model.config)
             (partial / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
             if write_answering(partial, Path(assets), model.config.hf, answering):
                 logger.warning(
@@ -112,6 +115,18 @@ def _adapter_waves(model: Model, dims: ParallelDims, base: WeightFiles | None) -
         yield {key: value for part in gather_on_rank_zero(mine or None) for key, value in part.items()}
 
 
+@torch.no_grad()
+def _head_waves(model: Model, dims: ParallelDims) -> Iterator[dict[str, torch.Tensor]]:
+    """As `_adapter_waves`, of a head that is trained beside any method: peft keeps it whole (`modules_to_save`)."""
+    head = model.trained_head()
+    of_head = set() if head is None else {*head.parameters()}
+    trained = {name: p for name, p in model.named_parameters() if p in of_head}
+    for names in waves(list(trained), dims):
+        whole = collect([sharded(trained[name]) for name in names], dims)
+        mine = None if whole is None else {f"base_model.model.{names[dims.rank]}": whole.float().cpu().contiguous()}
+        yield {key: value for part in gather_on_rank_zero(mine) for key, value in part.items()}
+
+
 def _base_weight(base: WeightFiles, name: str, like: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(like)
     base.read_into(f"{name}.weight", out)
@@ -141,13 +156,18 @@ def peft_tensors(
     return {_PEFT_NAMES.get(key, key): value for key, value in tensors.items()}
 
 
-def adapter_config(config: JobConfig, base: str, layers: Iterable[str]) -> dict[str, Any]:
+def adapter_config(config: JobConfig, base: str, layers: Iterable[str], model: ModelConfig) -> dict[str, Any]:
     """adapter_config.json of the run's method. base: the name of the base model; layers: of those that are adapted."""
-    targets = config.adapter.target_modules or list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    kinds = model.linear_layers()
+    targets, task = config.adapter.target_modules, "CAUSAL_LM"
+    if model.num_labels:
+        # By their kinds: of a head that is kept whole peft would adapt what a shorter name means, too.
+        targets, task = None, "SEQ_CLS"
     return {
         **method_of(config).peft_config(config.adapter),
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "target_modules": targets,
-        "task_type": "CAUSAL_LM",
+        "target_modules": targets or list(dict.fromkeys(kinds[name] for name in layers)),
+        "task_type": task,
+        **({"modules_to_save": ["classifier"]} if model.num_labels else {}),
     }

@@ -91,6 +91,26 @@ _qwen3 = _family(
 )
 
 
+def _roberta(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, Any]:
+    """With a new classification head."""
+    return {
+        "architectures": ["RobertaForSequenceClassification"],
+        "model_type": "roberta",
+        "vocab_size": 50265,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "gelu",
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
 def _rwkv6(hidden: int, layers: int, **more: Any) -> dict[str, Any]:
     return {
         "architectures": ["Rwkv6ForCausalLM"],
@@ -134,6 +154,7 @@ FLAVORS: dict[str, dict[str, dict[str, Any]]] = {
         "4B": _qwen3(2560, 9728, 36, 32, 8, tied=True),
         "8B": _qwen3(4096, 12288, 36, 32, 8),
     },
+    "roberta": {"base": _roberta(768, 3072, 12, 12), "large": _roberta(1024, 4096, 24, 16)},
     "rwkv6": {"1.6B": _rwkv6(2048, 24), "3B": _rwkv6(2560, 32), "7B": _rwkv6(4096, 32)},
     "smollm2": {
         "135M": _smollm2(576, 1536, 30, 9, 3, tied=True),

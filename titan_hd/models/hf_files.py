@@ -50,13 +50,23 @@ class WeightFiles:
     Attributes:
         bytes_read: of tensors, so far.
         nonzero: names of the tensors of which something else than zeros was read.
+        missing: names of the tensors that the files lack, and may.
 
     Raises:
         UserError: with one line for every fault of the directory, an index, a header or a tensor; nothing is read then.
     """
 
-    def __init__(self, directory: str | Path, expected: dict[str, torch.Size], tied_head: bool):
-        self.directory = Path(directory)
+    def __init__(
+        self,
+        directory: str | Path,
+        expected: dict[str, torch.Size],
+        tied_head: bool,
+        may_lack: tuple[str, ...] = (),
+        may_have: tuple[str, ...] = (),
+    ):
+        """may_lack, may_have: first parts of names of what the files need not have, and of what is passed over."""
+        self.directory, self._may_have = Path(directory), may_have
+        self.missing = {name for name in expected if name.startswith(may_lack)} if may_lack else set()
         self.bytes_read = 0
         self.nonzero: set[str] = set()
         self._staging = Staging()
@@ -166,7 +176,7 @@ class WeightFiles:
             return errors
         for file, entries in headers.items():
             for name, entry in entries.items():
-                if not name.endswith(_IGNORED_SUFFIXES):
+                if not self._passed_over(name):
                     if name in self._places:
                         errors.append(f"{self.directory / file}: {shown(name)}: is in {self._places[name][0].name} too")
                     self._places[name] = self.directory / file, entry
@@ -181,7 +191,9 @@ class WeightFiles:
         if self._places and all(f"model.{name}" in expected for name in self._places):
             line = "the names lack the prefix 'model.', as those of a model without its head; save the ...ForCausalLM"
             return [*errors, f"{self.directory}: {line}"]
-        for name in expected.keys() - self._places.keys() - (weight_map or {}).keys():
+        # A head that is there in part is no head: what is missing of it is missing.
+        self.missing = self.missing if self.missing.isdisjoint(self._places) else set()
+        for name in expected.keys() - self._places.keys() - (weight_map or {}).keys() - self.missing:
             errors.append(f"{self.directory}: {name}: is missing")
         for name in self._places.keys() - expected.keys() - ({_HEAD} if tied_head else set()):
             errors.append(f"{self._places[name][0]}: {shown(name)}: is not part of the model")
@@ -189,12 +201,15 @@ class WeightFiles:
             errors += self._misfits(name, tuple(expected[name]))
         return errors
 
+    def _passed_over(self, name: str) -> bool:
+        return name.endswith(_IGNORED_SUFFIXES) or (bool(self._may_have) and name.startswith(self._may_have))
+
     def _contradictions(self, weight_map: dict[str, str], readable: Iterable[str]) -> list[str]:
         """Where the index and the headers of the files that could be read do not agree."""
         errors = []
         for name, file in weight_map.items():
             path = self._places[name][0] if name in self._places else None
-            if file in readable and not name.endswith(_IGNORED_SUFFIXES) and (path is None or path.name != file):
+            if file in readable and not self._passed_over(name) and (path is None or path.name != file):
                 holder = f"; {path.name} holds it" if path else ""
                 errors.append(f"{self.directory / file}: {shown(name)}: the index names it, the file lacks it{holder}")
         return errors
@@ -220,13 +235,22 @@ class WeightFiles:
         return errors
 
 
+def weight_files(directory: str | Path, expected: dict[str, torch.Size], config: ModelConfig) -> WeightFiles:
+    """The weight files of a HF directory, which are those of a configuration. expected: the shapes of the weights.
+
+    Raises:
+        UserError: as `WeightFiles`.
+    """
+    return WeightFiles(directory, expected, config.tie_word_embeddings, config.new_weights, config.other_weights)
+
+
 def open_model_weights(directory: str | Path, config: ModelConfig) -> WeightFiles:
     """The weight files of a HF directory, checked against the model of a configuration.
 
     Raises:
         UserError: as `WeightFiles`.
     """
-    return WeightFiles(directory, parameter_shapes(config), tied_head=config.tie_word_embeddings)
+    return weight_files(directory, parameter_shapes(config), config)
 
 
 def read_model_config(directory: str | Path, name: str = "") -> ModelConfig:

@@ -54,6 +54,14 @@ class Model(nn.Module):
         """What makes outputs of the last hidden states; None: the embedding does."""
         raise NotImplementedError
 
+    def trained_head(self) -> nn.Module | None:
+        """A head that is trained beside any method, in fp32."""
+        return None
+
+    def looked_up(self) -> set[nn.Parameter]:
+        """Parameters that are only looked up: no product has them."""
+        return set() if self.output_head() is None else {*self.embedding().parameters()}
+
     def reset_buffers(self, device: torch.device) -> None:
         """Recompute what is not loaded from a checkpoint; call it after the parameters are materialised."""
 

@@ -22,6 +22,12 @@ class ModelConfig:
         attention_free: what a token sees of those before it is a state of one size; there are no scores.
         tensor_parallel: its blocks have a plan for tensor parallelism (`distributed.tp`).
         packs: several documents in one row do not see each other.
+        endless: it can compute beyond max_position_embeddings.
+        num_labels: outputs of its classification head, which is trained beside any method; 1: a score, 0: it has none.
+        draws: it has dropout of its own.
+        new_weights: first parts of the names of weights that its files may lack: they are of a head for another task.
+            They are drawn then.
+        other_weights: first parts of names that its files may have, of heads for other tasks.
         blocks_name: of the list of the blocks in the names of its weights.
     """
 
@@ -38,7 +44,18 @@ class ModelConfig:
     attention_free: ClassVar[bool] = False
     tensor_parallel: ClassVar[bool] = False
     packs: ClassVar[bool] = True
+    endless: ClassVar[bool] = True
+    new_weights: ClassVar[tuple[str, ...]] = ()
+    other_weights: ClassVar[tuple[str, ...]] = ()
     blocks_name: ClassVar[str]
+
+    @property
+    def num_labels(self) -> int:
+        return 0
+
+    @property
+    def draws(self) -> bool:
+        return False
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of each linear layer of a block by its kind: its path in the block, or the end of it where that is

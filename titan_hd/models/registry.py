@@ -22,6 +22,7 @@ from titan_hd.models.decoder_config import ARCHITECTURES, parse_decoder
 from titan_hd.models.flavors import FLAVORS
 from titan_hd.models.model import Model
 from titan_hd.models.model_config import ModelConfig
+from titan_hd.models.roberta import Roberta, parse_roberta
 
 logger = logging.getLogger("titan_hd")
 
@@ -45,6 +46,11 @@ class Family:
 FAMILIES: dict[str, Family] = {
     **{name: Family(data.families, data.model_type, parse_decoder, Decoder) for name, data in ARCHITECTURES.items()},
     rwkv6.ARCHITECTURE: Family(("rwkv6",), rwkv6.MODEL_TYPE, rwkv6.parse_rwkv6, rwkv6.Rwkv6),
+}
+# Files of RoBERTa's other heads hold the same encoder; the classification head is then a new one.
+FAMILIES |= {
+    name: Family(("roberta",), "roberta", parse_roberta, Roberta)
+    for name in ("RobertaForSequenceClassification", "RobertaForMaskedLM", "RobertaModel")
 }
 
 
@@ -89,12 +95,14 @@ def parse_hf_config(raw: dict[str, Any], where: str) -> ModelConfig:
 
 def _architecture(raw: dict[str, Any], where: str) -> str:
     """The architecture that a config.json names, else that of its model_type, by which transformers goes."""
-    by_type = {family.model_type: name for name, family in FAMILIES.items()}
+    by_type: dict[str, str] = {}
+    for name, family in FAMILIES.items():
+        by_type.setdefault(family.model_type, name)
     named = by_type.get(str(raw.get("model_type")))
     names = raw.get("architectures") or ([named] if named else [])
     if not isinstance(names, list) or len(names) != 1 or str(names[0]) not in FAMILIES:
         raise UserError(f"{where}: architectures: {names} is not supported; supported are {', '.join(FAMILIES)}")
-    if named and names[0] != named:  # vLLM goes by the one, transformers by the other
+    if named and FAMILIES[names[0]].model_type != raw["model_type"]:  # vLLM goes by the one, transformers by the other
         raise UserError(f"{where}: architectures {names} and model_type {raw['model_type']!r} contradict each other")
     return names[0]
 

@@ -65,7 +65,9 @@ def test_a_fold_comes_after_every_few_steps_and_after_the_last():
     """With the learning rates since the one before; what waits for it is in a checkpoint."""
     config, folds, kept = JobConfig(), [], []
     config.hdpissa.local_steps = 3
-    fold_update = SimpleNamespace(config=config, fold=lambda *at: folds.append(at), _rates=[0.0], _last_step=7)
+    fold_update = SimpleNamespace(
+        config=config, fold=lambda *at: folds.append(at), _rates=[0.0], _last_step=7, head_optimizer=None
+    )
     for step in range(8):
         FoldUpdate.apply(fold_update, 2.0**step, step)
         kept.append(fold_update._unfolded)
@@ -95,5 +97,6 @@ def test_periods_that_never_end_are_said(refresh_steps: int, local_steps: int, s
     registry = SimpleNamespace(start=lambda *_: None, entries={}, method=SimpleNamespace(samples="own"))
     dims = SimpleNamespace(dp_replicate=1, dp_shard=1)
     fold_update = SimpleNamespace(config=config, registry=registry, dims=dims, method=SimpleNamespace(num_adapters=1))
+    fold_update._spread_numbers = lambda: None
     FoldUpdate.start(fold_update, total_steps=10)
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == said

@@ -100,7 +100,8 @@ class TestFiles:
             ("*.jsonl", "data.validation: no file matches {path}"),
             (
                 "",
-                "data.validation: {path} holds no records (.jsonl, .json, .ndjson, .parquet, perhaps with .gz or .zst)",
+                "data.validation: {path} holds no records (.jsonl, .json, .ndjson, .parquet, .tsv, perhaps with .gz or "
+                ".zst)",
             ),
         ],
     )

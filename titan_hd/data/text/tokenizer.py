@@ -7,6 +7,7 @@ from pathlib import Path
 
 from titan_hd.data.text.chat import TOOL_TEMPLATE
 from titan_hd.data.text.tokenizer_base import Settings, Tokenizer
+from titan_hd.data.text.tokenizer_bpe import MERGES, VOCABULARY, read_byte_level
 from titan_hd.data.text.tokenizer_json import JsonTokenizer
 from titan_hd.data.text.tokenizer_model import SentencePieceTokenizer, TiktokenTokenizer
 from titan_hd.data.text.tokenizer_world import VOCABULARY as WORLD_VOCABULARY
@@ -16,6 +17,8 @@ from titan_hd.errors import UserError
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    VOCABULARY,
+    MERGES,
     WORLD_VOCABULARY,
     "tokenizer_config.json",
     "added_tokens.json",
@@ -32,7 +35,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a HF directory.
 
     tokenizer.json if it is there, else tokenizer.model, also in `original` (Meta's layout): a SentencePiece model
-    (Llama 2, Mistral) or tiktoken's base64 ranks (Llama 3), told apart by what is in it; else RWKV's World vocabulary.
+    (Llama 2, Mistral) or tiktoken's base64 ranks (Llama 3), told apart by what is in it; else vocab.json and merges.txt
+    (GPT-2, RoBERTa); else RWKV's World vocabulary.
 
     Raises:
         UserError: none of them is there, or it cannot be read.
@@ -45,10 +49,13 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         if path.exists():
             is_tiktoken = _TIKTOKEN_LINE.match(_read_bytes(path)) is not None
             return (TiktokenTokenizer if is_tiktoken else SentencePieceTokenizer)(path, settings)
+    if (directory / VOCABULARY).exists() and (directory / MERGES).exists():
+        return JsonTokenizer(directory / VOCABULARY, *read_byte_level(directory, settings))
     if (directory / WORLD_VOCABULARY).exists():
         return WorldTokenizer(directory / WORLD_VOCABULARY, settings)
     raise UserError(
-        f"model.hf_assets_path: {directory} holds no tokenizer.json and no tokenizer.model, nor {WORLD_VOCABULARY}"
+        f"model.hf_assets_path: {directory} holds no tokenizer.json and no tokenizer.model, nor {VOCABULARY} with "
+        f"{MERGES}, nor {WORLD_VOCABULARY}"
     )
 
 

@@ -13,13 +13,17 @@ from titan_hd.files import read_small_text
 
 
 class JsonTokenizer(Tokenizer):
-    """Every pipeline that the tokenizers library knows; tokenizer_config.json and config.json name BOS and EOS."""
+    """Every pipeline that the tokenizers library knows; tokenizer_config.json and config.json name BOS and EOS.
 
-    def __init__(self, path: Path, settings: Settings):
+    path: for messages, and of the pipeline, if that is not given as `text`.
+    """
+
+    def __init__(self, path: Path, settings: Settings, text: str | None = None):
         import tokenizers
 
         try:
-            text, prefix = read_small_text(path), settings.values.get("add_prefix_space")
+            text = read_small_text(path) if text is None else text
+            prefix = settings.values.get("add_prefix_space")
             if isinstance(prefix, bool):
                 text = _with_prefix_space(text, prefix)
             self._tokenizer = tokenizers.Tokenizer.from_str(text)

@@ -96,7 +96,7 @@ class Encoder:
         s.unused += [name for name in self.format.unused(record) if name not in s.unused]
         s.longest, is_cut = max(s.longest, length), length > self.seq_len
         if is_cut:
-            example = Example(example.input_ids[: self.seq_len], example.labels[: self.seq_len])
+            example = self.format.cut(example, self.seq_len)
         for note in example.notes:
             s.note(note, record.where)
         trained = example.trained_tokens

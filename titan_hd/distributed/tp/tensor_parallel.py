@@ -55,6 +55,8 @@ BLOCK_PLAN: dict[str, Style] = {
 def local_shape(path: str, shape: tuple[int, int], degree: int) -> tuple[int, int]:
     """(out, in) of the tp-local matrix of a linear layer; path: its place in the block, shape: of the whole W."""
     out, width = shape
+    if degree == 1:
+        return shape
     return (out // degree, width) if BLOCK_PLAN[path] is styles.column_wise else (out, width // degree)
 
 

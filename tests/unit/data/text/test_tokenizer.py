@@ -427,6 +427,75 @@ def check_sentencepiece(folder: Path) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == spaced
 
 
+def two_files(folder: Path, source: Path, special: tuple[str, ...] = (), **settings) -> Path:
+    """vocab.json and merges.txt of a byte-level tokenizer.json, with more tokens in front of its own."""
+    model = json.loads((source / "tokenizer.json").read_text())["model"]
+    pieces = [piece for piece in sorted(model["vocab"], key=model["vocab"].get) if piece not in special]
+    vocabulary = {piece: i for i, piece in enumerate([*special, *pieces])}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+ROBERTA = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+
+class TestTwoFiles:
+    """vocab.json and merges.txt: RoBERTa's, which the classification format's pairs are made with, and GPT-2's."""
+
+    @pytest.mark.parametrize("saved", [False, True])
+    def test_robertas_ids_are_transformers(self, tmp_path: Path, saved: bool):
+        """saved: as a tokenizer.json beside a configuration that names no token, as the Hub has it."""
+        transformers = pytest.importorskip("transformers")
+        source = pieces_directory(tmp_path / "trained")
+        folder = two_files(tmp_path / "two", source, ROBERTA, tokenizer_class="RobertaTokenizer")
+        reference = transformers.RobertaTokenizer.from_pretrained(folder)
+        if saved:
+            reference.save_pretrained(tmp_path / "saved")
+            folder = tmp_path / "saved"
+            (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "RobertaTokenizer"}')
+            ends = {"model_type": "roberta", "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+            (folder / "config.json").write_text(json.dumps(ends))
+        tokenizer = load_tokenizer(folder)
+        assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 2, 1)
+        assert tokenizer.control_ids == {0, 1, 2, 3, 4}
+        for text in TORTURE:
+            plain = reference(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            assert tokenizer.encode(text) == plain, text
+            assert tokenizer.encode(text, special=True) == reference(text, add_special_tokens=False)["input_ids"], text
+            assert reference(text)["input_ids"] == [0, *tokenizer.encode(text, special=True), 2]
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+        pair = reference("the fox", "five dozen")["input_ids"]
+        assert pair == [0, *tokenizer.encode("the fox"), 2, 2, *tokenizer.encode("five dozen"), 2]
+
+    def test_gpt2s_ids_are_those_of_its_tokenizer_json(self, tmp_path: Path):
+        source = pieces_directory(tmp_path / "trained", ("<|endoftext|>",), eos_token="<|endoftext|>")
+        folder = two_files(tmp_path / "two", source, ("<|endoftext|>",), eos_token="<|endoftext|>")
+        one, two = load_tokenizer(source), load_tokenizer(folder)
+        assert (two.bos_id, two.eos_id) == (None, 0)
+        for text in TORTURE:
+            assert two.encode(text) == one.encode(text)
+            assert two.encode(text, special=True) == one.encode(text, special=True)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "reason"),
+        [
+            ("merges.txt", "a b\nabc\n", "merges.txt:2: must be two pieces with a space between them"),
+            ("merges.txt", "zz yy\n", "merges.txt: is not of vocab.json"),
+            ("vocab.json", '{"a": 0, "b": 0}', "vocab.json: must map each piece to an id of its own"),
+            ("vocab.json", "[]", "vocab.json: not valid JSON"),
+        ],
+    )
+    def test_faults(self, tmp_path: Path, name: str, content: str, reason: str):
+        folder = two_files(tmp_path / "two", pieces_directory(tmp_path / "trained"), ROBERTA)
+        (folder / name).write_text(content)
+        with pytest.raises(ValueError, match=reason):
+            load_tokenizer(folder)
+
+
 class TestDirectory:
     def test_no_tokenizer(self, tmp_path: Path):
         with pytest.raises(
