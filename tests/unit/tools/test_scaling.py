@@ -29,7 +29,7 @@ from step_costs import (
 from tests.kit.commands import REPOSITORY, call_tool
 from titan_hd.distributed.update.topology import Topology
 from titan_hd.fitting import estimate_run
-from titan_hd.models.registry import flavor_config
+from titan_hd.models.registry import flavor_config, parameter_shapes
 
 LLAMA_8B = Work(flavor_config("llama3", "8B"))
 SMALL = Work(flavor_config("llama3", "debugmodel"), rank=2, length=64)
@@ -128,6 +128,15 @@ def test_memory_is_that_of_adapters_that_learn_from_all_samples():
     assert together.held["gradients of all adapters"] == 32 * 4 * 1024 * block
     assert together.held["their copies in the compute dtype"] == 32 * 2 * 1024 * block
     assert together.passing["gradients to their holders"] == 2 * (4 * 1024 * block + 4 * 16 * block)
+
+
+def test_memory_is_that_of_the_model_and_shards_that_are_asked_for():
+    """The estimate remembers a model and its groups. fp32 masters of what is adapted, and the rest in bf16."""
+    for work, shards in ((LLAMA_8B, 8), (SMALL, 8), (SMALL, 2), (LLAMA_8B, 2)):
+        adapted = sum(out * width for out, width in work.shapes().values())
+        everything = sum(shape.numel() for shape in parameter_shapes(work.config).values())
+        held = memory_of(work, plan_of(work, Topology(8, work.rank, 1, shards), "factors")).held
+        assert held["weights"] == (4 * adapted + 2 * (everything - adapted)) / shards
 
 
 def test_a_step_waits_for_what_is_not_hidden():
