@@ -257,8 +257,7 @@ class Trainer:
         self.add_hook(c.metrics.log_freq, self._log)
         if self.changes.every:
             self.add_hook(self.changes.every, self._log_changes)
-        # Of an earlier save; a failure of the last step's is no warning.
-        self.add_hook(1, lambda _: self.checkpointer.warn_of_failure())
+        self.add_hook(1, lambda _: self._look_after_saves())
         self.add_hook(c.training.gc_freq, lambda _: gc.collect(1))
         if self.validator:
             self.add_hook(c.validation.freq, lambda _: self.validate())
@@ -454,6 +453,13 @@ class Trainer:
             self.metrics.log_samples(self.step, name, rows)
         if self.best.add(self.step, values):
             self.save()
+
+    def _look_after_saves(self) -> None:
+        """Of an earlier save; a failure of the last step's is no warning. One that a disk holds up ends the run, as any
+        other wait that is too long: all ranks stop after the same step."""
+        self.checkpointer.warn_of_failure()
+        if self.checkpointer.late:
+            self.signals.status = self.signals.status or REQUEUE
 
     def save(self) -> None:
         """Save a checkpoint of this step, if there is none yet."""

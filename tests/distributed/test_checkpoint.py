@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
 import shutil
 import subprocess
 import tarfile
+import threading
 import time
 import types
 from collections.abc import Iterator
@@ -283,6 +286,50 @@ def fail_while_saving(argv: list[str]) -> bool:
 
 def test_a_run_that_fails_finishes_the_save_that_is_under_way(workers, tmp_path: Path):
     assert workers.run(2, fail_while_saving, tiny_run(tmp_path, "dump", training__steps=6)) == [True, True]
+
+
+def train_beside_a_dead_disk(argv: list[str]) -> tuple[str, int, bool]:
+    """From the save of step 6 on, the disk of rank 2 does not answer; what this rank says, after how many steps, and
+    whether others can go on to talk over the groups of the checkpoints."""
+    answers, fsync = threading.Event(), os.fsync
+
+    def dead(descriptor: int) -> None:
+        if run.step >= 6 and torch.distributed.get_rank() == 2:
+            answers.wait()
+        fsync(descriptor)
+
+    run = runs.trainer(argv)
+    run.add_hook(1, lambda _: run.save() if run.step == 6 else time.sleep(0.03))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("titan_hd.checkpoint.folder.os.fsync", dead)
+        with pytest.raises(UserError) as caught:
+            run.train()
+    whole = run.checkpointer.choose(-1) == 3
+    answers.set()
+    run.close()
+    return str(caught.value), run.step, whole
+
+
+@pytest.mark.parametrize(
+    ("mode", "interval"),
+    [("async", 1000), pytest.param("async", 3, marks=pytest.mark.slow), ("disabled", 3)],
+    ids=["nobody_waits", "the_next_save_waits", "in_the_foreground"],
+)
+def test_a_disk_that_does_not_answer_ends_the_run_and_is_named(workers, tmp_path: Path, mode: str, interval: int):
+    """Not by a time-out of gloo, of which nobody knows what it waited for."""
+    argv = tiny_run(tmp_path, "dump", training__steps=3, checkpoint__keep_latest_k=9)
+    workers.run(4, runs.train, argv)
+    changes = {"checkpoint__async_mode": mode, "checkpoint__interval": interval, "training__steps": 1000}
+    argv = tiny_run(tmp_path, "dump", comm__save_timeout_seconds=2, **changes)
+    folder = tmp_path / "dump" / "checkpoint"
+    ends = workers.run(4, train_beside_a_dead_disk, argv)
+    assert len(set(ends)) == 1
+    said, step, whole = ends[0]
+    start = f"{folder}/step-6: the checkpoint cannot be saved: rank 2 has waited for "
+    middle = r"\d s of 2 s \(comm.save_timeout_seconds\) for its disk, in titan_hd/checkpoint/folder.py:\d+; "
+    assert re.fullmatch(re.escape(start) + middle + "earlier ones are untouched", said)
+    assert 6 < step < 200
+    assert whole
 
 
 def start_alone(argv: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Runs that are stopped in the ways that happen: SIGKILL, a scheduler's signals, Ctrl-C; and a second trainer.
 
-tests/kit/soak.py does the killing thirty times and more; tests/distributed/test_checkpoint.py has what needs no
+tests/kit/soak.py does such things thirty times and more; tests/distributed/test_checkpoint.py has what needs no
 processes of its own.
 """
 
@@ -23,9 +23,10 @@ from tests.kit.soak import compare, soak
 GRACE_SECONDS = 30  # what Slurm grants by default
 
 
-def test_a_run_that_is_killed_at_random_moments_is_the_undisturbed_one(workers, tmp_path: Path):
-    """SIGKILL of one rank or of all, also during a save; the same command goes on."""
-    soak(tmp_path, kills=2, seed=1, workers=2, train=lambda argv: workers.run(2, runs.train, argv))
+def test_a_run_with_faults_at_random_moments_is_the_undisturbed_one(workers, tmp_path: Path):
+    """Three of the soak's kinds; the same command goes on."""
+    faults = ["a rank is killed", "a full disk", "a file of the newest checkpoint is cut off"]
+    soak(tmp_path, faults, seed=1, workers=2, train=lambda argv: workers.run(2, runs.train, argv))
 
 
 def test_a_killed_worker_is_started_again_by_the_launcher(workers, tmp_path: Path):

@@ -1,6 +1,8 @@
 """multinode_trainer.slurm on a real Slurm of two nodes: trains, saves on a signal, goes on after a requeue."""
 
 import json
+import re
+import time
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from tests.kit.commands import REPOSITORY
 
 SCRIPT = REPOSITORY / "multinode_trainer.slurm"
 SECONDS = 400  # for one job; a few seconds of it are Slurm's
+BACK_SECONDS = 75  # a slurmd that is back kills for a while what it finds of the jobs that it had
 STEPS = 150  # so many that a signal after the first one comes before the last
 SETTINGS = {"training__steps": STEPS, "checkpoint__enable": "true", "checkpoint__interval": 1000}
 
@@ -51,6 +54,53 @@ def wait_for(slurm, job: str, state: str, dump) -> dict[str, str]:
     return found
 
 
+def check_whole(dump, undisturbed, steps: int) -> None:
+    """Every step once, and the weights of a run that nothing has disturbed."""
+    logged = map(json.loads, (dump / "metrics.jsonl").read_text().splitlines())
+    assert [record["step"] for record in logged] == list(range(1, steps + 1))
+    ours, theirs = runs.exported(dump), runs.exported(undisturbed)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noticed", ["by the worker that is left", "by Slurm"])
+def test_a_job_that_loses_a_node_ends_or_is_requeued_and_goes_on(slurm, inputs, workers, tmp_path, noticed: str):
+    """The node's processes are gone at once. Either the other one's worker sees that, says it in a line, and the job
+    fails; or Slurm takes the node for down before, and requeues by itself. The same command then resumes."""
+    dump = tmp_path / "dump"
+    settings = {"training__steps": 600, "checkpoint__enable": "true", "checkpoint__interval": 5}
+    slurm.wait_until_idle()
+    job = submit(slurm, inputs, dump, **settings)
+    slurm.wait(lambda: list((dump / "checkpoint").glob("step-*5")), SECONDS, "a checkpoint")
+    start = time.monotonic()
+    slurm.lose_node("n2")
+    if noticed == "by Slurm":
+        slurm("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")  # as after SlurmdTimeout
+        slurm.wait(lambda: slurm.job(job)["Restarts"] == "1", SECONDS, "the requeue")
+    else:
+        slurm.wait(lambda: slurm.job(job)["JobState"] in ("COMPLETING", "FAILED"), SECONDS, f"the end of job {job}")
+    said = dump.with_suffix(".out").read_text()
+    print(f"{time.monotonic() - start:.0f} s after the loss, noticed {noticed}:\n{said}")
+    slurm.start_node("n2")
+    if noticed == "by Slurm":
+        assert "DUE TO NODE FAILURE" in said
+        slurm("scontrol", "update", "NodeName=n2", "State=RESUME")
+        time.sleep(BACK_SECONDS)
+        slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+    else:
+        (line,) = [line for line in said.splitlines() if line.startswith("titan_hd: worker ")]
+        assert re.match(r"titan_hd: worker \d ended with status 1: the connection to .* worker.* is lost; ", line)
+        assert "Traceback" not in said
+        wait_for(slurm, job, "FAILED", dump)
+        slurm.wait_until_idle()
+        job = submit(slurm, inputs, dump, **settings)
+    undisturbed = runs.options(inputs / "model", inputs / "records.jsonl", tmp_path / "undisturbed", **settings)
+    workers.run(2, runs.train, [*undisturbed, "--hdpissa.num_adapters=2"])  # meanwhile
+    wait_for(slurm, job, "COMPLETED", dump)
+    assert "resumed from " in dump.with_suffix(".out").read_text()
+    check_whole(dump, tmp_path / "undisturbed", 600)
+
+
 def test_a_signalled_job_saves_and_goes_on_after_the_requeue_with_the_same_weights(slurm, inputs, workers, tmp_path):
     """As at the time limit: SIGUSR1, a checkpoint of both nodes, status 75, the same job again, the other steps."""
     dump = tmp_path / "dump"
@@ -66,11 +116,7 @@ def test_a_signalled_job_saves_and_goes_on_after_the_requeue_with_the_same_weigh
     workers.run(2, runs.train, [*undisturbed, "--hdpissa.num_adapters=2"])  # meanwhile
     wait_for(slurm, job, "COMPLETED", dump)
     assert f"resumed from {dump / 'checkpoint' / saved}" in dump.with_suffix(".out").read_text()
-    ours, theirs = runs.exported(dump), runs.exported(tmp_path / "undisturbed")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    check_whole(dump, tmp_path / "undisturbed", STEPS)
     logs = dump.parent / "logs" / f"titan_hd-{job}"
     assert len(list(logs.glob("node-0/**/stderr.log"))) == len(list(logs.glob("node-1/**/stderr.log"))) == 2
     environments = map(json.loads, (dump / "environment.jsonl").read_text().splitlines())

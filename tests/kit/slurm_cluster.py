@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -69,8 +70,8 @@ class SlurmCluster:
         self._run("munged", "--force", *paths)
         self._run("slurmctld")
         for node in ("n1", "n2"):
-            self._run("slurmd", "-N", node)
-        self.wait(lambda: self("sinfo", "-h", "-o", "%D %t") == "2 idle", 30, "the nodes to be idle")
+            self.start_node(node)
+        self.wait_until_idle()
 
     def __call__(self, program: str, *arguments: str, **environment: str) -> str:
         """Run a command of Slurm's; its output."""
@@ -88,6 +89,22 @@ class SlurmCluster:
         assert done.returncode == 0, f"{program}: {done.stderr}"
         return done.stdout
 
+    def start_node(self, node: str) -> None:
+        self._run("slurmd", "-N", node)
+
+    def wait_until_idle(self) -> None:
+        self.wait(lambda: self("sinfo", "-h", "-o", "%D %t") == "2 idle", 30, "the nodes to be idle")
+
+    def lose_node(self, node: str) -> None:
+        """Its power: slurmd, what steps of a job it has, and their processes end at once, and can tell nobody."""
+        daemon = int((self.folder / f"slurmd-{node}.pid").read_text())
+        tasks = [pid for pid in _processes() if f"SLURMD_NODENAME={node}" in _words(pid, "environ")]
+        steps = {_parent(pid) for pid in tasks}
+        os.kill(daemon, signal.SIGKILL)
+        for pid in [*(pid for pid in steps if _words(pid, "cmdline")[0].startswith("slurmstepd")), *tasks]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def job(self, number: str) -> dict[str, str]:
         """What scontrol says of a job."""
         return dict(word.partition("=")[::2] for word in self("scontrol", "show", "job", number, "-o").split())
@@ -102,7 +119,27 @@ class SlurmCluster:
         for name in ("slurmd-n1", "slurmd-n2", "slurmctld", "munge"):
             path = self.folder / f"{name}.pid"
             if path.exists():
-                os.kill(int(path.read_text()), signal.SIGTERM)
+                with contextlib.suppress(ProcessLookupError):  # a node that is lost
+                    os.kill(int(path.read_text()), signal.SIGTERM)
+
+
+def _processes() -> list[int]:
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+
+
+def _words(pid: int, what: str) -> list[str]:
+    """Of a process' command line or environment; nothing if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/{what}").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return [""]
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def _free_ports(count: int) -> list[int]:

@@ -1,77 +1,101 @@
-"""Kills a run with SIGKILL at random moments, starts it again, and compares it with one that nothing disturbed.
+"""Disturbs a run by random faults, starts it again where it has ended, and compares it with one that nothing disturbed.
 
-    python -m tests.kit.soak --kills 30
+    python -m tests.kit.soak --faults 30 --workers 4
 
-One rank or all processes, at a random step or while a checkpoint is being written. At the end the weights must be those
-of the undisturbed run bit for bit, and metrics.jsonl must have every step once, with the same losses.
+The kinds of faults, and what each must lead to, are in tests/kit/faults.py: the run goes on, or ends with one clear
+line and then resumes. After every fault the losses must be those of the undisturbed run; at the end also the weights,
+bit for bit, and metrics.jsonl must have every step once. A table of kinds, counts and outcomes is printed.
 """
 
 from __future__ import annotations
 
 import collections
-import os
 import random
-import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from tests.kit import runs
-from tests.kit.recovery import Launch, last_step, records, tiny_run
+from tests.kit.faults import KINDS, OPTIONS, mount_small_disk, resumed_before, unmount
+from tests.kit.forked_launch import ForkedLaunch
+from tests.kit.recovery import last_step, records, tiny_run
+from titan_hd.components.trackers.tracker import Tracker
 from titan_hd.config.command_line import ToolParser
 
-_STEPS_PER_KILL = 12
+_STEPS_PER_FAULT = 10
+Outcomes = dict[tuple[str, str], int]
+
+
+class Pace(Tracker):
+    """Slows a run down, so that the faults of a slow machine come before its end."""
+
+    def log(self, step: int, values: object) -> None:
+        time.sleep(0.03)
 
 
 def soak(
-    folder: Path, kills: int, seed: int, workers: int, train: Callable[[list[str]], object] | None = None
-) -> dict[str, int]:
-    """Returns how often each kind of kill was done. AssertionError: the disturbed run is another one.
+    folder: Path,
+    faults: Sequence[str],
+    seed: int,
+    workers: int,
+    train: Callable[[list[str]], object] | None = None,
+) -> Outcomes:
+    """Returns how often each (kind, outcome) was. AssertionError: a fault led to what it must not, or the disturbed run
+    is another one.
 
-    train: runs without disturbance on as many workers; left out, by the launcher.
+    faults: keys of KINDS, in order. train: runs without disturbance on as many workers; left out, by the launcher.
     """
-    steps = 2 * (kills + 1) * _STEPS_PER_KILL  # what a kill waits for, and what passes until it comes
-    (train or (lambda argv: _finish(Launch(argv, workers))))(tiny_run(folder, "undisturbed", training__steps=steps))
-    chance, done = random.Random(seed), collections.Counter()
-    argv = tiny_run(folder, "disturbed", training__steps=steps)
-    while True:
-        launch = Launch(argv, workers)
-        if done.total() == kills:
-            break
-        kind = _kill(launch, chance)
-        status, said = launch.end()
-        assert status != 0 or kind is None, said
-        if kind is None:
-            raise AssertionError(f"the run ended after {done.total()} kills:\n{said}")
-        done[kind] += 1
-        print(f"{done.total()}: {kind} at step {last_step(launch.dump)}, status {status}", flush=True)
+    steps = (3 * len(faults) + 4) * _STEPS_PER_FAULT  # what a fault waits for, and what passes until it has come
+    shared = {"training__steps": steps}
+    undisturbed = tiny_run(folder, "undisturbed", checkpoint__enable="false", **shared)
+    (train or (lambda argv: _finish(ForkedLaunch(argv, workers, 0))))(undisturbed)
+    argv = tiny_run(folder, "disturbed", metrics__trackers='["tests.kit.soak:Pace"]', **shared, **OPTIONS)
+    mounted = mount_small_disk(folder / "disturbed" / "checkpoint")
+    try:
+        return _disturb(folder, argv, faults, random.Random(seed), workers, steps)
+    finally:
+        if mounted:
+            unmount(folder / "disturbed" / "checkpoint")
+
+
+def _disturb(
+    folder: Path, argv: list[str], faults: Sequence[str], chance: random.Random, workers: int, steps: int
+) -> Outcomes:
+    outcomes: collections.Counter[tuple[str, str]] = collections.Counter()
+    want = [record["loss"] for record in records(folder / "undisturbed")]
+    launch, starts, cut = ForkedLaunch(argv, workers, 1), 1, ""
+    start = time.monotonic()
+    for number, kind in enumerate(faults, 1):
+        first = last_step(launch.dump)
+        during_save = chance.random() < 0.5
+        assert launch.wait_for_step(first + chance.randint(2, _STEPS_PER_FAULT)), launch.said()
+        if during_save:
+            assert launch.wait_for_save(), launch.said()
+        if cut:
+            outcomes["a file of the newest checkpoint is cut off", resumed_before(launch, cut)] += 1
+        step, outcome = last_step(launch.dump), KINDS[kind](launch, chance, workers)
+        cut = outcome if outcome.startswith("cut off ") else ""
+        if not cut:
+            outcomes[kind, outcome] += 1
+        if launch.process.poll() is not None:
+            starts += 1
+            launch = ForkedLaunch(argv, workers, starts)
+        got = [record["loss"] for record in records(launch.dump) if "loss" in record]
+        assert got == want[: len(got)], f"after {kind} at step {step} the losses are others"
+        print(f"{number}: {kind} at step {step}: {outcome} ({time.monotonic() - start:.0f} s)", flush=True)
     _finish(launch)
+    if cut:
+        outcomes["a file of the newest checkpoint is cut off", resumed_before(launch, cut)] += 1
     compare(folder / "disturbed", folder / "undisturbed", steps)
-    return dict(done)
+    return dict(outcomes)
 
 
-def _finish(launch: Launch) -> None:
+def _finish(launch: ForkedLaunch) -> None:
     status, said = launch.end(timeout=3600)
     assert status == 0, said
-
-
-def _kill(launch: Launch, chance: random.Random) -> str | None:
-    """Kill something at a random moment; says what, or None if the run ended before."""
-    who, during_save = chance.choice(["one rank", "all ranks"]), chance.random() < 0.5
-    first = last_step(launch.dump)
-    if not launch.wait_for_step(first + chance.randint(1, _STEPS_PER_KILL)):
-        return None
-    if during_save and not launch.wait_for_save():
-        return None
-    time.sleep(chance.random() * (0.01 if during_save else 0.1))
-    if who == "all ranks":
-        launch.kill_all()
-    else:
-        os.kill(chance.choice(launch.worker_pids()), signal.SIGKILL)
-    return who + (", during a save" if during_save else "")
 
 
 def compare(disturbed: Path, undisturbed: Path, steps: int) -> None:
@@ -84,15 +108,31 @@ def compare(disturbed: Path, undisturbed: Path, steps: int) -> None:
     assert [record["loss"] for record in trained] == [record["loss"] for record in records(undisturbed)]
 
 
+def drawn(count: int, chance: random.Random) -> list[str]:
+    """So many faults in a random order: of each kind as many, but for a remainder."""
+    kinds = list(KINDS)
+    chance.shuffle(kinds)
+    faults = [kinds[place % len(kinds)] for place in range(count)]
+    chance.shuffle(faults)
+    return faults
+
+
+def table(outcomes: Outcomes) -> str:
+    """In Markdown, by kind."""
+    rows = [f"| {kind} | {count} | {outcome} |" for (kind, outcome), count in sorted(outcomes.items())]
+    return "\n".join(["| fault | times | what the user sees |", "|---|---:|---|", *rows])
+
+
 def main() -> None:
     parser = ToolParser(__doc__)
-    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--faults", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=4)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        done = soak(Path(folder), args.kills, args.seed, args.workers)
-    print(f"{args.kills} kills ({done}): weights bit for bit as undisturbed, every step once, the same losses")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        outcomes = soak(Path(folder), drawn(args.faults, random.Random(args.seed)), args.seed, args.workers)
+    print(table(outcomes))
+    print(f"{args.faults} faults: weights bit for bit as undisturbed, every step once, the same losses")
 
 
 if __name__ == "__main__":

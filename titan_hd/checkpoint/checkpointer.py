@@ -12,7 +12,8 @@ asynchronous), write them to `step-N.partial`, a checksum beside, and wait for t
 written and where (the latter only if it is not as in the save before), writes table of contents, state and manifest,
 and renames the folder; what is then too old is purged. The writers talk over a group of their own, so that a thread may
 do it; the other ranks do nothing until `wait`, where rank 0 tells all how it went. Whatever fails on any rank (a full
-disk) fails on all, and leaves nothing behind.
+disk) fails on all, and leaves nothing behind. A disk that does not answer fails the save before the collectives of the
+writers give up (`disk`): all know whose it is, and the run ends.
 
 DCP's `.metadata` is a pickle: `checkpoint.reader` reads it without running the code in it.
 """
@@ -22,6 +23,7 @@ from __future__ import annotations
 import datetime
 import logging
 import pickle
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +33,7 @@ import torch
 import torch.distributed as dist
 
 from titan_hd.checkpoint.copies import send_copies, to_read
+from titan_hd.checkpoint.disk import Disk, DiskIsLate
 from titan_hd.checkpoint.folder import CheckpointFolder, Files, damage, read_manifest, read_train_state, write_content
 from titan_hd.checkpoint.pieces import Piece, Stored, owned_pieces, stored_tensors
 from titan_hd.checkpoint.reader import TABLE, CheckpointReader
@@ -39,7 +42,7 @@ from titan_hd.checkpoint.writer import Entry, bytes_of, check_space, write_piece
 from titan_hd.components.best_validation import Best
 from titan_hd.console import Progress
 from titan_hd.distributed.collectives import gather_on_rank_zero, on_rank_zero
-from titan_hd.distributed.watch import enter_phase
+from titan_hd.distributed.watch import enter_phase, waits_for
 from titan_hd.errors import UserError
 from titan_hd.files import shown_size
 
@@ -82,13 +85,31 @@ class _Contents(NamedTuple):
     start: float
 
 
+class _Fault(NamedTuple):
+    """Why a save failed. late: a disk did not answer."""
+
+    said: str
+    late: bool = False
+
+
 class _Written(NamedTuple):
     """What a writer tells rank 0. entries: None if they are those of the save before."""
 
     entries: list[Entry] | None
     files: Files
-    fault: str | None = None  # what its disk said
+    fault: _Fault | None = None  # what its disk said
     bug: str | None = None  # any other error
+
+
+def _fault_of(disk: Disk, function: Callable[[], object]) -> _Fault | None:
+    """Do something with files on rank 0; what the disk said against it."""
+    try:
+        disk.call(function)
+    except OSError as error:
+        return _Fault(str(error))
+    except DiskIsLate as error:
+        return _Fault(f"rank 0 {error}", late=True)
+    return None
 
 
 class Checkpointer:
@@ -109,13 +130,14 @@ class Checkpointer:
         self.writers: list[int] = []  # ranks that take part in saves
         self.last_step: int | None = None  # of the last save, whatever became of it
         # Of the save that is under way: waits for this rank's part in it, and says what failed; None if it has none.
-        self._part: Callable[[], str | None] | None = None
-        self._pending: Future[str | None] | None = None
+        self._part: Callable[[], _Fault | None] | None = None
+        self._pending: Future[_Fault | None] | None = None
         self._under_way = self._told = False
-        self._failure: str | None = None  # of the last save
+        self._failure: _Fault | None = None  # of the last save
         self._entries: list[Entry] | None = None  # that rank 0 has of this rank
         self._table = TableOfContents()
         self._executor = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._thread = self._executor.submit(threading.get_ident).result() if self._executor else 0
         self._host = HostCopies()
 
     @property
@@ -129,9 +151,15 @@ class Checkpointer:
         self, step: int, tensors: dict[str, torch.Tensor], train_state: dict[str, Any], best: Best | None = None
     ) -> None:
         """Save `step-N`, or begin to. `wait` and `warn_of_failure` say how it went. best: as for
-        `CheckpointFolder.publish`."""
+        `CheckpointFolder.publish`.
+
+        Raises:
+            UserError: on all ranks, if a disk did not answer in the save before.
+        """
         start = time.perf_counter()
         self.wait()
+        if self._failure and self._failure.late:
+            raise UserError(self._failure.said)
         self.warn_of_failure()
         self.last_step, self._under_way, self._told = step, True, False
         stored = stored_tensors(tensors)
@@ -146,7 +174,7 @@ class Checkpointer:
         if self._writers_group:
             staged = self._host.take(pieces)
             self._pending = self._executor.submit(self._write, staged, contents)
-            self._part = self._pending.result
+            self._part = self._wait_for_thread
         logger.info("checkpoint of step %d: training stopped for %.3f s", step, time.perf_counter() - start)
 
     def wait(self) -> str | None:
@@ -155,7 +183,12 @@ class Checkpointer:
         if self._under_way:
             with Progress("waiting for the last checkpoint to be written", shown=dist.get_rank() == 0):
                 self._settle()
-        return None if self._told else self._failure
+        return self._failure.said if self._failure and not self._told else None
+
+    def _wait_for_thread(self) -> _Fault | None:
+        assert self._pending  # it has begun
+        with waits_for(self._thread):
+            return self._pending.result()
 
     def _settle(self) -> None:
         """Finish this rank's part in the save that is under way; rank 0 tells all ranks how it went."""
@@ -169,15 +202,25 @@ class Checkpointer:
             raise RuntimeError(bug)
 
     def warn_of_failure(self) -> None:
-        """Log, once, that the last save failed. Not collective; returns at once while a save is under way, of which at
-        first only rank 0 knows whether it failed."""
-        failure = self._failure
-        if self._under_way:
-            done = self._pending and self._pending.done() and not self._pending.exception()
-            failure = self._pending.result() if self._pending and done else None
-        if failure and not self._told:
-            logger.warning("%s; training goes on", failure)
+        """Log, once, that the last save failed, unless that ends the run. Not collective; returns at once while a save
+        is under way, of which at first only rank 0 knows whether it failed."""
+        failure = self._known_failure()
+        if failure and not failure.late and not self._told:
+            logger.warning("%s; training goes on", failure.said)
             self._told = True
+
+    @property
+    def late(self) -> bool:
+        """Whether the last save failed because a disk does not answer, as far as this rank knows: the run is to end. At
+        first only rank 0 knows."""
+        failure = self._known_failure()
+        return bool(failure and failure.late)
+
+    def _known_failure(self) -> _Fault | None:
+        if not self._under_way:
+            return self._failure
+        done = self._pending and self._pending.done() and not self._pending.exception()
+        return self._pending.result() if self._pending and done else None
 
     def close(self) -> None:
         """End the thread that writes, once it has written what it has."""
@@ -204,10 +247,10 @@ class Checkpointer:
         shown = dist.get_rank() == 0
         return Progress(f"saving step {step}", size, "B", shown=shown, poll=lambda: min(size, self.files.written(step)))
 
-    def _write(self, pieces: list[Piece], contents: _Contents) -> str | None:
+    def _write(self, pieces: list[Piece], contents: _Contents) -> _Fault | None:
         """A writer's part of a save, all of it after the copy. Returns, on rank 0, the line that says what the disk
         refused."""
-        partial = self.files.partial(contents.step)
+        disk, partial = Disk(self._timeout.total_seconds()), self.files.partial(contents.step)
         needed = torch.tensor(bytes_of(pieces))
         dist.all_reduce(needed, group=self._writers_group)
 
@@ -215,30 +258,34 @@ class Checkpointer:
             self.files.start(contents.step)
             check_space(partial, int(needed))
 
-        fault = self._on_rank_zero(start, self._writers_group)
+        fault = self._from_rank_zero(_fault_of(disk, start) if dist.get_rank() == 0 else None, self._writers_group)
         if not fault:
             # Pickled apart, so that rank 0's main thread gets Python's lock between them.
-            told = gather_on_rank_zero(pickle.dumps(self._write_own(partial, pieces)), self._writers_group)
-            fault = self._publish(contents, told) if dist.get_rank() == 0 else None
-        if fault and dist.get_rank() == 0:
-            self.files.discard(contents.step)
-            final = self.files.path(contents.step)
-            return f"{final}: the checkpoint cannot be saved: {fault}; earlier ones are untouched"
-        return None
+            told = gather_on_rank_zero(pickle.dumps(self._write_own(disk, partial, pieces)), self._writers_group)
+            fault = self._publish(disk, contents, told) if dist.get_rank() == 0 else None
+        if not fault or dist.get_rank():
+            return None
+        if not fault.late:  # who is late may yet write there; the next start removes it
+            _fault_of(disk, lambda: self.files.discard(contents.step))
+        final = self.files.path(contents.step)
+        return _Fault(f"{final}: the checkpoint cannot be saved: {fault.said}; earlier ones are untouched", fault.late)
 
-    def _write_own(self, folder: Any, pieces: list[Piece]) -> _Written:
+    def _write_own(self, disk: Disk, folder: Any, pieces: list[Piece]) -> _Written:
         """Write this rank's files. Whatever fails is told: the other writers wait for this rank."""
+        rank = dist.get_rank()
         try:
-            entries, files = write_pieces(folder, dist.get_rank(), pieces)
+            entries, files = disk.call(lambda: write_pieces(folder, rank, pieces))
         except OSError as error:
-            return _Written(None, {}, f"{error.strerror or error} (on rank {dist.get_rank()})")
+            return _Written(None, {}, _Fault(f"{error.strerror or error} (on rank {rank})"))
+        except DiskIsLate as error:
+            return _Written(None, {}, _Fault(f"rank {rank} {error}", late=True))
         except Exception as error:
-            return _Written(None, {}, bug=f"on rank {dist.get_rank()}: {type(error).__name__}: {error}")
+            return _Written(None, {}, bug=f"on rank {rank}: {type(error).__name__}: {error}")
         news = None if entries == self._entries else entries
         self._entries = entries
         return _Written(news, files)
 
-    def _publish(self, contents: _Contents, told: list[bytes]) -> str | None:
+    def _publish(self, disk: Disk, contents: _Contents, told: list[bytes]) -> _Fault | None:
         """On rank 0: complete what all writers have written, and told in pickles of `_Written`. Returns what the disk
         said against it.
 
@@ -254,25 +301,17 @@ class Checkpointer:
             raise RuntimeError(bug)
         if fault := next((part.fault for part in parts if part.fault), None):
             return fault
-        try:
+
+        def publish() -> None:
             path = self.files.partial(contents.step) / TABLE
             written[TABLE] = write_content(path, self._table.content(contents.stored))
             self.files.publish(contents.step, contents.train_state, written, contents.best)
-        except OSError as error:
-            return str(error)
+
+        if fault := _fault_of(disk, publish):
+            return fault
         size, seconds = shown_size(sum(e["size"] for e in written.values())), time.perf_counter() - contents.start
         logger.info("saved checkpoint %s (%s) in %.2f s", self.files.path(contents.step), size, seconds)
         return None
-
-    def _on_rank_zero(self, function: Callable[[], object], group: dist.ProcessGroup | None) -> str | None:
-        """Do something with files on rank 0; returns, on every rank of a group, what the disk said against it."""
-        fault = None
-        if dist.get_rank() == 0:
-            try:
-                function()
-            except OSError as error:
-                fault = str(error)
-        return self._from_rank_zero(fault, group)
 
     def _from_rank_zero(self, value: T, group: dist.ProcessGroup | None = None) -> T:
         """In the group of all ranks, if no other is given."""
@@ -314,15 +353,17 @@ class Checkpointer:
         """
 
         def leave() -> None:
-            self.files.set_aside(step + 1)
-            self.files.name_best(best)
+            try:
+                self.files.set_aside(step + 1)
+                self.files.name_best(best)
+            except OSError as error:
+                folder = self.files.folder
+                raise UserError(f"{folder}: the checkpoints after step {step} cannot be set aside: {error}") from None
             if best and not self.files.holds(best.step):
                 line = "checkpoint.keep_best: the best so far, %s %.4g of step %d, is not there any more"
                 logger.warning(line, best.metric, best.value, best.step)
 
-        fault = self._on_rank_zero(leave, self._world)
-        if fault:
-            raise UserError(f"{self.files.folder}: the checkpoints after step {step} cannot be set aside: {fault}")
+        on_rank_zero("setting later checkpoints aside", leave)
 
     def _verify(self, folder: Any) -> list[str]:
         """A line for each damaged file of a checkpoint, the same on every rank. Each rank reads its share of them."""

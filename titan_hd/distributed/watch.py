@@ -8,7 +8,8 @@ alike for gloo, whose time-outs are exceptions, and for nccl, which ends the pro
 
 A rank waits for others where it stands still inside of torch, or inside of `waiting()`. On a GPU a collective that does
 not end holds up the device, and the host stands wherever it next needs the device: in a copy, in an allocation, or in a
-launch that finds the queue full. So what works on a device is marked as a whole.
+launch that finds the queue full. So what works on a device is marked as a whole. Where the main thread waits for a
+thread of this process (`waits_for`), that one is looked at in its place.
 """
 
 from __future__ import annotations
@@ -40,12 +41,17 @@ class _Phase:
 
 
 _now = _Phase()
+_waits_for: dict[int, int] = {}  # a thread that waits for another -> that one
 
 
 def enter_phase(name: str, timed: bool = True, timeout: float | None = None) -> None:
     """This rank begins another phase of the run. timed: the collectives' time-out holds for it. timeout: of the phase's
     collectives, if they have one of their own, in seconds."""
     _now.name, _now.since, _now.timed, _now.timeout = name, time.monotonic(), timed, timeout
+
+
+def phase_name() -> str:
+    return _now.name
 
 
 @contextlib.contextmanager
@@ -59,6 +65,23 @@ def waiting() -> Iterator[None]:
         yield
     finally:
         _now.waits -= 1
+
+
+@contextlib.contextmanager
+def waits_for(thread: int) -> Iterator[None]:
+    """This thread waits in here for another one of this process: where that is, and whether it waits for other ranks,
+    is what there is to tell."""
+    me = threading.get_ident()
+    _waits_for[me] = thread
+    try:
+        yield
+    finally:
+        del _waits_for[me]
+
+
+def place_of(thread: int) -> str:
+    """File and line of titan_hd where a thread is."""
+    return _where(sys._current_frames().get(thread))
 
 
 class Watch:
@@ -92,7 +115,7 @@ class Watch:
             time.sleep(min(0.5, self.timeout / 40))  # short also where the time-out is about to become so
             phase, seconds, timeout = _now.name, time.monotonic() - _now.since, _now.timeout or self.timeout
             told, stands = seconds > _TELL * timeout, still > _STILL * timeout
-            seen = _look(self._main, keep=stands, where=told) if _now.timed else None
+            seen = _look(_last_waited_for(self._main), keep=stands, where=told) if _now.timed else None
             if seen is None or place != (*seen.place, phase):
                 place, still_since = seen and (*seen.place, phase), time.monotonic()
             still = time.monotonic() - still_since
@@ -145,6 +168,13 @@ class _Seen(NamedTuple):
     in_torch: bool
     where: str
     frame: FrameType | None
+
+
+def _last_waited_for(thread: int) -> int:
+    """The thread itself, if it waits for none."""
+    while (other := _waits_for.get(thread)) is not None:
+        thread = other
+    return thread
 
 
 def _look(thread: int, keep: bool, where: bool) -> _Seen | None:

@@ -32,7 +32,15 @@ from titan_hd.console import printable
 from titan_hd.errors import UserError
 from titan_hd.fitting import device_memory, usable_bytes
 from titan_hd.preflight import plan_run
-from titan_hd.process.network import LOOPBACK, address_towards, addresses_of, allow_connections, interface_of
+from titan_hd.process.network import (
+    LOOPBACK,
+    address_towards,
+    addresses_of,
+    allow_connections,
+    interface_of,
+    lost_worker,
+    timed_out,
+)
 from titan_hd.process.signals import REQUEUE, STATUS, outlives_terminal
 from titan_hd.process.streams import keep_streams
 from titan_hd.process.waiting import telling_of_nodes
@@ -40,8 +48,6 @@ from titan_hd.process.waiting import telling_of_nodes
 # Time for a last checkpoint before torchrun kills the workers. torch 2.11 ignores this and waits 30 s.
 _GRACE_SECONDS = 600
 _MASTER_PORT = 29500  # torchrun's default
-# What gloo and nccl say on the others when a worker has left.
-_PEER_LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exited")
 
 
 def main() -> None:
@@ -125,8 +131,7 @@ def start_workers(args: argparse.Namespace, folder: Path) -> None:
         _write_errors(folder, failures)
         status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         reason = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"status {failure.exitcode}"
-        said = "" if rank == 0 or failure.exitcode < 0 else f": {_first_line(failure.message)}"
-        print(f"titan_hd: worker {rank} ended with {reason}{printable(said)}", file=sys.stderr)
+        print(f"titan_hd: worker {rank} ended with {reason}{printable(_why(rank, failure))}", file=sys.stderr)
         raise SystemExit(status) from None
 
 
@@ -192,10 +197,22 @@ def _root_cause_first(failures: dict[int, ProcessFailure]) -> list[tuple[int, Pr
 
     def order(item: tuple[int, ProcessFailure]) -> tuple[int, int]:
         code, said = item[1].exitcode, str(item[1].message)
-        consequence = code in (-signal.SIGTERM, -signal.SIGABRT, REQUEUE) or any(words in said for words in _PEER_LOST)
+        consequence = code in (-signal.SIGTERM, -signal.SIGABRT, REQUEUE) or lost_worker(said) is not None
         return (2 if consequence else 0 if code < 0 else 1, item[1].timestamp)
 
     return sorted(failures.items(), key=order)
+
+
+def _why(rank: int, failure: ProcessFailure) -> str:
+    """What there is to add to how a worker ended: others may have caused it; what rank 0 said itself stands above."""
+    said = _first_line(failure.message)
+    if failure.exitcode < 0:
+        return ""
+    if lost := lost_worker(said):
+        return f": {lost} is lost; that one says why, or its node is lost"
+    if timed_out(said):
+        return ": it has waited for another worker for longer than the time-out"
+    return f": {said}" if rank else ""
 
 
 def _write_errors(folder: Path, failures: list[tuple[int, ProcessFailure]]) -> None:

@@ -1,15 +1,19 @@
-"""The address and the interface by which this node talks to the others."""
+"""The address and the interface by which this node talks to the others; what it is told when one of them has gone."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import re
 import resource
 import socket
 import struct
 
 LOOPBACK = "127.0.0.1"
 _MOST_FILES = 65_536
+# What gloo and nccl say where a worker has left, and gloo where it waits for too long.
+_LEFT = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exited")
+_LATE = ("Application timeout", "Timed out waiting")
 _SIOCGIFADDR = 0x8915  # <linux/sockios.h>: the IPv4 address of an interface
 
 
@@ -56,3 +60,16 @@ def interface_of(address: str) -> str | None:
             if socket.inet_ntoa(answer[20:24]) == address:
                 return name
     return None
+
+
+def lost_worker(message: str) -> str | None:
+    """What is lost, if a collective's error is that another worker has left; None if it is something else."""
+    if not any(words in message for words in _LEFT):
+        return None
+    address = re.search(r"by peer \[([^\]]+)\]", message)
+    return f"the connection to a worker at {address[1]}" if address else "the connection to another worker"
+
+
+def timed_out(message: str) -> bool:
+    """Whether a collective's error is that another worker has not come in time."""
+    return any(words in message for words in _LATE)

@@ -26,12 +26,12 @@ from titan_hd.config.job_config import JobConfig
 from titan_hd.console import init_logging, silence_libraries
 from titan_hd.distributed.collectives import on_rank_zero
 from titan_hd.distributed.groups import LAZY
-from titan_hd.distributed.watch import Watch
+from titan_hd.distributed.watch import Watch, phase_name
 from titan_hd.errors import UserError
 from titan_hd.fitting import device_memory
 from titan_hd.overview import Overview, screen, version_line
 from titan_hd.preflight import RunPlan, plan_run
-from titan_hd.process.network import LOOPBACK, allow_connections
+from titan_hd.process.network import LOOPBACK, allow_connections, lost_worker
 from titan_hd.process.signals import StopSignals
 from titan_hd.process.streams import keep_streams
 from titan_hd.process.waiting import announce, missing_ranks, telling
@@ -238,7 +238,11 @@ def _exit_status(run: Run) -> int:
 def say(error: Exception, rank: int) -> int:
     """Print what went wrong; the exit status that goes with it."""
     if not isinstance(error, UserError | FloatingPointError):
-        traceback.print_exception(error)
+        lost = lost_worker(str(error)) if isinstance(error, RuntimeError) else None
+        if lost:  # by whoever has failed: where this one stood says nothing, and hides what that one says
+            print(f"titan_hd: rank {rank} ends in {phase_name()!r}: {lost} is lost", file=sys.stderr)
+        else:
+            traceback.print_exception(error)
         return 1
     # These are the same on every rank (see `raise_on_all`): one says them, all leave with the same status.
     if rank == 0:

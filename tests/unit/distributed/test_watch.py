@@ -5,6 +5,7 @@ import threading
 import time
 import weakref
 
+import pytest
 import torch.distributed as dist
 
 from titan_hd.distributed import watch
@@ -66,6 +67,23 @@ def test_work_of_our_own_is_no_waiting(capsys):
     assert not capsys.readouterr().err
     assert connections == [1]
     assert not json.loads(store.get("rank 0"))["waits"]
+
+
+@pytest.mark.parametrize("in_torch", [False, True])
+def test_a_thread_that_the_main_thread_waits_for_is_looked_at(monkeypatch, capsys, in_torch: bool):
+    """As one that writes a checkpoint: it waits for others, or is what others wait for."""
+    store, left = dist.HashStore(), threading.Event()
+    thread = threading.Thread(target=left.wait, args=(1,))
+    if in_torch:
+        monkeypatch.setattr(watch, "_TORCH", threading.__file__)
+    watch.enter_phase("saving after step 5")
+    watch.Watch(lambda: store, 0, 2, 0.5, lambda: None)
+    thread.start()
+    with watch.waits_for(thread.ident):
+        time.sleep(0.8)
+    watch.enter_phase("over", timed=False)
+    assert json.loads(store.get("rank 0"))["waits"] == in_torch
+    assert ("rank 1 is late: it says nothing" in capsys.readouterr().err) == in_torch
 
 
 def test_who_moves_does_not_wait(capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import types
 
 import pytest
 from torch.distributed import run
@@ -126,3 +127,28 @@ def test_a_rendezvous_that_fails_is_one_line(text: str, status: int, line: str, 
         launch.main()
     assert left.value.code == status
     assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rank", "message", "why"),
+    [
+        (0, "ValueError: a bug", ""),  # it stands above
+        (3, "ValueError: a bug", ": ValueError: a bug"),
+        (
+            0,
+            "RuntimeError: Connection closed by peer [10.0.0.2]:1",
+            ": the connection to a worker at 10.0.0.2 is lost; ",
+        ),
+        (
+            0,
+            "RuntimeError: Timed out waiting 8000ms for recv",
+            ": it has waited for another worker for longer than the",
+        ),
+    ],
+)
+def test_why_a_worker_ended(rank: int, message: str, why: str):
+    failure = types.SimpleNamespace(exitcode=1, message={"message": message})
+    said = launch._why(rank, failure)
+    assert said.startswith(why)
+    assert bool(said) == bool(why)
+    assert launch._why(rank, types.SimpleNamespace(exitcode=-9, message="Signal 9")) == ""

@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from titan_hd.distributed.groups import LAZY
+from titan_hd.distributed.watch import enter_phase
 from titan_hd.errors import UserError
 from titan_hd.process import worker
 
@@ -93,3 +94,16 @@ class unused_handler:
 
     def record_exception(self, error):
         pass
+
+
+def test_a_lost_connection_takes_a_line_and_hides_nothing(capsys):
+    """Where the others stood when one was killed is of no use, on 512 ranks least."""
+    enter_phase("step 3", timed=False)
+    lost = RuntimeError("[pair.cc:553] Connection closed by peer [10.0.0.2]:20867. This is typically")
+    assert worker.say(lost, 5) == 1
+    assert capsys.readouterr().err == (
+        "titan_hd: rank 5 ends in 'step 3': the connection to a worker at 10.0.0.2 is lost\n"
+    )
+    for bug in (RuntimeError("CUDA error"), BrokenPipeError(32, "Broken pipe")):
+        assert worker.say(bug, 5) == 1
+        assert capsys.readouterr().err.rstrip().endswith(f"{type(bug).__name__}: {bug}")
