@@ -84,7 +84,7 @@ def test_a_job_that_loses_a_node_ends_or_is_requeued_and_goes_on(slurm, inputs, 
     slurm.start_node("n2")
     if noticed == "by Slurm":
         assert "DUE TO NODE FAILURE" in said
-        slurm("scontrol", "update", "NodeName=n2", "State=RESUME")
+        slurm.wait_until_idle()
         time.sleep(BACK_SECONDS)
         slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
     else:
