@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import tempfile
@@ -5,13 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.commands import REPOSITORY
-from tests.kit.workers import WorkerPool
+gc.disable()  # while modules are imported: see pytest_collection_finish
+
+from tests.kit.commands import REPOSITORY  # noqa: E402
+from tests.kit.workers import WorkerPool  # noqa: E402
 
 # Runs of tests leave their tokenized records in no user's cache, and find none there.
 _CACHE = tempfile.TemporaryDirectory(prefix="titan_hd_tests_")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and what tests start would inherit that
+
+
+def pytest_collection_finish() -> None:
+    """Modules stay: Python's collector, which would go through all of them again and again, never looks at them."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="module")

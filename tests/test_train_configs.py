@@ -21,7 +21,12 @@ CONFIGS = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*
 
 # in + out, summed over the seven linear layers of all blocks: what one adapter of rank 1 has on the whole model.
 # Times 16 these are the 39,976,960 and 41,943,040 parameters that LoRA of rank 16 is known to have there.
-WIDTHS = {("llama2", "7B"): 2498560, ("llama3", "8B"): 2621440, ("mistral", "7B"): 2621440}
+WIDTHS = {
+    ("llama2", "7B"): 2498560,
+    ("llama3", "8B"): 2621440,
+    ("llama3", "70B"): 12943360,
+    ("mistral", "7B"): 2621440,
+}
 
 
 def load(name: str) -> JobConfig:

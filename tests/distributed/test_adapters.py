@@ -45,6 +45,7 @@ def test_checkpointing_and_accumulation_change_nothing(method, workers, setup):
 COMPILED = {"adapter__method": "dora", "activation_checkpoint__mode": "full", "training__steps": 2}
 
 
+@pytest.mark.slow  # the C++ alone: test_every_method traces each method's blocks, test_against_oracle has C++
 def test_compiled_blocks(workers, setup):
     """DoRA has all that LoRA has."""
     plain = workers.run(1, runs.train, setup("plain", **COMPILED))[0]

@@ -83,14 +83,16 @@ CASES = {
 }
 
 
-SLOW = ("one", "tied", "full", "one-micro-batch")  # the others have what these have
+SLOW = ("one", "two", "tied", "full", "one-micro-batch")  # the others have what these have: hsdp two shards
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CASES])
 def test_settings_train_alike(case, workers, tmp_path: Path):
     """With a validation between steps, which gathers too, and a resume from a checkpoint of the middle."""
     world, changes = CASES[case]
-    validation = {"validation__enable": "true", "validation__freq": 1, "data__validation": tmp_path / "records.jsonl"}
+    runs.write_records(tmp_path / "validation.jsonl", count=8, seed=1)
+    validation = {"validation__enable": "true", "validation__freq": 1}
+    validation["data__validation"] = tmp_path / "validation.jsonl"
     losses, logged = {}, {}
     for setting in SETTINGS:
         changes = {**changes, **validation, "parallelism__fsdp_reshard_after_forward": setting}

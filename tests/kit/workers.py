@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-_PRELOADED = ["torch._dynamo", "titan_hd.train", "tests.kit.runs"]
 _TIMEOUT = 240  # seconds for one call; a deadlock must fail its test, not the whole suite
 
 
@@ -35,7 +34,7 @@ def _serve(rank: int, connection) -> None:
             os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)})
             dist.init_process_group(
                 "gloo",
-                store=dist.FileStore(store, world_size),
+                store=dist.FileStore(store, world_size) if world_size > 1 else dist.HashStore(),
                 rank=rank,
                 world_size=world_size,
                 timeout=datetime.timedelta(seconds=60),
@@ -55,7 +54,7 @@ def _serve(rank: int, connection) -> None:
 def fork_server() -> mp.context.ForkServerContext:
     """What forks processes that have imported torch and the package."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context.set_forkserver_preload(["tests.kit.preloaded"])
     return context
 
 

@@ -20,7 +20,7 @@ from titan_hd.adapters.inject import targeted
 from titan_hd.adapters.methods import build_method
 from titan_hd.adapters.svd import SvdSettings, working_bytes
 from titan_hd.components.host_moments import PART_ELEMENTS
-from titan_hd.components.live_bytes import BlockMemory, block_memory, head_memory
+from titan_hd.components.live_bytes import BlockMemory, HeadMemory, block_memory, head_memory
 from titan_hd.components.optimizer import optimizer_class
 from titan_hd.components.weight_changes import measured_layers, products_bytes
 from titan_hd.config.job_config import JobConfig
@@ -112,10 +112,10 @@ class Estimate:
 
 def estimate_memory(sizes: Sizes) -> Estimate:
     """The peak of a training step after the first one (the optimizer's moments are there)."""
-    model, local = _meta_model(sizes)
-    groups = list(fsdp_group_sizes(model, sizes.mesh[1]))
+    model = _model_of(sizes)
+    groups = model.groups(sizes.mesh[1])
     held = _held(sizes, model, groups)
-    phases = _phases(sizes, model, local, groups)
+    phases = _phases(sizes, model.local, groups)
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     allocated = sum(held.values()) + sum(phases[phase].values())
     beside = PROCESS_BYTES
@@ -173,13 +173,38 @@ def tp_local(decoder: ModelConfig, tp: int, loss_parallel: bool) -> ModelConfig:
     )
 
 
-def _meta_model(sizes: Sizes) -> tuple[Model, ModelConfig]:
-    """The tp-local model with its method, without memory."""
-    local = tp_local(sizes.decoder, sizes.mesh[2], sizes.config.parallelism.loss_parallel)
-    with torch.device("meta"):
-        model = build_model(local)
-        build_method(sizes.config).apply(model, sizes.config.adapter.target_modules)
-    return model, local
+class _MetaModel:
+    """The tp-local model with its method, without memory. decoder: to be read alone; local: its sizes; adapts: trained
+    tensors stand beside W."""
+
+    def __init__(self, config: JobConfig, local: ModelConfig):
+        self.local = local
+        with torch.device("meta"):
+            self.decoder = build_model(local)
+            build_method(config).apply(self.decoder, config.adapter.target_modules)
+        self.adapts = any(isinstance(layer, AdapterLinear) for layer in self.decoder.modules())
+        self._groups: dict[int, list[Group]] = {}
+
+    def groups(self, shards: int) -> list[Group]:
+        """FSDP2's groups on so many shards."""
+        if shards not in self._groups:
+            self._groups[shards] = list(fsdp_group_sizes(self.decoder, shards))
+        return self._groups[shards]
+
+
+_MODEL: dict[str, _MetaModel] = {}  # the last one
+
+
+def _model_of(sizes: Sizes) -> _MetaModel:
+    """Remembered until another is asked for: looking for what fits changes anything but the model, and that of 80
+    layers takes longer than the rest of an estimate."""
+    c = sizes.config
+    local = tp_local(sizes.decoder, sizes.mesh[2], c.parallelism.loss_parallel)
+    key = repr((local, c.adapter, c.hdpissa, c.training.mixed_precision_param))  # what the method is built from
+    if key not in _MODEL:
+        _MODEL.clear()
+        _MODEL[key] = _MetaModel(c, local)
+    return _MODEL[key]
 
 
 def fsdp_group_sizes(model: Model, shards: int) -> Iterator[Group]:
@@ -213,12 +238,11 @@ def fsdp_group_sizes(model: Model, shards: int) -> Iterator[Group]:
 # All the time
 
 
-def _held(sizes: Sizes, model: Model, groups: list[Group]) -> dict[str, int]:
+def _held(sizes: Sizes, model: _MetaModel, groups: list[Group]) -> dict[str, int]:
     trained = sum(g.trained for g in groups)
-    beside = any(isinstance(layer, AdapterLinear) for layer in model.modules())
     here = not sizes.shards_on_host
     held = {"weights": here * (sum(map(sizes.shard_bytes, groups)) - 4 * trained)}
-    held["adapters beside W" if beside else "trained weights (fp32)"] = here * 4 * trained
+    held["adapters beside W" if model.adapts else "trained weights (fp32)"] = here * 4 * trained
     cache, factors = 0, 0
     copied = sizes.compute != torch.float32 and sizes.config.hdpissa.mute_scalar == 0.0
     copies = together = 0
@@ -240,14 +264,15 @@ def _held(sizes: Sizes, model: Model, groups: list[Group]) -> dict[str, int]:
         "gradients of all adapters": 4 * together,
         "optimizer's moments": state_tensors(sizes.config.optimizer.name) * moments,
         "cache of all workers' factors": cache,
-        "products of the weights, for metrics.update_freq": _products(sizes, model),
+        "products of the weights, for metrics.update_freq": _products(sizes, model.decoder),
     }
 
 
 def _products(sizes: Sizes, model: Model) -> int:
-    metrics, layers = sizes.config.metrics, measured_layers(model).values()
+    metrics = sizes.config.metrics
     if not metrics.update_freq:
         return 0
+    layers = measured_layers(model).values()
     rows = sum(chunk_rows(layer.weight.shape[0], sizes.mesh[1]) for layer in layers)
     return products_bytes(rows, metrics.update_vectors, sizes.updates is not None)
 
@@ -277,14 +302,14 @@ def state_tensors(optimizer: str) -> int:
 # The phases of a step
 
 
-def _phases(sizes: Sizes, model: Model, local: ModelConfig, groups: list[Group]) -> dict[str, dict[str, int]]:
+def _phases(sizes: Sizes, local: ModelConfig, groups: list[Group]) -> dict[str, dict[str, int]]:
     """Bytes by name of each phase, beside what is held all the time."""
     c, element = sizes.config, sizes.compute.itemsize
     tokens = (c.training.local_batch_size, c.training.seq_len)
     num_adapters = 1 if sizes.updates is None else sizes.updates.topology.num_adapters
     block = _block_memory(c, num_adapters, local, tokens, sizes.compute)
     head_trained = c.adapter.method == "full" and c.adapter.target_modules is None
-    head = head_memory(local, tokens, sizes.compute, head_trained)
+    head = _head_memory(local, tokens, sizes.compute, head_trained)
     layers = local.num_hidden_layers
     blocks = [g for g in groups if g.kind == "block"]
     gathered = element * max(g.whole for g in blocks)
@@ -364,6 +389,17 @@ def _block_memory(
 _BLOCKS: dict[str, BlockMemory] = {}
 
 
+def _head_memory(local: ModelConfig, tokens: tuple[int, int], compute: torch.dtype, trained: bool) -> HeadMemory:
+    """`head_memory`, remembered likewise: a long batch has many chunks of logits."""
+    key = repr((local, tokens, compute, trained))
+    if key not in _HEADS:
+        _HEADS[key] = head_memory(local, tokens, compute, trained)
+    return _HEADS[key]
+
+
+_HEADS: dict[str, HeadMemory] = {}
+
+
 def _optimizer_temporaries(sizes: Sizes, groups: list[Group]) -> int:
     """The foreach implementation of Adam makes one list as large as all parameters; the fused one, of flat tensors on
     GPUs, makes nothing. Moments on the host: those of a part, and what the optimizer needs for it."""
@@ -383,9 +419,9 @@ def received_bytes(sizes: Sizes, micro_batches: int, kept: bool = False) -> tupl
     folds (on average over the steps from fold to fold), with the gradients of its adapters. Other methods' gradients,
     which are summed over workers, are not in it. kept: the weights are gathered once for the step."""
     shards = sizes.mesh[1]
-    model, _ = _meta_model(sizes)
-    embeds = any(p.requires_grad for p in model.embedding().parameters())
-    groups = fsdp_group_sizes(model, shards)
+    model = _model_of(sizes)
+    embeds = any(p.requires_grad for p in model.decoder.embedding().parameters())
+    groups = model.groups(shards)
     elements = sum((1 if kept else micro_batches * group.gathers(embeds)) * group.shard for group in groups)
     exchanged = 0.0 if sizes.updates is None else sizes.updates.received_per_step
     return (shards - 1) * elements * sizes.compute.itemsize, exchanged

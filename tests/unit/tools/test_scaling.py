@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
 
+import estimate_memory
 import pytest
-
-from tests.kit.commands import REPOSITORY, call_tool
-from titan_hd.distributed.update.plan import plan_update
-from titan_hd.distributed.update.topology import Topology
-from titan_hd.models.registry import flavor_config
-from tools.scaling import (
+import scaling
+from scaling import common_options, main, recipe, recipes, settings, table
+from step_costs import (
     Cluster,
+    Estimate,
     Work,
     authors_estimate,
     best,
     compute_seconds,
     estimate,
     fsdp_gathers,
-    main,
-    passing_bytes,
-    table,
+    host_seconds,
+    memory_of,
+    plan_of,
 )
 
+from tests.kit.commands import REPOSITORY, call_tool
+from titan_hd.distributed.update.topology import Topology
+from titan_hd.fitting import estimate_run
+from titan_hd.models.registry import flavor_config, parameter_shapes
+
 LLAMA_8B = Work(flavor_config("llama3", "8B"))
+SMALL = Work(flavor_config("llama3", "debugmodel"), rank=2, length=64)
 CLUSTER = Cluster()
 
 
@@ -111,19 +118,116 @@ def test_bytes_of_one_adapter_are_its_gradients(samples: str):
     assert estimate(LLAMA_8B, t, "factors", CLUSTER).exchanged == 2 * 7 * adapter // 8
 
 
-def test_gradients_on_their_way_take_memory():
-    """Of two blocks what is sent, fp32 and 1,024 directions, and the holder's 64th; seen where logits are few."""
+def test_memory_is_that_of_adapters_that_learn_from_all_samples():
+    """Gradients and factors of all 1,024 directions; and of two blocks what is sent, with the holder's 64th."""
     few, block = replace(LLAMA_8B, tokens=8, length=8), sum(map(sum, LLAMA_8B.config.linear_shapes().values()))
     own, together = (
-        passing_bytes(few, plan_update(few.shapes(), Topology(64, 16, 8, 8, samples=samples), "factors"))
-        for samples in ("own", "all")
+        memory_of(few, plan_of(few, Topology(64, 16, 8, 8, samples=samples), "factors")) for samples in ("own", "all")
     )
-    logits = 8 * 128256 * (2 + 3 * 4)
-    assert together - own == 2 * (4 * 1024 * block + 4 * 16 * block) - logits
+    assert own.held["gradients of all adapters"] == 0
+    assert together.held["gradients of all adapters"] == 32 * 4 * 1024 * block
+    assert together.held["their copies in the compute dtype"] == 32 * 2 * 1024 * block
+    assert together.passing["gradients to their holders"] == 2 * (4 * 1024 * block + 4 * 16 * block)
+
+
+def test_memory_is_that_of_the_model_and_shards_that_are_asked_for():
+    """The estimate remembers a model and its groups. fp32 masters of what is adapted, and the rest in bf16."""
+    for work, shards in ((LLAMA_8B, 8), (SMALL, 8), (SMALL, 2), (LLAMA_8B, 2)):
+        adapted = sum(out * width for out, width in work.shapes().values())
+        everything = sum(shape.numel() for shape in parameter_shapes(work.config).values())
+        held = memory_of(work, plan_of(work, Topology(8, work.rank, 1, shards), "factors")).held
+        assert held["weights"] == (4 * adapted + 2 * (everything - adapted)) / shards
+
+
+def test_a_step_waits_for_what_is_not_hidden():
+    """Gathers, launches and gradients of all samples run beside the compute; the fold and the host's gap do not."""
+    row = Estimate(8, 8, "1 x 8", "factors", 1.0, 0.5, 0.2, 0.0, 0.0, 0.0, beside=0.25, host=0.9, gap=0.3)
+    assert (row.step, row.efficiency, row.bound) == (1.5, pytest.approx(1 / 1.5), "compute")
+    assert (replace(row, gathers=1.0).step, replace(row, gathers=1.0).bound) == (1.75, "gathers")
+    assert (replace(row, host=2.0).step, replace(row, host=2.0).bound) == (2.5, "host")
+    assert replace(row, exchange=3.0).bound == "exchange"
+
+
+def test_the_host_launches_every_layer_of_every_micro_batch():
+    """60.0 ms of 32 layers without checkpointing, 100.1 ms with "full", 5.6 ms of a step; docs/benchmarks.md."""
+    work = replace(LLAMA_8B, micro_batches=3, checkpointing="none")
+    assert host_seconds(work, CLUSTER) == pytest.approx((0.180, 0.0056))
+    assert host_seconds(replace(work, checkpointing="full"), replace(CLUSTER, host=2.0)) == pytest.approx(
+        (0.6006, 0.0112)
+    )
+    short = estimate(replace(LLAMA_8B, tokens=512), Topology(8, 16, 1, 8), "factors", CLUSTER)
+    assert short.bound == "host", "512 tokens are computed in 0.08 s and launched in 0.1 s"
 
 
 def test_a_model_that_fits_nowhere_is_said_to():
-    assert "does not fit" in table(Work(flavor_config("llama3", "70B")), [8], [8], CLUSTER)
+    """The mesh that needs least is shown."""
+    lines = table(SMALL, [16], [4], replace(CLUSTER, memory=1.0)).splitlines()
+    assert all(line.endswith("does not fit") for line in lines[1:])
+    assert "1 x 16 " in lines[1]
+
+
+@pytest.mark.parametrize("gpus", [1, 64])
+def test_a_recipe_is_a_run_that_fits(gpus: int):
+    """Its options are those of a run, which is dealt as it says and estimates the memory that it shows."""
+    found = recipe(LLAMA_8B, gpus, 8, CLUSTER)
+    words = shlex.split(f"{common_options(LLAMA_8B, 8, 'own')} {found.options()}")
+    argv = [f"{key}={value}" for key, value in zip(words[::2], words[1::2])]
+    plan = estimate_memory.plan_of(
+        ["--model.name=llama3", "--model.flavor=8B", "--training.steps=1", "--data.train=x", *argv], gpus
+    )
+    assert f"{plan.dp_replicate} x {plan.dp_shard}" == found.row.mesh
+    assert plan.global_batch_size == found.global_batch == max(8, gpus)
+    assert estimate_run(plan, "cuda").total == found.row.memory < CLUSTER.memory
+    assert found.row.step * found.tokens_per_second == pytest.approx(found.global_batch * 8192)
+
+
+def test_a_recipe_takes_what_is_fastest_and_fits():
+    """Without recomputation if there is room, and short of memory where not; bf16 masters if nothing else fits."""
+
+    def given(room: float):
+        return recipe(SMALL, 8, 8, replace(compute_alone, memory=room))
+
+    compute_alone = replace(CLUSTER, nvlink=1e18, nvlink_latency=0.0, fold_rate=1e20, host=0.0)
+    ways = {
+        (masters, mode): best(
+            replace(SMALL, tokens=64, masters=masters, checkpointing=mode), 8, 8, "auto", compute_alone
+        ).memory
+        for masters in ("float32", "bfloat16")
+        for mode in ("none", "selective", "full")
+    }
+    roomy = given(ways["float32", "none"])
+    assert (roomy.work.checkpointing, roomy.work.masters, roomy.short) == ("selective", "float32", False)
+    tight = given(ways["float32", "full"])
+    assert (tight.work.checkpointing, tight.work.masters, tight.short) == ("full", "float32", True)
+    half = given(ways["bfloat16", "full"])
+    assert (half.work.checkpointing, half.work.masters) == ("full", "bfloat16")
+    assert given(ways["bfloat16", "full"] - 1) is None
+    assert "does not fit, whatever is set" in recipes(SMALL, [8], 8, replace(CLUSTER, memory=1.0))
+
+
+def test_a_global_batch_is_kept_on_more_gpus(monkeypatch):
+    monkeypatch.setattr(scaling, "_SEQUENCES", (1, 4))
+    rows = [recipe(SMALL, gpus, 4, CLUSTER, global_batch=32) for gpus in (1, 2, 8, 32)]
+    assert {row.global_batch for row in rows} == {32}
+    assert [row.work.micro_batches * row.sequences for row in rows] == [32, 16, 4, 1]
+    assert rows[0].work.micro_batches % 4 == 0, "four adapters share the one GPU"
+    lines = recipes(SMALL, [8, 64], 4, CLUSTER, global_batch=32).splitlines()
+    assert lines[2].endswith("a global batch of 32 cannot be dealt to 64")
+    assert "--training.global_batch_size 32 " in lines[-1]
+
+
+def test_settings_beside_each_other():
+    """More is exchanged where adapters learn from all samples, and slices anew come on top, once in a while."""
+    _, *lines = settings(LLAMA_8B, [8], 8, CLUSTER).splitlines()
+    assert [line.split()[5:7] for line in lines] == [[s, w] for s in ("own", "all") for w in ("never", "every")]
+    exchanged, gradients, anew = ([float(line.split()[column]) for line in lines] for column in (-4, -3, -2))
+    adapter = 4 * 16 * sum(sum(shape) for shape in LLAMA_8B.shapes().values())
+    assert gradients == pytest.approx([0, 0, *[7 * adapter / 1e9] * 2], abs=5e-4)
+    assert exchanged[2] - exchanged[0] == pytest.approx(gradients[2], abs=2e-3)
+    weights = 7 / 8 * 4 * sum(out * width for out, width in LLAMA_8B.shapes().values())
+    least = (weights + 7 * adapter) / 8 / 1e9  # beside the cache
+    assert anew[0] == anew[2] == 0
+    assert least < anew[1] < anew[3]
 
 
 def test_command_line_and_its_faults():
@@ -132,15 +236,40 @@ def test_command_line_and_its_faults():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == 2 + 3 + 5
+    assert len(call_tool(main, *argv, "--settings").stdout.splitlines()) == 2 + 2 * 4
     for argv, line in {
         ("--flavor", "9B"): "model.flavor: must be one of",
         ("--local-steps", "2", "--samples", "all"): "--local-steps: a number of steps, at least 1, and above that with",
+        ("--local-steps", "2", "--settings"): "--local-steps: not with --settings",
         ("--adapters", "3"): "--adapters: 3 adapters cannot be dealt to 8 GPUs; one number must divide the other",
+        ("--gpus", "12"): "--gpus: 12 GPUs are not whole nodes of 8",
+        ("--gpus", "8,x"): "--gpus: numbers with commas between them, such as 8,64, not '8,x'",
+        ("--global-batch", "8"): "--global-batch: is for --recipe",
     }.items():
         done = call_tool(main, *argv)
         assert done.returncode == 2
         assert done.stderr.startswith(f"titan_hd: error: {line}")
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_without_a_model_recipes_are_for_two(monkeypatch):
+    """And without numbers of GPUs for those of each."""
+    monkeypatch.setattr(scaling, "_SEQUENCES", (1,))
+    monkeypatch.setattr(scaling, "_GROWING", {"debugmodel": [1, 2], "8B": [4]})
+    lines = call_tool(main, "--recipe", "--rank", 2, "--adapters", 4).stdout.splitlines()
+    assert [line.split(",")[0] for line in lines if line.startswith("llama3")] == ["llama3 debugmodel", "llama3 8B"]
+    assert [line.split()[0] for line in lines if re.match(r" +\d+ ", line)] == ["1", "2", "4"]
+    assert [line.split(": ")[0].strip() for line in lines if ": --" in line] == ["all", "1", "2", "all", "4"]
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_the_command_says():
+    page = (REPOSITORY / "docs" / "scaling.md").read_text(encoding="utf-8")
+    said = call_tool(main, "--recipe").stdout + call_tool(main, "--settings", "--gpus", "8,64").stdout
+    rows = [line for line in said.splitlines() if re.match(r" *\d+ ", line)]
+    assert len(rows) == 13 + 8
+    for row in rows:
+        assert f"    {row}\n" in page
 
 
 def test_hours_of_an_epoch():
