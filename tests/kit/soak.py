@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import collections
 import random
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -48,26 +50,36 @@ def soak(
 
     faults: keys of KINDS, in order. train: runs without disturbance on as many workers; left out, by the launcher.
     """
-    steps = (3 * len(faults) + 4) * _STEPS_PER_FAULT  # what a fault waits for, and what passes until it has come
+    steps = 2 * (len(faults) + 2) * _STEPS_PER_FAULT  # what a fault waits for, and what passes until it has come
     shared = {"training__steps": steps}
     undisturbed = tiny_run(folder, "undisturbed", checkpoint__enable="false", **shared)
     (train or (lambda argv: _finish(ForkedLaunch(argv, workers, 0))))(undisturbed)
     argv = tiny_run(folder, "disturbed", metrics__trackers='["tests.kit.soak:Pace"]', **shared, **OPTIONS)
     mounted = mount_small_disk(folder / "disturbed" / "checkpoint")
+    starts: list[ForkedLaunch] = []
+
+    def start_anew() -> ForkedLaunch:
+        starts.append(ForkedLaunch(argv, workers, len(starts) + 1))
+        return starts[-1]
+
     try:
-        return _disturb(folder, argv, faults, random.Random(seed), workers, steps)
+        outcomes = _disturb(folder, start_anew, faults, random.Random(seed), workers)
+        compare(folder / "disturbed", folder / "undisturbed", steps)
+        return outcomes
     finally:
+        if starts and starts[-1].process.poll() is None:
+            starts[-1].kill_all()
         if mounted:
             unmount(folder / "disturbed" / "checkpoint")
 
 
 def _disturb(
-    folder: Path, argv: list[str], faults: Sequence[str], chance: random.Random, workers: int, steps: int
+    folder: Path, start_anew: Callable[[], ForkedLaunch], faults: Sequence[str], chance: random.Random, workers: int
 ) -> Outcomes:
+    """A run with all the faults, to its end."""
     outcomes: collections.Counter[tuple[str, str]] = collections.Counter()
     want = [record["loss"] for record in records(folder / "undisturbed")]
-    launch, starts, cut = ForkedLaunch(argv, workers, 1), 1, ""
-    start = time.monotonic()
+    launch, cut, start = start_anew(), "", time.monotonic()
     for number, kind in enumerate(faults, 1):
         first = last_step(launch.dump)
         during_save = chance.random() < 0.5
@@ -81,15 +93,13 @@ def _disturb(
         if not cut:
             outcomes[kind, outcome] += 1
         if launch.process.poll() is not None:
-            starts += 1
-            launch = ForkedLaunch(argv, workers, starts)
+            launch = start_anew()
         got = [record["loss"] for record in records(launch.dump) if "loss" in record]
         assert got == want[: len(got)], f"after {kind} at step {step} the losses are others"
         print(f"{number}: {kind} at step {step}: {outcome} ({time.monotonic() - start:.0f} s)", flush=True)
     _finish(launch)
     if cut:
         outcomes["a file of the newest checkpoint is cut off", resumed_before(launch, cut)] += 1
-    compare(folder / "disturbed", folder / "undisturbed", steps)
     return dict(outcomes)
 
 
@@ -129,6 +139,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=4)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and clear up
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         outcomes = soak(Path(folder), drawn(args.faults, random.Random(args.seed)), args.seed, args.workers)
     print(table(outcomes))
