@@ -40,7 +40,7 @@ QUICK = ("hdpissa", "full", "lora")
 def test_trains_resumes_and_exports(name: str, argv, workers, tmp_path: Path):
     """As of the decoder (test_every_method), and the new head moves too, from the same first values everywhere. New
     slices begin with an optimizer without memory; the head's goes on."""
-    anew = {"hdpissa__refresh_steps": 1} if name == "hdpissa" else {}
+    anew, stop = ({"hdpissa__refresh_steps": 2, "training__steps": 4}, 3) if name == "hdpissa" else ({}, 1)
     losses = workers.run(2, runs.train, argv(name, "whole", **anew))[0]
     whole, start = runs.exported(tmp_path / "whole"), load_file(tmp_path / "model" / "model.safetensors")
     assert whole.keys() == {*start, *HEAD} - {"lm_head.bias"}
@@ -50,7 +50,7 @@ def test_trains_resumes_and_exports(name: str, argv, workers, tmp_path: Path):
         assert {key.split(".")[-2] for key in moved} == LAYERS
     assert all(whole[key].any() for key in HEAD)  # biases start at zero
     saved = {"checkpoint__enable": "true", "hdpissa__num_adapters": 2 if METHODS[name].folds else 0, **anew}
-    first = workers.run(2, runs.train, argv(name, "stopped", **saved), stop_after=1)[0]
+    first = workers.run(2, runs.train, argv(name, "stopped", **saved), stop_after=stop)[0]
     second = workers.run(1, runs.train, argv(name, "stopped", **saved))[0]
     assert first + second == pytest.approx(losses, rel=LOSS_TOLERANCE)
     for key, weight in runs.exported(tmp_path / "stopped").items():
