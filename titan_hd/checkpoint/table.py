@@ -1,13 +1,14 @@
 """The table of contents of a checkpoint, DCP's `.metadata`, from the lines that the ranks send of what they wrote.
 
-Rank 0 makes it, perhaps while its main thread launches the kernels of the training: so it sleeps a little between its
-lines, and makes it again only when a line has changed, which between two saves of a run none does.
+Rank 0 makes it, perhaps while its main thread launches the kernels of the training: so it leaves most of the time to
+that thread, and makes it again only when a line has changed, which between two saves of a run none does.
 """
 
 from __future__ import annotations
 
 import math
 import pickle
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import IO, TypeVar, cast
@@ -28,7 +29,7 @@ from titan_hd.checkpoint.pieces import Stored
 from titan_hd.checkpoint.writer import Entry
 
 T = TypeVar("T")
-_PAUSE = 1e-4  # seconds
+_REST = 4  # times as long as the work
 _AT_A_TIME = 64  # lines, a fraction of a millisecond, for which another thread may have to wait
 
 
@@ -53,28 +54,49 @@ class TableOfContents:
         """
         if self._content is None or self._content[0] != stored:
             entries = [entry for rank in sorted(self._entries) for entry in self._entries[rank]]
-            file = _Pausing()
-            pickle.dump(_metadata(stored, entries), cast(IO[bytes], file))
+            pauses = _Pauses()
+            file = _Pausing(pauses)
+            pickle.dump(_metadata(stored, entries, pauses), cast(IO[bytes], file))
             self._content = stored, b"".join(file.parts)
         return self._content[1]
+
+
+class _Pauses:
+    """Pauses of a thread that computes in Python, in which the main thread gets Python's lock; without them it would
+    wait for it at every kernel, 5 ms each time. The main thread itself makes none."""
+
+    def __init__(self) -> None:
+        self._beside = threading.current_thread() is not threading.main_thread()
+        self._worked = time.thread_time()
+
+    def rest(self) -> None:
+        if self._beside:
+            time.sleep(_REST * (time.thread_time() - self._worked))
+            self._worked = time.thread_time()
+
+    def after_some(self, lines: Iterable[T]) -> Iterator[T]:
+        for number, line in enumerate(lines):
+            if number % _AT_A_TIME == _AT_A_TIME - 1:
+                self.rest()
+            yield line
 
 
 class _Pausing:
     """A file in memory. What pickles an object into it writes 64 kB at a time, and in between has Python's lock."""
 
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
+    def __init__(self, pauses: _Pauses) -> None:
+        self._pauses, self.parts = pauses, list[bytes]()
 
     def write(self, data: bytes) -> int:
-        time.sleep(_PAUSE)
+        self._pauses.rest()
         self.parts.append(bytes(data))
         return len(data)
 
 
-def _metadata(stored: list[Stored], entries: list[Entry]) -> Metadata:
+def _metadata(stored: list[Stored], entries: list[Entry], pauses: _Pauses) -> Metadata:
     chunks: dict[str, dict[tuple[int, ...], ChunkStorageMetadata]] = {tensor.name: {} for tensor in stored}
     places = {}
-    for entry in _with_pauses(entries):
+    for entry in pauses.after_some(entries):
         offsets = torch.Size(entry.offsets)
         of_tensor = chunks[entry.name]
         if entry.offsets in of_tensor:
@@ -84,7 +106,7 @@ def _metadata(stored: list[Stored], entries: list[Entry]) -> Metadata:
     tensors: dict[str, STORAGE_TYPES] = {}
     for tensor in stored:
         boxes = list(chunks[tensor.name].values())
-        if sum(math.prod(box.sizes) for box in _with_pauses(boxes)) != math.prod(tensor.size):
+        if sum(math.prod(box.sizes) for box in pauses.after_some(boxes)) != math.prod(tensor.size):
             raise RuntimeError(
                 f"{tensor.name}: the ranks' pieces are not the whole of {list(tensor.size)}: {boxes[:9]}"
             )
@@ -93,12 +115,3 @@ def _metadata(stored: list[Stored], entries: list[Entry]) -> Metadata:
     # What DCP's own tools read: how deep in dictionaries a tensor lay.
     nesting = {tensor.name: (tensor.name,) for tensor in stored}
     return Metadata(tensors, nesting, places, StorageMeta())
-
-
-def _with_pauses(lines: Iterable[T]) -> Iterator[T]:
-    """The main thread gets Python's lock in the pauses; without them it would wait for it at every kernel, 5 ms each
-    time."""
-    for number, line in enumerate(lines):
-        if number % _AT_A_TIME == _AT_A_TIME - 1:
-            time.sleep(_PAUSE)
-        yield line
