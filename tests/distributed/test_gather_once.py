@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from step_costs import fsdp_gathers
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 
@@ -16,7 +17,6 @@ from tests.kit.gathers import Gathers
 from titan_hd.distributed import weight_gathers
 from titan_hd.distributed.shards import base_parameters
 from titan_hd.models.registry import read_hf_config
-from tools.scaling import fsdp_gathers
 
 SETTINGS = ("always", "never", "default")
 MICRO_BATCHES = 4  # of each of two workers
