@@ -105,7 +105,9 @@ def answers(argv: list[str], question: torch.Tensor) -> torch.Tensor:
         return run.model.eval()(question).clone()
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("bone", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("pissa", "bone", "bat"))]
+)
 def test_peft_puts_the_adapter_onto_the_layers(method: str, argv, workers, tmp_path: Path):
     """Onto the plain modules of the base model, whose names are the Hub's; `key` is in both mixes."""
     peft = pytest.importorskip("peft")

@@ -20,6 +20,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -47,10 +48,19 @@ _ALLOWED = {
 }
 
 
+def _memory_format(of: object, name: str) -> object:
+    """What stands for `getattr`, by which Python 3.11.0 to 3.11.3 pickle a member of an enumeration."""
+    if of is not _MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError(f"it asks {of} for {name}, which is no part of a table of contents")
+    return _MEM_FORMAT_ENCODING[name]
+
+
 class _TableUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if (module, name) in _ALLOWED:
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a table of contents")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import pickle
 from pathlib import Path
 
@@ -28,6 +29,22 @@ def test_what_dcp_wrote_is_read(folder: Path):
     got = {name: torch.zeros_like(value) for name, value in TENSORS.items() if name != "step"}
     dcp.load(got, storage_reader=reader, no_dist=True)
     assert all(torch.equal(got[name], TENSORS[name]) for name in got)
+
+
+class _OlderPickler(pickle.Pickler):
+    """Members of enumerations as Python 3.11.0 to 3.11.3 pickle them."""
+
+    def reducer_override(self, obj: object):
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, enum.Enum) else NotImplemented
+
+
+def test_what_an_older_python_wrote_is_read(folder: Path):
+    with (folder / ".metadata").open("rb") as file:
+        table = pickle.load(file)
+    with (folder / ".metadata").open("wb") as file:
+        _OlderPickler(file).dump(table)
+    assert b"getattr" in (folder / ".metadata").read_bytes()
+    test_what_dcp_wrote_is_read(folder)
 
 
 @pytest.mark.parametrize("function", [open, eval, getattr, print, torch.load, Path.unlink])
