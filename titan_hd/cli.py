@@ -37,6 +37,7 @@ COMMANDS = {
     "convert-checkpoint": Command(
         "tools/convert_checkpoint.py", (), "between checkpoints and Hugging Face directories"
     ),
+    "convert-rwkv": Command("tools/convert_rwkv.py", (), "between BlinkDL's .pth files of RWKV-6 and the Hub's layout"),
     "download-hf": Command("tools/download_hf.py", (), "a model or a data set from the Hub"),
     "estimate-memory": Command("tools/estimate_memory.py", (), "what fits on a card"),
     "import-gguf": Command("tools/import_gguf.py", (), "a Hugging Face directory of a GGUF file"),

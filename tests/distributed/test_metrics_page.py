@@ -8,10 +8,11 @@ from pathlib import Path
 
 from tests.kit import runs
 from tests.kit.commands import REPOSITORY
+from titan_hd.components.classification import OF_CLASSES, OF_SCORES
 
 QUICKSTART = REPOSITORY / "assets" / "quickstart"
-# Only on GPUs that are known, and only in runs whose slices are taken anew.
-ELSEWHERE = {"mfu", "hfu", "refresh_seconds"}
+# Only on GPUs that are known, in runs whose slices are taken anew, and of classifiers.
+ELSEWHERE = {"mfu", "hfu", "refresh_seconds", *(f"validation_{name}" for name in OF_CLASSES + OF_SCORES)}
 
 
 def documented() -> set[str]:
