@@ -69,6 +69,17 @@ def test_the_head_learns_the_mean_of_all_adapters_losses(argv, workers, tmp_path
         torch.testing.assert_close(heads[1][key], heads[0][key], rtol=1e-5, atol=1e-7)
 
 
+def test_adapters_that_learn_from_all_records_are_one_of_all_directions(argv, workers, tmp_path: Path):
+    """... and the head is the same: K = 2 of rank 1 on two workers against K = 1 of rank 2 on one."""
+    one = {"hdpissa__num_adapters": 1, "adapter__rank": 2}
+    dealt = {"hdpissa__num_adapters": 2, "adapter__rank": 1, "hdpissa__samples": "all"}
+    want = workers.run(1, runs.train, argv("hdpissa", "one", **one))[0]
+    assert workers.run(2, runs.train, argv("hdpissa", "dealt", **dealt))[0] == pytest.approx(want, rel=LOSS_TOLERANCE)
+    exported = runs.exported(tmp_path / "one")
+    for key, weight in runs.exported(tmp_path / "dealt").items():
+        torch.testing.assert_close(weight, exported[key], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_compiles(argv, workers):
     options = {"export__enable": "false"}
