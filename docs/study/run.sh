@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The runs of docs/study.md:  docs/study/run.sh PART [option of tools/compare_methods.py ...]
-# Parts: quickstart, spectra (of its best runs), clipped, adapters, rank, mute, aggregate, batch, share, family, leading,
-# smollm2. Each can be killed, and goes on when it is started again. Results are in outputs/study/PART; those of the study
-# itself are in docs/study/PART.
+# Parts: quickstart, spectra (of its best runs), clipped, adapters, rank, mute, aggregate, batch, share, family,
+# family_seeds, leading, smollm2. Each can be killed, and goes on when it is started again. Results are in
+# outputs/study/PART; those of the study itself are in docs/study/PART.
 set -euo pipefail
 cd "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../.."
 part=${1:?which part}
@@ -63,12 +63,11 @@ aggregate) # the same effective rates
   arms=hdpissa,hdpissa+aggregate=mean+optimizer.lr=1.2e-2:1.92e-1:5
   compare "Sum and mean" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}"
   ;;
-batch) # K at K * r = 64, along the global batch: how many records a slice learns from
+batch) # all directions learning from the whole batch and K = 8 slices of it, along the batch
   for batch in 64 128 256 512; do
     part=batch_$batch
-    arms=hdpissa+num_adapters=1+rank=64,hdpissa+num_adapters=2+rank=32,hdpissa+num_adapters=4+rank=16,hdpissa
-    compare "K * r = 64, $batch records a step" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}" \
-      --training.global_batch_size $batch
+    compare "K * r = 64, $batch records a step" hdpissa,hdpissa+num_adapters=1+rank=64 --grid optimizer.lr=3e-3:1.2e-2:3 \
+      --seeds 1 --widen 0 --baseline hdpissa "$@" "${quickstart[@]}" --training.global_batch_size $batch
   done
   ;;
 share) # K at K * r = 64 and 64 records a step, beside K = 1 with as many records a step as a slice of theirs has
@@ -87,15 +86,26 @@ family) # beyond the paper, K = 8 r = 8; the last two arms are the ones to beat
   arms+=,pissa+rank=64,lora+rslora=true+rank=64+optimizer.lr=2e-4:3.2e-3:5
   compare "The folding family" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}"
   ;;
+family_seeds) # the family's other arms, each at its best rate of that part
+  arms=hdpissa+slices=minor+optimizer.lr=6e-3,hdpissa+factor_scale=unit+optimizer.lr=6e-3
+  arms+=,hdpissa+exchange_dtype=int8+optimizer.lr=6e-3,hdpissa+refresh_steps=10+optimizer.lr=3e-3
+  arms+=,hdpissa+refresh_steps=20+optimizer.lr=3e-3,hdpissa+refresh_steps=40+optimizer.lr=3e-3
+  arms+=,hdpissa+local_steps=2+optimizer.lr=3e-3,hdpissa+local_steps=4+optimizer.lr=1.5e-3
+  arms+=,hdpissa+local_steps=8+optimizer.lr=1.5e-3,hdpissa+samples=all+optimizer.lr=3e-3
+  arms+=,hdpissa+samples=all+factor_scale=unit+optimizer.lr=6e-3,hdpissa+samples=all+slices=random+optimizer.lr=1.2e-2
+  compare "The folding family, three seeds" "hdpissa+optimizer.lr=6e-3,$arms" --baseline hdpissa+optimizer.lr=6e-3 "$@" \
+    "${quickstart[@]}"
+  ;;
 leading) # the two that lead the family and what they are to lead, with seeds
   arms=hdpissa,hdpissa+samples=all+refresh_steps=10,hdpissa+samples=all+factor_scale=unit+refresh_steps=10
   arms+=,pissa+rank=64,lora+rslora=true+rank=64+optimizer.lr=2e-4:3.2e-3:5
   compare "What leads the folding family" "$arms" --grid $rates --baseline hdpissa --widen 1 "$@" "${quickstart[@]}"
   ;;
-smollm2)
-  arms=hdpissa,hdpissa+num_adapters=1+rank=128,pissa,lora+rslora=true+optimizer.lr=1e-4:1.6e-3:3
-  arms+=,lora+rslora=true+rank=128+optimizer.lr=2.5e-5:4e-4:3,full+optimizer.lr=1e-5:1.6e-4:3
-  compare "SmolLM2-135M on GSM8K" "$arms" --grid optimizer.lr=5e-5:8e-4:3 --seeds 2 --baseline hdpissa "$@" \
+smollm2) # r = 16, K * r = 128; one seed
+  arms=hdpissa,hdpissa+num_adapters=1+rank=128,lora+rslora=true+rank=128+optimizer.lr=1e-4:1.6e-3:3,pissa
+  arms+=,lora+rslora=true+optimizer.lr=4e-4:6.4e-3:3,full+optimizer.lr=2e-5:3.2e-4:3
+  arms+=,hdpissa+samples=all+refresh_steps=10,hdpissa+samples=all+factor_scale=unit+refresh_steps=10
+  compare "SmolLM2-135M on GSM8K" "$arms" --grid optimizer.lr=1e-4:1.6e-3:3 --seeds 1 --widen 0 --baseline hdpissa "$@" \
     --config train_configs/study_smollm2.toml
   ;;
 *)
