@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from tests.kit import oracle, runs
+from tests.kit import dense_reference, oracle, runs
 from titan_hd.adapters.mora import square_size
 from titan_hd.seeding import stable_seed
 
@@ -168,41 +168,20 @@ def mora_change(weight: torch.Tensor, m: torch.Tensor, mora_type: int) -> torch.
     return dense[torch.arange(out) % len(rows)]
 
 
-def bat_row_change(weight: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    b = d.shape[-1]
-    columns = [weight[:, c * b : (c + 1) * b] @ d[c] + d[c].repeat(len(weight) // b, 1) for c in range(len(d))]
-    return torch.cat(columns, 1)
-
-
 def plain_run(method: str, weights: dict, config: dict, records: list[dict]) -> tuple[list[float], dict]:
-    """The same training with dense weights W + dW, float64, one process, no titan_hd code but the size of M."""
-    weights = {n: w.double() for n, w in weights.items()}
+    """The same training with dense weights W + dW, no titan_hd code but the size of M."""
     names = [n for n in weights if n.split(".")[-2] in oracle.LINEARS]
     kind = METHODS[method].get("adapter__mora_type")
 
     def start(w):
         q = square_size(w.shape[1], w.shape[0], 2, kind) if kind else 0
-        return torch.zeros((q, q) if kind else (w.shape[1] // 2, 2, 2), dtype=torch.float64)
+        return torch.zeros((q, q) if kind else (w.shape[1] // 2, 2, 2))
 
-    def merged(tensors):
-        change = {n: mora_change(weights[n], t, kind) if kind else bat_row_change(weights[n], t) for n, t in tensors}
-        return weights | {n: weights[n] + dw for n, dw in change.items()}
+    def change(weight, tensor):
+        return mora_change(weight, tensor, kind) if kind else dense_reference.bat_row_change(weight, tensor)
 
-    tensors = {n: start(weights[n]) for n in names}
-    adams = {n: oracle.Adam(0.9, 0.999, 1e-8) for n in names}
-    losses = []
-    for batch in batches(records):
-        leaves = {n: t.requires_grad_(True) for n, t in tensors.items()}
-        current, total, count = merged(leaves.items()), 0.0, 0
-        for record in batch:
-            logits = oracle.forward(current, config, torch.tensor(record["input_ids"]))
-            labels = torch.tensor(record["labels"][1:])
-            total = total + F.cross_entropy(logits[:-1], labels, ignore_index=-100, reduction="sum")
-            count += int((labels != -100).sum())
-        gradients = torch.autograd.grad(total / count, list(leaves.values()))
-        losses.append((total / count).item())
-        tensors = {n: leaves[n].detach() + adams[n].update(g, RATE) for n, g in zip(leaves, gradients)}
-    return losses, merged(tensors.items())
+    starts = {n: start(weights[n]) for n in names}
+    return dense_reference.train(weights, config, batches(records), RATE, starts, change)
 
 
 @pytest.mark.parametrize("method", ["bat-row", "mora-6", pytest.param("mora-1", marks=pytest.mark.slow)])

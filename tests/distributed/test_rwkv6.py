@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.kit import oracle, runs, rwkv
+from tests.kit import dense_reference, oracle, runs, rwkv
 from titan_hd.adapters.methods import METHODS
 from titan_hd.components.flops import flops_per_token
 from titan_hd.config.manager import ConfigError, load
@@ -74,6 +74,21 @@ def test_hdpissa_is_the_reference(argv, workers, tmp_path: Path):
     settings = oracle.Settings(2, 1, 8, lrs=[1e-2] * STEPS, targets=tuple(KINDS))
     with mock.patch.object(oracle, "forward", rwkv.forward):
         want, want_losses = oracle.train(start, config, records, settings)
+    errors = runs.delta_error(runs.exported(tmp_path / "dump"), want, start)
+    assert len(errors) == len(PATHS) * config["num_hidden_layers"]
+    assert max(errors.values()) < DELTA_TOLERANCE, errors
+    assert losses == pytest.approx(want_losses, rel=LOSS_TOLERANCE)
+
+
+def test_bats_row_form_is_the_reference(argv, workers, tmp_path: Path):
+    """peft has the column form alone; blocks of 2, so that the channel mix has an even number of channels here."""
+    config, start = rwkv.write_model(tmp_path / "model", intermediate_size=38)
+    records = runs.write_records(tmp_path / "records.jsonl", count=20)
+    losses = workers.run(2, runs.train, argv("bat", "dump", adapter__bat_form="row", adapter__rank=2))[0]
+    batches = [records[:8], records[8:16]]
+    starts = {n: torch.zeros(w.shape[1] // 2, 2, 2) for n, w in start.items() if n.split(".")[-2] in KINDS}
+    with mock.patch.object(oracle, "forward", rwkv.forward):
+        want_losses, want = dense_reference.train(start, config, batches, 1e-2, starts, dense_reference.bat_row_change)
     errors = runs.delta_error(runs.exported(tmp_path / "dump"), want, start)
     assert len(errors) == len(PATHS) * config["num_hidden_layers"]
     assert max(errors.values()) < DELTA_TOLERANCE, errors
