@@ -102,10 +102,10 @@ leading) # the two that lead the family and what they are to lead, with seeds
   compare "What leads the folding family" "$arms" --grid $rates --baseline hdpissa --widen 1 "$@" "${quickstart[@]}"
   ;;
 smollm2) # r = 16, K * r = 128; one seed
-  arms=hdpissa,hdpissa+num_adapters=1+rank=128,lora+rslora=true+rank=128+optimizer.lr=1e-4:1.6e-3:3,pissa
-  arms+=,lora+rslora=true+optimizer.lr=4e-4:6.4e-3:3,full+optimizer.lr=2e-5:3.2e-4:3
+  arms=hdpissa,hdpissa+num_adapters=1+rank=128,lora+rslora=true+rank=128+optimizer.lr=2.5e-5:4e-4:3,pissa
+  arms+=,lora+rslora=true+optimizer.lr=1e-4:1.6e-3:3,full+optimizer.lr=1e-5:1.6e-4:3
   arms+=,hdpissa+samples=all+refresh_steps=10,hdpissa+samples=all+factor_scale=unit+refresh_steps=10
-  compare "SmolLM2-135M on GSM8K" "$arms" --grid optimizer.lr=1e-4:1.6e-3:3 --seeds 1 --widen 0 --baseline hdpissa "$@" \
+  compare "SmolLM2-135M on GSM8K" "$arms" --grid optimizer.lr=5e-5:8e-4:3 --seeds 1 --widen 0 --baseline hdpissa "$@" \
     --config train_configs/study_smollm2.toml
   ;;
 *)
