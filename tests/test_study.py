@@ -99,7 +99,7 @@ def tables(text: str) -> Iterator[Table]:
 def fits(cell: str, arm: Arm) -> bool:
     """Whether the first cell of a row may mean this arm: by the method (hdpissa if none is named) and all settings."""
     method = re.split(r"\W", cell.lstrip("`*").lower())[0]
-    settings = re.findall(r"(\w+) ?= ?([\w.]+)", cell)
+    settings = re.findall(r"(\w+) ?= ?([\w.+-]+)", cell)
     of = [re.sub(r"^\w+\.", "", setting) for setting in arm.name.split("+")]  # without the section
     numbers = arm.complete(arm.best)[0].numbers
     short = {"K": "num_adapters", "r": "rank"}

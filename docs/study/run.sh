@@ -66,7 +66,7 @@ aggregate) # the same effective rates
 batch) # all directions learning from the whole batch and K = 8 slices of it, along the batch
   for batch in 64 128 256 512; do
     part=batch_$batch
-    compare "K * r = 64, $batch records a step" hdpissa,hdpissa+num_adapters=1+rank=64 --grid optimizer.lr=3e-3:1.2e-2:3 \
+    compare "K * r = 64, $batch records a step" hdpissa,hdpissa+num_adapters=1+rank=64 --grid optimizer.lr=3e-3:6e-3:2 \
       --seeds 1 --widen 0 --baseline hdpissa "$@" "${quickstart[@]}" --training.global_batch_size $batch
   done
   ;;
@@ -104,7 +104,7 @@ leading) # the two that lead the family and what they are to lead, with seeds
 smollm2) # r = 16, K * r = 128; one seed
   arms=hdpissa,hdpissa+num_adapters=1+rank=128,lora+rslora=true+rank=128+optimizer.lr=2.5e-5:4e-4:3,pissa
   arms+=,lora+rslora=true+optimizer.lr=1e-4:1.6e-3:3,full+optimizer.lr=1e-5:1.6e-4:3
-  arms+=,hdpissa+samples=all+refresh_steps=10,hdpissa+samples=all+factor_scale=unit+refresh_steps=10
+  arms+=,hdpissa+samples=all+factor_scale=unit+refresh_steps=10
   compare "SmolLM2-135M on GSM8K" "$arms" --grid optimizer.lr=5e-5:8e-4:3 --seeds 1 --widen 0 --baseline hdpissa "$@" \
     --config train_configs/study_smollm2.toml
   ;;
