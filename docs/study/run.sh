@@ -64,7 +64,7 @@ aggregate) # the same effective rates
   compare "Sum and mean" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}"
   ;;
 batch) # all directions learning from the whole batch and K = 8 slices of it, along the batch
-  for batch in 64 128 256 512; do
+  for batch in 64 256 512; do
     part=batch_$batch
     compare "K * r = 64, $batch records a step" hdpissa,hdpissa+num_adapters=1+rank=64 --grid optimizer.lr=3e-3:6e-3:2 \
       --seeds 1 --widen 0 --baseline hdpissa "$@" "${quickstart[@]}" --training.global_batch_size $batch
@@ -90,8 +90,7 @@ family_seeds) # the family's other arms, each at its best rate of that part
   arms=hdpissa+slices=minor+optimizer.lr=6e-3,hdpissa+factor_scale=unit+optimizer.lr=6e-3
   arms+=,hdpissa+exchange_dtype=int8+optimizer.lr=6e-3,hdpissa+refresh_steps=10+optimizer.lr=3e-3
   arms+=,hdpissa+refresh_steps=20+optimizer.lr=3e-3,hdpissa+refresh_steps=40+optimizer.lr=3e-3
-  arms+=,hdpissa+local_steps=2+optimizer.lr=3e-3,hdpissa+local_steps=4+optimizer.lr=1.5e-3
-  arms+=,hdpissa+local_steps=8+optimizer.lr=1.5e-3,hdpissa+samples=all+optimizer.lr=3e-3
+  arms+=,hdpissa+local_steps=2+optimizer.lr=3e-3,hdpissa+samples=all+optimizer.lr=3e-3
   arms+=,hdpissa+samples=all+factor_scale=unit+optimizer.lr=6e-3,hdpissa+samples=all+slices=random+optimizer.lr=1.2e-2
   compare "The folding family, three seeds" "hdpissa+optimizer.lr=6e-3,$arms" --baseline hdpissa+optimizer.lr=6e-3 "$@" \
     "${quickstart[@]}"
