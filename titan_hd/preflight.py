@@ -28,6 +28,7 @@ from titan_hd.components.dtypes import dtype_warnings, resolve_dtypes, untouched
 from titan_hd.components.optimizer import optimizer_class
 from titan_hd.components.trackers.registry import tracker_errors
 from titan_hd.components.update import fold_plan
+from titan_hd.config.checks import CLASSIFIER_METRICS
 from titan_hd.config.job_config import Data, JobConfig
 from titan_hd.config.manager import ConfigError
 from titan_hd.data.build import check_data
@@ -319,10 +320,16 @@ def decoder_config(config: JobConfig) -> ModelConfig:
 
 
 def _as_the_model_reads(data: Data, model: ModelConfig) -> Data:
-    """The [data] section for a classifier: its one format, and its classes."""
+    """The [data] section for a classifier: its one format, for the entries of lists too, and its classes."""
     if not isinstance(model, RobertaConfig):
         return data
-    return dataclasses.replace(data, format="classification", labels=[*model.label_names])
+    lists = {key: getattr(data, key) for key in ("train", "validation")}
+    whole = {
+        key: [dataclasses.replace(entry, format=None) for entry in entries]
+        for key, entries in lists.items()
+        if isinstance(entries, list)
+    }
+    return dataclasses.replace(data, format="classification", labels=[*model.label_names], **whole)
 
 
 def _kind_errors(config: JobConfig, model: ModelConfig, method: Method, needs_files: bool) -> list[str]:
@@ -331,15 +338,20 @@ def _kind_errors(config: JobConfig, model: ModelConfig, method: Method, needs_fi
     c, family = config, model.hf.get("model_type")
     lists = (source for source in (c.data.train, c.data.validation) if isinstance(source, list))
     formats = {c.data.format, *(entry.format for sources in lists for entry in sources if entry.format)}
+    best = c.checkpoint.keep_best.partition("/")[0].removeprefix("validation_")
     if not isinstance(model, RobertaConfig):
+        of_classifiers = {
+            "data.format:": "classification" in formats,
+            "data.labels:": c.data.labels,
+            f"checkpoint.keep_best: {c.checkpoint.keep_best}": best in CLASSIFIER_METRICS,
+        }
         return [
-            f"data.{key}: is for a model with a classification head (roberta), not for {family}"
-            for key, given in (("format", "classification" in formats), ("labels", c.data.labels))
+            f"{key} is for a model with a classification head (roberta), not for {family}"
+            for key, given in of_classifiers.items()
             if given
         ]
     others = formats - {"auto", "classification"}
     length, most, known = c.training.seq_len, model.max_position_embeddings, metric_names(model.num_labels)
-    best = c.checkpoint.keep_best.partition("/")[0].removeprefix("validation_")
     library = missing_library(model.num_labels) if c.validation.enable and needs_files else None
     faults = {
         f"data.format: {', '.join(sorted(others))} is for models that write text; {family} classifies": others,

@@ -29,7 +29,7 @@ from titan_hd.config.command_line import ToolParser
 from titan_hd.console import Progress, tell
 from titan_hd.data.text.tokenizer_world import VOCABULARY, read_vocabulary
 from titan_hd.errors import UserError
-from titan_hd.export.hf import beside, check_folder, publish, start_folder
+from titan_hd.export.hf import beside, publish, start_folder
 from titan_hd.files import disk_faults, expand_home, replace_file, user_path
 from titan_hd.models.hf_files import (
     check_space,
@@ -151,7 +151,8 @@ def to_hf(
     Raises:
         UserError: one line for every fault, before anything is written.
     """
-    check_folder(folder, str(source))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already; remove it or name another one")
     if vocabulary is not None:
         read_vocabulary(vocabulary)
     tensors = load_pth(source)

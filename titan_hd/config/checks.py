@@ -12,6 +12,8 @@ from typing import Any
 
 from titan_hd.config.job_config import DataSource, JobConfig
 
+# What the validation of a classification head logs: of classes, and of scores.
+CLASSIFIER_METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
 _AT_LEAST = {
     "job.gpu_gib": 1,
     "data.max_skipped": 0,
@@ -154,20 +156,22 @@ def _check_best(config: JobConfig) -> list[str]:
     best, validation, errors = config.checkpoint.keep_best, config.validation, []
     if best and not (validation.enable and config.checkpoint.enable):
         errors.append("checkpoint.keep_best: needs validation.enable and checkpoint.enable")
-    elif best and best not in (known := _validation_metrics(config)):
-        errors.append(f"checkpoint.keep_best: must be {' or '.join(known)} (what the validation logs), not {best!r}")
+    elif best and best not in _validation_metrics(config, config.data.format in ("auto", "classification")):
+        known = " or ".join(_validation_metrics(config, config.data.format == "classification"))
+        errors.append(f"checkpoint.keep_best: must be {known} (what the validation logs), not {best!r}")
     if validation.patience > 0 and not validation.enable:
         errors.append("validation.patience: needs validation.enable")
     return errors
 
 
-def _validation_metrics(config: JobConfig) -> list[str]:
-    """Names of the metrics that the validation can log: the first set's, then those of the others under their names."""
+def _validation_metrics(config: JobConfig, classifies: bool) -> list[str]:
+    """Names of the metrics that the validation can log: the first set's, then those of the others under their names.
+    classifies: the model may have a classification head; that it has none the run's plan says, which knows it."""
     others = config.data.validation[1:] if isinstance(config.data.validation, list) else []
     suffixes = ["", *(f"/{entry.name}" for entry in others if entry.name)]
     kinds = ["validation_loss"] + ["validation_exact_match"] * (config.validation.exact_match_samples > 0)
-    if config.data.format == "classification":  # of classes, and of scores
-        kinds += [f"validation_{name}" for name in ("accuracy", "f1", "matthews", "pearson", "spearman")]
+    if classifies:
+        kinds += [f"validation_{name}" for name in CLASSIFIER_METRICS]
     return [kind + suffix for suffix in suffixes for kind in kinds]
 
 

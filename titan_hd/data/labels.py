@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ _TEXTS = (
     ("sentence", ""),
     ("text", ""),
 )
+_WHOLE = re.compile(r"-?\d+")
 _LABELS = ("label", "gold_label", "score", "Quality", "is_duplicate")
 
 
@@ -73,7 +75,8 @@ def label_id(value: Any, name: str, labels: Sequence[str]) -> int:
     if str(value) in labels and not isinstance(value, bool):
         return labels.index(str(value))
     number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
-    if type(number) is int and 0 <= number < len(labels):
+    named = any(_WHOLE.fullmatch(label) for label in labels)  # then a number that is none of them is a fault
+    if type(number) is int and 0 <= number < len(labels) and not named:
         return number
     raise UserError(f"{name}: must be one of {', '.join(labels)} (data.labels), not {str(value)[:40]!r}")
 

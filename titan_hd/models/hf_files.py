@@ -63,9 +63,11 @@ class WeightFiles:
         tied_head: bool,
         may_lack: tuple[str, ...] = (),
         may_have: tuple[str, ...] = (),
+        prefix: str = "",
     ):
-        """may_lack, may_have: first parts of names of what the files need not have, and of what is passed over."""
-        self.directory, self._may_have = Path(directory), may_have
+        """may_lack, may_have: first parts of names of what the files need not have, and of what is passed over. prefix:
+        of names that have none of it in files of the model without a head."""
+        self.directory, self._may_have, self._prefix = Path(directory), may_have, prefix
         self.missing = {name for name in expected if name.startswith(may_lack)} if may_lack else set()
         self.bytes_read = 0
         self.nonzero: set[str] = set()
@@ -174,6 +176,9 @@ class WeightFiles:
                 errors += str(error).splitlines()
         if not headers:
             return errors
+        if self._prefix and not any(name.startswith(self._prefix) for entries in headers.values() for name in entries):
+            headers = {file: {self._prefix + n: e for n, e in entries.items()} for file, entries in headers.items()}
+            weight_map = weight_map and {self._prefix + name: file for name, file in weight_map.items()}
         for file, entries in headers.items():
             for name, entry in entries.items():
                 if not self._passed_over(name):
@@ -241,7 +246,8 @@ def weight_files(directory: str | Path, expected: dict[str, torch.Size], config:
     Raises:
         UserError: as `WeightFiles`.
     """
-    return WeightFiles(directory, expected, config.tie_word_embeddings, config.new_weights, config.other_weights)
+    names = config.new_weights, config.other_weights, config.base_prefix
+    return WeightFiles(directory, expected, config.tie_word_embeddings, *names)
 
 
 def open_model_weights(directory: str | Path, config: ModelConfig) -> WeightFiles:

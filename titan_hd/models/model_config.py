@@ -28,6 +28,7 @@ class ModelConfig:
         new_weights: first parts of the names of weights that its files may lack: they are of a head for another task.
             They are drawn then.
         other_weights: first parts of names that its files may have, of heads for other tasks.
+        base_prefix: of the names of its weights but the head's, which files of the model without a head leave out.
         blocks_name: of the list of the blocks in the names of its weights.
     """
 
@@ -47,6 +48,7 @@ class ModelConfig:
     endless: ClassVar[bool] = True
     new_weights: ClassVar[tuple[str, ...]] = ()
     other_weights: ClassVar[tuple[str, ...]] = ()
+    base_prefix: ClassVar[str] = ""
     blocks_name: ClassVar[str]
 
     @property

@@ -82,6 +82,7 @@ class RobertaConfig(ModelConfig):
     tie_word_embeddings: ClassVar[bool] = False  # pyrefly: ignore[bad-override]: no weights of it are tied
     new_weights: ClassVar[tuple[str, ...]] = ("classifier.",)
     other_weights: ClassVar[tuple[str, ...]] = ("lm_head.", "roberta.pooler.", "roberta.embeddings.position_ids")
+    base_prefix: ClassVar[str] = "roberta."
     blocks_name: ClassVar[str] = "roberta.encoder.layer"
 
     @property
@@ -372,7 +373,8 @@ class Roberta(Model):
         assert cache is None, "an encoder generates nothing"
         assert select is None, "an encoder generates nothing"
         if positions is None and documents is not None:
-            positions = restarting_positions(documents)
+            # Padding may be longer than the table, and what it is does not matter.
+            positions = restarting_positions(documents).clamp(max=self.config.max_position_embeddings - 1)
         elif positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None].expand(len(input_ids), -1)
         mask = None if documents is None else (documents[:, :, None] == documents[:, None, :])[:, None]

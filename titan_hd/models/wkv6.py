@@ -28,6 +28,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import logging
 from collections.abc import Callable
 
@@ -90,11 +91,20 @@ def _kernel_for(r: torch.Tensor) -> Callable[..., tuple[torch.Tensor, torch.Tens
 
 @functools.cache
 def _kernel() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None:
-    """flash-linear-attention's, where it is installed."""
+    """flash-linear-attention's, where it is installed and takes [B, T, H, K]: older versions had T behind H."""
     if importlib.util.find_spec("fla") is None:
         return None
+    try:
+        kernel = importlib.import_module("fla.ops.rwkv6").chunk_rwkv6
+        takes = inspect.signature(kernel).parameters.keys() & {"head_first", "cu_seqlens"}
+    except (ImportError, AttributeError, RuntimeError) as error:
+        logger.warning("flash-linear-attention is not used: it cannot be imported: %s", error)
+        return None
+    if not takes:
+        logger.warning("flash-linear-attention is not used: this version wants heads in front of tokens; update it")
+        return None
     logger.info("the recurrence of RWKV-6 is computed by flash-linear-attention's kernel")
-    return importlib.import_module("fla.ops.rwkv6").chunk_rwkv6
+    return functools.partial(kernel, head_first=False) if "head_first" in takes else kernel
 
 
 def wkv6_with_state(

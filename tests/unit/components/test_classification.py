@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.kit.classifiers import options, write_classifier, write_pairs
 from titan_hd.components import classification
 from titan_hd.components.classification import measure, metric_names
 from titan_hd.config.manager import ConfigError, load
+from titan_hd.data import build
 from titan_hd.models.classification import label_of_score
 from titan_hd.preflight import plan_run
 
@@ -96,6 +98,26 @@ def test_a_package_that_is_not_there(argv, tmp_path: Path, monkeypatch: pytest.M
     ):
         plan_run(load(argv(**settings)), 1)
     plan_run(load(argv(**settings)), 1, needs_files=False)
+
+
+@pytest.mark.parametrize("entry", [{}, {"format": "auto"}])
+def test_every_entry_of_a_list_is_read_as_a_classifier_reads(argv, tmp_path: Path, entry: dict):
+    sources = json.dumps([{"path": str(tmp_path / "train.tsv"), **entry}])
+    settings = {"data__train": sources, "data__validation": sources, "validation__enable": "true"}
+    data = plan_run(load(argv(**settings)), 1, needs_files=False).config.data
+    assert [source.config.format for key in ("train", "validation") for source in build.sources(data, key)] == [
+        "classification",
+        "classification",
+    ]
+
+
+def test_best_by_a_classifiers_metric(argv, tmp_path: Path):
+    settings = {"data__validation": tmp_path / "train.tsv", "validation__enable": "true", "checkpoint__enable": "true"}
+    settings["checkpoint__keep_best"] = "validation_accuracy"
+    plan_run(load(argv(**settings)), 1, needs_files=False)
+    runs.write_model(tmp_path / "decoder")
+    with pytest.raises(ConfigError, match=r"checkpoint.keep_best: validation_accuracy is for a model with a class"):
+        plan_run(load(argv(**settings, model__hf_assets_path=tmp_path / "decoder")), 1)
 
 
 @pytest.mark.parametrize(("key", "value"), [("data__format", "classification"), ("data__labels", "a,b")])

@@ -20,6 +20,8 @@ BOTH = [*VALIDATED, "--checkpoint.enable"]
         (BOTH, "validation_loss"),
         ([*BOTH, "--validation.exact_match_samples=5"], "validation_exact_match"),
         ([*BOTH, SETS], "validation_loss/plain"),
+        (BOTH, "validation_accuracy"),  # by the model, which is not known here
+        ([*BOTH, "--data.format=classification"], "validation_pearson"),
         ([*BOTH, SETS, "--validation.exact_match_samples=5"], "validation_exact_match/plain"),
     ],
 )
@@ -39,6 +41,10 @@ def test_metrics(words: list[str], metric: str):
         (
             [*BOTH, "--checkpoint.keep_best=loss"],
             "must be validation_loss (what the validation logs), not 'loss'",
+        ),
+        (
+            [*BOTH, "--data.format=text", "--checkpoint.keep_best=validation_accuracy"],
+            "must be validation_loss (what the validation logs), not 'validation_accuracy'",
         ),
         (
             [*BOTH, "--checkpoint.keep_best=validation_exact_match"],

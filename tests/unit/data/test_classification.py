@@ -120,6 +120,8 @@ def test_labels(value, labels: list[str], expected: int):
         (2, ["a", "b"], "label: must be one of a, b"),
         (True, ["a", "b"], "label: must be one of a, b"),
         ("c", ["a", "b"], "label: must be one of a, b"),
+        (0, ["1", "2", "3"], "label: must be one of 1, 2, 3 \\(data.labels\\), not '0'"),
+        ("2", ["-1", "0", "1"], "label: must be one of -1, 0, 1"),
         ("high", ["score"], "label: must be a number, the score, not 'high'"),
         (True, ["score"], "label: must be a number"),
         ("nan", ["score"], "label: must be a number"),

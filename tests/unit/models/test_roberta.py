@@ -98,6 +98,17 @@ def test_packed_sequences_are_as_each_by_itself():
     torch.testing.assert_close(loss, expected, rtol=0, atol=TOLERANCE)
 
 
+@torch.no_grad()
+def test_padding_may_be_longer_than_the_table():
+    """Rows are as long as a multiple of 8, which the number of positions need not be."""
+    model = random_roberta({**SMALL, "max_position_embeddings": SMALL["pad_token_id"] + 1 + 21})
+    ids = torch.arange(21).remainder(40)[None] + 10
+    row = torch.cat([ids, torch.full((1, 3), 1)], 1).repeat(2, 1)
+    row[1, 1:] = 1  # 23 of padding
+    documents = torch.tensor([21 * [0] + 3 * [1], [0] + 23 * [1]])
+    torch.testing.assert_close(model(row, documents=documents)[:1], model(ids))
+
+
 @pytest.mark.parametrize("keep", [(), ("qkv", "gate_up")])
 def test_recomputed_gradients_are_the_same_bits(keep: tuple[str, ...]):
     ids, real = batch()
@@ -184,6 +195,25 @@ class TestFiles:
         files = open_model_weights(self.write(tmp_path, weights | more), read_hf_config(tmp_path))
         assert {name.partition(".")[0] for name in files.missing} == {"classifier"}
         assert len(files.missing) == 4
+
+    def test_files_of_the_model_without_a_head(self, tmp_path: Path):
+        """transformers' RobertaModel writes names without "roberta.", and a pooler."""
+        model = random_roberta(SMALL)
+        state = {name: w for name, w in model.state_dict().items() if "classifier" not in name}
+        weights = {name.removeprefix("roberta."): w for name, w in state.items()}
+        folder = self.write(tmp_path, weights | {"pooler.dense.weight": torch.zeros(32, 32)})
+        files = open_model_weights(folder, read_hf_config(folder))
+        assert {name.partition(".")[0] for name in files.missing} == {"classifier"}
+        for name, want in state.items():
+            files.read_into(name, out := torch.empty_like(want))
+            assert torch.equal(out, want), name
+        two = {"first.safetensors": list(weights)[:5], "second.safetensors": list(weights)[5:]}
+        (folder / "model.safetensors").unlink()
+        for file, names in two.items():
+            save_file({name: weights[name] for name in names}, folder / file)
+        index = {"weight_map": {name: file for file, names in two.items() for name in names}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert open_model_weights(folder, read_hf_config(folder)).missing == files.missing
 
     def test_a_head_in_part_is_a_fault(self, tmp_path: Path):
         weights = {name: w for name, w in random_roberta(SMALL).state_dict().items() if name != "classifier.dense.bias"}

@@ -178,6 +178,8 @@ def test_a_pth_and_back(real: dict[str, torch.Tensor], tmp_path: Path):
     assert again.keys() == real.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in real.items())
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    with pytest.raises(UserError, match=r"hf: is there already"):  # whatever else lies in it would go
+        to_hf(tmp_path / "model.pth", tmp_path / "hf", None, None, 1e6)
     with pytest.raises(UserError, match=r"again.pth: is there already"):
         to_pth(str(tmp_path / "hf"), tmp_path / "again.pth", None)
 

@@ -108,18 +108,53 @@ def test_nothing_but_the_operands_is_kept():
     assert sum(kept.values()) <= sum(t.nbytes for t in tensors)
 
 
+def install(monkeypatch, kernel) -> None:
+    """A stand-in for flash-linear-attention. None: a package that lacks it."""
+    package, ops = ModuleType("fla"), ModuleType("fla.ops.rwkv6")
+    package.__spec__ = ModuleSpec("fla", None)
+    if kernel is not None:
+        ops.chunk_rwkv6 = kernel
+    monkeypatch.setitem(sys.modules, "fla", package)
+    monkeypatch.setitem(sys.modules, "fla.ops.rwkv6", ops)
+
+
+def older(r, k, v, g, u, scale=None, initial_state=None, output_final_state=False, checkpoint_level=0):
+    """Heads in front of tokens."""
+
+
+@pytest.mark.parametrize(("kernel", "says"), [(older, "heads in front of tokens"), (None, "cannot be imported")])
+def test_a_package_that_will_not_do_is_not_used(kernel, says: str, monkeypatch, caplog):
+    install(monkeypatch, kernel)
+    wkv6._kernel.cache_clear()
+    try:
+        assert wkv6._kernel() is None
+    finally:
+        wkv6._kernel.cache_clear()
+    assert says in caplog.text
+
+
+def test_newer_versions_have_tokens_in_front_alone(monkeypatch):
+    def newest(r, k, v, w, u, scale=None, cu_seqlens=None, **kwargs):
+        """`kwargs` are deprecated ones."""
+
+    install(monkeypatch, newest)
+    wkv6._kernel.cache_clear()
+    try:
+        assert wkv6._kernel() is newest
+    finally:
+        wkv6._kernel.cache_clear()
+
+
 def test_a_kernel_in_place_of_the_chunks(monkeypatch):
     """Asked as flash-linear-attention's documentation says, through a stand-in for the package; documents, too."""
 
-    def chunk_rwkv6(r, k, v, w, u, scale=None, **rest):
+    def chunk_rwkv6(r, k, v, w, u, scale=None, initial_state=None, head_first=True):
+        assert not head_first
         assert scale == 1.0  # it would take K^-1/2
         assert w.min() >= -100  # sums of larger ones leave nothing of the others
         return recurrence(r, k, v, torch.log(-w), u)[0], None
 
-    package, ops = ModuleType("fla"), ModuleType("fla.ops.rwkv6")
-    package.__spec__, ops.chunk_rwkv6 = ModuleSpec("fla", None), chunk_rwkv6
-    monkeypatch.setitem(sys.modules, "fla", package)
-    monkeypatch.setitem(sys.modules, "fla.ops.rwkv6", ops)
+    install(monkeypatch, chunk_rwkv6)
     monkeypatch.setattr(wkv6, "_kernel_for", lambda r: wkv6._kernel())
     wkv6._kernel.cache_clear()
     tensors, ends = operands(40), torch.zeros(2, 40, dtype=torch.bool)
