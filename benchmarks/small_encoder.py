@@ -153,16 +153,18 @@ class Texts:
 
     def __init__(self, found: list[list[str]], seed: int):
         self.draw = random.Random(seed)
-        found = [[text.split() for text in texts] for texts in found]
-        self.singles = [words for texts in found for words in texts if 4 <= len(words) <= 40]
-        self.pairs = [texts for texts in found if len(texts) == 2 and max(map(len, texts)) <= 50]
-        counts = Counter(plain(word) for texts in found for words in texts for word in words)
+        records = [[text.split() for text in texts] for texts in found]
+        self.singles = [words for texts in records for words in texts if 4 <= len(words) <= 40]
+        self.pairs = [texts for texts in records if len(texts) == 2 and max(map(len, texts)) <= 50]
+        counts = Counter(plain(word) for texts in records for words in texts for word in words)
         total = sum(counts.values())
         self.rarity = {word: math.log(total / count) for word, count in counts.items()}
 
     def single(self, longest: int) -> Words:
         """A text of at most so many words."""
-        return next(words for words in iter(lambda: self.draw.choice(self.singles), None) if len(words) <= longest)
+        while len(words := self.draw.choice(self.singles)) > longest:
+            pass
+        return words
 
     def altered(self, words: Words) -> Words:
         """Some words dropped, some replaced; perhaps its parts exchanged; perhaps a piece of another text behind it."""
@@ -291,7 +293,7 @@ def write_encoder(folder: Path, glue: Path, steps: int, seed: int) -> None:
         longest = next(words for share, words in LONGEST if step <= share * steps)
         found_losses = losses(model, heads, collate([source.example(longest) for _ in range(BATCH)], encode))
         optimizer.zero_grad()
-        sum(WEIGHTS[name] * loss for name, loss in found_losses.items()).backward()
+        torch.stack([WEIGHTS[name] * loss for name, loss in found_losses.items()]).sum().backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()

@@ -323,13 +323,12 @@ def _as_the_model_reads(data: Data, model: ModelConfig) -> Data:
     """The [data] section for a classifier: its one format, for the entries of lists too, and its classes."""
     if not isinstance(model, RobertaConfig):
         return data
-    lists = {key: getattr(data, key) for key in ("train", "validation")}
-    whole = {
-        key: [dataclasses.replace(entry, format=None) for entry in entries]
-        for key, entries in lists.items()
-        if isinstance(entries, list)
-    }
-    return dataclasses.replace(data, format="classification", labels=[*model.label_names], **whole)
+    train, validation = (
+        [dataclasses.replace(entry, format=None) for entry in sources] if isinstance(sources, list) else sources
+        for sources in (data.train, data.validation)
+    )
+    labels = [*model.label_names]
+    return dataclasses.replace(data, train=train, validation=validation, format="classification", labels=labels)
 
 
 def _kind_errors(config: JobConfig, model: ModelConfig, method: Method, needs_files: bool) -> list[str]:
