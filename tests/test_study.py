@@ -116,14 +116,13 @@ def agrees(cell: str, value: float) -> bool:
 
 def told(row: dict[str, str], arm: Arm) -> bool:
     """Whether a row says what this arm came to at its best rate."""
-    loss, match = (
-        statistics.fmean(arm.by_seed(arm.best, column).values())
-        for column in ("validation_loss", "validation_exact_match")
-    )
+    def mean(column: str) -> float:
+        return statistics.fmean(arm.by_seed(arm.best, column).values())
+
     return (
         agrees(row["rate"], float(arm.best[0]))
-        and agrees(row["loss"], loss)
-        and ("match" not in row or agrees(row["match"], 100 * match))
+        and agrees(row["loss"], mean("validation_loss"))
+        and ("match" not in row or agrees(row["match"], 100 * mean("validation_exact_match")))
     )
 
 
