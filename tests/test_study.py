@@ -116,6 +116,7 @@ def agrees(cell: str, value: float) -> bool:
 
 def told(row: dict[str, str], arm: Arm) -> bool:
     """Whether a row says what this arm came to at its best rate."""
+
     def mean(column: str) -> float:
         return statistics.fmean(arm.by_seed(arm.best, column).values())
 

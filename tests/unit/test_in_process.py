@@ -85,6 +85,7 @@ def test_importing_it_is_light():
 
 
 def test_a_run_says_what_it_has_come_to_and_another_may_follow(tiny: dict[str, Any]):
+    torch.set_float32_matmul_precision("highest")  # as in a new process, whatever other tests have left
     before = surroundings()
     assert before[2:4] == [True, "highest"], "which this run changes"
     values = tiny | {
