@@ -86,11 +86,9 @@ family) # beyond the paper, K = 8 r = 8; the last two arms are the ones to beat
   arms+=,pissa+rank=64,lora+rslora=true+rank=64+optimizer.lr=2e-4:3.2e-3:5
   compare "The folding family" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}"
   ;;
-family_seeds) # the family's other arms, each at its best rate of that part
+family_seeds) # of the family's other arms those that help, each at its best rate of that part
   arms=hdpissa+slices=minor+optimizer.lr=6e-3,hdpissa+factor_scale=unit+optimizer.lr=6e-3
-  arms+=,hdpissa+exchange_dtype=int8+optimizer.lr=6e-3,hdpissa+refresh_steps=10+optimizer.lr=3e-3
-  arms+=,hdpissa+refresh_steps=20+optimizer.lr=3e-3,hdpissa+refresh_steps=40+optimizer.lr=3e-3
-  arms+=,hdpissa+local_steps=2+optimizer.lr=3e-3,hdpissa+samples=all+optimizer.lr=3e-3
+  arms+=,hdpissa+refresh_steps=10+optimizer.lr=3e-3,hdpissa+samples=all+optimizer.lr=3e-3
   arms+=,hdpissa+samples=all+factor_scale=unit+optimizer.lr=6e-3,hdpissa+samples=all+slices=random+optimizer.lr=1.2e-2
   compare "The folding family, three seeds" "hdpissa+optimizer.lr=6e-3,$arms" --baseline hdpissa+optimizer.lr=6e-3 "$@" \
     "${quickstart[@]}"
