@@ -219,6 +219,20 @@ class TestRemedy:
         updates = (k - 1) * 4 * 3 * sum(-(-out // 2) + width for out, width in shapes)
         assert fitting.traffic_gb(plan, 2, kept=False)["exchange_gb"] == (updates + gradients) / 1e9
 
+    def test_bytes_of_gradients_that_fsdp_sums(self, argv):
+        """Two replicas of two shards: a reduce-scatter, then an all-reduce of the shard; once a step where that takes
+        little, else for every micro-batch."""
+        lora = {"adapter__method": "lora", "adapter__rank": 4, "parallelism__data_parallel_replicate_degree": 2}
+        plan = plan_run(manager.load(argv(**lora, training__global_batch_size=8)), 4)
+        shapes = [*plan.decoder.linear_shapes().values()] * plan.decoder.num_hidden_layers
+        shard = sum(4 * width // 2 + out // 2 * 4 for out, width in shapes)
+        assert fitting.traffic_gb(plan, 3, kept=False)["exchange_gb"] == 4 * shard * (1 + 2 * 1 / 2) / 1e9
+        full = fitting._with(plan, [("adapter.method", "full")])
+        one, three = (fitting.traffic_gb(full, n, kept=False)["exchange_gb"] for n in (1, 3))
+        assert three == 3 * one > 0
+        alone = plan_run(manager.load(argv(adapter__method="full")), 1)
+        assert fitting.traffic_gb(alone, 3, kept=False) == {"gather_gb": 0, "exchange_gb": 0}
+
     def test_what_is_offloaded_takes_nothing_of_a_gpu(self, argv):
         plan = self.plan(argv)
         before = fitting.estimate_run(plan, "cuda").held
