@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tests.kit import runs
+from tests.kit import classifiers, runs
 from titan_hd import fitting
 from titan_hd.adapters.methods import METHODS
 from titan_hd.config import manager
@@ -200,6 +200,20 @@ class TestRemedy:
         assert estimate.passing == {"a weight and its decomposition": 4 * 352 * 128 + decomposed}
         random = fitting._with(plan, [("hdpissa.refresh_steps", 5), ("hdpissa.slices", "random")])
         assert fitting.estimate_run(random, "cpu").phase != "refresh"
+
+    @pytest.mark.parametrize("offload", [False, True])
+    def test_a_head_beside_adapters_has_gradients_and_moments_on_the_device(self, offload: bool, tmp_path: Path):
+        classifiers.write_classifier(tmp_path / "model")
+        classifiers.write_pairs(tmp_path / "records.tsv")
+        changes = {"hdpissa__num_adapters": 1, "adapter__rank": 2, "hdpissa__offload_moments": str(offload).lower()}
+        argv = classifiers.options(tmp_path / "model", tmp_path / "records.tsv", tmp_path / "out", **changes)
+        plan = plan_run(manager.load(argv), 1)
+        held = fitting.estimate_run(plan, "cuda").held
+        width, adapters = plan.decoder.hidden_size, held["deltas dA, dB"]
+        head = 4 * (width * width + width + 2 * width + 2)
+        assert held["trained weights (fp32)"] == head
+        assert held["gradients"] == adapters + head
+        assert held["optimizer's moments"] == 2 * (head if offload else adapters + head)
 
     def test_bytes_of_a_fold_are_spread_over_its_steps(self, argv):
         plan = plan_run(manager.load(argv()), 2)

@@ -253,9 +253,10 @@ def _held(sizes: Sizes, model: _MetaModel, groups: list[Group]) -> dict[str, int
         if topology.samples == "all":
             together = bound_elements(shapes, topology)
             copies = together * sizes.compute.itemsize
+            together += topology.directions * max(map(max, shapes))  # the zeros that stand for all of them
         cache = sum(_cached(w.cache_bytes, w.shape, sizes.updates) for w in sizes.updates.weights if w.cached)
-    learned = factors or here * 4 * trained
-    moments = 0 if factors and sizes.moments_on_host else learned
+    learned = factors + here * 4 * trained  # of a method that folds: with a head beside it, whose moments stay
+    moments = learned - (factors if sizes.moments_on_host else 0)
     return held | {
         "fixed factors A, B": factors,
         "their copies in the compute dtype": copies,
