@@ -54,6 +54,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--methods", default="all", help='arms with commas between them; "all" methods (default) or "ablations"')
     add("--grid", action="append", default=[], metavar="KEY=VALUES", help="low:high:number or a,b,c; repeatable")
     add("--seeds", type=int, default=1, metavar="N", help="for each arm's best value and its neighbours; default: 1")
+    add("--repeat", choices=["neighbours", "best"], default="neighbours", help="best: no seeds for the neighbours")
     add("--budget", choices=["equal", "needed"], default="equal", help="equal: as many runs for every arm; default")
     add("--widen", type=int, default=4, metavar="N", help="rounds of further values at most; default: 4")
     add("--rank-by", metavar="METRIC", help="default: validation_loss with validation.enable, else loss")
@@ -199,8 +200,8 @@ class Comparison:
             print("\n".join(f"wandb sweep {shlex.quote(str(path))}" for path in self._write_sweeps()))
             return 0
         runner = Runner(self.workers, self.parallel)
-        how = self.args.widen, self.args.budget == "equal"
-        for reason, runs in rounds(self.arms, self.seeds, self._score, *how, self._allowed):
+        how = self.args.widen, self.args.budget == "equal", self._allowed, self.args.repeat == "neighbours"
+        for reason, runs in rounds(self.arms, self.seeds, self._score, *how):
             self._make(runner, reason, runs)
             places = {run: self.planned[run].folder for run in self.rows}
             results.write_losses(self.folder, self._ordered(), self.keys, places)
@@ -340,7 +341,8 @@ class Comparison:
             lines.append(f"{run.name}: {self.rows[run]['status'] if run in self.rows else said}")
         tuned = [arm for arm in self.arms if any(axis.ratio for axis in arm.axes.values())]
         more = self.args.widen * len(self.arms) if tuned else 0
-        again = sum(_around(arm) for arm in self.arms) * (len(self.seeds) - 1)
+        points = sum(map(_around, self.arms)) if self.args.repeat == "neighbours" else len(self.arms)
+        again = points * (len(self.seeds) - 1)
         known = [long for long, _ in seconds.values() if long is not None]
         if len(known) == len(seconds):
             left = sum(long for run, (long, _) in seconds.items() if long is not None and run not in self.rows)

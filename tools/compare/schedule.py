@@ -3,7 +3,7 @@
 1. All values of every arm's grid, with the first seed.
 2. While an arm's best value lies on an edge of what was tried, it gets the next value beyond it; every other arm gets a
    value between its best and the better of its neighbours instead. `widen` times at most.
-3. The best value of every arm and its two neighbours, with the other seeds.
+3. The best value of every arm and its two neighbours (or the best alone), with the other seeds.
 """
 
 from __future__ import annotations
@@ -136,10 +136,12 @@ def rounds(
     widen: int,
     equal: bool = True,
     allowed: Allowed = lambda run: True,
+    neighbours: bool = True,
 ) -> Iterator[Round]:
     """The rounds one after another; the runs of a round must have been made before the next is asked for.
 
-    equal: all arms get as many runs as the one that needs the most; else only those whose best lies on an edge more.
+    neighbours: those of the best values get the other seeds, too. equal: all arms get as many runs as the one that
+    needs the most; else only those whose best lies on an edge more.
     """
     tunings = [Tuning.of(arm) for arm in arms]
 
@@ -164,10 +166,10 @@ def rounds(
         said = ", ".join(f"{t.arm.name} ({_text(best)})" for t, best, point in zip(tunings, bests, beyond) if point)
         runs = [Run(t.arm.name, point, seeds[0]) for t, point in zip(tunings, chosen) if point]
         yield Round(f"wider, for the best lies on the edge of what was tried: {said}", runs)
-    near = [t.around(t.best(first(t)), first(t)) for t in tunings]
+    near = [t.around(t.best(first(t)), first(t))[: None if neighbours else 1] for t in tunings]
     again = [Run(t.arm.name, point, seed) for t, points in zip(tunings, near) for point in points for seed in seeds[1:]]
     if again:
-        yield Round("the best of every arm and its neighbours with the other seeds", again)
+        yield Round(f"the best of every arm{' and its neighbours' * neighbours} with the other seeds", again)
 
 
 def best_point(runs: Sequence[Run], score: Score) -> Point:

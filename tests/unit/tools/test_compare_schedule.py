@@ -104,6 +104,15 @@ def test_an_arm_that_never_works():
     assert {run.arm for run in found[-1].runs} == {"full"}
 
 
+def test_seeds_for_the_best_alone():
+    (*_, again) = made("lora,full", best_at(lora=4e-3, full=2e-3), neighbours=False)
+    assert [(run.arm, rate(run), run.seed) for run in again.runs] == [
+        ("lora", 4e-3, 1), ("lora", 4e-3, 2), ("full", 2e-3, 1), ("full", 2e-3, 2),
+    ]  # fmt: skip
+    assert again.reason == "the best of every arm with the other seeds"
+    assert len(made("lora", lambda run: INF, neighbours=False)) == 5, "none where all failed"
+
+
 def test_two_grids_multiply():
     arms = parse_arms("lora", parse_grid(["optimizer.lr=1e-3:4e-3:3", "adapter.rank=4,8"]))
     found = list(rounds(arms, [0], lambda run: abs(math.log(rate(run) / 2e-3)), 4))
