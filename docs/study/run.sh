@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The runs of docs/study.md:  docs/study/run.sh PART [option of tools/compare_methods.py ...]
 # Parts: quickstart, spectra (of its best runs), clipped, adapters, rank, mute, aggregate, batch, share, family,
-# family_seeds, leading, smollm2. Each can be killed, and goes on when it is started again. Results are in
+# leading, smollm2. Each can be killed, and goes on when it is started again. Results are in
 # outputs/study/PART; those of the study itself are in docs/study/PART.
 set -euo pipefail
 cd "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../.."
 part=${1:?which part}
 shift
+export NGPU=${NGPU:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # a run is one worker with one thread
 source tools/environment.sh
 setup_environment "$PWD"
 quickstart=(--config train_configs/study_quickstart.toml)
@@ -16,7 +17,7 @@ compare() { # title, arms, then options
   local title=$1 arms=$2
   shift 2
   "$PYTHON" tools/compare_methods.py --title "$title" --methods "$arms" --folder "outputs/study/$part" --seeds 3 \
-    --widen 2 --rank-by validation_loss "$@"
+    --widen 0 --rank-by validation_loss "$@"
 }
 
 case $part in
@@ -48,33 +49,34 @@ clipped) # the leading arms, and those of the family, with gradient clipping as 
   ;;
 adapters) # the paper's Figure 5: K at a fixed rank
   arms=hdpissa+num_adapters=1,hdpissa+num_adapters=2,hdpissa+num_adapters=4,hdpissa
-  compare "K at rank 8" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}"
+  compare "K at rank 8" "$arms" --grid $rates --seeds 1 --baseline hdpissa "$@" "${quickstart[@]}"
   ;;
 rank) # Figure 6: the rank at K = 8
   arms=hdpissa+rank=1,hdpissa+rank=2,hdpissa+rank=4,hdpissa
-  compare "Rank at K = 8" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}"
+  compare "Rank at K = 8" "$arms" --grid $rates --seeds 1 --baseline hdpissa "$@" "${quickstart[@]}"
   ;;
 mute) # Figure 8
   arms=hdpissa,hdpissa+mute_scalar=1e-2,hdpissa+mute_scalar=1e-4,hdpissa+mute_scalar=1e-8,hdpissa+mute_scalar=1e-16
   arms+=,hdpissa+mute_scalar=1e-32
-  compare "Mute scalars" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}"
+  compare "Mute scalars" "$arms" --grid $rates --seeds 1 --baseline hdpissa "$@" "${quickstart[@]}"
   ;;
 aggregate) # the same effective rates
   arms=hdpissa,hdpissa+aggregate=mean+optimizer.lr=1.2e-2:1.92e-1:5
-  compare "Sum and mean" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}"
+  compare "Sum and mean" "$arms" --grid $rates --seeds 1 --baseline hdpissa "$@" "${quickstart[@]}"
   ;;
-batch) # all directions learning from the whole batch and K = 8 slices of it, along the batch
-  for batch in 64 256 512; do
-    part=batch_$batch
-    compare "K * r = 64, $batch records a step" hdpissa,hdpissa+num_adapters=1+rank=64 --grid optimizer.lr=3e-3:6e-3:2 \
-      --seeds 1 --widen 0 --baseline hdpissa "$@" "${quickstart[@]}" --training.global_batch_size $batch
+batch) # all directions learning from the whole batch and K slices of it, along the batch
+  for batch in 64 128 256 512; do
+    part=batch_$batch arms=hdpissa,hdpissa+num_adapters=1+rank=64
+    [ $batch = 512 ] || arms+=,hdpissa+num_adapters=2+rank=32,hdpissa+num_adapters=4+rank=16
+    compare "K * r = 64, $batch records a step" "$arms" --grid optimizer.lr=3e-3:6e-3:2 --seeds 1 \
+      --baseline hdpissa "$@" "${quickstart[@]}" --training.global_batch_size $batch
   done
   ;;
 share) # K at K * r = 64 and 64 records a step, beside K = 1 with as many records a step as a slice of theirs has
   whole=hdpissa+num_adapters=1+rank=64
   arms=$whole,$whole+training.global_batch_size=32,$whole+training.global_batch_size=16
   arms+=,$whole+training.global_batch_size=8,hdpissa+num_adapters=2+rank=32,hdpissa+num_adapters=4+rank=16,hdpissa
-  compare "A slice's share of the batch" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}" \
+  compare "A slice's share of the batch" "$arms" --grid $rates --seeds 1 --baseline hdpissa "$@" "${quickstart[@]}" \
     --training.max_norm 1.0
   ;;
 family) # beyond the paper, K = 8 r = 8; the last two arms are the ones to beat
@@ -84,26 +86,19 @@ family) # beyond the paper, K = 8 r = 8; the last two arms are the ones to beat
   arms+=,hdpissa+samples=all+factor_scale=unit,hdpissa+samples=all+refresh_steps=10
   arms+=,hdpissa+samples=all+factor_scale=unit+refresh_steps=10,hdpissa+samples=all+slices=random
   arms+=,pissa+rank=64,lora+rslora=true+rank=64+optimizer.lr=2e-4:3.2e-3:5
-  compare "The folding family" "$arms" --grid $rates --baseline hdpissa "$@" "${quickstart[@]}"
-  ;;
-family_seeds) # of the family's other arms those that help, each at its best rate of that part
-  arms=hdpissa+slices=minor+optimizer.lr=6e-3,hdpissa+factor_scale=unit+optimizer.lr=6e-3
-  arms+=,hdpissa+refresh_steps=10+optimizer.lr=3e-3,hdpissa+samples=all+optimizer.lr=3e-3
-  arms+=,hdpissa+samples=all+factor_scale=unit+optimizer.lr=6e-3,hdpissa+samples=all+slices=random+optimizer.lr=1.2e-2
-  compare "The folding family, three seeds" "hdpissa+optimizer.lr=6e-3,$arms" --baseline hdpissa+optimizer.lr=6e-3 "$@" \
-    "${quickstart[@]}"
+  compare "The folding family" "$arms" --grid $rates --repeat best --baseline hdpissa "$@" "${quickstart[@]}"
   ;;
 leading) # the two that lead the family and what they are to lead, with seeds
   arms=hdpissa,hdpissa+samples=all+refresh_steps=10,hdpissa+samples=all+factor_scale=unit+refresh_steps=10
   arms+=,pissa+rank=64,lora+rslora=true+rank=64+optimizer.lr=2e-4:3.2e-3:5
   compare "What leads the folding family" "$arms" --grid $rates --baseline hdpissa --widen 1 "$@" "${quickstart[@]}"
   ;;
-smollm2) # r = 16, K * r = 128; one seed
+smollm2) # r = 16, K * r = 128; two seeds at the best rates
   arms=hdpissa,hdpissa+num_adapters=1+rank=128,lora+rslora=true+rank=128+optimizer.lr=2.5e-5:4e-4:3,pissa
   arms+=,lora+rslora=true+optimizer.lr=1e-4:1.6e-3:3,full+optimizer.lr=1e-5:1.6e-4:3
-  arms+=,hdpissa+samples=all+factor_scale=unit+refresh_steps=10
-  compare "SmolLM2-135M on GSM8K" "$arms" --grid optimizer.lr=5e-5:8e-4:3 --seeds 1 --widen 0 --baseline hdpissa "$@" \
-    --config train_configs/study_smollm2.toml
+  arms+=,hdpissa+samples=all+factor_scale=unit+refresh_steps=10,hdpissa+samples=all+refresh_steps=10
+  compare "SmolLM2-135M on GSM8K" "$arms" --grid optimizer.lr=5e-5:8e-4:3 --seeds 2 --repeat best --widen 1 \
+    --baseline hdpissa "$@" --config train_configs/study_smollm2.toml
   ;;
 *)
   echo "titan_hd: error: PART: must be one of those that the head of this file names, not $part" >&2
