@@ -98,7 +98,8 @@ class Data:
     labels: list[str] = field(default_factory=list)
     """Format classification: the classes in the order of their numbers, as the records spell them (or they have the
     numbers). One name: the label is a number, a score, learned by the squared error. Empty: what config.json says
-    (id2label), else two classes, 0 and 1."""
+    (id2label), else two classes, 0 and 1. The names that a trained head has there must stand in its order; for another
+    number of names a new head is drawn."""
     prompt_field: str = ""
     """Field with the prompt. Empty: the first of instruction, query, question, prompt that the first record has. Of
     format classification the first text, prompt_field, the second one, input_field, and the label, response_field, are
