@@ -17,7 +17,7 @@ from typing import TextIO
 import torch
 
 from titan_hd import __version__
-from titan_hd.components.memory import GB
+from titan_hd.components.memory import GB, state_tensors
 from titan_hd.components.run_data import RunData
 from titan_hd.config.job_config import JobConfig
 from titan_hd.console import painted, printable
@@ -125,6 +125,8 @@ class Overview:
         parameters, layers = trained_size(plan.method, plan.decoder, plan.config.adapter.target_modules)
         moments = self.estimate.held["optimizer's moments"]
         kept = f"{shown_size(moments)} of moments on each worker" if moments else "moments on the host"
+        if not state_tensors(plan.config.optimizer.name):
+            kept = "the optimizer keeps nothing"
         return f"{parameters:,} parameters in {layers} layers; {kept}"
 
     def _memory(self) -> str:

@@ -184,6 +184,7 @@ class Trainer:
         state = on_rank_zero("reading the checkpoint's state", lambda: self.checkpointer.train_state(step))
         self.tracker_runs = saved_run_ids(state)
         self.best.go_on_from(state.get("best"))
+        self.changes.go_on_from(state)
         reader = self.checkpointer.reader(step)
         metadata = reader.read_metadata()
         stored, allowed = metadata.state_dict_metadata, c.checkpoint.allow_mismatch
@@ -473,6 +474,7 @@ class Trainer:
             "trackers": self.metrics.tracker_runs,
             "identity": self.identity,
             "best": self.best.state(),
+            "refreshed": self.changes.refreshed,
             "answering": dataclasses.asdict(self.answering),
             "config": manager.to_toml(self.config),
         }

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from compare import report, results
-from compare.arms import Arm, Axis, parse_arms, parse_grid
+from compare.arms import OF_EVERY_RUN, Arm, Axis, parse_arms, parse_grid
 from compare.durations import Durations
 from compare.running import COMPLETE, PlannedRun, Runner, Stopped, check_started
 from compare.schedule import Run, best_point, edges, rounds
@@ -35,6 +36,7 @@ from compare.sizes import match_rank
 from compare.wandb_sweep import SWEEP_METHODS, SweepSettings, write_sweep
 
 from titan_hd.config import manager
+from titan_hd.config.checks import CLASSIFIER_METRICS
 from titan_hd.config.command_line import ToolParser
 from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
@@ -52,6 +54,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--methods", default="all", help='arms with commas between them; "all" methods (default) or "ablations"')
     add("--grid", action="append", default=[], metavar="KEY=VALUES", help="low:high:number or a,b,c; repeatable")
     add("--seeds", type=int, default=1, metavar="N", help="for each arm's best value and its neighbours; default: 1")
+    add("--repeat", choices=["neighbours", "best"], default="neighbours", help="best: no seeds for the neighbours")
     add("--budget", choices=["equal", "needed"], default="equal", help="equal: as many runs for every arm; default")
     add("--widen", type=int, default=4, metavar="N", help="rounds of further values at most; default: 4")
     add("--rank-by", metavar="METRIC", help="default: validation_loss with validation.enable, else loss")
@@ -101,6 +104,8 @@ def metric_of(rank_by: str | None, config: JobConfig) -> str:
     kinds = ["loss"]
     if config.validation.enable:
         kinds += ["validation_loss"] + ["validation_exact_match"] * (config.validation.exact_match_samples > 0)
+        if config.data.format in ("auto", "classification"):  # of a model with a classification head
+            kinds += [f"validation_{name}" for name in CLASSIFIER_METRICS]
     if rank_by.partition("/")[0] not in kinds:
         known = f"{', '.join(kinds)} (or that of a named set, .../NAME)"
         raise UserError(f"--rank-by: must be one of {known}, not {rank_by!r}")
@@ -124,19 +129,25 @@ class Comparison:
             raise UserError("model.flavor: random weights are no base to compare changes of; give hf_assets_path")
         self.argv, self.first_seed = argv, config.training.seed
         self.metric = metric_of(args.rank_by, config)
-        self.sign = -1 if "exact_match" in self.metric else 1  # a score is for less to be better
-        self.workers = args.workers or int(os.environ.get("NGPU") or torch.cuda.device_count() or 2)
+        # A score is for less to be better.
+        self.sign = 1 if self.metric == "loss" or self.metric.startswith("validation_loss") else -1
+        self.workers = args.workers or _workers_here()
         self.parallel = args.parallel or max(1, torch.cuda.device_count() // self.workers)
         if torch.cuda.is_available() and self.parallel * self.workers > torch.cuda.device_count():
             raise UserError(f"--parallel: {self.parallel} runs of {self.workers} workers need more GPUs than there are")
         grid = parse_grid(args.grid)
         self.arms = parse_arms(args.methods, grid)
+        sizes = {arm.name: math.prod(len(axis.values) for axis in arm.axes.values()) for arm in self.arms}
+        if args.budget == "equal" and len(set(sizes.values())) > 1:
+            said = ", ".join(f"{name} has {size}" for name, size in sizes.items())
+            raise UserError(f"--budget equal: every arm needs as many points of its grid ({said}); or --budget needed")
         self.keys = list(dict.fromkeys([*grid, *(key for arm in self.arms for key in arm.axes)]))
         self.baseline = args.baseline or self.arms[0].name
         if self.baseline not in {arm.name for arm in self.arms}:
             raise UserError(f"--baseline: {self.baseline!r} is none of {', '.join(arm.name for arm in self.arms)}")
         self.seeds = [self.first_seed + i for i in range(args.seeds)]
         self.rows: dict[Run, results.Row] = {}
+        self.refused: set[Run] = set()
         self.planned = self._plan_grid()
         self.durations = Durations(self.workers)
 
@@ -168,14 +179,7 @@ class Comparison:
             *(f"--{key}={value}" for key, value in {**arm.changes, **dict(run.point)}.items()),
             f"--training.seed={run.seed}",
             f"--job.dump_folder={folder}",
-            "--checkpoint.enable=true",
-            "--checkpoint.folder=checkpoint",
-            "--checkpoint.keep_latest_k=1",
-            "--export.enable=true",
-            "--export.format=hf",
-            "--export.folder=hf",
-            "--export.dtype=float32",
-            "--metrics.log_freq=1",
+            *(f"--{key}={value}" for key, value in OF_EVERY_RUN.items()),
             f"--metrics.wandb_group={self.folder.name}",
             f"--metrics.wandb_name={run.name}",
         ]
@@ -196,7 +200,8 @@ class Comparison:
             print("\n".join(f"wandb sweep {shlex.quote(str(path))}" for path in self._write_sweeps()))
             return 0
         runner = Runner(self.workers, self.parallel)
-        for reason, runs in rounds(self.arms, self.seeds, self._score, self.args.widen, self.args.budget == "equal"):
+        how = self.args.widen, self.args.budget == "equal", self._allowed, self.args.repeat == "neighbours"
+        for reason, runs in rounds(self.arms, self.seeds, self._score, *how):
             self._make(runner, reason, runs)
             places = {run: self.planned[run].folder for run in self.rows}
             results.write_losses(self.folder, self._ordered(), self.keys, places)
@@ -205,6 +210,16 @@ class Comparison:
         if failed:
             print(f"titan_hd: no run was completed of {', '.join(failed)}", file=sys.stderr)
         return 1 if failed else 0
+
+    def _allowed(self, run: Run) -> bool:
+        """Whether a run beyond the grid can be made; says why one cannot."""
+        if run not in self.planned and run not in self.refused:
+            try:
+                self.planned[run] = self._plan(run)
+            except UserError as error:
+                self.refused.add(run)
+                print(f"== not tried: {run.name}: {'; '.join(str(error).splitlines())}", flush=True)
+        return run in self.planned
 
     def _write_sweeps(self) -> list[Path]:
         """A sweep of wandb for each arm; each is as large as the arm's grid."""
@@ -228,7 +243,7 @@ class Comparison:
         for run in runs:
             planned = self.planned.get(run) or self._plan(run)
             self.planned[run] = planned
-            check_started(planned)
+            check_started(planned, {"workers": self.workers, "threshold": self.args.threshold})
             row = results.read_row(planned.folder)
             if row is None or (self.args.retry_failed and row["status"] in ("out_of_memory", "failed")):
                 missing[planned.name] = run
@@ -265,7 +280,7 @@ class Comparison:
         """
         if self.args.keep_weights == "all" or any(run.arm == arm and run.seed != self.first_seed for run in coming):
             return
-        mine = [run for run, row in self.rows.items() if run.arm == arm and row["status"] == COMPLETE]
+        mine = [run for run, row in self._ordered().items() if run.arm == arm and row["status"] == COMPLETE]
         best = best_point(mine, self._score) if self.args.keep_weights == "best" else None
         for run in mine:
             if run.point != best:
@@ -281,14 +296,14 @@ class Comparison:
         return f"{self.metric} {row[self.metric]:.4g}" if row["status"] == COMPLETE else row["status"]
 
     def _complete(self, arm: Arm) -> list[Run]:
-        return [run for run, row in self.rows.items() if run.arm == arm.name and row["status"] == COMPLETE]
+        return [run for run, row in self._ordered().items() if run.arm == arm.name and row["status"] == COMPLETE]
 
     # ---------------------------------------------------------------------------------------------------- results
 
     def _write(self) -> None:
         """grid.csv and comparison.json, of all runs so far."""
         rows = self._ordered()
-        results.write_grid(self.folder, rows, self.keys)
+        results.write_grid(self.folder, rows, self.keys, self.metric)
         complete = {arm.name: self._complete(arm) for arm in self.arms}
         best = {name: best_point(runs, self._score) for name, runs in complete.items() if runs}
         facts = {
@@ -319,21 +334,36 @@ class Comparison:
             if row is not None:
                 self.rows[run] = row
                 self.durations.add(run.arm, row)
-        lines, total = [], 0.0
-        for run, planned in self.planned.items():
-            seconds, how = self.durations.of(run.arm, planned.plan)
-            total += seconds
-            lines.append(f"{run.name}: {self.rows[run]['status'] if run in self.rows else f'{seconds:.0f} s, {how}'}")
+        seconds = {run: self.durations.of(run.arm, planned.plan) for run, planned in self.planned.items()}
+        lines = []
+        for run, (long, how) in seconds.items():
+            said = how if long is None else f"{long:.0f} s, {how}"
+            lines.append(f"{run.name}: {self.rows[run]['status'] if run in self.rows else said}")
         tuned = [arm for arm in self.arms if any(axis.ratio for axis in arm.axes.values())]
         more = self.args.widen * len(self.arms) if tuned else 0
-        again = sum(_around(arm) for arm in self.arms) * (len(self.seeds) - 1)
-        mean = total / len(self.planned)
-        most = (total + mean * (more + again)) / self.parallel
+        points = sum(map(_around, self.arms)) if self.args.repeat == "neighbours" else len(self.arms)
+        again = points * (len(self.seeds) - 1)
+        known = [long for long, _ in seconds.values() if long is not None]
+        if len(known) == len(seconds):
+            left = sum(long for run, (long, _) in seconds.items() if long is not None and run not in self.rows)
+            most = left + sum(known) / len(known) * (more + again)
+            minutes = left / self.parallel / 60, most / self.parallel / 60
+            time_left = f"{minutes[0]:.0f} min for the grid, at most {minutes[1]:.0f} min for all"
+        else:
+            time_left = "how long they take is known when a run of every method has been made"
         lines.append(
-            f"{len(self.planned)} runs of the grid, at most {more} more where the best lies on an edge, {again} with "
-            f"other seeds; {total / self.parallel / 60:.0f} min for the grid, at most {most / 60:.0f} min for all"
+            f"{len(self.planned)} runs of the grid, {len(self.rows)} of them made, at most {more} more where the best "
+            f"lies on an edge, {again} with other seeds; {time_left}"
         )
         return "\n".join(lines)
+
+
+def _workers_here() -> int:
+    """As run_train.sh has it."""
+    given = os.environ.get("NGPU") or str(torch.cuda.device_count() or 2)
+    if not given.isdecimal() or int(given) < 1:
+        raise UserError(f"NGPU: must be a whole number above 0, not {given!r}")
+    return int(given)
 
 
 def _around(arm: Arm) -> int:

@@ -162,9 +162,7 @@ def open_runs(texts: list[str], config: ModelConfig, base: Path) -> list[Run]:
     """
     errors, runs = [], []
     for text in texts:
-        name, equals, rest = text.partition("=")
-        path = user_path(rest if equals else text)
-        name = name if equals else _default_name(path)
+        name, path = _named(text)
         try:
             is_checkpoint = not (path / "config.json").is_file()
             theirs, weights, _ = open_pretrained(path, str(base) if is_checkpoint else "")
@@ -177,6 +175,15 @@ def open_runs(texts: list[str], config: ModelConfig, base: Path) -> list[Run]:
     if errors:
         raise UserError("\n".join(errors))
     return runs
+
+
+def _named(text: str) -> tuple[str, Path]:
+    """Name and path of PATH or NAME=PATH. A path may have a "=" itself, as those of compare_methods.py have."""
+    name, equals, rest = text.partition("=")
+    whole = user_path(text)
+    if not equals or "/" in name or whole.exists():
+        return _default_name(whole), whole
+    return name, user_path(rest)
 
 
 def _default_name(path: Path) -> str:

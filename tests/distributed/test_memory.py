@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tests.kit import runs
+from tests.kit import classifiers, runs
 from titan_hd import fitting
 from titan_hd.adapters.methods import METHODS
 from titan_hd.config import manager
@@ -201,6 +201,20 @@ class TestRemedy:
         random = fitting._with(plan, [("hdpissa.refresh_steps", 5), ("hdpissa.slices", "random")])
         assert fitting.estimate_run(random, "cpu").phase != "refresh"
 
+    @pytest.mark.parametrize("offload", [False, True])
+    def test_a_head_beside_adapters_has_gradients_and_moments_on_the_device(self, offload: bool, tmp_path: Path):
+        classifiers.write_classifier(tmp_path / "model")
+        classifiers.write_pairs(tmp_path / "records.tsv")
+        changes = {"hdpissa__num_adapters": 1, "adapter__rank": 2, "hdpissa__offload_moments": str(offload).lower()}
+        argv = classifiers.options(tmp_path / "model", tmp_path / "records.tsv", tmp_path / "out", **changes)
+        plan = plan_run(manager.load(argv), 1)
+        held = fitting.estimate_run(plan, "cuda").held
+        width, adapters = plan.decoder.hidden_size, held["deltas dA, dB"]
+        head = 4 * (width * width + width + 2 * width + 2)
+        assert held["trained weights (fp32)"] == head
+        assert held["gradients"] == adapters + head
+        assert held["optimizer's moments"] == 2 * (head if offload else adapters + head)
+
     def test_bytes_of_a_fold_are_spread_over_its_steps(self, argv):
         plan = plan_run(manager.load(argv()), 2)
         local = fitting._with(plan, [("hdpissa.local_steps", 4)])
@@ -218,6 +232,20 @@ class TestRemedy:
         gradients = 4 * 3 * sum(map(sum, shapes)) * (k == 1 or samples == "all")
         updates = (k - 1) * 4 * 3 * sum(-(-out // 2) + width for out, width in shapes)
         assert fitting.traffic_gb(plan, 2, kept=False)["exchange_gb"] == (updates + gradients) / 1e9
+
+    def test_bytes_of_gradients_that_fsdp_sums(self, argv):
+        """Two replicas of two shards: a reduce-scatter, then an all-reduce of the shard; once a step where that takes
+        little, else for every micro-batch."""
+        lora = {"adapter__method": "lora", "adapter__rank": 4, "parallelism__data_parallel_replicate_degree": 2}
+        plan = plan_run(manager.load(argv(**lora, training__global_batch_size=8)), 4)
+        shapes = [*plan.decoder.linear_shapes().values()] * plan.decoder.num_hidden_layers
+        shard = sum(4 * width // 2 + out // 2 * 4 for out, width in shapes)
+        assert fitting.traffic_gb(plan, 3, kept=False)["exchange_gb"] == 4 * shard * (1 + 2 * 1 / 2) / 1e9
+        full = fitting._with(plan, [("adapter.method", "full")])
+        one, three = (fitting.traffic_gb(full, n, kept=False)["exchange_gb"] for n in (1, 3))
+        assert three == 3 * one > 0
+        alone = plan_run(manager.load(argv(adapter__method="full")), 1)
+        assert fitting.traffic_gb(alone, 3, kept=False) == {"gather_gb": 0, "exchange_gb": 0}
 
     def test_what_is_offloaded_takes_nothing_of_a_gpu(self, argv):
         plan = self.plan(argv)

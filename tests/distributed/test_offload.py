@@ -85,6 +85,27 @@ def where(argv: list[str]) -> tuple[bool, int, int]:
     return offloaded, len(moments.parts), run.update.registry.deltas.numel()
 
 
+def shared_moments(argv: list[str]) -> list[bool]:
+    """Of a mesh of GPUs: whether each tensor of the optimizer that a checkpoint names is the optimizer's own memory."""
+    run = runs.trainer(argv)
+    run.train_step()
+    own = {
+        value.untyped_storage().data_ptr() for value in run.update.optimizer.state[run.update.registry.deltas].values()
+    }
+    run.update.registry.mesh._device_type = "cuda"
+    state = run.update.state(changed_only=False)
+    run.close()
+    moments = [value for key, value in state.items() if key.startswith("optimizer.") and value.dim()]
+    return [moment.to_local().untyped_storage().data_ptr() in own for moment in moments]
+
+
+def test_a_checkpoint_is_read_into_the_moments_on_the_host(workers, tmp_path: Path):
+    """Not into copies of them on the GPU, which nobody looks at again."""
+    for shared in workers.run(2, shared_moments, argv(tmp_path, "dump", **HDPISSA, **MOMENTS)):
+        assert len(shared) == 2 * 2 * 14, "two moments of dA and dB of 14 layers"
+        assert all(shared)
+
+
 def test_what_lies_on_the_host(workers, tmp_path: Path, monkeypatch):
     ((offloaded, parts, elements),) = workers.run(1, where, argv(tmp_path, "dump", **HDPISSA, **WEIGHTS, **MOMENTS))
     assert offloaded

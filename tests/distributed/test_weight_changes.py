@@ -205,3 +205,15 @@ def test_without_directions_of_the_start(workers, folder: Path):
         assert {key.partition("/")[0] for key in found} == {
             *("update_size", "weight_change", "effective_rank", "slice_grad_norm")
         }
+
+
+def test_slices_that_were_taken_anew_are_not_those_of_the_start(workers, folder: Path):
+    """Nor for the run that goes on from the one that went on with them."""
+    changes = {**METHODS["hdpissa"], "metrics__update_freq": 1, "export__enable": "false", "checkpoint__enable": "true"}
+    workers.run(1, runs.train, argv(folder, "anew", 6, **changes, hdpissa__refresh_steps=2), stop_after=3)
+    kept = argv(folder, "anew", 6, **changes, checkpoint__allow_mismatch='["hdpissa.refresh_steps"]')
+    for steps in (1, None):
+        workers.run(1, runs.train, kept, stop_after=steps)
+    found = measured(folder / "anew")
+    assert found.keys() == {5, 6}
+    assert not any(key.startswith("energy") for record in found.values() for key in record)

@@ -7,6 +7,7 @@ one server of the test session imports them, has no other thread, and forks the 
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import gc
 import os
 import tempfile
@@ -21,6 +22,8 @@ _TIMEOUT = 240  # seconds for one call; a deadlock must fail its test, not the w
 
 
 def _serve(rank: int, connection) -> None:
+    faulthandler.enable()  # one that a signal kills says where it was: in Python, and in C++
+    torch._C._set_print_stack_traces_on_fatal_signal(True)
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     import torch.distributed as dist
@@ -72,11 +75,16 @@ class WorkerPool:
             for _, connection in self._workers[:world_size]:
                 connection.send(job)
             results = []
-            for rank, (_, connection) in enumerate(self._workers[:world_size]):
+            for rank, (process, connection) in enumerate(self._workers[:world_size]):
                 if not connection.poll(_TIMEOUT):
                     self.close()
                     raise TimeoutError(f"rank {rank} of {world_size} gave no answer in {_TIMEOUT} s")
-                results.append(connection.recv())
+                try:
+                    results.append(connection.recv())
+                except EOFError:  # the tests after this one get new workers
+                    process.join()
+                    self.close()
+                    raise RuntimeError(f"rank {rank} of {world_size} ended with status {process.exitcode}") from None
         failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(results) if not ok]
         if failures:
             raise RuntimeError("\n".join(failures))

@@ -60,6 +60,7 @@ def test_what_is_trained_is_counted(plan):
     )
     offloaded = plan(2, "--hdpissa.num_adapters", "4", "--hdpissa.offload_moments")
     assert lines_of(offloaded)["trained"].endswith("; moments on the host")
+    assert lines_of(plan(2, "--optimizer.name", "SGD"))["trained"].endswith("; the optimizer keeps nothing")
 
 
 def test_the_scale_of_the_factors_and_a_shared_adapter(plan):

@@ -253,9 +253,10 @@ def _held(sizes: Sizes, model: _MetaModel, groups: list[Group]) -> dict[str, int
         if topology.samples == "all":
             together = bound_elements(shapes, topology)
             copies = together * sizes.compute.itemsize
+            together += topology.directions * max(map(max, shapes))  # the zeros that stand for all of them
         cache = sum(_cached(w.cache_bytes, w.shape, sizes.updates) for w in sizes.updates.weights if w.cached)
-    learned = factors or here * 4 * trained
-    moments = 0 if factors and sizes.moments_on_host else learned
+    learned = factors + here * 4 * trained  # of a method that folds: with a head beside it, whose moments stay
+    moments = learned - (factors if sizes.moments_on_host else 0)
     return held | {
         "fixed factors A, B": factors,
         "their copies in the compute dtype": copies,
@@ -415,15 +416,21 @@ def _optimizer_temporaries(sizes: Sizes, groups: list[Group]) -> int:
 
 
 def received_bytes(sizes: Sizes, micro_batches: int, kept: bool = False) -> tuple[int, float]:
-    """What a worker receives in a step: all-gathers of the weights, and the exchange of the updates of a method that
-    folds (on average over the steps from fold to fold), with the gradients of its adapters. Other methods' gradients,
-    which are summed over workers, are not in it. kept: the weights are gathered once for the step."""
-    shards = sizes.mesh[1]
+    """What a worker receives in a step: all-gathers of the weights; and the exchange of the updates of a method that
+    folds (on average over the steps from fold to fold), the gradients of its adapters, and those that FSDP2 sums over
+    the workers. kept: the weights are gathered once for the step."""
+    replicas, shards = sizes.mesh[:2]
     model = _model_of(sizes)
     embeds = any(p.requires_grad for p in model.decoder.embedding().parameters())
     groups = model.groups(shards)
     elements = sum((1 if kept else micro_batches * group.gathers(embeds)) * group.shard for group in groups)
     exchanged = 0.0 if sizes.updates is None else sizes.updates.received_per_step
+    once = sums_gradients_once(
+        sum(g.whole_trained for g in groups), sum(g.whole for g in groups), shards, micro_batches
+    )
+    # In fp32: a reduce-scatter over the shards, then an all-reduce of a shard over the replicas.
+    sums = 4 * sum(g.trained for g in groups) * (1 if once else micro_batches)
+    exchanged += sums * (shards - 1 + 2 * (replicas - 1) / replicas)
     return (shards - 1) * elements * sizes.compute.itemsize, exchanged
 
 

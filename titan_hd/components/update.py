@@ -269,7 +269,7 @@ class FoldUpdate(Update):
     The optimizer gets the registry's flat tensor alone, and its moments are flat too; a checkpoint has them by layer.
 
     A head that is trained beside any method is one for all logical adapters, with an optimizer of its own: it learns
-    from the mean of their losses, and takes its step when the weights change.
+    from the mean of their losses, in every step, also between two folds.
     """
 
     apply_phase = "exchange"

@@ -17,10 +17,12 @@ What the base weights gave is not in a checkpoint: a run that is resumed reads t
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,6 +42,8 @@ from titan_hd.distributed.parallel_dims import ParallelDims, local_part, owned_b
 from titan_hd.distributed.regroup import tp_split
 from titan_hd.distributed.row_shards import chunk_rows
 from titan_hd.models.model import Model
+
+logger = logging.getLogger("titan_hd")
 
 # Between two folds, or of a layer without a gradient, W is as it was, but for the rounding of its products: a change of
 # these that is no larger than this share of them is none. Since the base weights, whose products are kept in fp32 and
@@ -84,6 +88,7 @@ class WeightChanges:
         self.seed, self.max_norm, self.total_steps = config.training.seed, config.training.max_norm, total_steps
         self.registry = update.registry if isinstance(update, FoldUpdate) else None
         self.directions: Directions | None = None
+        self.refreshed = False  # in a run before this one
         # With refresh_steps the registry has the initial directions for one period alone.
         if self.registry and self.registry.method.directions and not config.hdpissa.refresh_steps:
             self.directions = Directions(self.registry)
@@ -95,6 +100,15 @@ class WeightChanges:
         self._base: dict[str, torch.Tensor] = {}
         self._before: dict[str, torch.Tensor] = {}
         self._seconds = 0.0
+
+    def go_on_from(self, state: dict[str, Any]) -> None:
+        """state: of the checkpoint, as train_state.json has it. Directions that were taken anew before it are not the
+        initial ones, for this run and for those that go on from it."""
+        period = state["identity"].get("hdpissa.refresh_steps", 0)
+        self.refreshed = state.get("refreshed", False) or 0 < period < state["step"]
+        if self.refreshed and self.every and self.directions:
+            logger.warning("metrics.update_freq: no energies: the slices of the checkpoint are not those of the start")
+            self.directions = None
 
     def due(self, step: int) -> bool:
         """Whether step `step` (1-based) is measured."""

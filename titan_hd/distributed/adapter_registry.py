@@ -185,4 +185,6 @@ class AdapterRegistry:
         """A DTensor over the adapter mesh from this worker's part of delta_A (or A) or delta_B (or B)."""
         splits: dict[tuple[str, int | None], Placement] = {("delta_A", 1): Shard(2), ("delta_B", 0): Shard(1)}
         split = splits.get((key, entry.split), Replicate())
-        return DTensor.from_local(local, self.mesh, (Shard(0), Replicate(), split), run_check=False)
+        # `from_local` itself would copy what is not on the mesh's device, as moments on the host are not.
+        nothing = DTensor.from_local(local.to("meta"), self.mesh, (Shard(0), Replicate(), split), run_check=False)
+        return DTensor(local, nothing._spec, requires_grad=False)

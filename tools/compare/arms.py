@@ -28,6 +28,27 @@ ABLATIONS = (
 )
 
 
+# What the comparison gives every run; no arm and no grid can change it.
+OF_EVERY_RUN = {
+    "checkpoint.enable": "true",
+    "checkpoint.folder": "checkpoint",
+    "checkpoint.keep_latest_k": "1",
+    "export.enable": "true",
+    "export.format": "hf",
+    "export.folder": "hf",
+    "export.dtype": "float32",
+    "metrics.log_freq": "1",
+}
+_GIVEN_BY = {
+    "adapter.method": "--methods names the methods",
+    "training.seed": "the first seed is the configuration's, --seeds says how many there are",
+    "job.dump_folder": "--folder has a folder for each run",
+    "metrics.wandb_group": "it is the name of --folder",
+    "metrics.wandb_name": "it is the run's name",
+    **{key: f"every run has {value}" for key, value in OF_EVERY_RUN.items()},
+}
+
+
 @dataclass(frozen=True)
 class Axis:
     """The values that are tried of one key, in order.
@@ -108,6 +129,7 @@ def _arm(text: str, grid: Mapping[str, Axis]) -> Arm:
         if not equals or not (sections or "." in key):
             raise UserError(f"--methods: {text}: {setting!r} must be key=value with a key of [adapter] or [hdpissa]")
         full = key if "." in key else f"{sections[0]}.{key}"
+        _refuse_given(full, f"--methods: {text}")
         if value.count(":") == 2:
             axes[full] = parse_axis(full, value, f"--methods: {text}")
         else:
@@ -131,8 +153,14 @@ def parse_grid(texts: list[str]) -> dict[str, Axis]:
             raise UserError(f"--grid: {text!r} must be section.key=low:high:number or section.key=value,value,...")
         if key in axes:
             raise UserError(f"--grid: {key} is given twice")
+        _refuse_given(key, "--grid")
         axes[key] = parse_axis(key, value, "--grid")
     return axes
+
+
+def _refuse_given(key: str, where: str) -> None:
+    if key in _GIVEN_BY:
+        raise UserError(f"{where}: {key} cannot be changed here: {_GIVEN_BY[key]}")
 
 
 def parse_axis(key: str, text: str, where: str) -> Axis:
@@ -144,7 +172,7 @@ def parse_axis(key: str, text: str, where: str) -> Axis:
     parts = text.split(":")
     if len(parts) != 3:
         values = tuple(text.split(","))
-        if len(set(values)) < len(values):
+        if len({_as_read(value) for value in values}) < len(values):
             raise UserError(f"{where}: {key}={text} has a value twice")
         return Axis(values)
     try:
@@ -159,7 +187,15 @@ def parse_axis(key: str, text: str, where: str) -> Axis:
     return dataclasses.replace(axis, values=tuple(dict.fromkeys(value for value in values if value)))
 
 
+def _as_read(value: str) -> float | str:
+    """As grid.csv has it: 1e-3 and 0.001 are one point."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
 def _is_whole(key: str) -> bool:
     section, _, name = key.partition(".")
     kind = typing.get_type_hints(JobConfig).get(section)
-    return kind is not None and typing.get_type_hints(kind).get(name) is int
+    return kind is not None and typing.get_type_hints(kind).get(name) in (int, int | None)

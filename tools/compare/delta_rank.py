@@ -166,8 +166,10 @@ def mean_ranks(deltas: Collection[WeightDelta]) -> dict[str, DeltaRank]:
     return {kind: DeltaRank(*(sum(column) / len(ranks) for column in zip(*ranks))) for kind, ranks in kinds.items()}
 
 
-def delta_ranks(base: Path, trained: Path, config: ModelConfig, threshold: float) -> dict[str, DeltaRank]:
-    """`mean_ranks` of all linear layers.
+def delta_ranks(
+    base: Path, trained: Path, config: ModelConfig, threshold: float, kinds: Collection[str] = ()
+) -> dict[str, DeltaRank]:
+    """`mean_ranks` of the linear layers; of these kinds (q_proj, ...) alone, if any are given.
 
     base, trained: HF directories of the model that `config` describes; trained should be in fp32, or its rounding is
     what is measured.
@@ -177,5 +179,5 @@ def delta_ranks(base: Path, trained: Path, config: ModelConfig, threshold: float
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before, after = (open_model_weights(folder, config) for folder in (base, trained))
-    deltas = weight_deltas(before, after, config, linear_weights(config), threshold, device)
+    deltas = weight_deltas(before, after, config, linear_weights(config, kinds), threshold, device)
     return mean_ranks([delta._replace(values=delta.values[:0]) for delta in deltas])

@@ -31,11 +31,13 @@ class Durations:
         if "seconds" in row:
             self._measured[arm].append(row["seconds"])
 
-    def of(self, arm: str, plan: RunPlan) -> tuple[float, str]:
-        """Seconds of a run, and how they are known."""
+    def of(self, arm: str, plan: RunPlan) -> tuple[float | None, str]:
+        """Seconds of a run, None where that is not known before one was made, and how they are known."""
         if self._measured[arm]:
             return _START_SECONDS + statistics.median(self._measured[arm]), "as the runs that were made"
         training = plan.config.training
+        if training.steps is None:
+            return None, "as long as its epochs take"
         with torch.device("meta"):
             model = build_model(plan.decoder)
         build_method(plan.config, plan.num_adapters).apply(model, plan.config.adapter.target_modules)
@@ -46,8 +48,6 @@ class Durations:
         else:
             work = trained_work(model, training.local_batch_size * training.seq_len)
         flops = flops_per_token(plan.decoder, training.seq_len, *work)
-        if training.steps is None:
-            return _START_SECONDS, "and as long as its epochs take"
         operations = flops * training.steps * plan.global_batch_size * training.seq_len
         return _START_SECONDS + operations / (self.workers * _rate()), "at most, by its operations"
 

@@ -14,6 +14,7 @@ from compare.delta_rank import delta_ranks
 from compare.running import COMPLETE, PlannedRun
 from compare.schedule import Run
 from compare.sizes import trained_parameters
+from titan_hd.adapters.inject import targeted
 from titan_hd.components.records import read_records
 from titan_hd.files import replace_file
 from titan_hd.fitting import estimate_run
@@ -79,8 +80,9 @@ def _metrics(folder: Path) -> Row:
 
 
 def _ranks(run: PlannedRun, threshold: float) -> Row:
-    base = Path(run.config.model.hf_assets_path)
-    ranks = delta_ranks(base, run.folder / "hf", run.plan.decoder, threshold)["all"]
+    base, decoder = Path(run.config.model.hf_assets_path), run.plan.decoder
+    kinds = targeted(decoder.linear_shapes(), run.config.adapter.target_modules)  # the others are as they were
+    ranks = delta_ranks(base, run.folder / "hf", decoder, threshold, kinds)["all"]
     return {f"dw_{name}": getattr(ranks, name) for name in ("above", "entropy", "stable", "relative_norm")}
 
 
@@ -90,10 +92,12 @@ def remove_weights(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def write_grid(folder: Path, rows: Mapping[Run, Row], keys: Sequence[str]) -> None:
-    """Write grid.csv, a line for each run. keys: of the grid, each a column."""
+def write_grid(folder: Path, rows: Mapping[Run, Row], keys: Sequence[str], rank_by: str) -> None:
+    """Write grid.csv, a line for each run. keys: of the grid, each a column; rank_by: a metric that is one even where
+    no run has it yet."""
     lines = [{**_head(run, keys), **row} for run, row in rows.items()]
-    _write_csv(folder / "grid.csv", lines, list(dict.fromkeys(key for line in lines for key in line)))
+    columns = [key for line in lines for key in line]
+    _write_csv(folder / "grid.csv", lines, list(dict.fromkeys([*columns, rank_by])))
 
 
 def write_losses(folder: Path, rows: Mapping[Run, Row], keys: Sequence[str], places: Mapping[Run, Path]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from titan_hd.config import manager
 from titan_hd.config.job_config import JobConfig
 from titan_hd.errors import UserError
+from titan_hd.files import disk_faults, read_json_object
 from titan_hd.preflight import RunPlan
 
 COMPLETE = "complete"
@@ -60,7 +62,8 @@ class Runner:
             self._environments.put(environment(workers, parallel, place))
         self._pool = ThreadPoolExecutor(parallel)
         self._children: set[subprocess.Popen] = set()
-        self._stopping = threading.Event()
+        self._stopping = False
+        self._lock = threading.Lock()  # of these two: nothing starts once the others have been told to end
 
     def make(self, planned: Sequence[PlannedRun], done: Callable[[PlannedRun, str], None]) -> None:
         """Make the runs, in order; done: called in this thread with each as it ends and its status: complete, diverged,
@@ -75,28 +78,44 @@ class Runner:
             try:
                 for future in as_completed(futures):
                     done(futures[future], future.result())
-            except BaseException:
-                self._stopping.set()
-                for future in futures:
-                    future.cancel()
-                self._stop_children()
+            except BaseException as error:
+                self._stop()
+                self._pool.shutdown(wait=True, cancel_futures=True)
+                # A run that was stopped for another's fault may be heard of first.
+                ended = (future.exception() for future in futures if future.done() and not future.cancelled())
+                fault = next((found for found in ended if isinstance(found, UserError)), None)
+                if isinstance(error, Stopped) and fault is not None:
+                    raise fault from None
                 raise
 
     def _run(self, run: PlannedRun) -> str:
-        if self._stopping.is_set():
-            raise Stopped
         variables = self._environments.get()
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
             with open(run.log, "ab") as log:
                 command = [str(RUN_TRAIN), *run.options]
-                child = subprocess.Popen(command, env={**os.environ, **variables}, stdout=log, stderr=log)
-                self._children.add(child)
+                with self._lock:
+                    if self._stopping:
+                        raise Stopped
+                    child = subprocess.Popen(command, env={**os.environ, **variables}, stdout=log, stderr=log)
+                    self._children.add(child)
                 status = child.wait()
+            with self._lock:
                 self._children.discard(child)
+            return _kind(status, run)
+        except BaseException:
+            self._stop()  # before this place is free for the next
+            raise
         finally:
             self._environments.put(variables)
-        return _kind(status, run)
+
+    def _stop(self) -> None:
+        """Let nothing start any more, and have what runs save and end. A second signal would end it without saving."""
+        with self._lock:
+            if not self._stopping:
+                for child in self._children:
+                    child.send_signal(signal.SIGTERM)
+            self._stopping = True
 
     @contextmanager
     def _ending_children(self) -> Iterator[None]:
@@ -112,11 +131,6 @@ class Runner:
             raise Stopped from None
         finally:
             signal.signal(signal.SIGTERM, before)
-
-    def _stop_children(self) -> None:
-        for child in [*self._children]:
-            child.send_signal(signal.SIGTERM)
-        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def environment(workers: int, parallel: int, place: int) -> dict[str, str]:
@@ -148,19 +162,30 @@ def _kind(status: int, run: PlannedRun) -> str:
     return "failed"
 
 
-def check_started(run: PlannedRun) -> None:
+def check_started(run: PlannedRun, options: Mapping[str, float]) -> None:
     """See that the run's folder, if it is there, is of the same settings, and note them.
 
+    options: of the comparison that change what a run comes to, by their names.
+
     Raises:
-        UserError: it is of other settings.
+        UserError: it is of other settings, or cannot be written.
     """
-    started = run.folder / "comparison.toml"
-    if started.exists():
-        # Read rather than compared as text: a later version of titan_hd may have more keys, with their defaults.
-        if manager.from_toml(started.read_text(encoding="utf-8"), str(started)) != run.config:
-            raise UserError(
-                f"--folder: {run.folder} holds a run with other settings; name another folder, or remove it"
-            )
-        return
-    run.folder.mkdir(parents=True, exist_ok=True)
-    started.write_text(manager.to_toml(run.config), encoding="utf-8")
+    started, noted = run.folder / "comparison.toml", run.folder / "options.json"
+    with disk_faults(run.folder):
+        if started.exists():
+            # Read rather than compared as text: a later version of titan_hd may have more keys, with their defaults.
+            if manager.from_toml(started.read_text(encoding="utf-8"), str(started)) != run.config:
+                raise UserError(
+                    f"--folder: {run.folder} holds a run with other settings; name another folder, or remove it"
+                )
+            before = read_json_object(noted) if noted.exists() else {}  # an earlier version's has none
+            for name, value in options.items():
+                if before.get(name, value) != value:
+                    raise UserError(
+                        f"--{name}: {run.folder} holds a run with {before[name]}, not {value}; give that, or name "
+                        "another folder"
+                    )
+            return
+        run.folder.mkdir(parents=True, exist_ok=True)
+        noted.write_text(json.dumps(dict(options)), encoding="utf-8")
+        started.write_text(manager.to_toml(run.config), encoding="utf-8")

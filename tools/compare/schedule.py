@@ -3,7 +3,7 @@
 1. All values of every arm's grid, with the first seed.
 2. While an arm's best value lies on an edge of what was tried, it gets the next value beyond it; every other arm gets a
    value between its best and the better of its neighbours instead. `widen` times at most.
-3. The best value of every arm and its two neighbours, with the other seeds.
+3. The best value of every arm and its two neighbours (or the best alone), with the other seeds.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Round(NamedTuple):
 
 # The metric of a run, so that less is better; infinity for one that failed. Asked only of runs that were made.
 Score = Callable[[Run], float]
+# Whether a run beyond the grid can be made at all: a key may end where the next value would be.
+Allowed = Callable[[Run], bool]
 
 
 @dataclass
@@ -81,16 +83,17 @@ class Tuning:
                 return key, False
         return None
 
-    def outwards(self, best: Point) -> Point | None:
+    def outwards(self, best: Point, allowed: Callable[[Point], bool]) -> Point | None:
         """The next point beyond the edge on which the best one lies."""
         edge = self.edge(best)
         if edge is None:
             return None
         key, upwards = edge
         value = self.arm.axes[key].beyond(dict(best)[key], upwards)
-        return None if value is None else _at(best, key, value)
+        point = None if value is None else _at(best, key, value)
+        return point if point is not None and allowed(point) else None
 
-    def inwards(self, best: Point, score: Callable[[Point], float]) -> Point | None:
+    def inwards(self, best: Point, score: Callable[[Point], float], allowed: Callable[[Point], bool]) -> Point | None:
         """A point between the best one and the better of its neighbours."""
         for key in self.tuned():
             line = self.line(best, key)
@@ -98,8 +101,9 @@ class Tuning:
             near = [line[i] for i in (place - 1, place + 1) if 0 <= i < len(line)]
             for other in sorted(near, key=score):
                 value = self.arm.axes[key].between(dict(best)[key], dict(other)[key])
-                if value is not None and _at(best, key, value) not in self.points:
-                    return _at(best, key, value)
+                point = None if value is None else _at(best, key, value)
+                if point is not None and point not in self.points and allowed(point):
+                    return point
         return None
 
     def around(self, best: Point, score: Callable[[Point], float]) -> list[Point]:
@@ -125,34 +129,47 @@ def _without(point: Point, key: str) -> Point:
     return tuple((k, v) for k, v in point if k != key)
 
 
-def rounds(arms: Sequence[Arm], seeds: Sequence[int], score: Score, widen: int, equal: bool = True) -> Iterator[Round]:
+def rounds(
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    score: Score,
+    widen: int,
+    equal: bool = True,
+    allowed: Allowed = lambda run: True,
+    neighbours: bool = True,
+) -> Iterator[Round]:
     """The rounds one after another; the runs of a round must have been made before the next is asked for.
 
-    equal: all arms get as many runs as the one that needs the most; else only those whose best lies on an edge more.
+    neighbours: those of the best values get the other seeds, too. equal: all arms get as many runs as the one that
+    needs the most; else only those whose best lies on an edge more.
     """
     tunings = [Tuning.of(arm) for arm in arms]
 
     def first(tuning: Tuning) -> Callable[[Point], float]:
         return lambda point: score(Run(tuning.arm.name, point, seeds[0]))
 
+    def can(tuning: Tuning) -> Callable[[Point], bool]:
+        return lambda point: allowed(Run(tuning.arm.name, point, seeds[0]))
+
     yield Round("the grid", [Run(t.arm.name, point, seeds[0]) for t in tunings for point in t.points])
     for _ in range(widen):
         bests = [t.best(first(t)) for t in tunings]
-        beyond = [t.outwards(best) for t, best in zip(tunings, bests)]
+        beyond = [t.outwards(best, can(t)) for t, best in zip(tunings, bests)]
         if not any(beyond):
             break
         chosen = [
-            point or (t.inwards(best, first(t)) if equal else None) for t, best, point in zip(tunings, bests, beyond)
+            point or (t.inwards(best, first(t), can(t)) if equal else None)
+            for t, best, point in zip(tunings, bests, beyond)
         ]
         for tuning, point in zip(tunings, chosen):
             tuning.points += [point] if point else []
         said = ", ".join(f"{t.arm.name} ({_text(best)})" for t, best, point in zip(tunings, bests, beyond) if point)
         runs = [Run(t.arm.name, point, seeds[0]) for t, point in zip(tunings, chosen) if point]
         yield Round(f"wider, for the best lies on the edge of what was tried: {said}", runs)
-    near = [t.around(t.best(first(t)), first(t)) for t in tunings]
+    near = [t.around(t.best(first(t)), first(t))[: None if neighbours else 1] for t in tunings]
     again = [Run(t.arm.name, point, seed) for t, points in zip(tunings, near) for point in points for seed in seeds[1:]]
     if again:
-        yield Round("the best of every arm and its neighbours with the other seeds", again)
+        yield Round(f"the best of every arm{' and its neighbours' * neighbours} with the other seeds", again)
 
 
 def best_point(runs: Sequence[Run], score: Score) -> Point:

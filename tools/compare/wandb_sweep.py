@@ -43,7 +43,7 @@ def write_sweep(arm: Arm, options: Sequence[str], settings: SweepSettings) -> Pa
         UserError: the folder cannot be written.
     """
     place = settings.folder / "sweeps" / arm.name
-    path = place.with_name(f"{arm.name}.yaml")
+    path = Path(f"{place}.yaml")
     entries = {key: value for key, value in _sweep(arm, options, settings, place).items() if value != ""}
     note = f"# wandb sweep {shlex.quote(str(path))}    prints the `wandb agent` to start\n"
     with disk_faults(path.parent):

@@ -62,6 +62,25 @@ def test_a_fault_of_the_user_ends_the_comparison(tmp_path, script):
         made(Runner(1, 1), planned(tmp_path), planned(tmp_path, "full"))
 
 
+def test_after_a_fault_of_the_user_nothing_starts(tmp_path, script):
+    """Not even the run that waits for the place of the one at fault, nor is one that runs beside it left alone."""
+    script(
+        f"""[ $1 != beside ] || trap 'touch {tmp_path}/saved; exit 75' TERM
+        touch {tmp_path}/on_$1
+        case $1 in
+        fault) while [ ! -e {tmp_path}/on_beside ]; do sleep 0.01; done; echo 'titan_hd: error: mend this'; exit 2 ;;
+        beside) while :; do sleep 0.01; done ;;
+        esac"""
+    )
+    for _ in range(10):
+        for of_before in ("on_fault", "on_beside", "saved"):
+            (tmp_path / of_before).unlink(missing_ok=True)
+        with pytest.raises(UserError, match="mend this"):
+            made(Runner(1, 2), *(planned(tmp_path / "runs", name, name) for name in ("fault", "beside", "next")))
+        assert (tmp_path / "saved").exists()
+        assert not (tmp_path / "on_next").exists()
+
+
 @pytest.mark.parametrize("status", [75, 130])
 def test_a_run_that_a_signal_ended_is_no_failure(tmp_path, script, status: int):
     script(f"exit {status}")
@@ -105,12 +124,24 @@ def test_runs_side_by_side_share_the_cores(monkeypatch):
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     run = planned(tmp_path)
-    check_started(run)
+    options = {"workers": 2, "threshold": 1e-3}
+    check_started(run, options)
     started = run.folder / "comparison.toml"
     text = started.read_text()
     assert "patience" in text
     started.write_text("".join(line for line in text.splitlines(keepends=True) if not line.startswith("patience")))
-    check_started(run)  # an earlier version did not have that key
+    check_started(run, options)  # an earlier version did not have that key
     other = PlannedRun(run.name, run.folder, [], JobConfig(training=Training(seed=7)), run.plan)
     with pytest.raises(UserError, match="holds a run with other settings; name another folder, or remove it"):
-        check_started(other)
+        check_started(other, options)
+    with pytest.raises(
+        UserError, match=r"--workers: .*lora holds a run with 2, not 4; give that, or name another folder"
+    ):
+        check_started(run, {**options, "workers": 4})
+    with pytest.raises(UserError, match="--threshold: "):
+        check_started(run, {**options, "threshold": 0.1})
+    (run.folder / "options.json").unlink()
+    check_started(run, {"workers": 4})  # nor did it note them
+    (tmp_path / "a file").touch()
+    with pytest.raises(UserError, match="a file/lora: cannot be written: Not a directory"):
+        check_started(planned(tmp_path / "a file"), options)

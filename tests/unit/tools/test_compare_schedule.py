@@ -69,6 +69,14 @@ def test_only_what_is_needed():
     assert (len(tried(found, "lora")), len(tried(found, "full"))) == (8, 5)
 
 
+def test_a_value_that_cannot_be_trained_is_not_tried():
+    """Beyond an edge nothing is tried then, and between two values the next gap, if there is one."""
+    found = made("lora,full", best_at(lora=5e-2, full=4e-3), allowed=lambda run: rate(run) <= 1.6e-2)
+    assert [len(round_.runs) for round_ in found] == [10, 12]
+    found = made("lora,full", best_at(lora=5e-2, full=4e-3), allowed=lambda run: run.arm == "lora" or rate(run) > 5e-3)
+    assert tried(found, "full")[5] == pytest.approx(math.sqrt(4e-3 * 8e-3), rel=1e-3)
+
+
 def test_widening_ends():
     found = made("lora", lambda run: -rate(run), widen=2)
     assert [len(round_.runs) for round_ in found] == [5, 1, 1, 6]
@@ -94,6 +102,15 @@ def test_an_arm_that_never_works():
     found = made("lora,full", lambda run: INF if run.arm == "lora" else best_at(full=4e-3)(run), widen=2)
     assert tried(found, "lora")[5:] == pytest.approx([5e-4, 2.5e-4]), "smaller rates may"
     assert {run.arm for run in found[-1].runs} == {"full"}
+
+
+def test_seeds_for_the_best_alone():
+    (*_, again) = made("lora,full", best_at(lora=4e-3, full=2e-3), neighbours=False)
+    assert [(run.arm, rate(run), run.seed) for run in again.runs] == [
+        ("lora", 4e-3, 1), ("lora", 4e-3, 2), ("full", 2e-3, 1), ("full", 2e-3, 2),
+    ]  # fmt: skip
+    assert again.reason == "the best of every arm with the other seeds"
+    assert len(made("lora", lambda run: INF, neighbours=False)) == 5, "none where all failed"
 
 
 def test_two_grids_multiply():

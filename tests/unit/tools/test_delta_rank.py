@@ -78,3 +78,5 @@ def test_means_over_the_layers_of_a_model(tmp_path):
     assert ranks["q_proj"].entropy == pytest.approx(2, rel=1e-3)
     assert ranks["up_proj"] == (0, 0, 0, 0)
     assert ranks["all"].above == pytest.approx(4 / 14)
+    adapted = delta_ranks(tmp_path / "base", tmp_path / "trained", parse_hf_config(config, "tests"), 1e-3, ["q_proj"])
+    assert adapted == {"all": ranks["q_proj"], "q_proj": ranks["q_proj"]}

@@ -216,6 +216,10 @@ def test_what_is_refused(tmp_path):
     for line, start in zip(lines, wanted):
         assert line.startswith(f"titan_hd: error: {start}")
     assert refused(one, f"one={one}")[0].endswith(f"two of TRAINED are called 'one'; name them: NAME={one}")
+    odd = tmp_path / "lr=0.1,seed=42"
+    odd.mkdir()
+    assert refused(odd)[0].startswith(f"titan_hd: error: {odd}: holds neither")
+    assert refused(f"a name={odd}")[0].startswith(f"titan_hd: error: {odd}: holds neither")
     assert "--kinds: 'head' is none" in refused(one, "--kinds", "head")[0]
     assert "there is no 2" in refused(one, "--layers", "0,2")[0]
     assert "--mark: must be whole numbers" in refused(one, "--mark", "-1")[0]

@@ -125,7 +125,8 @@ def test_memory_is_that_of_adapters_that_learn_from_all_samples():
         memory_of(few, plan_of(few, Topology(64, 16, 8, 8, samples=samples), "factors")) for samples in ("own", "all")
     )
     assert own.held["gradients of all adapters"] == 0
-    assert together.held["gradients of all adapters"] == 32 * 4 * 1024 * block
+    zeros = 4 * 1024 * 14336  # that stand for the deltas of any layer
+    assert together.held["gradients of all adapters"] == 32 * 4 * 1024 * block + zeros
     assert together.held["their copies in the compute dtype"] == 32 * 2 * 1024 * block
     assert together.passing["gradients to their holders"] == 2 * (4 * 1024 * block + 4 * 16 * block)
 
