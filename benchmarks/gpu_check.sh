@@ -72,10 +72,10 @@ mixed_precision_param = "bfloat16"
 lr = 2e-5
 [adapter]
 rank = ${ADAPTER_RANK:-16}
-[hdpissa]
-num_adapters = ${ADAPTERS:-8}
 svd = "randomized"
 svd_niter = 2
+[hdpissa]
+num_adapters = ${ADAPTERS:-8}
 [activation_checkpoint]
 mode = "${AC:-selective}"
 [metrics]

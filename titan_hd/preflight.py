@@ -112,7 +112,7 @@ def plan_run(
     errors += allow_mismatch_errors(config.checkpoint.allow_mismatch)
     method = build_method(config, method_of(config).adapters_for(config, workers))
     if decoder and needs_files:
-        errors.attempt(_check_start, config, decoder, method)
+        warnings += errors.attempt(_check_start, config, decoder, method) or []
     global_batch = training.global_batch_size
     if global_batch == -1:
         global_batch = training.local_batch_size * max(method.shares, workers)
@@ -184,8 +184,9 @@ def refresh_line(plan: RunPlan) -> str | None:
     )
 
 
-def _check_start(config: JobConfig, decoder: ModelConfig, method: Method) -> None:
-    """What the run starts from is there: the checkpoint, or weight files whose headers have the model's shapes.
+def _check_start(config: JobConfig, decoder: ModelConfig, method: Method) -> list[str]:
+    """What the run starts from is there: the checkpoint, or weight files whose headers have the model's shapes. Returns
+    warnings.
 
     Before any memory is allocated for a model whose sizes somebody else's config.json says.
     """
@@ -195,7 +196,7 @@ def _check_start(config: JobConfig, decoder: ModelConfig, method: Method) -> Non
     export_reads_base = method.changes_base and config.export.enable and config.export.format == "peft"
     measures_changes = config.metrics.update_freq > 0
     if (resumes and c.base == "full" and not export_reads_base and not measures_changes) or config.model.flavor:
-        return
+        return []
     try:
         open_model_weights(config.model.hf_assets_path, decoder)
     except UserError as error:
@@ -203,6 +204,29 @@ def _check_start(config: JobConfig, decoder: ModelConfig, method: Method) -> Non
             raise
         need = "metrics.update_freq: changes are measured from the base model on; 0 goes on without its files"
         raise UserError(f"{error}\n{need}") from None
+    return _head_warnings(config.model.hf_assets_path, decoder) if not resumes else []
+
+
+def _head_warnings(directory: str, model: ModelConfig) -> list[str]:
+    """What becomes of a trained classification head in a directory under other labels than its own.
+
+    Raises:
+        UserError: the labels are its own in another order: it would be loaded with the classes exchanged.
+    """
+    if not isinstance(model, RobertaConfig) or model.head_names == model.label_names:
+        return []
+    if open_model_weights(directory, with_labels(model, model.head_names)).missing:
+        return []
+    own, labels = ([name.casefold() for name in names] for names in (model.head_names, model.label_names))
+    line = f"data.labels: the classification head in {directory} was trained for {', '.join(model.head_names)}"
+    if len(own) != len(labels):
+        return [f"{line}: a new one is drawn for the {len(labels)} label(s)"]
+    if own == labels or own == [*map(str, range(len(own)))]:
+        return []
+    if sorted(own) == sorted(labels):
+        order = ", ".join(model.label_names[labels.index(name)] for name in own)
+        raise UserError(f"{line}; name them in this order: {order}")
+    return [f"{line}, not for {', '.join(model.label_names)}: training begins with its outputs as they are"]
 
 
 def _check_export(config: JobConfig) -> None:

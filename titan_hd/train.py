@@ -370,7 +370,8 @@ class Trainer:
             with self.profiling.watching_memory(lambda: self.step):
                 self.validate()
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)  # the SVD's peak is not the training's
+            torch.cuda.empty_cache()  # of what the SVD took: neither the training's peak, nor kept from nccl
+            torch.cuda.reset_peak_memory_stats(self.device)
         gc.disable()  # collected by a hook instead: workers that pause at different times wait for each other
         first_step = self.step
         with self.signals.deferred(), self.profiling.watching_memory(lambda: self.step):

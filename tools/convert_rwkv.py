@@ -32,6 +32,7 @@ from titan_hd.errors import UserError
 from titan_hd.export.hf import beside, publish, start_folder
 from titan_hd.files import disk_faults, expand_home, replace_file, user_path
 from titan_hd.models.hf_files import (
+    check_room,
     check_space,
     open_model_weights,
     plan_files,
@@ -183,17 +184,31 @@ def to_pth(assets: str, path: Path, dtype: torch.dtype | None) -> None:
     """Write beside `path` and rename. dtype None: that of each weight's file.
 
     Raises:
-        UserError: the directory is not of an RWKV-6, or cannot be read, or the file is there already.
+        UserError: the directory is not of an RWKV-6, or cannot be read, or the file is there already, or cannot be
+            written: for want of room before a weight is read.
     """
     if path.exists():
         raise UserError(f"{path}: is there already; remove it or name another file")
     config = read_model_config(assets, MODEL_TYPE)
-    files, tensors = open_model_weights(assets, config), {}
-    for name, shape in parameter_shapes(config).items():
-        tensors[pth_name(name)] = weight = torch.empty(shape, dtype=dtype or files.dtype(name))
-        files.read_into(name, weight)
+    files, shapes = open_model_weights(assets, config), parameter_shapes(config)
+    dtypes = {name: dtype or files.dtype(name) for name in shapes}
     with disk_faults(path):
-        replace_file(path, lambda partial: torch.save(tensors, partial))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_room(path.parent, sum(shape.numel() * dtypes[name].itemsize for name, shape in shapes.items()))
+        tensors = {}
+        for name, shape in shapes.items():
+            tensors[pth_name(name)] = weight = torch.empty(shape, dtype=dtypes[name])
+            files.read_into(name, weight)
+        replace_file(path, functools.partial(_save, tensors))
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """As torch.save, but that it raises the OSError of a file that cannot be written."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(tensors, file)
+    except RuntimeError as error:  # torch's writer covers the file's error by one of its own
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from titan_hd.console import Progress, on_terminal, tell
+from titan_hd.data.sources import ENDINGS
 from titan_hd.data.text.chat import TOOL_TEMPLATE
 from titan_hd.data.text.tokenizer import TOKENIZER_FILES
 from titan_hd.errors import UserError
@@ -21,7 +22,7 @@ PATTERNS = {
     "weights": ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
     "config": ("config.json", "generation_config.json"),
     "tokenizer": TOKENIZER_FILES,
-    "data": ("*.jsonl", "*.json", "*.parquet"),
+    "data": tuple("*" + ending for ending in ENDINGS),
 }
 # Folders of a model's repository hold other formats of the same weights, and `consolidated` is Mistral's own.
 _NOT_OF_A_MODEL = ("*/*", "consolidated*")

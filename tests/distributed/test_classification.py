@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.kit import runs
-from tests.kit.classifiers import options, write_classifier, write_pairs
+from tests.kit.classifiers import options, write_classifier, write_head, write_pairs
 from titan_hd.adapters.methods import METHODS
 from tools.convert_checkpoint import dcp_to_hf
 
@@ -78,6 +78,23 @@ def test_adapters_that_learn_from_all_records_are_one_of_all_directions(argv, wo
     exported = runs.exported(tmp_path / "one")
     for key, weight in runs.exported(tmp_path / "dealt").items():
         torch.testing.assert_close(weight, exported[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"data__labels": "score"}, {"hdpissa__local_steps": 2}], ids=["score", "local"])
+def test_two_workers_learn_what_one_does(changes: dict, argv, workers, tmp_path: Path):
+    """A score, for which the files' head of two outputs gives way to a new one; and a head between two folds."""
+    start = write_head(tmp_path / "model", "other", "same")
+    text = (tmp_path / "train.tsv").read_text()
+    if "data__labels" in changes:
+        (tmp_path / "train.tsv").write_text(text.replace("\tsame", "\t4.75").replace("\tother", "\t-0.5"))
+    settings = {"hdpissa__num_adapters": 2, "training__steps": 4, **changes}
+    want = workers.run(1, runs.train, argv("hdpissa", "one", **settings))[0]
+    assert workers.run(2, runs.train, argv("hdpissa", "two", **settings))[0] == pytest.approx(want, rel=LOSS_TOLERANCE)
+    one, two = (runs.exported(tmp_path / name) for name in ("one", "two"))
+    assert len(one["classifier.out_proj.bias"]) == (1 if "data__labels" in changes else 2)
+    assert not any(torch.equal(one[key], start[key]) for key in HEAD)
+    for key, weight in two.items():
+        torch.testing.assert_close(weight, one[key], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ CASES = {
     "weights-bf16": (2, WEIGHTS, HDPISSA | {"training__master_dtype": "bfloat16", "hdpissa__exchange": "dense"}),
     "moments": (2, MOMENTS, HDPISSA),
     "moments-sgd": (1, MOMENTS, HDPISSA | {"optimizer__name": "SGD"}),
+    "moments-adagrad": (1, MOMENTS, HDPISSA | {"optimizer__name": "Adagrad"}),
     "moments-radam": (1, MOMENTS, HDPISSA | {"optimizer__name": "RAdam"}),
     "both": (
         4,
@@ -110,3 +111,12 @@ def test_what_lies_on_the_host(workers, tmp_path: Path, monkeypatch):
     ((offloaded, parts, elements),) = workers.run(1, where, argv(tmp_path, "dump", **HDPISSA, **WEIGHTS, **MOMENTS))
     assert offloaded
     assert parts == -(-elements // host_moments.PART_ELEMENTS)
+
+
+def test_a_state_that_comes_with_the_optimizer_does_not_stay_on_the_device():
+    parameter = torch.nn.Parameter(torch.zeros(5))
+    moments = host_moments.HostMoments(
+        parameter, lambda parts: torch.optim.Adagrad(parts, initial_accumulator_value=0.5)
+    )
+    assert not moments.optimizer.state
+    assert moments.state[parameter]["sum"].tolist() == [0.5] * 5

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from tests.kit import runs
 from titan_hd.models.registry import parse_hf_config
-from titan_hd.models.roberta import Roberta, RobertaConfig
+from titan_hd.models.roberta import ARCHITECTURE, Roberta, RobertaConfig
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -47,16 +47,25 @@ def random_roberta(raw: dict, seed: int = 0) -> Roberta:
 
 
 def write_classifier(folder: Path, **changes) -> dict[str, torch.Tensor]:
-    """A HF directory of an encoder without a classification head, with a tokenizer of letters; returns its weights."""
+    """A HF directory of an encoder, with a tokenizer of letters; returns its weights. It has a classification head if
+    its architecture is that of a classifier."""
     raw = {**TINY, **changes}
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: w for name, w in random_roberta(raw).state_dict().items() if not name.startswith("classifier.")}
+    weights = random_roberta(raw).state_dict()
+    if raw["architectures"] != [ARCHITECTURE]:
+        weights = {name: w for name, w in weights.items() if not name.startswith("classifier.")}
     save_file(weights | {"lm_head.bias": torch.zeros(raw["vocab_size"])}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(raw))
     vocabulary = {piece: i for i, piece in enumerate([*SPECIAL, "\u0120", *LETTERS, "the"])}
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return weights
+
+
+def write_head(folder: Path, *names: str) -> dict[str, torch.Tensor]:
+    """As `write_classifier`, with a trained head for classes of these names; without any, for two that have none."""
+    named = {"id2label": {str(i): name for i, name in enumerate(names)}} if names else {}
+    return write_classifier(folder, architectures=[ARCHITECTURE], **named)
 
 
 def write_pairs(path: Path, count: int = 24, seed: int = 0) -> None:

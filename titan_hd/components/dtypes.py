@@ -17,9 +17,10 @@ _BFLOAT16_INSTRUCTIONS = {"amx_bf16", "avx512_bf16", "bf16"}
 
 
 def has_bfloat16(device_type: str) -> bool:
-    """Whether products in bfloat16 are fast: on a CPU without instructions for it they are many times slower."""
+    """Whether products in bfloat16 are fast: on a CPU without instructions for it they are many times slower, and GPUs
+    before compute capability 8.0 have no units for it. GPUs that are not here are taken to have them."""
     if device_type != "cpu":
-        return True
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.12
     if capabilities:
         return any(capabilities.get(name) for name in _BFLOAT16_INSTRUCTIONS)
@@ -70,4 +71,5 @@ def dtype_warnings(config: JobConfig, device_type: str) -> list[str]:
     """Of a configuration as the user gave it."""
     if config.training.mixed_precision_param != "bfloat16" or has_bfloat16(device_type):
         return []
-    return ["training.mixed_precision_param: this CPU has no instructions for bfloat16; float32 (or auto) is faster"]
+    lacks = "CPU has no instructions" if device_type == "cpu" else "GPU has no units"
+    return [f"training.mixed_precision_param: this {lacks} for bfloat16; float32 (or auto) is better"]

@@ -32,6 +32,8 @@ class HostMoments:
         self.optimizer = build(dict.fromkeys(self.parts, "deltas"))
         self.param_groups = self.optimizer.param_groups
         self.state: dict[nn.Parameter, dict[str, Any]] = defaultdict(dict)
+        for part, place in zip(self.parts, self._places()):
+            self._take(part, place)  # of Adagrad, which has its state from the start
 
     def allocate(self, dtype: torch.dtype) -> torch.Tensor:
         """On the host, as large as the parameter; zeros."""
@@ -42,22 +44,25 @@ class HostMoments:
     def step(self, norm: torch.Tensor) -> None:
         """norm: see `step_if_finite`."""
         assert self.parameter.grad is not None
-        whole, numbers = self.state[self.parameter], {}
-        before = dict(whole)  # empty in the first step: the optimizer makes its state
+        before = dict(self.state[self.parameter])  # mostly empty in the first step: the optimizer makes its state
         for part, gradient, place in zip(self.parts, self.parameter.grad.split(PART_ELEMENTS), self._places()):
             if before:
                 self.optimizer.state[part] = {key: self._to_device(value, place) for key, value in before.items()}
             part.grad = gradient
             step_if_finite(self.optimizer, norm)
             part.grad = None
-            for key, value in self.optimizer.state.pop(part, {}).items():
-                if isinstance(value, torch.Tensor) and value.shape == part.shape:
-                    if key not in whole:
-                        whole[key] = self.allocate(value.dtype)
-                    whole[key][place].copy_(value, non_blocking=True)
-                else:  # a number, the same for all parts
-                    numbers[key] = value
-        whole.update(numbers)
+            self._take(part, place)
+
+    def _take(self, part: nn.Parameter, place: slice) -> None:
+        """What the optimizer has of a part goes to the host."""
+        whole = self.state[self.parameter]
+        for key, value in self.optimizer.state.pop(part, {}).items():
+            if isinstance(value, torch.Tensor) and value.shape == part.shape:
+                if key not in whole:
+                    whole[key] = self.allocate(value.dtype)
+                whole[key][place].copy_(value, non_blocking=True)
+            else:  # a number, the same for all parts
+                whole[key] = value
 
     def _places(self) -> Iterator[slice]:
         return (slice(start, start + PART_ELEMENTS) for start in range(0, self.parameter.numel(), PART_ELEMENTS))

@@ -98,7 +98,8 @@ class Data:
     labels: list[str] = field(default_factory=list)
     """Format classification: the classes in the order of their numbers, as the records spell them (or they have the
     numbers). One name: the label is a number, a score, learned by the squared error. Empty: what config.json says
-    (id2label), else two classes, 0 and 1."""
+    (id2label), else two classes, 0 and 1. The names that a trained head has there must stand in its order; for another
+    number of names a new head is drawn."""
     prompt_field: str = ""
     """Field with the prompt. Empty: the first of instruction, query, question, prompt that the first record has. Of
     format classification the first text, prompt_field, the second one, input_field, and the label, response_field, are
@@ -179,8 +180,8 @@ class Training:
     seed: int = 42
     """Seeds the data order, random weights, random slices and dropout."""
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
-    """dtype in which the weights are all-gathered and computed with. auto: bfloat16 on GPUs and on CPUs that have
-    instructions for it, else float32."""
+    """dtype in which the weights are all-gathered and computed with. auto: bfloat16 on GPUs and CPUs that have
+    units or instructions for it (GPUs from compute capability 8.0 on), else float32."""
     float32_matmul_precision: Literal["high", "highest"] = "highest"
     """How GPUs multiply fp32 matrices (torch.set_float32_matmul_precision). high: TF32, several times faster, with 10
     bits of mantissa in the factors; where mixed_precision_param is bfloat16 it matters to the fold's products alone.

@@ -185,6 +185,9 @@ class DatasetBuilder:
     def _encoder(self, source: Source, keep_questions: bool = False) -> Encoder:
         first, name = open_source(source)
         format = FORMATS[name].create(source.config, self.vocab_size, self.tokenizer, first)
+        if self.seq_len < format.shortest:
+            line = f"training.seq_len: must be at least {format.shortest} for the records of {source.name}"
+            raise UserError(f"{line}, not {self.seq_len}")
         if not keep_questions:
             self._trained.append(format)
         stops, ignored = source.config.on_error == "raise", tuple(source.config.ignore_fields)

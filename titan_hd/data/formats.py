@@ -49,6 +49,7 @@ class Format(ABC):
         needs_template: data.template says how the text is written.
         own_labels: a record brings its labels along. They are stored as they are, and a record without any is kept.
         generates: a model that was trained on it writes texts, which end with the tokenizer's EOS.
+        shortest: the fewest tokens to which it can cut.
     """
 
     name: ClassVar[str]
@@ -56,6 +57,7 @@ class Format(ABC):
     needs_template: ClassVar[bool] = False
     own_labels: ClassVar[bool] = False
     generates: ClassVar[bool] = True
+    shortest: int = 1
     tokenizer: Tokenizer
 
     def __init__(self, config: Data, tokenizer: Tokenizer):
@@ -417,6 +419,7 @@ class ClassificationFormat(Format):
                 f"model.hf_assets_path: {tokenizer.directory}: the tokenizer puts no token in front of a text"
             )
         self._begin, self._fields = tokenizer.bos_id, classification_fields(config, first)
+        self.shortest = 6 if self._fields.second else 3  # a token of each text
 
     @classmethod
     def recognize(cls, config: Data, record: Record) -> str | None:
@@ -445,7 +448,7 @@ class ClassificationFormat(Format):
         ids, end = example.input_ids, self.tokenizer.eos_id
         border = ids.index(end)  # a text spells no control token
         parts = [ids[1:border]] + ([ids[border + 2 : -1]] if border < len(ids) - 1 else [])
-        room = max(0, length - 2 * len(parts))
+        room = length - 2 * len(parts)
         sizes = [room] if len(parts) == 1 else shares(room, *map(len, parts))
         return self._example([part[:size] for part, size in zip(parts, sizes)], example.labels[1])
 

@@ -24,6 +24,7 @@ _TEXTS = (
     ("text", ""),
 )
 _WHOLE = re.compile(r"-?\d+")
+_NUMBER = re.compile(r"[0-9]{1,9}")  # of a class
 _LABELS = ("label", "gold_label", "score", "Quality", "is_duplicate")
 
 
@@ -70,11 +71,13 @@ def label_id(value: Any, name: str, labels: Sequence[str]) -> int:
     """
     if value is None or value == "":
         raise UserError(f"{name}: is missing")
+    if isinstance(value, (list, dict)):
+        raise UserError(f"{name}: must be a text or a number, not a {type(value).__name__}")
     if len(labels) == 1:
         return label_of_score(_score(value, name))
     if str(value) in labels and not isinstance(value, bool):
         return labels.index(str(value))
-    number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+    number = int(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
     named = any(_WHOLE.fullmatch(label) for label in labels)  # then a number that is none of them is a fault
     if type(number) is int and 0 <= number < len(labels) and not named:
         return number
@@ -84,7 +87,7 @@ def label_id(value: Any, name: str, labels: Sequence[str]) -> int:
 def _score(value: Any, name: str) -> float:
     try:
         score = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         score = math.nan
     if not abs(score) < 1e30:
         raise UserError(f"{name}: must be a number, the score, not {str(value)[:40]!r}")

@@ -26,7 +26,6 @@ from titan_hd.errors import UserError
 
 MAX_RECORD = 8 * 2**20  # bytes of a line; longer ones are binary data or a file without line ends
 PIECE = 2**20  # bytes of a JSON array that are read at once
-_COMPRESSED = (".gz", ".zst")
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # how such files begin
 _START = 4096  # bytes of a file by which it is known
 # How files begin that hold no records (text in lower case) -> what they are.
@@ -44,10 +43,12 @@ _FOREIGN = {
 }
 _COLUMN = re.compile(rb"[a-z_][\w .-]*")
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".tsv")
+ENDINGS = tuple(suffix + packed for suffix in _SUFFIXES for packed in ("", ".gz", ".zst"))
+"""Of the names of files of records."""
 _SPACE = re.compile(r"[ \t\r\n]*")
 # Of the Hub: org/name, org/name:split or org/name:config:split; what ends or begins so is meant as a file.
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+?)(:(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
-_FILE_NAME = re.compile(r"\.(jsonl?|ndjson|parquet|tsv)(\.gz|\.zst)?$|^\.{1,2}/")
+_FILE_NAME = re.compile(rf"({'|'.join(map(re.escape, ENDINGS))})$|^\.{{1,2}}/")
 
 
 class Fault(str):
@@ -144,8 +145,7 @@ def find_files(path: str, key: str) -> list[Path]:
         UserError: there is none.
     """
     if os.path.isdir(path):
-        known = tuple(suffix + packed for suffix in _SUFFIXES for packed in ("", *_COMPRESSED))
-        files = [p for p in Path(path).iterdir() if p.name.endswith(known) and p.name[0] != "." and p.is_file()]
+        files = [p for p in Path(path).iterdir() if p.name.endswith(ENDINGS) and p.name[0] != "." and p.is_file()]
         if not files:
             raise UserError(f"{key}: {path} holds no records ({', '.join(_SUFFIXES)}, perhaps with .gz or .zst)")
     elif os.path.exists(path):

@@ -441,7 +441,11 @@ def sync_files(paths: Iterable[Path]) -> None:
 
 def check_space(directory: Path, slots: dict[str, TensorSlot], shapes: dict[str, torch.Size]) -> None:
     """UserError if the tensors do not fit on the disk of `directory`."""
-    needed = sum(shapes[name].numel() * slot.dtype.itemsize for name, slot in slots.items())
+    check_room(directory, sum(shapes[name].numel() * slot.dtype.itemsize for name, slot in slots.items()))
+
+
+def check_room(directory: Path, needed: int) -> None:
+    """UserError if weights of so many bytes do not fit on the disk of `directory`."""
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise UserError(f"{directory}: the weights need {shown_size(needed)}, {shown_size(free)} are free")

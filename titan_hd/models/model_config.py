@@ -27,7 +27,7 @@ class ModelConfig:
         draws: it has dropout of its own.
         new_weights: first parts of the names of weights that its files may lack: they are of a head for another task.
             They are drawn then.
-        other_weights: first parts of names that its files may have, of heads for other tasks.
+        other_weights: first parts of names that its files may have and that are passed over, of heads for other tasks.
         base_prefix: of the names of its weights but the head's, which files of the model without a head leave out.
         blocks_name: of the list of the blocks in the names of its weights.
     """
@@ -47,13 +47,16 @@ class ModelConfig:
     packs: ClassVar[bool] = True
     endless: ClassVar[bool] = True
     new_weights: ClassVar[tuple[str, ...]] = ()
-    other_weights: ClassVar[tuple[str, ...]] = ()
     base_prefix: ClassVar[str] = ""
     blocks_name: ClassVar[str]
 
     @property
     def num_labels(self) -> int:
         return 0
+
+    @property
+    def other_weights(self) -> tuple[str, ...]:
+        return ()
 
     @property
     def draws(self) -> bool:

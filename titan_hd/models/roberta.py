@@ -57,6 +57,7 @@ class RobertaConfig(ModelConfig):
 
     max_position_embeddings: the most tokens that a sequence may have; the table has pad_token_id + 1 rows more.
     label_names: of the classes, as the records spell them; one: of a score.
+    head_names: the classes that config.json gives the head of the files, if they have one.
     hidden_dropout, attention_dropout, classifier_dropout: shares that are dropped in training.
     ignored, hf: as of `DecoderConfig`.
     """
@@ -74,6 +75,7 @@ class RobertaConfig(ModelConfig):
     hidden_dropout: float
     attention_dropout: float
     classifier_dropout: float
+    head_names: tuple[str, ...] = field(repr=False, compare=False)
     ignored: tuple[str, ...] = field(repr=False, compare=False)
     hf: dict[str, Any] = field(repr=False, compare=False)
 
@@ -81,13 +83,18 @@ class RobertaConfig(ModelConfig):
     endless: ClassVar[bool] = False
     tie_word_embeddings: ClassVar[bool] = False  # pyrefly: ignore[bad-override]: no weights of it are tied
     new_weights: ClassVar[tuple[str, ...]] = ("classifier.",)
-    other_weights: ClassVar[tuple[str, ...]] = ("lm_head.", "roberta.pooler.", "roberta.embeddings.position_ids")
     base_prefix: ClassVar[str] = "roberta."
     blocks_name: ClassVar[str] = "roberta.encoder.layer"
 
     @property
     def num_labels(self) -> int:
         return len(self.label_names)
+
+    @property
+    def other_weights(self) -> tuple[str, ...]:
+        """A head with another number of outputs among them: the model's is then a new one."""
+        others = ("lm_head.", "roberta.pooler.", "roberta.embeddings.position_ids")
+        return others if len(self.head_names) == self.num_labels else (*others, *self.new_weights)
 
     @property
     def draws(self) -> bool:
@@ -133,13 +140,18 @@ def parse_roberta(raw: dict[str, Any], where: str) -> RobertaConfig:
         raise UserError(f"{where}: max_position_embeddings: must be above pad_token_id + 1 = {padding + 1}")
     dropout = _share(raw, "hidden_dropout_prob", where, 0.1)
     names = _label_names(raw, where)
+    if raw.get("problem_type") not in (None, kind := _problem_type(names)):
+        given = f"problem_type: {raw['problem_type']!r} with {len(names)} label(s)"
+        raise UserError(f"{where}: {given} is not supported; only {kind} is")
+    labels = tuple(str(i) if name == f"LABEL_{i}" else name for i, name in enumerate(names))
     return RobertaConfig(
         **sizes,
         max_position_embeddings=positions,
         type_vocab_size=size_of(raw, "type_vocab_size", where, 2),
         pad_token_id=padding,
         layer_norm_eps=number_of(raw, "layer_norm_eps", where, 1e-12),
-        label_names=tuple(str(i) if name == f"LABEL_{i}" else name for i, name in enumerate(names)),
+        label_names=labels,
+        head_names=labels,
         hidden_dropout=dropout,
         attention_dropout=_share(raw, "attention_probs_dropout_prob", where, 0.1),
         classifier_dropout=_share(raw, "classifier_dropout", where, dropout),
@@ -153,14 +165,20 @@ def _as_classifier(raw: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     classes = {
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
-        "problem_type": "regression" if len(names) == 1 else "single_label_classification",
+        "problem_type": _problem_type(names),
     }
     return {**raw, "architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, **classes}
+
+
+def _problem_type(names: Sequence[str]) -> str:
+    return "regression" if len(names) == 1 else "single_label_classification"
 
 
 def with_labels(config: ModelConfig, names: Sequence[str]) -> RobertaConfig:
     """The configuration with a head for these classes; one name: for a score."""
     assert isinstance(config, RobertaConfig)
+    if tuple(names) == config.label_names:
+        return config  # "0" stays LABEL_0 in the config.json of an export
     hf = _as_classifier({key: value for key, value in config.hf.items() if key != "num_labels"}, names)
     return dataclasses.replace(config, label_names=tuple(names), hf=hf)
 

@@ -42,17 +42,18 @@ class Slot:
         return self._there[: self._size]
 
     def sent(self) -> torch.Tensor:
-        """`on_device`, with what was written on the host; the copy may still be under way, in the current stream."""
+        """`on_device`, with what was written on the host, if anything was: after a fault nothing is read any more, and
+        all ranks go on to the end. The copy may still be under way, in the device's current stream."""
         there = self.on_device()
         if self._device.type != "cpu":
-            there.copy_(self._host[: self._size], non_blocking=True)
+            there.copy_(self.on_host(), non_blocking=True)
         return there
 
     def release(self) -> None:
-        """The current stream has got all that uses the values."""
+        """The device's current stream has got all that uses the values."""
         if self._device.type == "cuda":
             self._used = torch.cuda.Event()
-            self._used.record()
+            self._used.record(torch.cuda.current_stream(self._device))  # of this GPU, whichever is the current one
 
 
 class Staging:

@@ -74,7 +74,10 @@ def init_process(config: JobConfig, signals: StopSignals | None) -> torch.device
     if torch.cuda.is_available():
         local_rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= count:
-            raise UserError(f"NGPU: more workers on this node than its {count} GPU(s)")
+            line = f"NGPU: more workers on this node than its {count} GPU(s)"
+            if int(os.environ["RANK"]):  # which `say` leaves to rank 0, and that one has a GPU
+                manager.print_errors([line])
+            raise UserError(line)
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"

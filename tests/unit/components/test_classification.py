@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.kit import runs
-from tests.kit.classifiers import options, write_classifier, write_pairs
+from tests.kit.classifiers import options, write_classifier, write_head, write_pairs
 from titan_hd.components import classification
 from titan_hd.components.classification import measure, metric_names
 from titan_hd.config.manager import ConfigError, load
@@ -81,6 +82,38 @@ def test_refusals(argv, changes: dict, reason: str):
     with pytest.raises(ConfigError) as caught:
         plan_run(load(argv(**{"adapter__method": "hdpissa" if "offload" in reason else "lora"} | changes)), 2)
     assert any(line.startswith(reason) for line in str(caught.value).splitlines()), caught.value
+
+
+MNLI = ("CONTRADICTION", "NEUTRAL", "ENTAILMENT")
+TRAINED = r"data.labels: the classification head in \S+model was trained for CONTRADICTION, NEUTRAL, ENTAILMENT"
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "warning"),
+    [
+        (MNLI, "contradiction,neutral,entailment", ""),
+        (MNLI, "", ""),
+        (MNLI, "no,maybe,yes", TRAINED + ", not for no, maybe, yes: training begins"),
+        (MNLI, "entailment,not_entailment", TRAINED + r": a new one is drawn for the 2 label\(s\)"),
+        (MNLI, "score", TRAINED + r": a new one is drawn for the 1 label\(s\)"),
+        (("LABEL_0", "LABEL_1"), "b,a", ""),
+        ((), "b,a", ""),
+        ((), "score", "data.labels: the classification head in .* trained for 0, 1: a new one is drawn"),
+    ],
+)
+def test_a_trained_head_under_other_labels(argv, tmp_path: Path, names, labels: str, warning: str):
+    write_head(tmp_path / "model", *names)
+    found = [line for line in plan_run(load(argv(data__labels=labels)), 1).warnings if "head" in line]
+    assert len(found) == bool(warning)
+    assert re.match(warning, "".join(found)), found
+
+
+def test_a_trained_head_under_its_labels_in_another_order(argv, tmp_path: Path):
+    labels = {"data__labels": "entailment,neutral,contradiction"}
+    plan_run(load(argv(**labels)), 1)  # a new head
+    write_head(tmp_path / "model", *MNLI)
+    with pytest.raises(ConfigError, match=TRAINED + "; name them in this order: contradiction, neutral, entailment$"):
+        plan_run(load(argv(**labels)), 1)
 
 
 def test_best_by_a_metric_of_another_kind(argv, tmp_path: Path):

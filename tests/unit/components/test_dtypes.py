@@ -66,6 +66,17 @@ def test_cpus_say_what_they_can(instructions: dict[str, bool], fast: bool):
         assert has_bfloat16("cuda")
 
 
+def test_older_gpus_have_none():
+    config = JobConfig()
+    config.training.mixed_precision_param = "bfloat16"
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation),
+    ):
+        assert resolved(device="cuda")[0] == "float32"
+        assert dtype_warnings(config, "cuda")[0].startswith("training.mixed_precision_param: this GPU has no units for")
+
+
 def test_a_slow_choice_is_warned_about():
     config = JobConfig()
     with mock.patch.object(dtypes, "has_bfloat16", lambda device: device == "cuda"):

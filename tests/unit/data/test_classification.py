@@ -15,6 +15,7 @@ from titan_hd.data.formats import shares
 from titan_hd.data.labels import label_id
 from titan_hd.data.loader import collate_packs
 from titan_hd.data.sources import read_records
+from titan_hd.errors import UserError
 from titan_hd.models.classification import label_of_score
 
 # The first lines of each task's train.tsv.
@@ -124,12 +125,35 @@ def test_labels(value, labels: list[str], expected: int):
         ("2", ["-1", "0", "1"], "label: must be one of -1, 0, 1"),
         ("high", ["score"], "label: must be a number, the score, not 'high'"),
         (True, ["score"], "label: must be a number"),
+        pytest.param(10**400, ["score"], "label: must be a number, the score, not '1000", id="large"),
+        pytest.param("1" * 5000, ["a", "b"], "label: must be one of a, b \\(data.labels\\), not '1111", id="long"),
+        ([[1]], ["a", "b"], "label: must be a text or a number, not a list"),
+        ({"a": 1}, ["score"], "label: must be a text or a number, not a dict"),
         ("nan", ["score"], "label: must be a number"),
     ],
 )
 def test_no_labels(value, labels: list[str], reason: str):
     with pytest.raises(ValueError, match=f"^{reason}"):
         label_id(value, "label", labels)
+
+
+@pytest.mark.parametrize(("label", "labels"), [("1" + "0" * 400, ["score"]), (json.dumps("1" * 5000), ["0", "1"])])
+def test_a_label_that_is_no_number_of_the_machine(tmp_path: Path, label: str, labels: list[str]):
+    """It is a bad record like others, with its line."""
+    path = tmp_path / "records.jsonl"
+    path.write_text(f'{{"text": "a", "label": 1}}\n{{"text": "b", "label": {label}}}\n')
+    with pytest.raises(UserError, match=r"records.jsonl:2: label: must be"):
+        build(path, labels)
+    assert build(path, labels, on_error="skip").statistics.bad == 1
+
+
+@pytest.mark.parametrize(("heading", "least"), [("sentence1\tsentence2", 6), ("sentence", 3)])
+def test_rows_that_are_too_short_for_the_texts(tmp_path: Path, heading: str, least: int):
+    path, texts = tmp_path / "train.tsv", "\t".join("abcdefgh" for _ in heading.split("\t"))
+    path.write_text(f"{heading}\tlabel\n{texts}\t1\n")
+    with pytest.raises(UserError, match=f"training.seq_len: must be at least {least} for the records of data.train"):
+        build(path, ["0", "1"], seq_len=least - 1)
+    assert len(build(path, ["0", "1"], seq_len=least)[0].input_ids) == least
 
 
 def test_a_pair_is_cut_from_its_longer_text(tmp_path: Path):

@@ -154,6 +154,15 @@ class TestConfig:
             ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob: must be a number from 0 to below 1, not 1.0"),
             ({"id2label": {"0": "a", "2": "b"}}, "id2label: must map 0, 1, ... to names that differ"),
             ({"pad_token_id": "x"}, "pad_token_id: must be an id of the vocabulary, not 'x'"),
+            (
+                {"problem_type": "multi_label_classification"},
+                "problem_type: 'multi_label_classification' with 3 label\\(s\\) is not supported; only single_label",
+            ),
+            ({"problem_type": "regression"}, "problem_type: 'regression' with 3 label\\(s\\) is not supported"),
+            (
+                {"problem_type": "single_label_classification", "id2label": {"0": "a"}},
+                "problem_type: 'single_label_classification' with 1 label\\(s\\) is not supported; only regression is",
+            ),
             ({"model_type": "llama"}, "architectures .* and model_type 'llama' contradict each other"),
         ],
     )
@@ -169,6 +178,7 @@ class TestConfig:
         assert config.hf["architectures"] == ["RobertaForSequenceClassification"]
         assert config.hf["id2label"] == {"0": "LABEL_0", "1": "LABEL_1"}
         assert parse_hf_config(config.hf, "x") == config
+        assert with_labels(config, ["0", "1"]).hf == config.hf, "as a checkpoint remembers them"
 
     def test_published_sizes(self):
         """124,647,170 and 355,361,794 parameters, as transformers counts them with two classes."""
@@ -221,7 +231,11 @@ class TestFiles:
         with pytest.raises(ValueError, match=r"classifier.dense.bias: is missing"):
             open_model_weights(folder, read_hf_config(folder))
 
-    def test_a_head_of_another_task(self, tmp_path: Path):
+    def test_a_head_with_another_number_of_outputs_is_passed_over(self, tmp_path: Path):
         folder = self.write(tmp_path, random_roberta(SMALL).state_dict())
-        with pytest.raises(ValueError, match=r"classifier.out_proj.weight: has shape \[3, 32\], must be \[1, 32\]"):
-            open_model_weights(folder, with_labels(read_hf_config(folder), ["score"]))
+        config = with_labels(read_hf_config(folder), ["score"])
+        assert len(open_model_weights(folder, config).missing) == 4
+        assert not open_model_weights(folder, with_labels(config, ["x", "y", "z"])).missing
+        (folder / "config.json").write_text(json.dumps({**SMALL, "id2label": {"0": "a", "1": "b"}}))
+        with pytest.raises(ValueError, match=r"classifier.out_proj.weight: has shape \[3, 32\], must be \[2, 32\]"):
+            open_model_weights(folder, read_hf_config(folder))

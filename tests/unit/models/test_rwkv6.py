@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.kit.rwkv import TINY, read_rwkv_cpp
+from tests.kit.rwkv import TINY, read_rwkv_cpp, write_model
 from titan_hd.components.generation import generate
 from titan_hd.distributed.parallelize import apply_activation_checkpointing
 from titan_hd.errors import UserError
 from titan_hd.models.head import Targets
+from titan_hd.models.hf_files import WeightFiles
 from titan_hd.models.registry import flavor_config, parse_hf_config
 from titan_hd.models.rwkv6 import Rwkv6, parse_rwkv6
 from tools.convert_rwkv import hf_config, hf_tensors, to_hf, to_pth
@@ -182,6 +186,27 @@ def test_a_pth_and_back(real: dict[str, torch.Tensor], tmp_path: Path):
         to_hf(tmp_path / "model.pth", tmp_path / "hf", None, None, 1e6)
     with pytest.raises(UserError, match=r"again.pth: is there already"):
         to_pth(str(tmp_path / "hf"), tmp_path / "again.pth", None)
+
+
+def test_a_pth_that_cannot_be_written(tmp_path: Path, monkeypatch):
+    """A folder that is not there is made; for want of room nothing is read; a disk that fills up is one line."""
+    write_model(tmp_path / "hf")
+    out = tmp_path / "new" / "folder" / "model.pth"
+    with monkeypatch.context() as m:
+        m.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        m.setattr(WeightFiles, "read_into", None)
+        with pytest.raises(UserError, match=r"new/folder: the weights need \S+ kB, 1.00 kB are free"):
+            to_pth(str(tmp_path / "hf"), out, None)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"model.pth: cannot be written: File too large"):
+            to_pth(str(tmp_path / "hf"), out, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(out.parent.iterdir())
+    to_pth(str(tmp_path / "hf"), out, None)
+    assert out.is_file()
 
 
 class Harmful:

@@ -44,6 +44,8 @@ REPOSITORIES = {
     "datasets/org/data": {
         "train.jsonl": b'{"text": "a"}\n',
         "x/a.parquet": b"P",
+        "dev.tsv": b"text\tlabel\n",
+        "more.ndjson.zst": b"Z",
         "dataset_infos.json": b"{}",
         "load.py": b"raise SystemExit",
     },
@@ -166,7 +168,7 @@ def test_assets_and_folder(hub, tmp_path: Path):
 def test_dataset(hub, tmp_path: Path):
     done = run(hub, tmp_path, "--repo", "org/data", "--repo-type", "dataset", "--revision", COMMIT)
     assert done.returncode == 0, done.stderr
-    assert files(tmp_path / "assets/data/data").keys() == {"train.jsonl", "x/a.parquet"}
+    assert files(tmp_path / "assets/data/data").keys() == {"train.jsonl", "x/a.parquet", "dev.tsv", "more.ndjson.zst"}
     assert "assets/data/data/train.jsonl: set data.train to it" in done.stdout
 
 

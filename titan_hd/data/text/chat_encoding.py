@@ -23,6 +23,8 @@ from titan_hd.errors import UserError
 
 Message = dict[str, Any]
 
+ENDLESS = "hold no token that ends an answer: the chat template writes none, and the model will learn no end"
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -87,6 +89,7 @@ class ConversationEncoder:
         except UserError:
             whole = self._chat.render(messages, tools=tools)
             ids, notes = self._tokenizer.encode(whole, special=True), left_out(messages, whole)
+            notes += [ENDLESS] if self._stops.isdisjoint(ids) else []
         return Trained(ids, [(0, len(ids))], tuple(notes))
 
     def stop_ids(self) -> frozenset[int]:
@@ -101,6 +104,10 @@ class ConversationEncoder:
         # Marks may stand around the answer alone.
         ends = [i for i in controls if i < stop][-1:] or controls[:1]
         return self._tokenizer.stop_ids | {trained.ids[i] for i in ends}
+
+    @functools.cached_property
+    def _stops(self) -> frozenset[int]:
+        return self.stop_ids()
 
     def _check(self, turn: Turn, ids: list[int], marked: bool) -> None:
         if not ids or not (marked or ids[-1] in self._names.values()):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,12 @@ def encode_behind_anchor(encode: Callable[[str], list[int]], text: str) -> list[
         if both[: len(front)] == front:
             return both[len(front) :]
     return encode(text)
+
+
+def splitter(tokens: Collection[str]) -> re.Pattern[str]:
+    """Its `split` gives what is between the tokens in a text in turn with these; of several the longest is found."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,9 @@ import base64
 import binascii
 import itertools
 import re
-from collections.abc import Collection
 from pathlib import Path
 
-from titan_hd.data.text.tokenizer_base import Settings, Tokenizer, encode_behind_anchor, read_json
+from titan_hd.data.text.tokenizer_base import Settings, Tokenizer, encode_behind_anchor, read_json, splitter
 from titan_hd.errors import UserError
 
 # tiktoken's time grows with the square of a piece's length; Meta's tokenizer cuts texts and runs of white space or of
@@ -68,7 +67,7 @@ class SentencePieceTokenizer(Tokenizer):
         with_bos = settings.values.get("add_bos_token", True)
         self._set_ends(settings, bos_id if with_bos else None, eos_id, self._id(path, settings, "pad_token", -1))
         self._words = {i: text for text, i in words.items()}
-        self._splitters = {False: _splitter(words), True: _splitter(self.added_tokens)}
+        self._splitters = {False: splitter(words), True: splitter(self.added_tokens)}
 
     def _named(self, settings: Settings, control: dict[str, int], words: dict[str, int]) -> dict[str, int]:
         """The tokens that the settings name as special: pieces of the model, words that were added, or new ones behind
@@ -102,10 +101,7 @@ class SentencePieceTokenizer(Tokenizer):
         return default
 
     def _encode(self, text: str, special: bool) -> list[int]:
-        splitter = self._splitters[special]
-        if splitter is None:
-            return self._plain(text, self._with_prefix)
-        first, *rest = splitter.split(text)  # added tokens in turn with what is between them
+        first, *rest = self._splitters[special].split(text)  # added tokens in turn with what is between them
         ids = self._plain(first, self._with_prefix)
         for token, part in zip(rest[::2], rest[1::2]):
             ids += [self.added_tokens[token], *self._plain(part, self._every_stretch)]
@@ -130,11 +126,6 @@ class SentencePieceTokenizer(Tokenizer):
         if self._with_prefix:
             return self._processor.decode(ids)
         return self._processor.decode([*self._processor.encode("|"), *ids])[1:]
-
-
-def _splitter(tokens: Collection[str]) -> re.Pattern[str] | None:
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
 
 class TiktokenTokenizer(Tokenizer):

@@ -31,7 +31,7 @@ from titan_hd.data.tokens.encoding import as_array
 from titan_hd.data.tokens.statistics import Statistics
 from titan_hd.errors import UserError
 
-VERSION = 3  # of what an entry looks like and of how records become tokens
+VERSION = 4  # of what an entry looks like and of how records become tokens
 _DIGITS = 32  # of a file's hash
 _SETTLED_SECONDS = 2.0
 logger = logging.getLogger("titan_hd")

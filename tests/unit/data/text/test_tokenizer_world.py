@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.kit.torture import TORTURE
+from titan_hd.data.text.chat import load_chat_template
+from titan_hd.data.text.chat_encoding import ENDLESS, ConversationEncoder
 from titan_hd.data.text.tokenizer import TOKENIZER_FILES, load_tokenizer
 from titan_hd.data.text.tokenizer_world import VOCABULARY
 
@@ -68,6 +71,78 @@ def test_every_byte_must_be_a_token(tmp_path: Path):
     (tmp_path / VOCABULARY).write_text("\n".join(lines[1:]), encoding="utf-8")
     with pytest.raises(ValueError, match=f"{VOCABULARY}: byte 0 is no token"):
         load_tokenizer(tmp_path)
+
+
+def special(i: int, text: str, special: bool = True) -> dict:
+    return {str(i): {"content": text, "special": special}}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eos_token": "<s>", "bos_token": "<s>", "added_tokens_decoder": special(0, "<s>")},
+        {"added_tokens_decoder": special(0, "<s>", special=False)},
+        {"eos_token": "<s>", "pad_token": "\n\n"},  # the latter is a word of the vocabulary
+    ],
+)
+def test_the_end_has_the_name_that_the_files_give_it(tmp_path: Path, settings: dict):
+    (write(tmp_path) / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path)
+    ab = 257
+    assert tokenizer.encode("ab<s>ab\n\n<s>", special=True) == [ab, 0, ab, 260, 0]
+    assert tokenizer.encode("<s>") == [ord(c) + 1 for c in "<s>"]
+    assert tokenizer.control_tokens == {"<s>": 0}
+    assert tokenizer.decode([ab, 0, 260]) == "ab\n\n"
+    assert (tokenizer.eos_id, tokenizer.vocab_size, tokenizer.control_ids) == (0, 265, {0})
+
+
+def test_tokens_behind_the_vocabulary(tmp_path: Path):
+    added = special(0, "<s>") | special(265, "<turn>") | special(267, "<tool>", special=False) | special(257, "ab")
+    (write(tmp_path) / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("<turn>a<tool>", special=True) == [265, ord("a") + 1, 267]
+    assert tokenizer.encode("<turn>a<tool>")[-2:] == [ord("a") + 1, 267]
+    assert tokenizer.decode([265, 267, 257]) == "<tool>ab"
+    assert (tokenizer.control_ids, tokenizer.vocab_size, tokenizer.learned_size) == ({0, 265}, 268, 265)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"added_tokens_decoder": special(257, "<s>")}, "id 257 is b'ab', in the files beside it '<s>'"),
+        ({"additional_special_tokens": ["<turn>"]}, "'<turn>' is none of its tokens; name it with its id"),
+    ],
+)
+def test_names_that_cannot_be(tmp_path: Path, settings: dict, says: str):
+    (write(tmp_path) / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"{VOCABULARY}: {says}"):
+        load_tokenizer(tmp_path)
+
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+def test_chats_end_answers_with_the_end(tmp_path: Path):
+    messages = [{"role": role, "content": text} for role, text in (("user", "ab"), ("assistant", "abcd"))]
+    settings = {"eos_token": "<s>", "added_tokens_decoder": special(0, "<s>"), "chat_template": TEMPLATE}
+    (write(tmp_path) / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    def encoder() -> ConversationEncoder:
+        tokenizer = load_tokenizer(tmp_path)
+        return ConversationEncoder(load_chat_template(tokenizer), tokenizer)
+
+    trained = encoder().encode(messages)
+    (start, stop), *more = trained.spans
+    assert not more
+    assert trained.ids[start:stop][-2:] == [258, 0]
+    assert trained.ids.count(0) == 2
+    whole = encoder().encode_all(messages)
+    assert (whole.ids, whole.spans, whole.notes) == (trained.ids, [(0, len(whole.ids))], ())
+    assert encoder().stop_ids() == {0}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    with pytest.raises(ValueError, match="the chat template ends turn 2 with no special token"):
+        encoder().encode(messages)
+    assert encoder().encode_all(messages).notes == (ENDLESS,)
 
 
 def test_ids_are_the_packages(tmp_path: Path):
