@@ -67,7 +67,7 @@ aggregate) # the same effective rates
 batch) # all directions learning from the whole batch and K slices of it, along the batch
   for batch in 64 128 256 512; do
     part=batch_$batch arms=hdpissa,hdpissa+num_adapters=1+rank=64
-    [ $batch = 512 ] || arms+=,hdpissa+num_adapters=2+rank=32,hdpissa+num_adapters=4+rank=16
+    [ $batch -gt 128 ] || arms+=,hdpissa+num_adapters=2+rank=32,hdpissa+num_adapters=4+rank=16
     compare "K * r = 64, $batch records a step" "$arms" --grid optimizer.lr=3e-3:6e-3:2 --seeds 1 \
       --baseline hdpissa "$@" "${quickstart[@]}" --training.global_batch_size $batch
   done
