@@ -17,7 +17,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from titan_hd.data.tables import Table, is_table
 from titan_hd.errors import UserError
 
 MAX_RECORD = 8 * 2**20  # bytes of a line; longer ones are binary data or a file without line ends
+_TOO_LONG = f"is longer than {MAX_RECORD} bytes, the most that a record may have"
 PIECE = 2**20  # bytes of a JSON array that are read at once
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # how such files begin
 _START = 4096  # bytes of a file by which it is known
@@ -59,7 +60,8 @@ class RawRecord(NamedTuple):
     """A record before it is understood.
 
     where: its file and line (or row).
-    data: its line as it is in the file, a value that is decoded already, or what is wrong with it.
+    data: its line as it is in the file, a value that is decoded already, or what is wrong with it; or the fields of a
+        table's row, some of which may be Faults.
     from_table: it is a row of a table, whose objects have a null for every key that another row's have.
     """
 
@@ -170,7 +172,7 @@ def check_files(path: str, key: str) -> None:
         read_start(file, key)
 
 
-def read_records(path: str, key: str, faults: Faults | None = None) -> Iterator[Record]:
+def read_records(path: str, key: str, faults: Faults | None = None, ignored: Collection[str] = ()) -> Iterator[Record]:
     """All records at `path`, in the order of `read_raw`.
 
     Raises:
@@ -179,7 +181,7 @@ def read_records(path: str, key: str, faults: Faults | None = None) -> Iterator[
     faults = faults or Faults()
     for raw in read_raw(path, key):
         try:
-            record = parse(raw)
+            record = parse(raw, ignored)
         except UserError as error:
             faults.report(str(error))
         else:
@@ -193,8 +195,7 @@ def read_raw(path: str, key: str) -> Iterator[RawRecord]:
         UserError: a file is missing or cannot be read.
     """
     if is_hub_name(path):
-        for number, row in enumerate(load_hub_dataset(path, key), 1):
-            yield RawRecord(f"{path}: row {number}", row, from_table=True)
+        yield from _read_hub(path, key)
         return
     for file in find_files(path, key):
         raw = None
@@ -204,18 +205,22 @@ def read_raw(path: str, key: str) -> Iterator[RawRecord]:
             yield RawRecord(str(file), Fault(f"{key}: {file} holds no record"))
 
 
-def parse(raw: RawRecord) -> Record:
-    """The record that a RawRecord is.
+def parse(raw: RawRecord, ignored: Collection[str] = ()) -> Record:
+    """The record that a RawRecord is, as if it did not have the fields of data.ignore_fields.
 
     Raises:
-        UserError: it is none; the line begins with its file and line.
+        UserError: it is none, or another field cannot be read; the line begins with its file and line.
     """
     if isinstance(raw.data, Fault):
         raise UserError(raw.data)
     value = _decode(raw.where, raw.data) if isinstance(raw.data, bytes) else raw.data
     if not isinstance(value, dict):
         raise UserError(f"{raw.where}: must be a JSON object, not {type(value).__name__}")
-    return Record(value, raw.where, raw.from_table)
+    record = Record({name: field for name, field in value.items() if name not in ignored}, raw.where, raw.from_table)
+    fault = next((field for field in record.values() if isinstance(field, Fault)), None)
+    if fault is not None:
+        raise UserError(fault)
+    return record
 
 
 def _decode(where: str, line: bytes) -> Any:
@@ -346,8 +351,7 @@ def _read_lines(stream: io.BufferedReader, path: Path) -> Iterator[RawRecord]:
             while line and not line.endswith(b"\n"):
                 line = stream.readline(MAX_RECORD)
             where = f"{path}:{number}"
-            fault = f"{where}: is longer than {MAX_RECORD} bytes, the most that a record may have"
-            yield RawRecord(where, Fault(fault))
+            yield RawRecord(where, Fault(f"{where}: {_TOO_LONG}"))
         elif not line.isspace():
             yield RawRecord(f"{path}:{number}", line)
 
@@ -372,7 +376,7 @@ def _read_array(stream: io.BufferedReader, path: Path) -> Iterator[RawRecord]:
         number += 1
         where = f"{path}:{array.line}: record {number}"
         value, size = array.value(number)
-        yield RawRecord(where, value)
+        yield RawRecord(where, value if size <= MAX_RECORD else Fault(f"{where}: {_TOO_LONG}"))
         sign = array.advance(size)
         if sign == "," and array.advance(1) != "]":
             sign = ","
@@ -426,11 +430,14 @@ class _ArrayText:
                 value, end = self._json.raw_decode(self._text, self._place)
                 size = end - self._place
             except json.JSONDecodeError as error:  # perhaps only because its end is not held yet
-                end = len(self._text)
+                is_cut = error.msg.startswith("Unterminated string") or error.pos + 16 > len(self._text)
+                end = len(self._text) if is_cut else error.pos
                 fault = self.error(number, self.line + self._text.count("\n", self._place, error.pos), error.msg)
             except (ValueError, RecursionError) as error:
                 reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
                 raise self.error(number, self.line, reason) from None
+            if fault and end == len(self._text) and end - self._place > MAX_RECORD:
+                raise UserError(f"{self._path}:{self.line}: record {number}: {_TOO_LONG}")
             if end == len(self._text) and self._read_on():
                 continue
             if fault:
@@ -448,15 +455,37 @@ def _read_parquet(path: Path, key: str) -> Iterator[RawRecord]:
             for row in range(batch.num_rows):
                 number += 1
                 where = f"{path}: row {number}"
-                try:
-                    fields = {name: column[row].as_py() for name, column in zip(batch.schema.names, batch.columns)}
-                except UnicodeDecodeError:
-                    fields = Fault(f"{where}: not valid UTF-8")
+                columns = zip(batch.schema.names, batch.columns)
+                fields = {name: _cell(column[row], f"{where}: {name}") for name, column in columns}
                 yield RawRecord(where, fields, from_table=True)
     except OSError as error:  # pyarrow's ArrowIOError is one
         raise UserError(f"{key}: cannot read {path}: {error.strerror or error}") from None
     except _library("pyarrow", path).ArrowException as error:
         raise UserError(f"{key}: cannot read {path}: {' '.join(str(error).split())}") from None
+
+
+def _cell(cell: Any, where: str) -> Any:
+    """The value of a cell, or what is wrong with it: bytes that are no text, or a time that Python cannot say."""
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        return Fault(f"{where}: not valid UTF-8")
+    except (ValueError, OverflowError) as error:
+        return Fault(f"{where}: cannot be read: {' '.join(str(error).split())}; data.ignore_fields leaves a field out")
+
+
+def _read_hub(path: str, key: str) -> Iterator[RawRecord]:
+    rows, number = iter(load_hub_dataset(path, key)), 0
+    while True:
+        number += 1
+        where = f"{path}: row {number}"
+        try:
+            row = next(rows, None)
+        except (ValueError, OverflowError) as error:  # as of a cell of Parquet
+            raise UserError(f"{key}: {where}: cannot be read: {' '.join(str(error).split())}") from None
+        if row is None:
+            return
+        yield RawRecord(where, row, from_table=True)
 
 
 def _library(name: str, path: Path) -> Any:
