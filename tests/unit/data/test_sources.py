@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from titan_hd.data import sources
+from titan_hd.data import json_text
 from titan_hd.data.sources import MAX_RECORD, Faults, check_files, find_files, read_raw, read_records
 
 TOO_LONG = f"is longer than {MAX_RECORD} bytes, the most that a record may have"
@@ -212,7 +212,7 @@ class TestArrays:
         ],
     )
     def test_faults(self, tmp_path: Path, monkeypatch, text: str, says: str, piece: int):
-        monkeypatch.setattr(sources, "PIECE", piece)
+        monkeypatch.setattr(json_text, "PIECE", piece)
         path = write(tmp_path / "r.json", text.replace("\\xff", "\xff").encode("latin-1"))
         assert message(path) == path + says
 
@@ -224,7 +224,7 @@ class TestArrays:
         path = write(tmp_path / "r.json", b"\xef\xbb\xbf" + text.encode() + b" \n")
         whole = read(path)
         assert whole == rows
-        monkeypatch.setattr(sources, "PIECE", piece)
+        monkeypatch.setattr(json_text, "PIECE", piece)
         assert read(path) == rows
         assert [r.where for r in read(path)] == [r.where for r in whole]
         numbers = write(tmp_path / "n.json", b"[{}, 1234]")
