@@ -50,7 +50,7 @@ from titan_hd.fitting import traffic_gb
 from titan_hd.overview import Overview, data_lines, screen
 from titan_hd.preflight import RunPlan, run_identity_of
 from titan_hd.process.environment import record_environment
-from titan_hd.process.run_lock import RunLock
+from titan_hd.process.run_lock import run_locks
 from titan_hd.process.signals import INTERRUPTED, REQUEUE, StopSignals
 from titan_hd.process.worker import run_worker, set_timeout, show_start
 from titan_hd.seeding import stable_seed
@@ -92,7 +92,8 @@ class Trainer:
         with contextlib.ExitStack() as self._closing:
             with raise_on_all("locking the folder"), disk_faults(folder):
                 if self.dims.rank == 0:
-                    self._closing.callback(RunLock(folder).release)
+                    for lock in run_locks(config):
+                        self._closing.callback(lock.release)
                     record_environment(folder, self.dims.world_size, config)
             self.profiling = Profiling(config, self.dims.rank, device)
             self._closing.callback(self.profiling.close)

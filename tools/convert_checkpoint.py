@@ -15,6 +15,7 @@ starts from the HF directory itself and does not resume from it (it has no facto
 from __future__ import annotations
 
 import functools
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
 
 from titan_hd.checkpoint.folder import STATE_FILE, read_train_state
@@ -92,8 +94,10 @@ def _one_dtype(checkpoint: Path, dtypes: set[torch.dtype]) -> torch.dtype:
 
 def hf_to_dcp(assets: str, folder: Path, dtype: torch.dtype | None) -> None:
     """Write the weights as a checkpoint, beside and renamed. dtype None: that of each tensor's file."""
-    if folder.exists():
-        raise UserError(f"{folder}: is there already; remove it or name another folder")
+    partial = beside(folder)
+    for path in (folder, partial):  # of a run that saves there it would be the checkpoint
+        if path.exists():
+            raise UserError(f"{path}: is there already; remove it or name another folder")
     config = read_model_config(assets)
     files = open_model_weights(assets, config)
     if files.missing:
@@ -102,13 +106,17 @@ def hf_to_dcp(assets: str, folder: Path, dtype: torch.dtype | None) -> None:
         f"model.{name}": torch.empty(shape, dtype=dtype or files.dtype(name), device="meta")
         for name, shape in parameter_shapes(config).items()
     }
-    partial = beside(folder)
     bar = Progress("writing the weights", len(tensors), "tensors", said=tell, always=True)
     with disk_faults(partial), bar:
         start_folder(partial)
         # DCP keeps all tensors of a file in memory until the file is closed: hence one file for each.
         writer = dcp.FileSystemWriter(str(partial), single_file_per_rank=False)
-        dcp.save(tensors, storage_writer=writer, planner=_FromFiles(files, bar), no_dist=True)
+        try:
+            dcp.save(tensors, storage_writer=writer, planner=_FromFiles(files, bar), no_dist=True)
+        except CheckpointException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = next(iter(error.failures.values()))[0]
+            raise UserError(str(reason) if isinstance(reason, UserError) else f"{partial}: {reason}") from None
         publish(partial, folder)
 
 

@@ -21,7 +21,7 @@ from titan_hd.components.generation import Sampling
 from titan_hd.config.job_config import Data
 from titan_hd.data.text.templates import template_file
 from titan_hd.data.text.tokenizer import load_tokenizer
-from titan_hd.data.text.tokenizer_base import Tokenizer
+from titan_hd.data.text.tokenizer_base import Tokenizer, read_json
 from titan_hd.errors import UserError
 from titan_hd.evaluation import mt_bench
 from titan_hd.evaluation.adapter_folder import base_model, is_adapter, load_adapter_tokenizer
@@ -208,23 +208,39 @@ def load(args: argparse.Namespace) -> tuple[Backend, Tokenizer, Crew]:
         model, assets, group = load_sharded(args.model, args.assets, dtype, device)
     else:
         model, assets = load_pretrained(args.model, args.assets, dtype, device)
-    tokenizer = load_tokenizer(assets)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        size = model.config.vocab_size
-        raise UserError(f"{assets}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {size}")
+    tokenizer = _fitting(load_tokenizer(assets), model.config.vocab_size)
     return NativeBackend(model, device, group), tokenizer, crew
+
+
+def _fitting(tokenizer: Tokenizer, rows: int | None) -> Tokenizer:
+    """rows: of the model's embedding; None: not known. The message names the tokenizer's directory."""
+    try:
+        return tokenizer if rows is None else tokenizer.fitting(rows)
+    except UserError as error:
+        raise UserError(f"{tokenizer.directory}: {str(error).partition(': ')[2]}") from None
+
+
+def _rows(directory: Path) -> int | None:
+    """Of a HF model's embedding, if config.json says so where it usually does."""
+    size = read_json(directory / "config.json").get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
 def _load_transformers(
     args: argparse.Namespace, dtype: torch.dtype, device: torch.device
 ) -> tuple[TransformersBackend, Tokenizer]:
-    if is_adapter(args.model):
-        base = base_model(args.model, args.assets)
-        tokenizer = load_adapter_tokenizer(args.model, base)
-        return TransformersBackend(base, dtype, device, tokenizer.pad_id, args.model), tokenizer
-    _refuse_assets(args)
-    tokenizer = load_tokenizer(args.model)
-    return TransformersBackend(args.model, dtype, device, tokenizer.pad_id), tokenizer
+    adapter, directory = (args.model if is_adapter(args.model) else None), args.model
+    if adapter:
+        directory = base_model(adapter, args.assets)
+        tokenizer = load_adapter_tokenizer(adapter, directory)
+    else:
+        _refuse_assets(args)
+        tokenizer = load_tokenizer(directory)
+    rows = _rows(directory)
+    _fitting(tokenizer, rows)
+    # The library looks its padding up too.
+    pad_id = tokenizer.eos_id if rows is not None and tokenizer.pad_id >= rows else tokenizer.pad_id
+    return TransformersBackend(directory, dtype, device, pad_id, adapter), tokenizer
 
 
 def _load_vllm(args: argparse.Namespace) -> tuple[Backend, Tokenizer, Crew]:
@@ -233,7 +249,7 @@ def _load_vllm(args: argparse.Namespace) -> tuple[Backend, Tokenizer, Crew]:
         raise UserError("--device: vllm takes the GPUs that CUDA_VISIBLE_DEVICES shows; NGPU=n says how many of them")
     gpus = workers.wanted_processes() if os.environ.get("NGPU") else max(1, torch.cuda.device_count())
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = _fitting(load_tokenizer(args.model), _rows(args.model))
     return VllmBackend(args.model, dtype, gpus, args.stop), tokenizer, Alone()
 
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from titan_hd.checkpoint.pretrained import load_pretrained
-from titan_hd.components.generation import Sampling, TextStream, generate, stream
+from titan_hd.components.generation import Sampling, TextStream, generate, stream, text_behind
 from titan_hd.config import manager
 from titan_hd.config.command_line import ToolParser
 from titan_hd.data.fields import INPUT_FIELDS, SYSTEM_FIELDS, is_given, optional_text, text_of
@@ -203,8 +203,8 @@ class Session:
                 self.sampling,
                 first_index=start,
             )
-            for (prompt, *_), row in zip(batch, rows):
-                response = self.tokenizer.decode(row)
+            for (prompt, *_), ids, row in zip(batch, prompts, rows):
+                response = text_behind(self.tokenizer, ids, row)
                 print(json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False), flush=True)
             count += sum(map(len, rows))
         seconds = time.perf_counter() - started

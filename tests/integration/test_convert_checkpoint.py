@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.kit import runs
 from tests.kit.commands import CPU_ONLY, REPOSITORY, call_tool, error_lines
@@ -139,6 +139,18 @@ def test_what_is_refused(tmp_path):
     assert "is no checkpoint: it holds no .metadata" in line
     (line,) = error_lines(convert("hf-to-dcp", tmp_path / "model", tmp_path / "model"))
     assert "is there already" in line
-    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "of_a_run").touch()
     (line,) = error_lines(convert("hf-to-dcp", tmp_path / "model", tmp_path / "out"))
+    assert f"{tmp_path / 'out.partial'}: is there already" in line
+    assert (tmp_path / "out.partial" / "of_a_run").exists()
+    bad = load_file(tmp_path / "model" / "model.safetensors")
+    runs.write_model(tmp_path / "bad")
+    bad["model.norm.weight"][0] = float("nan")
+    save_file(bad, tmp_path / "bad" / "model.safetensors")
+    (line,) = error_lines(convert("hf-to-dcp", tmp_path / "bad", tmp_path / "new"))
+    assert "bad/model.safetensors: model.norm.weight: holds a value that is NaN or infinite" in line
+    assert not (tmp_path / "new.partial").exists()
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
+    (line,) = error_lines(convert("hf-to-dcp", tmp_path / "model", tmp_path / "other"))
     assert "pytorch_model.bin is pickled" in line

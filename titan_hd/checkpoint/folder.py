@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -64,7 +65,10 @@ class CheckpointFolder:
 
     def holds(self, step: int) -> bool:
         """Whether there is a checkpoint of this step."""
-        return self.path(step).is_dir()
+        try:
+            return stat.S_ISDIR(self.path(step).stat().st_mode)
+        except FileNotFoundError:
+            return False
 
     def candidates(self, load_step: int) -> list[int]:
         """Steps to resume from, the best first: the latest ones for -1, none for 0.
@@ -189,8 +193,12 @@ class CheckpointFolder:
     # What another store does in another way.
 
     def _names(self) -> list[str]:
-        """Of what is in the folder."""
-        return [path.name for path in self.folder.glob("*")]
+        """Of what is in the folder. One that cannot be read is not empty: `glob` would have it so, and the run start
+        anew."""
+        try:
+            return os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
 
     def _sizes(self, step: int) -> dict[str, int]:
         """Of the files of a checkpoint that is being written."""

@@ -68,12 +68,22 @@ class StorePath:
         return self.path.rpartition("/")[2]
 
     def exists(self) -> bool:
-        with _as_os_errors():
-            return self.store.exists(self.path)
+        return self._kind() != ""
 
     def is_file(self) -> bool:
+        return self._kind() == "file"
+
+    def is_dir(self) -> bool:
+        return self._kind() == "directory"
+
+    def _kind(self) -> str:
+        """What is there; "" for nothing. Not by fsspec's own exists, isfile and isdir: for them a store that does not
+        answer has nothing, and what is thought to be no checkpoint is removed."""
         with _as_os_errors():
-            return self.store.isfile(self.path)
+            try:
+                return self.store.info(self.path)["type"]
+            except FileNotFoundError:
+                return ""
 
     def stat(self) -> types.SimpleNamespace:
         with _as_os_errors():
@@ -100,7 +110,7 @@ class StorePath:
         with _as_os_errors():
             for name in sorted(self.sizes(), key=lambda name: name != MANIFEST):
                 self.store.rm_file((self / name).path)
-            if self.store.isdir(self.path):  # where there are folders
+            if self.is_dir():  # where there are folders
                 self.store.rm(self.path, recursive=True)
 
     def copy_to(self, other: StorePath) -> None:
@@ -172,9 +182,9 @@ class ObjectStore(CheckpointFolder):
         return 0
 
     def _names(self) -> list[str]:
+        if not self.folder.is_dir():
+            return []
         with _as_os_errors():
-            if not self.folder.store.isdir(self.folder.path):
-                return []
             return [
                 path.rstrip("/").rpartition("/")[2] for path in self.folder.store.ls(self.folder.path, detail=False)
             ]
@@ -195,6 +205,8 @@ class ObjectStore(CheckpointFolder):
     def _move(self, name: str, aside: str) -> None:
         (self.folder / aside).remove()
         (self.folder / name).copy_to(self.folder / aside)
+        if not (self.folder / aside / MANIFEST).is_file():
+            raise OSError(f"{self.folder / aside}: the copy of {name} is not whole")
         (self.folder / name).remove()
 
     def _remove(self, name: str) -> None:

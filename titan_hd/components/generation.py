@@ -210,7 +210,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]):
         self._tokenizer = tokenizer
-        self._shown, self._new = prompt[-4:], []  # tokens whose text is out, and those whose text is not
+        self._shown, self._new = prompt, []  # tokens whose text is out, and those whose text is not
 
     def add(self, token: int) -> str:
         """The text that this token completes; often one piece, sometimes nothing."""
@@ -227,8 +227,14 @@ class TextStream:
         return text
 
     def _pending(self) -> str:
-        shown = self._tokenizer.decode(self._shown)
-        return self._tokenizer.decode(self._shown + self._new)[len(shown) :]
+        return text_behind(self._tokenizer, self._shown, self._new)
+
+
+def text_behind(tokenizer: Tokenizer, front: list[int], ids: list[int]) -> str:
+    """Text of ids that stand behind others: with the space that some tokenizers (SentencePiece's kind) take away in
+    front of a text."""
+    front = front[-4:]  # enough for a whole character
+    return tokenizer.decode([*front, *ids])[len(tokenizer.decode(front)) :]
 
 
 @functools.cache  # once in a process

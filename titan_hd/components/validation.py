@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from titan_hd.components.classification import measure, metric_names, predict
-from titan_hd.components.generation import generate
+from titan_hd.components.generation import generate, text_behind
 from titan_hd.config.job_config import JobConfig
 from titan_hd.data.dataset import FiniteDataset
 from titan_hd.data.loader import Batch, validation_batches
@@ -282,4 +282,4 @@ class Validator:
             tp_group=self.dims.world["tp"].get_group() if self.dims.tp > 1 else None,
         )
         self._progress()
-        return [self.tokenizer().decode(ids) for ids in answers]
+        return [text_behind(self.tokenizer(), prompt, ids) for prompt, ids in zip(prompts, answers)]

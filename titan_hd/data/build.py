@@ -17,7 +17,7 @@ from titan_hd import __version__
 from titan_hd.config.job_config import Data, DataSource
 from titan_hd.console import is_first_rank
 from titan_hd.data.dataset import Concatenation, Dataset, FiniteDataset, Mixture, TokenizedDataset
-from titan_hd.data.fields import log_unused, without_ignored
+from titan_hd.data.fields import log_unused
 from titan_hd.data.formats import FORMATS, Format, QuestionFormat, detect_format
 from titan_hd.data.sources import (
     Faults,
@@ -266,10 +266,9 @@ def open_source(source: Source) -> tuple[Record, str]:
         UserError: there is none, or its fields are those of no format.
     """
     config, name, faults = source.config, source.name, _faults(source.config)
-    first = next(read_records(source.path, name, faults), None)
+    first = next(read_records(source.path, name, faults, config.ignore_fields), None)
     if first is None:
         raise UserError(f"{name}: no record is left; {faults.count} are bad, the first: {faults.first}")
-    first = without_ignored(first, config.ignore_fields)
     if config.format != "auto":
         return first, config.format
     chosen, fields = detect_format(config, first)

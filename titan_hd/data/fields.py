@@ -49,11 +49,11 @@ def optional_text(record: Record, names: Iterable[str]) -> tuple[str, str]:
     return (name, text_of(record, name)) if name else ("", "")
 
 
-def without_ignored(record: Record, ignored: Collection[str]) -> Record:
-    """The record as if it did not have the fields of data.ignore_fields."""
-    for name in ignored:
-        record.pop(name, None)
-    return record
+def is_json(value: Any) -> bool:
+    """Whether JSON can hold a value: not all that tables can (times, bytes) can stand in it."""
+    if isinstance(value, dict | list):
+        return all(map(is_json, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, str | int | float)
 
 
 def without_nulls(value: Any) -> Any:

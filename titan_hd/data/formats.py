@@ -22,7 +22,7 @@ from titan_hd.data.conversations import (
     system_fields,
 )
 from titan_hd.data.example import IGNORE, Example
-from titan_hd.data.fields import INPUT_FIELDS, SYSTEM_FIELDS, given_field, is_given, optional_text, text_of
+from titan_hd.data.fields import INPUT_FIELDS, SYSTEM_FIELDS, given_field, is_given, is_json, optional_text, text_of
 from titan_hd.data.labels import classification_fields, label_id
 from titan_hd.data.sources import Record
 from titan_hd.data.text.chat import load_chat_template
@@ -325,8 +325,14 @@ class ChatFormat(QuestionFormat):
         return super().unused(record) | {f"{chat_field(record)}[].{key}" for key in keys}
 
     def question(self, record: Record) -> list:
-        """The conversation up to its last trained answer, the tools, and what the assistant says there."""
-        return self._read(record).question()
+        """The conversation up to its last trained answer, the tools, and what the assistant says there. What messages
+        have beside what the template reads is left out where JSON cannot hold it: a table's times."""
+        messages, tools, answer = self._read(record).question()
+        kept = [
+            {key: value for key, value in message.items() if self._chat.reads(key, tools) or is_json(value)}
+            for message in messages
+        ]
+        return [kept, tools, answer]
 
     def write(self, question: list) -> str:
         """The text in front of the last assistant turn."""

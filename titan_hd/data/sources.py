@@ -8,7 +8,6 @@ knows whether bad records end the run or are skipped. What is wrong with a file 
 
 from __future__ import annotations
 
-import codecs
 import glob
 import gzip
 import importlib
@@ -17,15 +16,14 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from titan_hd.data.json_text import MAX_RECORD, STRICT, TOO_LONG, ArrayText
 from titan_hd.data.tables import Table, is_table
 from titan_hd.errors import UserError
 
-MAX_RECORD = 8 * 2**20  # bytes of a line; longer ones are binary data or a file without line ends
-PIECE = 2**20  # bytes of a JSON array that are read at once
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # how such files begin
 _START = 4096  # bytes of a file by which it is known
 # How files begin that hold no records (text in lower case) -> what they are.
@@ -45,7 +43,6 @@ _COLUMN = re.compile(rb"[a-z_][\w .-]*")
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".tsv")
 ENDINGS = tuple(suffix + packed for suffix in _SUFFIXES for packed in ("", ".gz", ".zst"))
 """Of the names of files of records."""
-_SPACE = re.compile(r"[ \t\r\n]*")
 # Of the Hub: org/name, org/name:split or org/name:config:split; what ends or begins so is meant as a file.
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+?)(:(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
 _FILE_NAME = re.compile(rf"({'|'.join(map(re.escape, ENDINGS))})$|^\.{{1,2}}/")
@@ -59,7 +56,8 @@ class RawRecord(NamedTuple):
     """A record before it is understood.
 
     where: its file and line (or row).
-    data: its line as it is in the file, a value that is decoded already, or what is wrong with it.
+    data: its line as it is in the file, a value that is decoded already, or what is wrong with it; or the fields of a
+        table's row, some of which may be Faults.
     from_table: it is a row of a table, whose objects have a null for every key that another row's have.
     """
 
@@ -170,7 +168,7 @@ def check_files(path: str, key: str) -> None:
         read_start(file, key)
 
 
-def read_records(path: str, key: str, faults: Faults | None = None) -> Iterator[Record]:
+def read_records(path: str, key: str, faults: Faults | None = None, ignored: Collection[str] = ()) -> Iterator[Record]:
     """All records at `path`, in the order of `read_raw`.
 
     Raises:
@@ -179,7 +177,7 @@ def read_records(path: str, key: str, faults: Faults | None = None) -> Iterator[
     faults = faults or Faults()
     for raw in read_raw(path, key):
         try:
-            record = parse(raw)
+            record = parse(raw, ignored)
         except UserError as error:
             faults.report(str(error))
         else:
@@ -193,8 +191,7 @@ def read_raw(path: str, key: str) -> Iterator[RawRecord]:
         UserError: a file is missing or cannot be read.
     """
     if is_hub_name(path):
-        for number, row in enumerate(load_hub_dataset(path, key), 1):
-            yield RawRecord(f"{path}: row {number}", row, from_table=True)
+        yield from _read_hub(path, key)
         return
     for file in find_files(path, key):
         raw = None
@@ -204,25 +201,27 @@ def read_raw(path: str, key: str) -> Iterator[RawRecord]:
             yield RawRecord(str(file), Fault(f"{key}: {file} holds no record"))
 
 
-def parse(raw: RawRecord) -> Record:
-    """The record that a RawRecord is.
+def parse(raw: RawRecord, ignored: Collection[str] = ()) -> Record:
+    """The record that a RawRecord is, as if it did not have the fields of data.ignore_fields.
 
     Raises:
-        UserError: it is none; the line begins with its file and line.
+        UserError: it is none, or another field cannot be read; the line begins with its file and line.
     """
     if isinstance(raw.data, Fault):
         raise UserError(raw.data)
     value = _decode(raw.where, raw.data) if isinstance(raw.data, bytes) else raw.data
     if not isinstance(value, dict):
         raise UserError(f"{raw.where}: must be a JSON object, not {type(value).__name__}")
-    return Record(value, raw.where, raw.from_table)
+    record = Record({name: field for name, field in value.items() if name not in ignored}, raw.where, raw.from_table)
+    fault = next((field for field in record.values() if isinstance(field, Fault)), None)
+    if fault is not None:
+        raise UserError(fault)
+    return record
 
 
 def _decode(where: str, line: bytes) -> Any:
     try:
-        return json.loads(
-            line.decode("utf-8-sig"), parse_constant=_refuse_constant, object_pairs_hook=_object_of_different_keys
-        )
+        return json.loads(line.decode("utf-8-sig"), **STRICT)
     except UnicodeDecodeError:
         reason = "not valid UTF-8"
     except RecursionError:
@@ -230,19 +229,6 @@ def _decode(where: str, line: bytes) -> Any:
     except ValueError as error:
         reason = f"not valid JSON: {error}"
     raise UserError(f"{where}: {reason}")
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
-
-
-def _object_of_different_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Of a key that stands there twice, Python would keep the last value without a word."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands in one object twice")
-    return found
 
 
 def _read_file(path: Path, key: str) -> Iterator[RawRecord]:
@@ -346,8 +332,7 @@ def _read_lines(stream: io.BufferedReader, path: Path) -> Iterator[RawRecord]:
             while line and not line.endswith(b"\n"):
                 line = stream.readline(MAX_RECORD)
             where = f"{path}:{number}"
-            fault = f"{where}: is longer than {MAX_RECORD} bytes, the most that a record may have"
-            yield RawRecord(where, Fault(fault))
+            yield RawRecord(where, Fault(f"{where}: {TOO_LONG}"))
         elif not line.isspace():
             yield RawRecord(f"{path}:{number}", line)
 
@@ -365,14 +350,14 @@ def _read_table(stream: io.BufferedReader, path: Path) -> Iterator[RawRecord]:
 
 def _read_array(stream: io.BufferedReader, path: Path) -> Iterator[RawRecord]:
     """A file that is one JSON array. A mistake in it ends the run: behind it nothing is sure."""
-    array, number = _ArrayText(stream, path), 0
+    array, number = ArrayText(stream, path), 0
     array.advance(0)
     sign = array.advance(1)
     while sign != "]":
         number += 1
         where = f"{path}:{array.line}: record {number}"
         value, size = array.value(number)
-        yield RawRecord(where, value)
+        yield RawRecord(where, value if size <= MAX_RECORD else Fault(f"{where}: {TOO_LONG}"))
         sign = array.advance(size)
         if sign == "," and array.advance(1) != "]":
             sign = ","
@@ -382,65 +367,6 @@ def _read_array(stream: io.BufferedReader, path: Path) -> Iterator[RawRecord]:
         raise UserError(f"{path}:{array.line}: not valid JSON: something stands behind the array")
 
 
-class _ArrayText:
-    """The text of a JSON array, of which little more than a record is held at a time.
-
-    Attributes:
-        line: that of the sign which is next.
-    """
-
-    def __init__(self, stream: io.BufferedReader, path: Path):
-        self._stream, self._path = stream, path
-        self._unicode = codecs.getincrementaldecoder("utf-8-sig")()
-        self._json = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object_of_different_keys)
-        self._text, self._place, self.line = "", 0, 1
-
-    def _read_on(self) -> bool:
-        """Hold at least twice as much as is unread; False at the end of the file."""
-        data = self._stream.read(max(PIECE, len(self._text) - self._place))
-        try:
-            more = self._unicode.decode(data, final=not data)
-        except UnicodeDecodeError as error:
-            line = self.line + self._text.count("\n", self._place) + error.object.count(10, 0, error.start)
-            raise UserError(f"{self._path}:{line}: not valid UTF-8") from None
-        self._text, self._place = self._text[self._place :] + more, 0
-        return bool(data)
-
-    def advance(self, count: int) -> str:
-        """Go on by so many signs and then to one that is no space, which is returned; "" at the end of the file."""
-        start, self._place = self._place, self._place + count
-        while True:
-            space = _SPACE.match(self._text, self._place)
-            assert space, "it matches nothing too"
-            self._place = space.end()
-            self.line += self._text.count("\n", start, self._place)
-            if self._place < len(self._text) or not self._read_on():
-                return self._text[self._place : self._place + 1]
-            start = self._place
-
-    def value(self, number: int) -> tuple[Any, int]:
-        """The value that begins here, and its size in signs. number: of the record, for messages."""
-        while True:
-            value, size, fault = None, 0, None
-            try:
-                value, end = self._json.raw_decode(self._text, self._place)
-                size = end - self._place
-            except json.JSONDecodeError as error:  # perhaps only because its end is not held yet
-                end = len(self._text)
-                fault = self.error(number, self.line + self._text.count("\n", self._place, error.pos), error.msg)
-            except (ValueError, RecursionError) as error:
-                reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-                raise self.error(number, self.line, reason) from None
-            if end == len(self._text) and self._read_on():
-                continue
-            if fault:
-                raise fault
-            return value, size
-
-    def error(self, number: int, line: int, reason: str) -> UserError:
-        return UserError(f"{self._path}:{line}: record {number}: not valid JSON: {reason}")
-
-
 def _read_parquet(path: Path, key: str) -> Iterator[RawRecord]:
     parquet, number = _library("pyarrow.parquet", path), 0
     try:
@@ -448,15 +374,37 @@ def _read_parquet(path: Path, key: str) -> Iterator[RawRecord]:
             for row in range(batch.num_rows):
                 number += 1
                 where = f"{path}: row {number}"
-                try:
-                    fields = {name: column[row].as_py() for name, column in zip(batch.schema.names, batch.columns)}
-                except UnicodeDecodeError:
-                    fields = Fault(f"{where}: not valid UTF-8")
+                columns = zip(batch.schema.names, batch.columns)
+                fields = {name: _cell(column[row], f"{where}: {name}") for name, column in columns}
                 yield RawRecord(where, fields, from_table=True)
     except OSError as error:  # pyarrow's ArrowIOError is one
         raise UserError(f"{key}: cannot read {path}: {error.strerror or error}") from None
     except _library("pyarrow", path).ArrowException as error:
         raise UserError(f"{key}: cannot read {path}: {' '.join(str(error).split())}") from None
+
+
+def _cell(cell: Any, where: str) -> Any:
+    """The value of a cell, or what is wrong with it: bytes that are no text, or a time that Python cannot say."""
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        return Fault(f"{where}: not valid UTF-8")
+    except (ValueError, OverflowError) as error:
+        return Fault(f"{where}: cannot be read: {' '.join(str(error).split())}; data.ignore_fields leaves a field out")
+
+
+def _read_hub(path: str, key: str) -> Iterator[RawRecord]:
+    rows, number = iter(load_hub_dataset(path, key)), 0
+    while True:
+        number += 1
+        where = f"{path}: row {number}"
+        try:
+            row = next(rows, None)
+        except (ValueError, OverflowError) as error:  # as of a cell of Parquet
+            raise UserError(f"{key}: {where}: cannot be read: {' '.join(str(error).split())}") from None
+        if row is None:
+            return
+        yield RawRecord(where, row, from_table=True)
 
 
 def _library(name: str, path: Path) -> Any:

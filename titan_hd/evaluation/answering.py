@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from titan_hd.components.generation import GREEDY, Sampling
+from titan_hd.components.generation import GREEDY, Sampling, text_behind
 from titan_hd.data.text.tokenizer_base import Tokenizer
 from titan_hd.errors import UserError
 from titan_hd.evaluation.backends import Backend, Request
@@ -179,7 +179,7 @@ def answer(
     def ask(number: int) -> tuple[str, int]:
         """The lines of a batch, and the number of its tokens."""
         rows = generate(plan[number], plan[number])
-        texts = [_until(tokenizer.decode(row), stop) for row in rows]
+        texts = [_until(text_behind(tokenizer, p.ids, row), stop) for p, row in zip(plan[number], rows)]
         answers = [(p.problem, p.text, text, p.sample) for p, text in zip(plan[number], texts)]
         return "".join(map(line, scored(plan[number][0].task, answers))), sum(map(len, rows))
 

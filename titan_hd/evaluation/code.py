@@ -12,7 +12,9 @@ from typing import Any
 from titan_hd.evaluation.sandbox import Sandbox
 from titan_hd.evaluation.task import Problem, Score
 
-_FENCE = re.compile(r"```(?:python|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.S | re.I)
+# Fences in pairs (what stands behind one that closes opens nothing): of a line alone, or the kind of text and the text.
+_FENCE = re.compile(r"`{3,}(?:[^`\n]*`{3,}|([^`\n]*)\n(.*?)(?:`{3,}|\Z))", re.S)
+_KINDS = (("python", "python3", "py"), ("",))  # of text that may be the program; those of the first are preferred
 _REQUEST = "Create a Python script for this problem:\n"  # WizardCoder's, as is what follows for MBPP
 _SIGNATURE = "calculate_polygons(startx, starty, endx, endy, radius)"  # of 493, whose tests it finds too long
 # Where the protocol has a program end. The published script cuts at the first "assert" anywhere, even in the docstring
@@ -31,10 +33,12 @@ class Job:
 
 
 def extract_program(output: str) -> str:
-    """The program in an output: the first fence of Python if there is one, else all; cut before the first line that
-    begins with `if __name__`, "# Example usage" or `assert`."""
-    fence = _FENCE.search(output)
-    program = fence.group(1) if fence else output
+    """The program in an output: what stands in the first fence of Python, else in the first that does not say of what,
+    else all; cut before the first line that begins with `if __name__`, "# Example usage" or `assert`."""
+    fenced = [((kind.split() or [""])[0].lower(), text) for kind, text in _FENCE.findall(output) if kind or text]
+    found = [text for kinds in _KINDS for kind, text in fenced if kind in kinds]
+    # A text that follows a prompt may begin with the space between them; no program does.
+    program = found[0] if found else re.sub(r"\A (?=\S)", "", output)
     return _END.split(program, maxsplit=1)[0].rstrip()
 
 

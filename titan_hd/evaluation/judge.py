@@ -26,6 +26,7 @@ from titan_hd.errors import UserError
 from titan_hd.evaluation.answering import Progress
 from titan_hd.evaluation.endpoint import Endpoint
 from titan_hd.evaluation.mt_bench import Question
+from titan_hd.evaluation.samples import line
 from titan_hd.evaluation.statistics import mean_interval
 from titan_hd.files import replace_file
 
@@ -191,13 +192,13 @@ def judge(path: Path, requests: Sequence[Request], model: str, endpoint: Endpoin
     with open(path, "a", encoding="utf-8", newline="\n") as file:
         for request, text in _answers(waiting, endpoint, at_once):
             row = _row(request, text, model, endpoint.model)
-            file.write(_line(row))
+            file.write(line(row))
             file.flush()
             known[_key(request)] = row
             yield _progress(known, requests, started)
     if waiting:
         rows = [*others, *(known[_key(request)] for request in requests)]
-        replace_file(path, lambda partial: partial.write_text("".join(map(_line, rows)), encoding="utf-8"))
+        replace_file(path, lambda partial: partial.write_text("".join(map(line, rows)), encoding="utf-8"))
 
 
 def _answers(waiting: Sequence[Request], endpoint: Endpoint, at_once: int) -> Iterator[tuple[Request, str]]:
@@ -257,10 +258,6 @@ def _row(request: Request, judgment: str, model: str, judge_model: str) -> dict[
         "turn": request.turn,
         "tstamp": time.time(),
     }
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _read_judgments(

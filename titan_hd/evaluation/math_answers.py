@@ -11,6 +11,7 @@ import importlib.util
 import re
 
 _REMOVED = (r"\left", r"\right", r"^{\circ}", r"^\circ", r"\$")
+_WHOLE = r"0|-?[1-9][0-9]*"  # a number as it is usually written
 
 
 def same_answer(answer: str, reference: str) -> bool:
@@ -40,7 +41,7 @@ def normalised(answer: str) -> str:
     text = text.replace(" ", "")
     text = _braced_fractions(text)
     text = r"\frac{1}{2}" if text == "0.5" else text
-    return re.sub(r"^(-?\d+)/(-?\d+)$", _fraction, text, flags=re.ASCII)
+    return re.sub(rf"^({_WHOLE})/({_WHOLE})$", r"\\frac{\1}{\2}", text)
 
 
 def _braced_fractions(text: str) -> str:
@@ -57,11 +58,6 @@ def _braced_fractions(text: str) -> str:
         else:
             done += rf"\frac{{{part[0]}}}{{{part[1]}}}{part[2:]}"
     return done
-
-
-def _fraction(found: re.Match[str]) -> str:
-    upper, lower = int(found[1]), int(found[2])
-    return rf"\frac{{{upper}}}{{{lower}}}" if found[0] == f"{upper}/{lower}" else found[0]
 
 
 @functools.cache

@@ -5,7 +5,6 @@ Nothing here scores: a judge does (`titan_hd.evaluation.judge`, or FastChat's sc
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from titan_hd.data.text.tokenizer_base import Tokenizer
 from titan_hd.errors import UserError
 from titan_hd.evaluation.answering import Progress, resume
 from titan_hd.evaluation.backends import Backend, Request
+from titan_hd.evaluation.samples import line
 
 NAME = "mt_bench"
 FILES = ("mt_bench/question.jsonl", "question.jsonl")
@@ -128,4 +128,4 @@ def _line(question: Question, model_name: str, turns: list[str]) -> str:
         "choices": [{"index": 0, "turns": turns}],
         "tstamp": 0.0,
     }
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return line(row)

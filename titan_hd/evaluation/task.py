@@ -6,6 +6,7 @@ A task is one entry of `titan_hd.evaluation.tasks.TASKS`. Nothing else knows a t
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,8 +114,9 @@ def find_source(name: str, files: Sequence[str], data: Path) -> str:
         UserError: there is none; names those that were looked for.
     """
     for file in files:
-        if glob.glob(str(data / file)):
-            return str(data / file)
+        pattern = os.path.join(glob.escape(str(data)), file)
+        if glob.glob(pattern):
+            return pattern if glob.has_magic(file) else str(data / file)
     if not data.is_dir():
         raise UserError(f"--data: no such directory: {data}")
     raise UserError(f"--data: {data} has no file of {name}; looked for {', '.join(files)}")
@@ -140,7 +142,7 @@ def load_problems(task: Task, source: str, limit: int | None = None) -> list[Pro
 
 
 def _records(source: str, key: str):
-    if "*" not in source or not source.endswith(".json"):
+    if "*" not in source or not source.endswith(".json") or os.path.exists(source):
         yield from read_records(source, key)
         return
     for path in sorted(glob.glob(source)):  # MATH as published: a file for every problem

@@ -207,9 +207,15 @@ def _old(folder: Path) -> Path:
 
 
 def _remove(path: Path) -> None:
+    """The mark goes last: what is left by a removal that was cut off is still seen to be an export's."""
     if path.is_symlink():
         path.unlink()
     elif path.exists():
+        for inside in path.iterdir():
+            if inside.is_dir() and not inside.is_symlink():
+                shutil.rmtree(inside)
+            elif inside.name not in _MARKS:
+                inside.unlink()
         shutil.rmtree(path)
 
 

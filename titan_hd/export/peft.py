@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from titan_hd import __version__
@@ -33,6 +34,7 @@ from titan_hd.distributed.adapter_init import collect_tensors
 from titan_hd.distributed.collectives import gather_on_rank_zero, raise_on_all
 from titan_hd.distributed.parallel_dims import ParallelDims
 from titan_hd.distributed.regroup import collect, sharded, waves
+from titan_hd.errors import UserError
 from titan_hd.export.hf import beside, check_folder, export_folder, publish, start_folder, write_answering
 from titan_hd.export.model_card import base_name
 from titan_hd.files import disk_faults
@@ -78,7 +80,11 @@ def export_peft(model: Model, dims: ParallelDims, config: JobConfig, answering: 
                     "the base model lacks what the training took for granted: generate with the "
                     "generation_config.json and chat_template.jinja that lie beside the adapter"
                 )
-            save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt", "titan_hd": __version__})
+            path = partial / "adapter_model.safetensors"
+            try:
+                save_file(tensors, path, {"format": "pt", "titan_hd": __version__})
+            except SafetensorError as error:  # of a full disk, too, which is no OSError here
+                raise UserError(f"{path}: cannot be written: {error}") from None
             publish(partial, folder)
             logger.info("exported the adapter (%d tensors, float32) to %s", len(tensors), folder)
 

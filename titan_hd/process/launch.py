@@ -41,7 +41,7 @@ from titan_hd.process.network import (
     lost_worker,
     timed_out,
 )
-from titan_hd.process.signals import REQUEUE, STATUS, outlives_terminal
+from titan_hd.process.signals import REQUEUE, STATUS, leave_when_told, outlives_terminal
 from titan_hd.process.streams import keep_streams
 from titan_hd.process.waiting import telling_of_nodes
 
@@ -53,14 +53,14 @@ _MASTER_PORT = 29500  # torchrun's default
 def main() -> None:
     """Check, then start the workers; exits with the status of the one that failed first."""
     keep_streams()
+    leave_when_told()
     launcher_args, train_args = split_arguments(sys.argv[1:])
     args = torchrun_arguments([*launcher_args, "-m", "titan_hd.train", *train_args])
     config = manager.load_or_exit(train_args)
     logging.getLogger("titan_hd").setLevel(logging.ERROR)  # the first worker gives the warnings
-    local_workers = run.determine_local_world_size(args.nproc_per_node)
-    assert local_workers is not None  # torch does not say so
-    workers = local_workers * run.parse_min_max_nnodes(args.nnodes)[1]
     try:
+        local_workers, nodes = _sizes(args)
+        workers = local_workers * nodes
         if config.job.print_plan or config.job.dry_run:
             ask_plan(config, workers, local_workers)
             return
@@ -68,6 +68,24 @@ def main() -> None:
     except UserError as error:
         manager.exit_with(str(error).splitlines())
     start_workers(args, Path(config.job.dump_folder))
+
+
+def _sizes(args: argparse.Namespace) -> tuple[int, int]:
+    """Workers of a node, and nodes at most.
+
+    Raises:
+        UserError: torchrun's options for them are none, or ask for GPUs that are not there.
+    """
+    try:
+        workers = run.determine_local_world_size(args.nproc_per_node)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--nproc_per_node (NGPU): {args.nproc_per_node!r}: {error}") from None
+    try:
+        nodes = run.parse_min_max_nnodes(args.nnodes)[1]
+    except (ValueError, RuntimeError):
+        raise UserError(f"--nnodes (PET_NNODES): must be N, or MIN:MAX, not {args.nnodes!r}") from None
+    assert workers is not None  # torch does not say so
+    return workers, nodes
 
 
 def ask_plan(config: JobConfig, workers: int, local_workers: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +31,30 @@ STATUS: dict[int, int] = {
 def outlives_terminal() -> bool:
     """Whether whoever started this process lets it ignore SIGHUP, as nohup does: then it goes on without a terminal."""
     return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def leave_when_told() -> None:
+    """Of a launcher without workers yet: a signal ends it at once, with a line and its status, also while the main
+    thread waits in a call of torch's that looks at no signal. When workers start, torch's handlers take the places of
+    these, and decide. To be called in the main thread."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def handler(*_: object) -> None:
+        """A signal that has one is written to the pipe."""
+
+    def watch() -> None:
+        while number := os.read(reader, 1)[0]:
+            if signal.getsignal(number) is handler:
+                name = signal.Signals(number).name
+                print(f"titan_hd: stopped by {name}, status {STATUS[number]}", file=sys.stderr, flush=True)
+                os._exit(STATUS[number])
+
+    for number in STATUS:
+        if number != signal.SIGHUP or not outlives_terminal():
+            signal.signal(number, handler)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, name="signals", daemon=True).start()
 
 
 # A scheduler may signal the workers and their launcher, which passes it on: one request, not two.

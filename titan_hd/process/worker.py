@@ -51,6 +51,9 @@ _watch: Watch | None = None
 
 def stand_alone() -> None:
     """Let a process that no launcher has started be the only worker."""
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if os.environ.get(key) == "":
+            del os.environ[key]
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     for key, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": LOOPBACK}.items():
         os.environ.setdefault(key, str(value))

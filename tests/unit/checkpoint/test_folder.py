@@ -54,6 +54,17 @@ class TestCandidates:
         with pytest.raises(UserError, match=r"x/step: cannot be read: File name too long$"):
             CheckpointFolder(tmp_path / ("x" * 300) / "step", 2).candidates(-1)
 
+    def test_a_folder_that_cannot_be_listed_is_not_empty(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        (tmp_path / "step-5").mkdir()
+
+        def refuse(path):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        for scan in ("listdir", "scandir"):
+            monkeypatch.setattr(os, scan, refuse)
+        with pytest.raises(UserError, match="cannot be read: Permission denied"):
+            CheckpointFolder(tmp_path, 2).candidates(-1)
+
     def test_the_first_that_is_whole(self, tmp_path: Path, monkeypatch, caplog):
         """As far as sizes show it."""
         monkeypatch.setattr("titan_hd.checkpoint.folder.logger.propagate", True)

@@ -178,3 +178,27 @@ def test_any_error_of_a_store_is_one_of_a_disk(root: StorePath, monkeypatch):
     pieces = owned_pieces(stored_tensors({"w": torch.zeros(3)}), rank=0)
     with pytest.raises(OSError, match="KeyError: 'no such endpoint'"):  # and not what torch.save makes of it
         write_pieces(root, 0, pieces)
+
+
+def test_a_store_that_does_not_answer_has_no_fewer_checkpoints(monkeypatch: pytest.MonkeyPatch):
+    """fsspec's own isfile and isdir say no where they cannot ask."""
+    root = open_url(f"memory://{uuid.uuid4().hex}/run")
+    files = ObjectStore(root, 0)
+    for step in (1, 2):
+        save(files, step)
+    before, info = root.sizes(), type(root.store).info
+
+    def slow(store, path, **options):
+        if path.endswith(("step-2/manifest.json", "/run")):
+            raise TimeoutError("503 SlowDown")
+        return info(store, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(root.store), "info", slow)
+        for asked in (files.clear_partial, files.steps, lambda: files.holds(2)):
+            with pytest.raises(OSError, match="503 SlowDown"):
+                asked()
+        with pytest.raises(UserError, match="cannot be read"):
+            files.candidates(-1)
+    assert {name: size for name, size in root.sizes().items() if name != "can_be_written"} == before
+    assert files.steps() == [1, 2]

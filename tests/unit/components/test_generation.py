@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.kit.decoders import VARIANTS, random_decoder
 from titan_hd.components import generation
-from titan_hd.components.generation import Sampling, TextStream, choose, generate, stream
+from titan_hd.components.generation import Sampling, TextStream, choose, generate, stream, text_behind
 from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.errors import UserError
 from titan_hd.models.decoder import Decoder
@@ -319,4 +319,5 @@ class TestTextStream:
         ids = [tokenizer.bos_id, *tokenizer.encode("Anna has 39 stamps.  She — 日本 — loses 12.")]
         text = TextStream(tokenizer, ids[:cut])
         joined = "".join(map(text.add, ids[cut:])) + text.end()
+        assert text_behind(tokenizer, ids[:cut], ids[cut:]) == joined
         assert tokenizer.decode(ids[:cut]) + joined == tokenizer.decode(ids)

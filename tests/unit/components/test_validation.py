@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from titan_hd.components import validation
 from titan_hd.components.validation import (
     Sharers,
     ValidationSet,
@@ -20,6 +22,7 @@ from titan_hd.components.validation import (
     validation_sets,
 )
 from titan_hd.config.job_config import Checkpoint, JobConfig, Validation
+from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.data.tokens.statistics import Statistics
 from titan_hd.errors import UserError
 
@@ -103,6 +106,16 @@ def test_the_first_worker_alone_gets_what_is_shown(workers):
         (i, f"prompt {i}", f"the answer: {i}", f"the answer: {i}", True if i < 2 else None) for i in range(3)
     ]
     assert second == {}
+
+
+def test_an_answer_keeps_its_first_space(monkeypatch):
+    """Decoded by itself it would lose it with this tokenizer, which is of SentencePiece's kind."""
+    tokenizer = load_tokenizer(Path(__file__).parents[3] / "assets" / "quickstart" / "model")
+    monkeypatch.setattr(validation, "generate", lambda *args, **options: [tokenizer.continuation("  x = 1")])
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=None))
+    dims = SimpleNamespace(rank=0, tp_rank=0, tp=1)
+    validator = Validator(comparing(1), dims, torch.device("cpu"), [], lambda: tokenizer)
+    assert validator._answer(None, frozenset(), [tokenizer.encode("if x:")]) == ["  x = 1"]
 
 
 def test_references_without_the_marker(caplog):

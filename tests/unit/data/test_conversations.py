@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 from pathlib import Path
@@ -15,8 +16,9 @@ from titan_hd.config.job_config import Data
 from titan_hd.data.conversations import read_conversation
 from titan_hd.data.example import IGNORE, Example
 from titan_hd.data.formats import ChatFormat
-from titan_hd.data.sources import Record
+from titan_hd.data.sources import RawRecord, Record
 from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
+from titan_hd.data.tokens.encoding import Encoder
 
 # As CHATML, with tools and their calls in the manner of Hermes.
 TOOLS = (
@@ -100,6 +102,24 @@ class TestFlags:
         record = Record({"messages": [USER, ANSWER, USER, {**OTHER, "weight": 0}]}, "f:1")
         question = chat_format(chatml).question(record)
         assert question == [[USER], None, "1 + 2"]
+
+    def test_what_json_cannot_hold_is_left_out_of_what_is_kept(self, tmp_path: Path):
+        """Where the template has no use for it; elsewhere the record is a bad one."""
+        rows = [[{**said, "time": datetime.datetime(2024, 1, day)} for said in (USER, ANSWER)] for day in (1, 2)]
+        raws = [RawRecord(f"f: row {i}", {"messages": row}, True) for i, row in enumerate(rows)]
+        tokenizer = load_tokenizer(chat_directory(tmp_path / "no"))
+        chunk = Encoder("n", ChatFormat(Data(), tokenizer), 99, False, keep_questions=True).chunk(raws)
+        assert (chunk.faults, len(chunk.arrays["ends"])) == ([], 2)
+        assert json.loads(chunk.arrays["questions"].tobytes()[: chunk.arrays["question_ends"][0]]) == [
+            [USER], None, ANSWER["content"],
+        ]  # fmt: skip
+        reads = CHATML.replace("{{ m.content", "{% if m.time %}{% endif %}{{ m.content")
+        reading = ChatFormat(Data(), load_tokenizer(chat_directory(tmp_path / "yes", reads)))
+        assert reading._chat.reads("time")
+        assert len(Encoder("n", reading, 99, False).chunk(raws).arrays["ends"]) == 2
+        chunk = Encoder("n", reading, 99, False, keep_questions=True).chunk(raws)
+        assert (len(chunk.faults), len(chunk.arrays["ends"]), chunk.statistics.records) == (2, 0, 0)
+        assert chunk.faults[1].startswith("f: row 1: cannot be kept for validation: ")
 
     def test_an_answer_that_is_a_call_alone(self, hermes: Tokenizer):
         record = Record({"messages": [USER, {"role": "assistant", "tool_calls": CALLS}]}, "f:1")

@@ -93,6 +93,17 @@ def test_bad_rows_are_named(asked: list[tuple]):
     assert message(build_dataset, data, "train", 30, 16, Letters) == "org/name: row 1: no: must be a string"
 
 
+def test_a_row_that_cannot_be_read(asked: list[tuple], monkeypatch):
+    def rows(self):
+        yield ROWS[0]
+        raise ValueError("Nanosecond resolution\ntemporal type")
+
+    monkeypatch.setattr(Rows, "__iter__", rows)
+    data = Data(train="org/name", template="none", cache_dir="", num_proc=1)
+    says = "data.train: org/name: row 2: cannot be read: Nanosecond resolution temporal type"
+    assert message(build_dataset, data, "train", 30, 16, Letters) == says
+
+
 def test_an_unknown_name(asked: list[tuple]):
     text = message(build_dataset, Data(train="org/other"), "train", 30, 16, Letters)
     assert text == "data.train: cannot read org/other: Dataset 'org/other' doesn't exist on the Hub"

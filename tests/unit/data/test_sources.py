@@ -8,14 +8,16 @@ import gzip
 import json
 import random
 import re
+import sys
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from titan_hd.data import sources
+from titan_hd.data import json_text
 from titan_hd.data.sources import MAX_RECORD, Faults, check_files, find_files, read_raw, read_records
 
+TOO_LONG = f"is longer than {MAX_RECORD} bytes, the most that a record may have"
 ROWS = [{"a": 1}, {"a": "ü"}, {"a": None, "b": [1, {"c": "x"}]}]
 
 
@@ -210,7 +212,7 @@ class TestArrays:
         ],
     )
     def test_faults(self, tmp_path: Path, monkeypatch, text: str, says: str, piece: int):
-        monkeypatch.setattr(sources, "PIECE", piece)
+        monkeypatch.setattr(json_text, "PIECE", piece)
         path = write(tmp_path / "r.json", text.replace("\\xff", "\xff").encode("latin-1"))
         assert message(path) == path + says
 
@@ -222,7 +224,7 @@ class TestArrays:
         path = write(tmp_path / "r.json", b"\xef\xbb\xbf" + text.encode() + b" \n")
         whole = read(path)
         assert whole == rows
-        monkeypatch.setattr(sources, "PIECE", piece)
+        monkeypatch.setattr(json_text, "PIECE", piece)
         assert read(path) == rows
         assert [r.where for r in read(path)] == [r.where for r in whole]
         numbers = write(tmp_path / "n.json", b"[{}, 1234]")
@@ -240,6 +242,26 @@ class TestArrays:
         assert sum(1 for _ in read_raw(str(path), "data.train")) == 20_000
         assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
         tracemalloc.stop()
+
+    @pytest.mark.parametrize(
+        ("start", "says"),
+        [(b'{"a" 1}', "not valid JSON: Expecting ':' delimiter"), (b'{"a": "', TOO_LONG)],
+    )
+    def test_little_is_held_of_a_bad_one(self, tmp_path: Path, start: bytes, says: str):
+        path = tmp_path / "r.json"
+        path.write_bytes(b"[{},\n" + start + b"x" * 6 * MAX_RECORD)
+        tracemalloc.start()
+        assert message(path) == f"{path}:2: record 2: {says}"
+        assert tracemalloc.get_traced_memory()[1] < (2 if says != TOO_LONG else 6) * MAX_RECORD
+        tracemalloc.stop()
+
+    def test_a_long_record(self, tmp_path: Path):
+        """As everywhere: one of just the bound is read, one above it is bad, and what follows is read again."""
+        fits = {"a": "x" * (MAX_RECORD - len('{"a": ""}'))}
+        path = write(tmp_path / "r.json", json.dumps([fits, {"a": fits["a"] + "x"}, {}]).encode())
+        faults = Faults(skip=True, limit=1)
+        assert read(path, faults=faults) == [fits, {}]
+        assert faults.first == f"{path}:1: record 2: {TOO_LONG}"
 
     def test_an_empty_one(self, tmp_path: Path):
         path = write(tmp_path / "r.json", b"[ ]")
@@ -346,7 +368,20 @@ class TestParquet:
         offsets, data = pa.py_buffer(b"\x00\0\0\0\x01\0\0\0\x02\0\0\0"), pa.py_buffer(b"a\xff")
         column = pa.StringArray.from_buffers(2, offsets, data)
         parquet.write_table(pa.table({"a": column}), tmp_path / "r.parquet")
-        assert message(tmp_path / "r.parquet") == f"{tmp_path}/r.parquet: row 2: not valid UTF-8"
+        assert message(tmp_path / "r.parquet") == f"{tmp_path}/r.parquet: row 2: a: not valid UTF-8"
+
+    @pytest.mark.parametrize(("unit", "value"), [("ns", 1), ("us", 2**60), ("s", 2**40)])
+    def test_times_that_python_cannot_say(self, tmp_path: Path, unit: str, value: int, monkeypatch):
+        """A bad record, unless nobody asks for the column."""
+        pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        monkeypatch.setitem(sys.modules, "pandas", None)  # which has a type for nanoseconds
+        table = pa.table({"a": [1, 2], "when": pa.array([0, value], pa.timestamp(unit))})
+        path = str(tmp_path / "r.parquet")
+        parquet.write_table(table, path)
+        assert message(path).startswith(f"{path}: row 2: when: cannot be read: ")
+        faults = Faults(skip=True, limit=1)
+        assert ([r["a"] for r in read(path, faults=faults)], faults.count) == ([1], 1)
+        assert list(read_records(path, "data.train", ignored=["when"])) == [{"a": 1}, {"a": 2}]
 
     @pytest.mark.parametrize("content", [b"", b"PAR1", b"not parquet at all " * 99])
     def test_another_file_under_its_name(self, tmp_path: Path, content: bytes):

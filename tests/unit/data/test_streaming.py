@@ -87,7 +87,7 @@ def test_any_order_and_any_process(paths):
 def test_only_what_is_asked_for_is_decoded(paths, monkeypatch):
     decoded = []
     records = stream(paths, window=10, shuffle=False)
-    monkeypatch.setattr("titan_hd.data.tokens.encoding.parse", lambda raw: decoded.append(raw.where) or {}["stop"])
+    monkeypatch.setattr("titan_hd.data.tokens.encoding.parse", lambda raw, _: decoded.append(raw.where) or {}["stop"])
     with pytest.raises(KeyError):
         records[14]
     assert decoded == [f"{paths[1]}:5"]

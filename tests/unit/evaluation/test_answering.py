@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.kit.decoders import VARIANTS, random_decoder
 from titan_hd.components.generation import generate
+from titan_hd.data.text.tokenizer import load_tokenizer
 from titan_hd.errors import UserError
 from titan_hd.evaluation.answering import agree_on_settings, answer
 from titan_hd.evaluation.backends import NativeBackend, Request
@@ -69,6 +71,18 @@ def test_samples_come_with_each_batch(tmp_path: Path):
         "task": "gsm8k", "id": "2", "prompt": "xxThe answer is: 2", "output": "xxThe answer is: 2", "extracted": "2",
         "reference": "3", "right": False,
     }  # fmt: skip
+
+
+def test_a_continuation_keeps_its_indentation(tmp_path: Path):
+    """Decoded by itself it would lose a space with this tokenizer, which is of SentencePiece's kind."""
+    tokenizer = load_tokenizer(Path(__file__).parents[3] / "assets" / "quickstart" / "model")
+    text = "    return 1\n"
+    assert tokenizer.decode(tokenizer.continuation(text)) == text[1:]
+    question = "def f():\n"
+    prompt = Prompt(TASKS["gsm8k"], Problem("0", "", "3"), question, tokenizer.encode(question))
+    backend = SimpleNamespace(generate=lambda prompts, request: [tokenizer.continuation(text)])
+    list(answer(tmp_path, [[prompt]], backend, tokenizer))
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["output"] == text
 
 
 @pytest.mark.parametrize("killed_at", [0, 1, 4])

@@ -43,6 +43,12 @@ def sandbox() -> Sandbox:
         ("Sure:\n```python\ndef f():\n    return 1\n```\nIt is 1.\n```python\nf()\n```", "def f():\n    return 1"),
         ("```py\r\nx = 1\r\n```", "x = 1"),
         ("```\nx = 1\n```", "x = 1"),
+        ("```python3\ndef f(a):\n    return a\n```\n", "def f(a):\n    return a"),
+        ("```Python3 title=f\nx = 1\n```", "x = 1"),
+        ("First:\n```bash\npip install x\n```\nThen:\n```python\nx = 1\n```\nDone.", "x = 1"),
+        ("It prints\n```\n4\n```\nby\n```python\nprint(4)\n```", "print(4)"),
+        ("```bash\nls\n```\nor ```x = 2``` or\n```\nx = 1\n```", "x = 1"),
+        (" x = 1\nif x:\n    print(x)", "x = 1\nif x:\n    print(x)"),  # the space behind a prompt
         ("```python\nx = 1", "x = 1"),  # cut off by the limit of tokens
         ("x = 1\nif __name__ == '__main__':\n    main()", "x = 1"),
         ("x = 1\n# Example usage:\nprint(x)", "x = 1"),

@@ -119,6 +119,15 @@ def test_what_was_judged_is_not_paid_again(requests: list[judge.Request], tmp_pa
         assert (len(service.questions), path.read_text()) == (3, content)
 
 
+def test_half_of_a_surrogate_pair_is_written_too(requests: list[judge.Request], tmp_path: Path):
+    path = tmp_path / "judgments.jsonl"
+    with serve(lambda asked: says("\ud83d Rating: [[7]]")) as service:
+        run(path, requests, service.url)
+        run(path, requests, service.url)
+        assert len(service.questions) == len(requests)
+    assert {row["judgment"] for row in read(path)} == {"\ud83d Rating: [[7]]"}
+
+
 def test_a_failure_keeps_what_came(requests: list[judge.Request], tmp_path: Path):
     path = tmp_path / "judgments.jsonl"
     path.write_text('{"question_id": 81, "mod')  # torn by a kill before

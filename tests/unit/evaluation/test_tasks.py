@@ -82,6 +82,20 @@ def test_math_as_it_was_published(tmp_path: Path):
     assert len(load_problems(TASKS["math"], find_source("math", TASKS["math"].files, tmp_path), limit=1)) == 1
 
 
+@pytest.mark.parametrize("name", ["data [v2]", "data*"])
+def test_a_folder_with_the_signs_of_a_glob(name: str, tmp_path: Path):
+    data, files = tmp_path / name, TASKS["math"].files
+    (data / "MATH" / "test" / "algebra").mkdir(parents=True)
+    (data / "MATH" / "test" / "algebra" / "1.json").write_text('{"problem": "p", "solution": "\\\\boxed{3}"}')
+    assert [problem.prompt for problem in load_problems(TASKS["math"], find_source("math", files, data))] == ["p"]
+    rows = [{"instruction": "q", "answer": "true"}]
+    path = data / next(file for file in TASKS["boolq"].files if file.endswith(".json"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows))
+    source = find_source("boolq", TASKS["boolq"].files, data)
+    assert (source, len(load_problems(TASKS["boolq"], source))) == (str(path), 1)
+
+
 def test_a_file_of_ones_own(tmp_path: Path):
     path = tmp_path / "own.jsonl"
     path.write_text('{"q": "2 + 2", "a": "So: 4 apples", "id": "sum"}\n{"q": "3", "a": "So: 3"}\n')

@@ -405,3 +405,14 @@ def test_a_size_of_nothing_is_refused():
 
     with pytest.raises(UserError, match=r"export\.max_shard_size_gb: must be above 0, not 0"):
         manager.load(["--export.max_shard_size_gb=0"])
+
+
+def test_a_removal_that_is_cut_off_leaves_an_exports_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    old = tmp_path / "hf.old"
+    (old / "inside").mkdir(parents=True)
+    for name in ("a.safetensors", "config.json", "z.safetensors"):
+        (old / name).touch()
+    monkeypatch.setattr(export.shutil, "rmtree", lambda path: None)  # of the folder itself, where the mark is left
+    export._remove(old)
+    assert [path.name for path in old.iterdir() if path.is_file()] == ["config.json"]
+    check_folder(tmp_path / "hf", "")

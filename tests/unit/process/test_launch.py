@@ -10,6 +10,7 @@ import types
 import pytest
 from torch.distributed import run
 
+from titan_hd.errors import UserError
 from titan_hd.process import launch
 from titan_hd.process.launch import split_arguments
 
@@ -117,6 +118,7 @@ def test_a_rendezvous_that_fails_is_one_line(text: str, status: int, line: str, 
         raise launch.DistNetworkError(text)
 
     monkeypatch.setattr(run, "run", fail)
+    monkeypatch.setattr(launch, "leave_when_told", lambda: None)
     monkeypatch.setattr(launch, "plan_run", lambda *args, **settings: None)
     config = tmp_path / "run.toml"
     config.write_text(
@@ -152,3 +154,18 @@ def test_why_a_worker_ended(rank: int, message: str, why: str):
     assert said.startswith(why)
     assert bool(said) == bool(why)
     assert launch._why(rank, types.SimpleNamespace(exitcode=-9, message="Signal 9")) == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--nnodes", "two"], "--nnodes (PET_NNODES): must be N, or MIN:MAX, not 'two'"),
+        (["--nproc_per_node", "gpu"], "--nproc_per_node (NGPU): 'gpu': "),
+        (["--nproc_per_node", "many"], "--nproc_per_node (NGPU): 'many': "),
+    ],
+)
+def test_sizes_that_are_none(options: list[str], line: str):
+    args = launch.torchrun_arguments([*options, "-m", "titan_hd.train"])
+    with pytest.raises(UserError) as error:
+        launch._sizes(args)
+    assert str(error.value).startswith(line)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -93,3 +95,27 @@ def test_nohup_is_obeyed(before, listens: bool):
         signal.set_wakeup_fd(wakeup)
         for number, handler in kept.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_launcher_without_workers_leaves_at_once(number: signal.Signals, status: int):
+    code = (
+        "import time; from titan_hd.process.signals import *; leave_when_told(); print(1, flush=True); time.sleep(60)"
+    )
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **both) as process:
+        process.stdout.readline()
+        process.send_signal(number)
+        assert process.wait(timeout=30) == status
+        assert process.stderr.read() == f"titan_hd: stopped by {number.name}, status {status}\n"
+
+
+def test_where_workers_have_started_their_launchers_handlers_decide():
+    code = """if True:
+        import signal, time; from titan_hd.process.signals import leave_when_told
+        leave_when_told()
+        signal.signal(signal.SIGTERM, lambda *_: print("torch's", flush=True))
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.3)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "torch's\n")

@@ -181,6 +181,30 @@ def ask(model: Path, output: Path, *arguments: object):
     return call_tool(evaluate.main, model, "--output", output, *fixed, *arguments)
 
 
+def test_a_token_beyond_the_embedding_that_nothing_spells(talker: Path, tmp_path: Path, monkeypatch):
+    """The <pad> of a fine-tune, for example: what was trained with it can be evaluated."""
+    model = tmp_path / "model"
+    shutil.copytree(talker, model)
+    config, tokenizer = ((model / name) for name in ("config.json", "tokenizer_config.json"))
+    tokenizer.write_text(json.dumps({**json.loads(tokenizer.read_text()), "pad_token": "<pad>"}))
+    rows = json.loads(config.read_text())["vocab_size"]
+    records = write_lines(tmp_path / "own.jsonl", [{"prompt": "Once", "response": "Sum: 1"}])
+    result = ask(model, tmp_path / "out", "--records", records, "--marker", "Sum:", "--prompts", "none")
+    assert result.returncode == 0, result.stderr
+    made: list[tuple] = []
+    for name in ("TransformersBackend", "VllmBackend"):
+        monkeypatch.setattr(evaluate.backends, name, lambda *options: made.append(options))
+    args = given(model, monkeypatch, "--backend", "transformers")
+    read = evaluate.backends.load(args)[1]
+    assert (read.pad_id, made[0][3]) == (rows, read.eos_id)
+    args = given(model, monkeypatch, "--backend", "vllm")
+    assert evaluate.backends.load(args)[1].pad_id == rows
+    config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": rows - 1}))
+    for backend in ("transformers", "vllm"):
+        with pytest.raises(UserError, match=rf"^{model}: the tokenizer has {rows + 1} ids, the model's vocabulary"):
+            evaluate.backends.load(given(model, monkeypatch, "--backend", backend))
+
+
 def test_beside_other_tasks_a_warning_says_what_mt_bench_passes_over(talker: Path, shared_data: Path, tmp_path: Path):
     options = ["--tasks", "gsm8k,mt_bench", "--data", shared_data, "--temperature", 0.7, "--stop", "###"]
     result = ask(talker, tmp_path / "out", *options)

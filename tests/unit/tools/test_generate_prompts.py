@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.kit.errors import message
+from titan_hd.components.generation import GREEDY
+from titan_hd.data.text.tokenizer import load_tokenizer
+from tools import generate
 from tools.generate import read_prompts
 
 
@@ -39,3 +42,11 @@ def test_lines_end_at_line_ends_alone(tmp_path: Path):
 def test_a_field_that_is_no_text(tmp_path: Path, field: str):
     path = write(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "a", field: 21})
     assert message(read_prompts, path) == f"{path}:2: {field}: must be a string"
+
+
+def test_a_response_keeps_its_first_space(monkeypatch, capsys):
+    """Decoded by itself it would lose it with this tokenizer, which is of SentencePiece's kind."""
+    tokenizer = load_tokenizer(Path(__file__).parents[3] / "assets" / "quickstart" / "model")
+    monkeypatch.setattr(generate, "generate", lambda *args, **options: [tokenizer.continuation("  x = 1")])
+    generate.Session(None, tokenizer, GREEDY, 9, None).answer_file([("if x:", "", "")], "none", 1)
+    assert json.loads(capsys.readouterr().out) == {"prompt": "if x:", "response": "  x = 1"}

@@ -40,6 +40,10 @@ OTHER_PROMPT = (
     "hold an answer in front of which the chat template does not write its generation prompt, from which generation "
     "starts"
 )
+NO_PROMPT = (
+    "hold an answer whose heading the chat template writes, but not as a generation prompt (add_generation_prompt); "
+    "the heading is trained, and generation starts in front of it"
+)
 _WHAT_TO_DO = (
     "; put {% generation %} and {% endgeneration %} around what the assistant says in the chat template "
     "(chat_template.jinja), or train on all of it (data.train_on_prompt)"
@@ -112,6 +116,13 @@ class TurnFinder:
         # A generation prompt of "<think>" may be what it begins with.
         if isinstance(content, str) and content.strip() not in whole[max(0, start - len(content)) : end]:
             notes[LEFT_OUT] = None
+        elif (
+            content
+            and whole.startswith(before)
+            and whole[start:end].partition(content.strip())[0].strip()  # a heading
+            and before == self._chat.render(messages[:place], tools=tools)
+        ):
+            notes[NO_PROMPT] = None
         return Turn(place, start, end)
 
     def _end(self, start: int, after: int, is_last: bool, whole: str, controls: list[tuple[int, int]]) -> int | None:

@@ -13,7 +13,6 @@ from typing import BinaryIO
 import numpy as np
 
 from titan_hd.data.example import IGNORE, Example
-from titan_hd.data.fields import without_ignored
 from titan_hd.data.formats import Format, QuestionFormat
 from titan_hd.data.sources import RawRecord, Record, parse, read_raw
 from titan_hd.data.tokens.statistics import Statistics
@@ -78,8 +77,8 @@ class Encoder:
         labels = ("labels",) if self.format.own_labels else ("spans", "span_ends")
         return ("ids", "ends", *labels, *(("questions", "question_ends") if self.questions else ()))
 
-    def example(self, raw: RawRecord, statistics: Statistics) -> tuple[Example, Record] | None:
-        """One record, cut at seq_len and counted.
+    def example(self, raw: RawRecord, statistics: Statistics) -> tuple[Example, bytes] | None:
+        """One record, cut at seq_len and counted; and its question as it is kept, empty where none is.
 
         A record without anything to train on is counted and left out; but where records bring their own labels, only
         if the cut took them.
@@ -87,9 +86,10 @@ class Encoder:
         Raises:
             UserError: it is a bad one; the line begins with its file and line.
         """
-        record = without_ignored(parse(raw), self.ignored)
+        record = parse(raw, self.ignored)
         try:
             example = self.format.encode(record)
+            question = self._question(record)
         except UserError as error:
             raise UserError(f"{record.where}: {error}") from None
         s, length = statistics, len(example.input_ids)
@@ -108,15 +108,29 @@ class Encoder:
         s.records += 1
         s.tokens += len(example.input_ids)
         s.trained += trained
-        return example, record
+        return example, question
 
     def unused_at_first(self, path: str, count: int = 200) -> frozenset[str]:
         """Fields that the first records at `path` have and that are not used. Bad records are passed over."""
         found: set[str] = set()
         for raw in itertools.islice(read_raw(path, self.name), count):
             with contextlib.suppress(UserError):
-                found |= self.format.unused(without_ignored(parse(raw), self.ignored))
+                found |= self.format.unused(parse(raw, self.ignored))
         return frozenset(found)
+
+    def _question(self, record: Record) -> bytes:
+        """As it is kept; empty where none is.
+
+        Raises:
+            UserError: a table's row has something that JSON cannot hold where the chat template may read it.
+        """
+        if self.questions is None:
+            return b""
+        question = self.questions.question(record)
+        try:
+            return json.dumps(question).encode()
+        except TypeError as error:
+            raise UserError(f"cannot be kept for validation: {error}; write it as a text") from None
 
     def chunk(self, raws: list[RawRecord]) -> Chunk:
         """Many records at once."""
@@ -135,12 +149,12 @@ class Encoder:
                 continue
             if encoded is None:
                 continue
-            example, record = encoded
+            example, question = encoded
             ids += example.input_ids
             labels += example.labels
             lengths.append(len(example.input_ids))
             if asked:
-                questions.append(json.dumps(asked.question(record)).encode())
+                questions.append(question)
         arrays = {"ids": np.array(ids, DTYPES["ids"]), "ends": np.array(lengths, DTYPES["ends"])}
         if "labels" in self.names:
             arrays["labels"] = np.array(labels, DTYPES["labels"])

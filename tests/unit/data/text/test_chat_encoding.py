@@ -12,7 +12,7 @@ from tests.kit.tokenizers import CHATML, pieces_directory
 from titan_hd.data.text.borders import CUT, SHARED
 from titan_hd.data.text.chat import load_chat_template
 from titan_hd.data.text.chat_encoding import ConversationEncoder
-from titan_hd.data.text.chat_spans import LEFT_OUT, NOT_WRITTEN, OTHER_PROMPT, OTHERWISE
+from titan_hd.data.text.chat_spans import LEFT_OUT, NO_PROMPT, NOT_WRITTEN, OTHER_PROMPT, OTHERWISE
 from titan_hd.data.text.tokenizer import Tokenizer, load_tokenizer
 
 # As Qwen3's: an empty or filled <think> in front of answers behind the last question, none in front of earlier ones.
@@ -41,6 +41,12 @@ ENDED = (
     "{% for m in messages %}{{ '<' + m.role + '>\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>\\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
+# As Llama 2's, where a question's end is all that is in front of an answer; and one that passes over the option.
+NO_HEADING = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+PROMPTLESS = CHATML.split("{% if add_generation_prompt")[0]
 SHORTENED = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
 # As SmolLM3's: what is said is marked, and generation begins with more than the heading.
 MARKED = (
@@ -116,6 +122,8 @@ class TestTurnsThatChange:
             (ENDED, chat("a", "\ue000 b", "c", "\ue000\ue001"), ["\ue000 b<|im_end|>", "\ue000\ue001<|im_end|>"], ()),
             (CHATML, chat("a", "b", "c", "d"), ["b<|im_end|>", "d<|im_end|>"], ()),
             (SHORTENED, chat("a", "x</think>b"), ["b<|im_end|>"], (LEFT_OUT,)),
+            (NO_HEADING, chat("a", "b", "c", "d"), [" b</s>", " d</s>"], ()),
+            (PROMPTLESS, chat("q", "b"), ["<|im_start|>assistant\nb<|im_end|>"], (NO_PROMPT,)),
             (MARKED, chat("a", "b", "c", "d"), ["b<|im_end|>", "d<|im_end|>"], ()),
         ],
     )  # fmt: skip
